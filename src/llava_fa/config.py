@@ -1,0 +1,192 @@
+"""`FourierConfig`: every choice of a compression, frozen, versioned, checked, JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from llava_fa.errors import FourierError
+
+Method = Literal["best", "paper"]
+Calibration = Literal["auto", "none", "diagonal", "feedback"]
+FactorDtype = Literal["int8", "bf16"]
+
+QUANT_METHOD = "llava_fa"
+CONFIG_VERSION = 1
+MIN_BITS, MAX_BITS = 1.0, 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FourierConfig:
+    """How one weight matrix, or every matrix of a model, is approximated.
+
+    Args:
+        method: ``"best"``: y = Ŵ T(x / s) + L1 (L2 x), one DFT along the input axis, ring codebook, error
+            feedback (docs/method.md). ``"paper"``: Algorithms 1-3 of LLaVA-FA (arXiv 2602.00135), literally.
+        bits: nominal bits per weight of the codes, 1 to 4 in steps of one half. One complex coefficient stands
+            for two weights, so its code has ``2 * bits`` bits.
+        rank: rank of the low-rank part; 0 leaves it out.
+        amplitude_bits, phase_bits: ``paper`` only, bits of |coefficient| and of its angle; by default they share
+            ``2 * bits``, the phase taking the odd one. Their sum decides; ``bits`` is then (sum / 2).
+        calibration: how much of a layer's second moment is used. ``"none"``: nothing. ``"diagonal"``: its diagonal
+            (``best``: input scales before the transform; ``paper``: ODC weights in the frequency domain).
+            ``"feedback"``: the diagonal, then error feedback on the whole transformed matrix (``best`` only).
+            ``"auto"``: the most that the method and the given statistic allow.
+        factor_dtype: storage of the low-rank factors; ``paper`` keeps complex bf16 factors.
+        iterations: ``paper``: T of Algorithm 1. ``best``: alternations between factors and codes when rank > 0.
+        refine_passes: ``best``: passes of coordinate descent after error feedback.
+        damping: added to the second moment's diagonal before its Cholesky, as a share of the mean diagonal.
+        seed: of the random signs in front of the transform.
+        skip, only: patterns on module names (``fnmatch``; a plain name also covers everything below it) that keep
+            layers out of, or restrict, the compression of a model. One that matches nothing is an error.
+
+    Raises:
+        FourierError: for every invalid value or combination, with the reason.
+    """
+
+    method: Method = "best"
+    bits: float = 4.0
+    rank: int = 0
+    amplitude_bits: int | None = None
+    phase_bits: int | None = None
+    calibration: Calibration = "auto"
+    factor_dtype: FactorDtype | None = None
+    iterations: int = 10
+    refine_passes: int = 2
+    damping: float = 0.01
+    seed: int = 0
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, get_args(Method))
+        _one_of("calibration", self.calibration, get_args(Calibration))
+        for name in ("rank", "iterations", "refine_passes", "seed"):
+            _integer(name, getattr(self, name))
+        for name in ("skip", "only"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if self.rank < 0:
+            raise FourierError(f"rank is {self.rank}", remedy="Give 0 for no low-rank part, or a positive rank")
+        if self.iterations < 1:
+            raise FourierError(f"iterations is {self.iterations}", remedy="Give at least 1")
+        if self.refine_passes < 0:
+            raise FourierError(f"refine_passes is {self.refine_passes}", remedy="Give 0 or more")
+        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
+            raise FourierError(f"damping is {self.damping!r}", remedy="Give a share of the mean diagonal in (0, 1]")
+        (self._check_paper if self.method == "paper" else self._check_best)()
+        object.__setattr__(self, "bits", _bits(self.bits))
+        if self.factor_dtype is None:
+            object.__setattr__(self, "factor_dtype", "bf16" if self.method == "paper" else "int8")
+        _one_of("factor_dtype", self.factor_dtype, get_args(FactorDtype))
+        if self.method == "paper" and self.factor_dtype != "bf16":
+            raise FourierError(
+                "method 'paper' keeps its complex factors in bf16", remedy="Leave factor_dtype out, or use method='best'"
+            )
+
+    def _check_paper(self) -> None:
+        if self.calibration == "feedback":
+            raise FourierError(
+                "method 'paper' has no error feedback", remedy="Use calibration='diagonal' (ODC), or method='best'"
+            )
+        given = (self.amplitude_bits, self.phase_bits)
+        if None not in given:
+            for name in ("amplitude_bits", "phase_bits"):
+                _integer(name, getattr(self, name))
+                if not 1 <= getattr(self, name) <= 8:
+                    raise FourierError(f"{name} is {getattr(self, name)}", remedy="Give 1 to 8")
+            object.__setattr__(self, "bits", (self.amplitude_bits + self.phase_bits) / 2)  # type: ignore[operator]
+        elif given != (None, None):
+            raise FourierError("amplitude_bits and phase_bits come together", remedy="Give both, or give bits alone")
+        else:
+            code_bits = round(2 * _bits(self.bits))
+            object.__setattr__(self, "amplitude_bits", code_bits // 2)
+            object.__setattr__(self, "phase_bits", code_bits - code_bits // 2)
+
+    def _check_best(self) -> None:
+        if self.amplitude_bits is not None or self.phase_bits is not None:
+            raise FourierError(
+                "amplitude_bits and phase_bits belong to method 'paper'",
+                remedy="Give bits, or use method='paper'; 'best' shares a codebook of 2^(2 bits) points between both",
+            )
+        if not MIN_BITS <= _bits(self.bits) <= MAX_BITS:
+            raise FourierError(f"bits is {self.bits}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5")
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one complex coefficient's code: ``2 * bits``."""
+        return round(2 * self.bits)
+
+    @property
+    def quant_method(self) -> str:
+        """The name transformers knows this format by."""
+        return QUANT_METHOD
+
+    def replace(self, **changes: Any) -> FourierConfig:
+        """A copy with some fields changed, checked again; changing ``bits`` re-derives the paper's two numbers."""
+        if "bits" in changes:
+            changes = {"amplitude_bits": None, "phase_bits": None, **changes}
+        if "method" in changes:
+            changes = {"amplitude_bits": None, "phase_bits": None, "factor_dtype": None, **changes}
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, with the version and transformers' ``quant_method``."""
+        fields = dataclasses.asdict(self)
+        fields["skip"], fields["only"] = list(self.skip), list(self.only)
+        return {"quant_method": QUANT_METHOD, "config_version": CONFIG_VERSION, **fields}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text; `from_json` is its inverse."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FourierConfig:
+        """The inverse of `to_dict`. An unknown field or version is an error, never ignored."""
+        values = dict(values)
+        method = values.pop("quant_method", QUANT_METHOD)
+        version = values.pop("config_version", CONFIG_VERSION)
+        if method != QUANT_METHOD:
+            raise FourierError(f"quant_method is {method!r}, not {QUANT_METHOD!r}", remedy="Give a LLaVA-FA config")
+        if version != CONFIG_VERSION:
+            raise FourierError(
+                f"config_version is {version!r}; this package reads {CONFIG_VERSION}", remedy="Update llava-fa"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise FourierError(f"unknown config field {', '.join(unknown)}", remedy=f"Known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> FourierConfig:
+        """Read what `to_json` wrote."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FourierError(f"the config is not JSON ({error})", remedy="Give what FourierConfig.to_json wrote") from None
+        if not isinstance(values, dict):
+            raise FourierError("the config is not a JSON object", remedy="Give what FourierConfig.to_json wrote")
+        return cls.from_dict(values)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise FourierError(f"{name} is {value!r}", remedy=f"Choose one of {', '.join(map(str, allowed))}")
+
+
+def _integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise FourierError(f"{name} is {value!r}", remedy="Give a whole number")
+
+
+def _bits(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or 2 * value != round(2 * value) or value <= 0:
+        raise FourierError(f"bits is {value!r}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5")
+    return float(value)
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+        raise FourierError(f"{name} is {value!r}", remedy="Give a list of patterns, such as ['vision_tower']")
+    return tuple(value)
