@@ -1,4 +1,4 @@
-"""What several test folders share: a random LLaVA in the true format, small enough for a millisecond forward."""
+"""What several test folders share: a random LLaVA in the true format with a forward of milliseconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def random_llava(seed: int = 0, *, hidden: int = 48, layers: int = 2, tied: bool = False):
-    """A random `LlavaForConditionalGeneration`: CLIP vision (16 patches), MLP projector, Qwen2, in float32."""
+    """A random float32 `LlavaForConditionalGeneration`: CLIP vision (16 patches), MLP projector, Qwen2."""
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
     vision = CLIPVisionConfig(
@@ -55,7 +55,7 @@ def random_llava(seed: int = 0, *, hidden: int = 48, layers: int = 2, tied: bool
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):  # so that a norm's γ carries information
                 parameter.copy_(0.5 + torch.rand(parameter.shape))
-            elif name.endswith("proj.weight") or ".fc" in name and name.endswith("weight"):
+            elif name.endswith("proj.weight") or (".fc" in name and name.endswith("weight")):
                 parameter.mul_(4)  # so that logits depend on every layer
     return model
 
@@ -90,7 +90,7 @@ def processor():
 
 
 def save_llava(folder: Path, *, model=None, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
-    """Save a random LLaVA with its processor, as any published checkpoint looks (saved names, not module names)."""
+    """Save a random LLaVA with its processor, under the names published checkpoints have (not module names)."""
     model = random_llava() if model is None else model
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     processor().save_pretrained(folder)
