@@ -90,7 +90,7 @@ def processor():
 
 
 def save_llava(folder: Path, *, model=None, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
-    """Save a random LLaVA with its processor, under the names published checkpoints have (not module names)."""
+    """Save a random LLaVA with its processor, under published names (not module names)."""
     model = random_llava() if model is None else model
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     processor().save_pretrained(folder)
