@@ -1,0 +1,152 @@
+"""Which normalisation feeds which linear layer: what is known of a layer's inputs without any data.
+
+After RMSNorm (no offset) every input has E[x_j²] = γ_j², up to one common factor; after LayerNorm
+γ_j² + β_j². That is the diagonal second moment which data-free compression uses. The rules below are written
+per block layout, not per model: nearly all vision towers and language models in transformers share these few.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from llava_fa.errors import FourierError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Within one block, the module ``norm`` feeds the modules ``linears``.
+
+    It holds only in blocks that have none of the modules in ``unless``: layouts with norms *after* the
+    attention or the MLP reuse the names of the ones before it.
+    """
+
+    norm: str
+    linears: tuple[str, ...]
+    unless: tuple[str, ...] = ()
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj", "mlp.fc1")
+
+RULES = (
+    # LLaMA, Qwen2/3, Mistral, Phi-3, InternLM, Gemma (2 and 3 put a second pair of norms around the MLP)
+    Rule("input_layernorm", _QKV),
+    Rule(
+        "post_attention_layernorm",
+        _GATE_UP,
+        unless=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    Rule("pre_feedforward_layernorm", _GATE_UP),
+    # CLIP, SigLIP, and the older text decoders built like them
+    Rule("layer_norm1", _QKV),
+    Rule("layer_norm2", ("mlp.fc1",)),
+    # Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V vision blocks
+    Rule("norm1", ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj")),
+    Rule("norm2", ("mlp.fc1", "mlp.linear_fc1", "mlp.gate_proj", "mlp.up_proj")),
+    # Pixtral
+    Rule("attention_norm", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+    Rule("ffn_norm", ("feed_forward.gate_proj", "feed_forward.up_proj")),
+    # InternVL vision blocks, ViT
+    Rule("layernorm_before", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+    Rule("layernorm_after", ("mlp.fc1",)),
+    # Projectors: Qwen2-VL's merger normalises each patch, then joins 2 × 2 of them; InternVL, PaliGemma-like
+    Rule("ln_q", ("mlp.0",)),
+    Rule("layer_norm", ("linear_1",)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """The norm in front of a linear layer: names of its tensors, and how its weight is to be read."""
+
+    norm: str
+    weight: str
+    bias: str | None
+    plus_one: bool
+    """Gemma stores γ - 1."""
+
+    def second_moment(self, tensors: Mapping[str, torch.Tensor], inputs: int) -> torch.Tensor:
+        """E[x_j²] of the linear layer's inputs, float32 [inputs], up to a common factor.
+
+        A norm narrower than the layer feeds it several positions side by side: the diagonal repeats.
+        """
+        gamma = tensors[self.weight].float()
+        if not torch.isfinite(gamma).all():
+            raise FourierError(
+                "the weight holds NaN or Inf", remedy="The checkpoint is damaged", where=self.norm
+            )
+        power = (gamma + 1 if self.plus_one else gamma).square()
+        if self.bias is not None:
+            power = power + tensors[self.bias].float().square()
+        return power.repeat(inputs // power.numel())
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that `second_moment` needs."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+def feeding_norm(model: nn.Module, name: str) -> Feed | None:
+    """The norm that alone produces the inputs of the linear layer ``name``, or None where no rule says so.
+
+    None also when the norm's width does not divide the layer's, or it has no weight (then γ says nothing).
+    """
+    linear = model.get_submodule(name)
+    for rule in RULES:
+        for suffix in rule.linears:
+            if not name.endswith("." + suffix):
+                continue
+            block = name[: -len(suffix)]
+            if _has(model, block + rule.norm) and not any(
+                _has(model, block + other) for other in rule.unless
+            ):
+                return _feed(model.get_submodule(block + rule.norm), block + rule.norm, linear)
+    return None
+
+
+def _feed(norm: nn.Module, name: str, linear: nn.Module) -> Feed | None:
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    inputs = getattr(linear, "in_features", 0)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or inputs % weight.numel():
+        return None
+    plus_one = _adds_one(norm)
+    if plus_one is None:
+        return None
+    return Feed(name, f"{name}.weight", f"{name}.bias" if bias is not None else None, plus_one)
+
+
+@torch.no_grad()
+def _adds_one(norm: nn.Module) -> bool | None:
+    """Whether the norm scales by 1 + weight: tried out, since a dozen classes do and most do not.
+
+    None when the module is no norm: its output does not vanish with γ, or is not x / |x| with γ = 1.
+    """
+    probe = copy.deepcopy(norm).to_empty(device="cpu").float().eval()
+    x = torch.linspace(-1, 1, probe.weight.numel()).roll(1)[None]
+    power = []
+    for gamma in (0.0, 1.0):
+        for parameter in probe.parameters():
+            parameter.zero_()
+        probe.weight.fill_(gamma)
+        try:
+            power.append(float(probe(x).square().mean()))
+        except (TypeError, RuntimeError):  # it wants more than x: not a plain norm
+            return None
+    for plus_one in (False, True):
+        expected = [(gamma + plus_one) ** 2 for gamma in (0.0, 1.0)]
+        if all(abs(found - wanted) < 0.05 for found, wanted in zip(power, expected, strict=True)):
+            return plus_one
+    return None
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    try:
+        return child in dict(model.get_submodule(parent).named_children())
+    except AttributeError:
+        return False

@@ -1,0 +1,207 @@
+"""Safetensors files read and written tensor by tensor, so that memory holds one tensor and not one file.
+
+The library's own `safe_open` maps the whole file (its pages count as resident memory) and its `save_file`
+needs every tensor at once. The format is simple enough to do better: 8 bytes of header length
+(little-endian), a JSON header name → {dtype, shape, data_offsets}, then the bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from llava_fa.errors import FourierError
+
+CHUNK = 16 << 20
+"""Bytes copied at once."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes of weights that can be compressed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file: where its bytes lie, and what they mean."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        if self.dtype not in _DTYPES:
+            raise FourierError(
+                f"{self.name} has dtype {self.dtype}", remedy="Give a float16, bfloat16 or float32 checkpoint"
+            ).at(self.file.name)
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            buffer = bytearray(self.nbytes)
+            if file.readinto(buffer) != self.nbytes:
+                raise _cut_short(self.file, f"{self.name} is incomplete")
+        if not buffer:
+            return torch.empty(self.shape, dtype=_DTYPES[self.dtype])
+        return torch.frombuffer(buffer, dtype=_DTYPES[self.dtype]).reshape(self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The raw bytes, a few MB at a time."""
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            left = self.nbytes
+            while left:
+                chunk = file.read(min(left, CHUNK))
+                if not chunk:
+                    raise _cut_short(self.file, f"{self.name} is incomplete")
+                left -= len(chunk)
+                yield chunk
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], str]:
+    """The tensors of one file and the SHA-256 of its header.
+
+    Raises:
+        FourierError: the file is shorter or longer than its header says, or the header is not safetensors.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or size < 8 + length:
+            raise _cut_short(path, f"it has {size} bytes, less than its header")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = {
+            name: Entry(
+                path,
+                name,
+                value["dtype"],
+                tuple(value["shape"]),
+                8 + length + value["data_offsets"][0],
+                value["data_offsets"][1] - value["data_offsets"][0],
+            )
+            for name, value in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise FourierError(
+            "its header is not that of a safetensors file",
+            remedy="Copy or download it again",
+            where=str(path),
+        ) from None
+    end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
+    if end > size:
+        raise _cut_short(path, f"it has {size} bytes where its header announces {end}")
+    for entry in entries.values():
+        width = _DTYPES[entry.dtype].itemsize if entry.dtype in _DTYPES else None
+        if entry.nbytes < 0 or entry.start < 8 + length or (width and entry.nbytes != width * entry.numel):
+            raise FourierError(
+                f"{entry.name}: {entry.nbytes} bytes do not make {entry.dtype} {list(entry.shape)}",
+                remedy="Copy or download it again",
+                where=str(path),
+            )
+    return entries, hashlib.sha256(raw).hexdigest()
+
+
+def _cut_short(path: Path, what: str) -> FourierError:
+    return FourierError(f"the file is cut short: {what}", remedy="Copy or download it again", where=str(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One tensor to be written; ``data`` gives its ``nbytes`` bytes when their turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    data: Callable[[], Iterable[bytes]]
+
+    @classmethod
+    def copy(cls, entry: Entry) -> Item:
+        """Copies a tensor of another file as it is, whatever its dtype."""
+        return cls(entry.name, entry.dtype, entry.shape, entry.nbytes, entry.chunks)
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> Item:
+        """A tensor in memory."""
+        nbytes = tensor.numel() * tensor.element_size()
+        return cls(name, _NAMES[tensor.dtype], tuple(tensor.shape), nbytes, lambda: [tensor_bytes(tensor)])
+
+    @property
+    def width(self) -> int:
+        """Bytes of one element."""
+        return self.nbytes // max(math.prod(self.shape), 1)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor in C order."""
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def write_file(path: Path, items: Iterable[Item], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, complete or not at all: a temporary name, fsync, then rename.
+
+    Tensors are laid out as the library does (wide dtypes first), so that every one is aligned.
+    """
+    items = sorted(items, key=lambda item: (-item.width, item.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for item in items:
+        end = offset + item.nbytes
+        header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def body(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for item in items:
+            for chunk in item.data():
+                file.write(chunk)
+
+    write_atomically(path, body)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_atomically(path: Path, body: Callable[[BinaryIO], object]) -> None:
+    """Run ``body`` on a temporary file beside ``path``, flush it to the disk, and give it its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        body(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
