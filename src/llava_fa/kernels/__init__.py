@@ -1,0 +1,1 @@
+"""One op, several implementations, one place that chooses."""

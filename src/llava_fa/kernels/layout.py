@@ -1,0 +1,146 @@
+"""Which tensors one compressed layer consists of: names, dtypes and shapes (docs/format.md, "A layer")."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from llava_fa.config import FactorDtype, FourierConfig, Method
+from llava_fa.errors import FourierError
+from llava_fa.maths.bitpack import packed_bytes
+from llava_fa.maths.dft import padded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Everything needed to allocate a layer's tensors and to read them; nothing about how they were found.
+
+    Args:
+        method: ``"best"`` or ``"paper"`` (see `FourierConfig`).
+        out_features, in_features: m and n of the weight W [m, n].
+        code_bits: bits of one complex coefficient's code.
+        rank: of the low-rank part; 0 for none.
+        factor_dtype: ``"int8"`` or ``"bf16"`` (``paper``: bf16).
+        amplitude_bits, phase_bits: ``paper`` only; their sum is ``code_bits``. 0 otherwise.
+
+    Raises:
+        FourierError: a combination no compressor writes.
+    """
+
+    method: Method
+    out_features: int
+    in_features: int
+    code_bits: int
+    rank: int = 0
+    factor_dtype: FactorDtype = "int8"
+    amplitude_bits: int = 0
+    phase_bits: int = 0
+
+    def __post_init__(self) -> None:
+        paper = self.method == "paper"
+        valid = (
+            self.method in get_args(Method)
+            and self.factor_dtype in (("bf16",) if paper else get_args(FactorDtype))
+            and min(self.out_features, self.in_features) >= 1
+            and 0 <= self.rank <= min(self.out_features, self.in_features)
+            and 2 <= self.code_bits <= (16 if paper else 8)
+        )
+        split = (self.amplitude_bits, self.phase_bits)
+        valid = valid and (min(split) >= 1 and sum(split) == self.code_bits if paper else split == (0, 0))
+        if not valid:
+            raise FourierError(
+                f"no such layer layout: {self}", remedy="The metadata is damaged; compress the model again"
+            )
+
+    @classmethod
+    def from_config(cls, config: FourierConfig, out_features: int, in_features: int) -> Layout:
+        """The layout `approximate` gives a weight of this shape."""
+        return cls(
+            method=config.method,
+            out_features=out_features,
+            in_features=in_features,
+            code_bits=config.code_bits,
+            rank=config.rank,
+            factor_dtype=config.factor_dtype or ("bf16" if config.method == "paper" else "int8"),
+            amplitude_bits=config.amplitude_bits or 0,
+            phase_bits=config.phase_bits or 0,
+        )
+
+    @property
+    def padded_features(self) -> int:
+        """Length of the transform: n rounded up to an even number."""
+        return padded(self.in_features)
+
+    @property
+    def coefficients(self) -> int:
+        """Complex coefficients a row: padded n / 2 (``best``), n // 2 + 1 (``paper``)."""
+        return self.padded_features // 2 if self.method == "best" else self.in_features // 2 + 1
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name → (dtype, shape) of every stored tensor, codebook included, bias not."""
+        m, n, r = self.out_features, self.in_features, self.rank
+        table: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "codes": (torch.uint8, (m, packed_bytes(self.coefficients, self.code_bits)))
+        }
+        if self.method == "paper":
+            table["r_max"] = (torch.float32, (1,))
+            if r:
+                table["left"] = (torch.bfloat16, (m, r, 2))
+                table["right"] = (torch.bfloat16, (r, self.coefficients, 2))
+            return table
+        table["row_scale"] = (torch.bfloat16, (m,))
+        table["input_scale"] = (torch.bfloat16, (n,))
+        table["signs"] = (torch.uint8, (packed_bytes(self.padded_features, 1),))
+        table["codebook"] = (torch.bfloat16, (1 << self.code_bits, 2))
+        if r:
+            factor = torch.int8 if self.factor_dtype == "int8" else torch.bfloat16
+            table["left"], table["right"] = (factor, (m, r)), (factor, (r, n))
+            if factor == torch.int8:
+                table["left_scale"], table["right_scale"] = (torch.bfloat16, (r,)), (torch.bfloat16, (r,))
+        return table
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `FourierError` unless the tensors are exactly those of this layout."""
+        expected = self.tensors()
+        if missing := sorted(set(expected) - set(tensors)):
+            raise FourierError(f"missing tensor {', '.join(missing)}", remedy="Compress the layer again")
+        if unknown := sorted(set(tensors) - set(expected)):
+            raise FourierError(f"unknown tensor {', '.join(unknown)}", remedy="Compress the layer again")
+        for name, (dtype, shape) in expected.items():
+            got = tensors[name]
+            if got.dtype != dtype or tuple(got.shape) != shape:
+                raise FourierError(
+                    f"{name} is {got.dtype} {list(got.shape)}, not {dtype} {list(shape)}",
+                    remedy="The file does not belong to this configuration; compress the model again",
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: what `from_dict` reads, and docs/format.md lists."""
+        values: dict[str, Any] = {
+            "method": self.method,
+            "shape": [self.out_features, self.in_features],
+            "code_bits": self.code_bits,
+            "rank": self.rank,
+            "factor_dtype": self.factor_dtype,
+        }
+        if self.method == "paper":
+            values |= {"amplitude_bits": self.amplitude_bits, "phase_bits": self.phase_bits}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Layout:
+        """The inverse of `to_dict`; unknown or missing fields are errors."""
+        values = dict(values)
+        try:
+            m, n = values.pop("shape")
+            return cls(out_features=m, in_features=n, **values)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, FourierError):
+                raise
+            raise FourierError(
+                f"a layer's description is damaged ({error!r})", remedy="Compress the model again"
+            ) from None

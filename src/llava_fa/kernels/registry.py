@@ -1,0 +1,217 @@
+"""The ops as torch knows them: schemas, fake kernels, autograd, and the one place that chooses.
+
+| op                         | equation                                    | defined in               |
+|----------------------------|---------------------------------------------|--------------------------|
+| ``llava_fa::best_matmul``  | y = diag(row_scale) codebook[codes] T (x/s) | `reference.best_matmul`  |
+| ``llava_fa::paper_matmul`` | y = Re ifft_m(S (c · x̂))                    | `reference.paper_matmul` |
+| ``llava_fa::…_transposed`` | their adjoints, which are their gradients   | `reference.…_transposed` |
+
+All are linear in their first argument and differentiable to it, any number of times; packed weights are data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_fa.errors import FourierError
+from llava_fa.kernels import reference
+from llava_fa.kernels.reference import working_dtype
+
+_BEST_NAMES = ("codes", "row_scale", "input_scale", "signs", "codebook")
+_BEST = ", ".join(f"Tensor {name}" for name in _BEST_NAMES)
+_PAPER = "Tensor codes, Tensor r_max, Tensor? left, Tensor? right, int amplitude_bits, int phase_bits"
+_SCHEMAS = {
+    "best_matmul": f"(Tensor x, {_BEST}) -> Tensor",
+    "best_matmul_transposed": f"(Tensor g, {_BEST}) -> Tensor",
+    "paper_matmul": f"(Tensor x, {_PAPER}) -> Tensor",
+    "paper_matmul_transposed": f"(Tensor g, {_PAPER}, int n) -> Tensor",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An implementation of one op, and why it was taken."""
+
+    name: str
+    reason: str
+    function: Callable[..., Tensor]
+
+
+# op → implementation name → function. The reference is complete; faster ones may serve a part.
+_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    op: {"reference": getattr(reference, op)} for op in _SCHEMAS
+}
+_forced: list[str] = []
+
+
+def choose(op: str, x: Tensor) -> Choice:
+    """The implementation that `op` runs for an input like `x`, with the reason."""
+    available = _IMPLEMENTATIONS[op]
+    if _forced:
+        name = _forced[-1]
+        if name not in available:
+            raise FourierError(
+                f"{op} has no implementation {name!r}", remedy=f"There are {', '.join(sorted(available))}"
+            )
+        return Choice(name, "asked for by registry.use", available[name])
+    return Choice("reference", f"the only implementation of {op} on {x.device.type}", available["reference"])
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Inside this context every op runs the named implementation or fails (for tests)."""
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _kernel(op: str) -> Callable[..., Tensor]:
+    def run(x: Tensor, *args: Any) -> Tensor:
+        # Autocast would push the float32 products inside down to half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            return choose(op, x).function(x, *args)
+
+    return run
+
+
+def _fake_best(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=working_dtype(x))
+
+
+def _fake_best_transposed(
+    g: Tensor, codes: Tensor, row_scale: Tensor, input_scale: Tensor, *_: Any
+) -> Tensor:
+    return g.new_empty(*g.shape[:-1], input_scale.shape[0], dtype=working_dtype(g))
+
+
+def _fake_paper_transposed(g: Tensor, *args: Any) -> Tensor:
+    return g.new_empty(*g.shape[:-1], args[-1], dtype=working_dtype(g))
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "best_matmul": _fake_best,
+    "best_matmul_transposed": _fake_best_transposed,
+    "paper_matmul": _fake_best,
+    "paper_matmul_transposed": _fake_paper_transposed,
+}
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *args = inputs
+    ctx.dtype, ctx.n = x.dtype, x.shape[-1]
+    ctx.is_tensor = [isinstance(value, Tensor) for value in args]
+    ctx.plain = [None if isinstance(value, Tensor) else value for value in args]
+    ctx.save_for_backward(*(value for value in args if isinstance(value, Tensor)))
+
+
+def _weights(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [
+        next(tensors) if is_tensor else value
+        for is_tensor, value in zip(ctx.is_tensor, ctx.plain, strict=True)
+    ]
+
+
+def _backward(op: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    forward_of = op.removesuffix("_transposed")
+    transposed, paper = op != forward_of, forward_of == "paper_matmul"
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights = _weights(ctx)
+        if transposed:
+            adjoint = getattr(torch.ops.llava_fa, forward_of)
+            out = adjoint(grad, *(weights[:-1] if paper else weights))
+        else:
+            adjoint = getattr(torch.ops.llava_fa, f"{op}_transposed")
+            out = adjoint(grad, *weights, *([ctx.n] if paper else []))
+        return (out.to(ctx.dtype), *(None for _ in weights))
+
+    return backward
+
+
+for _op, _schema in _SCHEMAS.items():
+    torch.library.define(f"llava_fa::{_op}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"llava_fa::{_op}", "default", _kernel(_op))
+    torch.library.register_fake(f"llava_fa::{_op}", _FAKES[_op])
+    torch.library.register_autograd(f"llava_fa::{_op}", _backward(_op), setup_context=_setup_context)
+
+
+def linear(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    bias: Tensor | None,
+    amplitude_bits: int = 0,
+    phase_bits: int = 0,
+) -> Tensor:
+    """y = W x + bias for a packed W: the op, low-rank part, bias, then one rounding to x's dtype.
+
+    Args:
+        x: [..., n], floating; under autocast it is first cast as `torch.nn.functional.linear` would.
+        tensors: those of a `Layout`; ``r_max`` among them means method ``paper``.
+        bias: [m] or None.
+        amplitude_bits, phase_bits: of method ``paper``.
+
+    Returns:
+        [..., m] in x's dtype (after autocast).
+
+    Raises:
+        FourierError: the last axis of x is not n, or x is not floating.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    ops = torch.ops.llava_fa
+    left, right = tensors.get("left"), tensors.get("right")
+    if "r_max" in tensors:
+        y = ops.paper_matmul(x, tensors["codes"], tensors["r_max"], left, right, amplitude_bits, phase_bits)
+    else:
+        y = ops.best_matmul(x, *(tensors[name] for name in _BEST_NAMES))
+        if left is not None and right is not None:
+            low, high = (
+                _factor(right, tensors.get("right_scale"), y.dtype, 0),
+                _factor(left, tensors.get("left_scale"), y.dtype, 1),
+            )
+            with torch.autocast(x.device.type, enabled=False):
+                y = y + (x.to(y.dtype) @ low.T) @ high.T
+    if bias is not None:
+        y = y + bias
+    result: Tensor = y.to(x.dtype)
+    return result
+
+
+def _factor(factor: Tensor, scale: Tensor | None, dtype: torch.dtype, rank_axis: int) -> Tensor:
+    """A stored factor as real numbers: int8 columns (left) or rows (right) times their scale."""
+    factor = factor.to(dtype)
+    if scale is None:
+        return factor
+    scale = scale.to(dtype)
+    return factor * (scale[None, :] if rank_axis == 1 else scale[:, None])
+
+
+def dense(
+    tensors: Mapping[str, Tensor],
+    n: int,
+    amplitude_bits: int = 0,
+    phase_bits: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The [m, n] weight that `linear` multiplies with."""
+    left, right = tensors.get("left"), tensors.get("right")
+    if "r_max" in tensors:
+        return reference.paper_dense(
+            tensors["codes"], tensors["r_max"], left, right, amplitude_bits, phase_bits, n, dtype
+        )
+    codes, row_scale, input_scale, signs, codebook = (tensors[name] for name in _BEST_NAMES)
+    weight = reference.best_dense(codes, row_scale, input_scale, signs, codebook, dtype)
+    if left is not None and right is not None:
+        weight += _factor(left, tensors.get("left_scale"), dtype, 1) @ _factor(
+            right, tensors.get("right_scale"), dtype, 0
+        )
+    return weight

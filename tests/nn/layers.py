@@ -1,0 +1,88 @@
+"""Random compressed layers, built from the tensor table alone: they need no solver."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_fa.kernels.layout import Layout
+from llava_fa.maths.bitpack import pack
+from llava_fa.maths.dft import padded, random_signs
+
+
+def random_tensors(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every tensor of the layout, with random content of about unit output scale."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    m, n, r, k = layout.out_features, layout.in_features, layout.rank, layout.coefficients
+    codes = torch.randint(0, 1 << layout.code_bits, (m, k), generator=generator)
+    tensors = {"codes": pack(codes, layout.code_bits)}
+    if layout.method == "paper":
+        tensors["r_max"] = torch.tensor([0.37])
+        if r:
+            tensors["left"] = normal(m, r, 2, scale=0.3).bfloat16()
+            tensors["right"] = normal(r, k, 2, scale=0.3).bfloat16()
+        return tensors
+    tensors["row_scale"] = (0.5 + torch.rand(m, generator=generator)).bfloat16()
+    tensors["input_scale"] = (0.5 + torch.rand(n, generator=generator)).bfloat16()
+    tensors["signs"] = pack((random_signs(n, seed) < 0).to(torch.int32), 1)
+    tensors["codebook"] = normal(1 << layout.code_bits, 2, scale=n**-0.5).bfloat16()
+    if r and layout.factor_dtype == "int8":
+        for name, shape in (("left", (m, r)), ("right", (r, n))):
+            tensors[name] = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
+            tensors[f"{name}_scale"] = (0.002 + 0.002 * torch.rand(r, generator=generator)).bfloat16()
+    elif r:
+        tensors["left"], tensors["right"] = (
+            normal(m, r, scale=0.2).bfloat16(),
+            normal(r, n, scale=0.2).bfloat16(),
+        )
+    assert tensors["signs"].shape[0] == -(-padded(n) // 8)
+    return tensors
+
+
+def best(m: int, n: int, code_bits: int = 4, rank: int = 0, factor_dtype: str = "int8") -> Layout:
+    return Layout(
+        method="best",
+        out_features=m,
+        in_features=n,
+        code_bits=code_bits,
+        rank=rank,
+        factor_dtype=factor_dtype,
+    )
+
+
+def paper(m: int, n: int, amplitude_bits: int = 2, phase_bits: int = 3, rank: int = 0) -> Layout:
+    return Layout(
+        method="paper",
+        out_features=m,
+        in_features=n,
+        code_bits=amplitude_bits + phase_bits,
+        rank=rank,
+        factor_dtype="bf16",
+        amplitude_bits=amplitude_bits,
+        phase_bits=phase_bits,
+    )
+
+
+LAYOUTS = [
+    best(24, 32, 4),
+    best(7, 33, 2, rank=3),
+    best(40, 30, 6, rank=2, factor_dtype="bf16"),
+    best(9, 18, 3),
+    best(16, 20, 5),
+    best(5, 11, 7, rank=1),
+    best(64, 64, 8),
+    best(3, 1, 2),
+    paper(24, 32),
+    paper(7, 33, 1, 1, rank=3),
+    paper(6, 21, 4, 4),
+    paper(5, 12, 8, 8, rank=2),
+    paper(3, 1, 2, 2),
+    paper(1, 2, 2, 2),
+]
+
+
+def layout_id(layout: Layout) -> str:
+    return f"{layout.method}-{layout.out_features}x{layout.in_features}-{layout.code_bits}b-r{layout.rank}"
