@@ -1,0 +1,1 @@
+"""The Hugging Face side: checkpoints read, compressed and written; the format known to transformers."""

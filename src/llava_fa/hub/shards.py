@@ -131,6 +131,13 @@ def read_header(path: Path) -> tuple[dict[str, Entry], str]:
     return entries, hashlib.sha256(raw).hexdigest()
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form part of a file's header."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return dict(json.loads(file.read(length)).get("__metadata__", {}))
+
+
 def _cut_short(path: Path, what: str) -> FourierError:
     return FourierError(f"the file is cut short: {what}", remedy="Copy or download it again", where=str(path))
 

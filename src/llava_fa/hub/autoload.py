@@ -1,0 +1,60 @@
+"""Registers the checkpoint format with transformers as soon as both packages are imported, in either order.
+
+transformers has no entry point for quantisers; importing ours eagerly would drag torch and transformers
+(five seconds) into `import llava_fa` and so into `llava-fa --help`. So a finder waits for
+`transformers.modeling_utils`, which every `from_pretrained` needs, and registers right after its execution.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_AWAITED = "transformers.modeling_utils"
+
+
+def install() -> None:
+    """Register now if transformers' models are loaded already, else when they are."""
+    if _AWAITED in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    if importlib.util.find_spec("llava_fa.hub.quantizer") is not None:
+        importlib.import_module("llava_fa.hub.quantizer")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _AWAITED:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The module keeps its true loader: source inspection and pickling look there.
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        _register()

@@ -1,0 +1,248 @@
+"""Calibration samples, images with question and answer, from a LLaVA JSON file, a dataset or an iterable.
+
+What a sample becomes is decided by the model's own processor and chat template; a sample that cannot be read
+is an error that names its row and file, since a silently skipped one would change the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image
+
+from llava_fa.errors import FourierError
+from llava_fa.hub.shards import tensor_bytes
+
+Sample: TypeAlias = "tuple[Any, str, str] | Sequence[Mapping[str, Any]]"
+"""``(image, question, answer)``, or chat messages with image parts ``{"type": "image", "image": image}``.
+
+An image is a PIL image or a path.
+"""
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_QUESTION = ("question", "query", "prompt", "instruction")
+_ANSWER = ("answer", "multiple_choice_answer", "answers", "response", "label", "caption", "output", "text")
+
+
+def read_samples(source: str, *, images: Path | None = None, count: int = 128, seed: int = 0) -> list[Sample]:
+    """Samples from a LLaVA JSON or JSON-lines file, or from a Hugging Face dataset (folder or id).
+
+    Args:
+        source: a ``.json`` / ``.jsonl`` file with ``image`` and ``conversations`` in each row, or a dataset.
+        images: folder of the images; the JSON file's own folder where not given.
+        count: how many to draw; all when there are fewer.
+        seed: of the draw.
+
+    Raises:
+        FourierError: unreadable file, row or image, with row number and file name.
+    """
+    if count < 1:
+        raise FourierError(f"{count} calibration samples", remedy="Give at least 1")
+    path = Path(source).expanduser()
+    if path.suffix.lower() in (".json", ".jsonl"):
+        return _llava_json(path, images, count, seed)
+    if images is not None:
+        raise FourierError("an image folder goes with a LLaVA JSON file", remedy="Leave it out", where=source)
+    return _dataset(source, count, seed)
+
+
+def _llava_json(path: Path, images: Path | None, count: int, seed: int) -> list[Sample]:
+    if not path.is_file():
+        raise FourierError("no such file", remedy="Give a LLaVA-format JSON file", where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = path.suffix.lower() == ".jsonl"
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+    except ValueError as error:
+        raise FourierError(f"it is not JSON ({error})", remedy="Check the file", where=str(path)) from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise FourierError(
+            "it is not a list of objects",
+            remedy='Each row needs "image" and "conversations"',
+            where=str(path),
+        )
+    with_image = [index for index, row in enumerate(rows) if row.get("image")]
+    if not with_image:
+        raise FourierError(
+            "no row has an image", remedy='Each row needs "image" and "conversations"', where=str(path)
+        )
+    folder = path.parent if images is None else images
+    if not folder.is_dir():
+        raise FourierError("no such image folder", remedy="Give the folder of the images", where=str(folder))
+    return [_conversation(rows[i], folder, f"{path.name} row {i}") for i in _draw(with_image, count, seed)]
+
+
+def _draw(indices: Sequence[int], count: int, seed: int) -> list[int]:
+    return sorted(random.Random(seed).sample(list(indices), min(count, len(indices))))
+
+
+def _conversation(row: Mapping[str, Any], folder: Path, where: str) -> Sample:
+    names = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    waiting: list[Any] = [open_image(folder / str(name), where) for name in names]
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise FourierError('it has no "conversations"', remedy="Add them, or remove the row", where=where)
+    messages: list[Mapping[str, Any]] = []
+    for turn in turns:
+        role = _ROLES.get(str(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else "")
+        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if role is None or not isinstance(text, str):
+            raise FourierError(
+                f"a turn is {turn!r}", remedy='Each needs "from" (human or gpt) and "value"', where=where
+            )
+        parts: list[dict[str, Any]] = []
+        for _ in range(text.count("<image>")):
+            if not waiting:
+                raise FourierError(
+                    "it has more <image> marks than images", remedy="Mend the row", where=where
+                )
+            parts.append({"type": "image", "image": waiting.pop(0)})
+        messages.append({"role": role, "content": [*parts, _text(text.replace("<image>", "").strip())]})
+    if waiting:  # LLaVA puts an unmarked image in front of the first question
+        messages[0]["content"][:0] = [{"type": "image", "image": image} for image in waiting]
+    return messages
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def open_image(image: Any, where: str = "") -> Image.Image:
+    """A PIL image, or the path of one, as RGB; decoded now, so that an error comes now and names the file."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        what = f"image {image} does not exist"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        what = f"image {image} cannot be read ({type(error).__name__}: {error})"
+    raise FourierError(what, remedy="Mend or remove it", where=where)
+
+
+def _dataset(source: str, count: int, seed: int) -> list[Sample]:
+    try:
+        import datasets
+    except ImportError:
+        raise FourierError(
+            "reading a Hugging Face dataset needs the package `datasets`",
+            remedy="`pip install datasets`, or give a LLaVA-format .json file",
+            where=source,
+        ) from None
+    try:
+        if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(source)
+            data = data["train" if "train" in data else next(iter(data))] if hasattr(data, "keys") else data
+            rows: Iterable[Any] = data.shuffle(seed=seed)
+        else:
+            stream = datasets.load_dataset(source, streaming=True)
+            split = stream["train" if "train" in stream else next(iter(stream))]
+            rows = split.shuffle(seed=seed, buffer_size=max(1000, count))
+        samples = [_row(row, f"{source} sample {i}") for i, row in zip(range(count), rows, strict=False)]
+    except FourierError:
+        raise
+    except Exception as error:  # whatever datasets, its file readers or the network raise
+        raise FourierError(
+            f"the dataset cannot be read ({type(error).__name__}: {error})",
+            remedy="Check its name, the network, and that its images decode",
+            where=source,
+        ) from error
+    if not samples:
+        raise FourierError("the dataset is empty", remedy="Give another one", where=source)
+    return samples
+
+
+def _row(row: Mapping[str, Any], where: str) -> Sample:
+    images = row.get("image", row.get("images"))
+    images = images if isinstance(images, list) else [images]
+    question = next((row[key] for key in _QUESTION if row.get(key)), None)
+    answer = next((row[key] for key in _ANSWER if row.get(key)), None)
+    if isinstance(row.get("conversations"), list) and images[0] is not None:
+        return _conversation({**row, "image": images}, Path(), where)
+    if isinstance(row.get("texts"), list) and row["texts"]:  # the_cauldron
+        question, answer = row["texts"][0].get("user"), row["texts"][0].get("assistant")
+    if isinstance(answer, list):
+        answer = answer[0]
+    if isinstance(answer, Mapping):
+        answer = answer.get("answer", next(iter(answer.values()), None))
+    if images[0] is None or (question is None and answer is None):
+        raise FourierError(
+            f"no image with a question or answer among its columns {sorted(row)}",
+            remedy='Give a dataset with "image" and "question"/"answer", "texts" or "conversations"',
+            where=where,
+        )
+    return open_image(images[0], where), str(question or "Describe the image."), str(answer or "")
+
+
+def prepare(samples: Iterable[Sample], processor: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's inputs, one sample each (batch of 1: no padding that would enter a statistic)."""
+    for index, sample in enumerate(samples):
+        where = f"calibration sample {index}"
+        messages, images = _messages(sample, where)
+        try:
+            text = _render(processor, messages)
+            inputs = processor(images=images or None, text=[text], return_tensors="pt")
+        except FourierError:
+            raise
+        except Exception as error:  # processors raise all sorts
+            raise FourierError(
+                f"the model's processor refuses it ({type(error).__name__}: {error})",
+                remedy="Check the sample, and the processor files of the model",
+                where=where,
+            ) from error
+        yield {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+
+def _render(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    if getattr(processor, "chat_template", None):
+        return processor.apply_chat_template(messages, tokenize=False)
+    mark = getattr(processor, "image_token", "<image>")
+    turns = []
+    for message in messages:
+        parts = [f"{mark}\n" if part["type"] == "image" else part["text"] for part in message["content"]]
+        turns.append(f"{message['role'].upper()}: {''.join(parts)}")
+    return " ".join(turns)
+
+
+def _messages(sample: Any, where: str) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    if isinstance(sample, tuple) and len(sample) == 3:
+        image, question, answer = sample
+        ask = [{"type": "image", "image": image}, _text(str(question))]
+        sample = [{"role": "user", "content": ask}, {"role": "assistant", "content": [_text(str(answer))]}]
+    messages: list[dict[str, Any]] = []
+    images: list[Image.Image] = []
+    try:
+        for message in sample:
+            content = message["content"]
+            parts = []
+            for part in [_text(content)] if isinstance(content, str) else content:
+                if part["type"] == "image":
+                    images.append(open_image(part["image"], where))
+                    parts.append({"type": "image"})
+                else:
+                    parts.append(_text(part["text"]))
+            messages.append({"role": message["role"], "content": parts})
+    except (KeyError, TypeError, AttributeError):
+        raise FourierError(
+            f"it is {type(sample).__name__}, not (image, question, answer) or chat messages",
+            remedy="See llava_fa.compress",
+            where=where,
+        ) from None
+    return messages, images
+
+
+def fingerprint(inputs: Iterable[Mapping[str, torch.Tensor]]) -> str:
+    """SHA-256 of prepared samples: the same samples give the same compressed model."""
+    digest = hashlib.sha256()
+    for tensors in inputs:
+        for name in sorted(tensors):
+            digest.update(f"{name}{tensors[name].dtype}{list(tensors[name].shape)}".encode())
+            digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()

@@ -1,0 +1,215 @@
+"""The work folder ``OUT.partial/``: what a killed compression left, and how the next run goes on from it.
+
+    manifest.json     what is compressed how: source fingerprint, config, calibration fingerprint, version
+    lock              held (flock) by the run at work
+    parts/NAME.safetensors   one finished layer: its tensors, and its `LayerReport` in the metadata
+    result/           the finished model being put together; renamed to OUT as the last step
+
+Every file appears complete or not at all, so whatever bears its final name can be trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_fa.errors import FourierError
+from llava_fa.hub.report import LayerReport
+from llava_fa.hub.shards import Entry, Item, read_header, read_metadata, write_file, write_text
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class WorkFolder:
+    """The work folder of one output folder, locked for this process while open (use as a context manager).
+
+    Args:
+        out: the output folder; it must not exist.
+        manifest: JSON-able description of the work; a left-over folder is taken up only if its own is equal.
+        fresh: throw a left-over folder away.
+
+    Raises:
+        FourierError: ``out`` exists, another run is at work, the left-over is of other work, not writable.
+    """
+
+    def __init__(self, out: Path, manifest: Mapping[str, Any], fresh: bool = False) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+        self.parts = self.path / "parts"
+        self.result = self.path / "result"
+        self._manifest = json.loads(json.dumps(manifest))
+        self._fresh = fresh
+        self._lock: int | None = None
+
+    def __enter__(self) -> WorkFolder:
+        refuse_existing(self.out)
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+        try:
+            with disk_errors(self.path):
+                if self._fresh:
+                    self._clear()
+                self._check_manifest()
+                self.parts.mkdir(exist_ok=True)
+                shutil.rmtree(self.result, ignore_errors=True)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _acquire(self) -> None:
+        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._release()
+            raise FourierError(
+                "another run is compressing to this folder",
+                remedy="Wait for it, or give another OUT",
+                where=str(self.out),
+            ) from None
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def _check_manifest(self) -> None:
+        path = self.path / "manifest.json"
+        if not path.exists():
+            if self.parts.exists():
+                raise FourierError(
+                    "it holds parts but no manifest",
+                    remedy="Give --fresh to start over",
+                    where=str(self.path),
+                )
+            write_text(path, json.dumps(self._manifest, indent=1))
+            return
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = {}
+        if changed := _differences(found, self._manifest):
+            raise FourierError(
+                f"an unfinished compression with another {', '.join(changed)} is there",
+                remedy="Give --fresh to throw it away, the former arguments to resume it, or another OUT",
+                where=str(self.path),
+            )
+
+    def _part(self, name: str) -> Path:
+        return self.parts / f"{name}.safetensors"
+
+    def __contains__(self, name: str) -> bool:
+        return self._part(name).is_file()
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], report: LayerReport) -> None:
+        """Keep one finished layer."""
+        metadata = {"report": json.dumps(dataclasses.asdict(report))}
+        with disk_errors(self.path):
+            write_file(self._part(name), [Item.of(key, value) for key, value in tensors.items()], metadata)
+
+    def entries(self, name: str) -> dict[str, Entry]:
+        """The tensors of a finished layer, by tensor name."""
+        return read_header(self._part(name))[0]
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a finished layer, in memory."""
+        return {key: entry.read() for key, entry in self.entries(name).items()}
+
+    def report(self, name: str) -> LayerReport:
+        """What was measured when the layer was compressed."""
+        return LayerReport.from_dict(json.loads(read_metadata(self._part(name))["report"]))
+
+    def finish(self) -> None:
+        """Give the finished result its name and remove the work folder."""
+        with disk_errors(self.path):
+            refuse_existing(self.out)
+            os.rename(self.result, self.out)
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise `FourierError` if the output folder exists: nothing is ever overwritten."""
+    if out.exists() or out.is_symlink():
+        raise FourierError(
+            "it exists already", remedy="Give a new folder, or remove this one", where=str(out)
+        )
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise `FourierError` unless the disk of ``path`` has ``needed`` bytes."""
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise FourierError(
+            f"the disk has {gigabytes(free)} free, and about {gigabytes(needed)} are needed",
+            remedy="Free some space, or give an OUT on another disk",
+            where=str(path),
+        )
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a disk into one error that tells the way out."""
+    try:
+        yield
+    except FourierError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise FourierError(
+                "the disk is full",
+                remedy="Finished layers are kept: free some space and run the same command again, it resumes",
+                where=str(path),
+            ) from error
+        raise FourierError(
+            f"cannot write there ({error.strerror or error})",
+            remedy="Give an OUT in a folder you may write to",
+            where=str(path),
+        ) from error
+
+
+def gigabytes(count: float) -> str:
+    """A number of bytes for people: kB, MB or GB (powers of ten)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    changed = []
+    for key in sorted(set(found) | set(wanted)):
+        old, new = found.get(key), wanted.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += [
+                f"{key}.{inner}" for inner in sorted(set(old) | set(new)) if old.get(inner) != new.get(inner)
+            ]
+        else:
+            changed.append(key)
+    return changed

@@ -1,0 +1,110 @@
+"""What a compression, or a look at a compressed model, tells: plain data with one JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+REPORT = "llava_fa_report.json"
+"""File in a compressed folder that keeps each layer's errors, which the weights alone cannot tell."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One compressed layer. Errors are relative: ‖W-Ŵ‖/‖W‖, and sqrt(tr(EHEᵀ)/tr(WHWᵀ)) where H was known."""
+
+    name: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    weight_error: float | None
+    output_error: float | None
+    rank: int
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerReport:
+        """The inverse of `dataclasses.asdict` through JSON."""
+        return cls(**{**values, "shape": tuple(values["shape"]), "notes": tuple(values["notes"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A module or tensor that stayed as it was, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The outcome of `llava_fa.compress`, and what `llava-fa inspect` shows.
+
+    Attributes:
+        path: the model folder.
+        method, bits, rank: as configured; None for a model that is not compressed.
+        bits_per_weight: all stored bits of the compressed layers (codes, scales, signs, factors, codebooks;
+            not their biases, which stay as they were) over the number of their weights.
+        compression_ratio: bytes of all tensors of the original checkpoint over those of this one.
+        original_bytes, compressed_bytes: these two numbers.
+        layers, not_compressed: every layer.
+        seconds, peak_rss_bytes: time, and the largest resident memory of this process so far.
+    """
+
+    path: str
+    method: str | None
+    bits: float | None
+    rank: int | None
+    bits_per_weight: float
+    compression_ratio: float
+    original_bytes: int
+    compressed_bytes: int
+    layers: tuple[LayerReport, ...]
+    not_compressed: tuple[Skipped, ...]
+    seconds: float
+    peak_rss_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return dataclasses.asdict(self)
+
+    @property
+    def worst(self) -> LayerReport | None:
+        """The layer with the largest output error (weight error where no layer has one)."""
+        key = (
+            "output_error" if any(layer.output_error is not None for layer in self.layers) else "weight_error"
+        )
+        known = [layer for layer in self.layers if getattr(layer, key) is not None]
+        return max(known, key=lambda layer: getattr(layer, key), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a compression stands; given to the ``progress`` callback before each layer and after the last.
+
+    Attributes:
+        stage: what is being done, such as ``"compressing"`` or ``"writing"``.
+        name: the layer at work.
+        done, total: layers finished, and in all.
+        weights_done, weights_total: the same in weights.
+        resumed: layers found finished from an interrupted run.
+    """
+
+    stage: str
+    name: str
+    done: int
+    total: int
+    weights_done: int
+    weights_total: int
+    resumed: int
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
