@@ -17,7 +17,20 @@ if TYPE_CHECKING:
     from llava_fa.solver.approximation import Approximation
 
 
-class FourierLinear(nn.Module):
+class Stored(nn.Module):
+    """A module whose buffers have the dtypes of the file format: casts move them and never round them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class FourierLinear(Stored):
     """y = W x + bias for a W kept as Fourier-domain codes, scales and an optional low-rank part.
 
     ``best``: W = diag(row_scale) codebook[codes] T diag(1/input_scale) + left right.
@@ -146,12 +159,7 @@ class FourierLinear(nn.Module):
         return 8 * bytes_ / (self.out_features * self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourierLinear:
-        stored = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, before in stored.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 

@@ -1,0 +1,303 @@
+"""The format of a compressed checkpoint: its metadata, the names of its tensors, its checks (docs/format.md).
+
+A compressed folder is an ordinary Hugging Face folder. ``config.json`` carries, under ``quantization_config``,
+what `Metadata` holds; the safetensors files carry, for every layer, one tensor per entry of `Layout.tensors` under
+``<module name>.<tensor>``, except the codebook, which is stored once per code size under `codebook_key`.
+Module names are those of the model class in transformers, not older saved names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_fa.config import FourierConfig
+from llava_fa.errors import FourierError
+from llava_fa.hub.shards import Entry, read_header, tensor_bytes
+from llava_fa.hub.source import read_config, weight_files
+from llava_fa.kernels.layout import Layout
+from llava_fa.maths.dft import padded
+from llava_fa.nn.codebooks import MODULE, codebook_key
+from llava_fa.nn.fourier_linear import FourierLinear
+
+FORMAT_VERSION = 1
+
+_SAFETENSORS = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
+_COMPRESS_AGAIN = "Compress the model again, or copy the folder again"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """What config.json says of one layer: how to read it, and how good it is (None: not measured)."""
+
+    layout: Layout
+    weight_error: float | None = None
+    output_error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        errors = {"weight_error": self.weight_error, "output_error": self.output_error}
+        return {**self.layout.to_dict(), **errors}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:
+        """The inverse of `to_dict`."""
+        values = dict(values)
+        weight_error, output_error = values.pop("weight_error", None), values.pop("output_error", None)
+        return cls(Layout.from_dict(values), weight_error, output_error)
+
+    @classmethod
+    def of(cls, layer: FourierLinear) -> LayerRecord:
+        """The record of a layer in memory."""
+        return cls(layer.layout, layer.weight_error, layer.output_error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """The ``quantization_config`` of a compressed checkpoint.
+
+    Attributes:
+        config: what the model was compressed with.
+        layers: module name → record, every compressed layer.
+        not_compressed: module (or parameter) name → reason.
+        codebooks: code bits → SHA-256 of the codebook's bytes.
+    """
+
+    config: FourierConfig
+    layers: dict[str, LayerRecord] = dataclasses.field(default_factory=dict)
+    not_compressed: dict[str, str] = dataclasses.field(default_factory=dict)
+    codebooks: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: `FourierConfig.to_dict`, then what this format adds."""
+        return {
+            **self.config.to_dict(),
+            "format_version": FORMAT_VERSION,
+            "layers": {name: record.to_dict() for name, record in self.layers.items()},
+            "not_compressed": dict(self.not_compressed),
+            "codebooks": {str(bits): digest for bits, digest in self.codebooks.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Metadata:
+        """The inverse of `to_dict`.
+
+        Raises:
+            FourierError: an unknown format version, an unknown field, a damaged layer description.
+        """
+        values = dict(values)
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise FourierError(
+                f"the checkpoint's format version is {version!r}; this package reads {FORMAT_VERSION}",
+                remedy="Update llava-fa, or compress the model again",
+            )
+        parts = [values.pop(name, {}) for name in ("layers", "not_compressed", "codebooks")]
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise FourierError("the quantization_config is damaged", remedy=_COMPRESS_AGAIN)
+        layers = {}
+        for name, record in parts[0].items():
+            try:
+                layers[name] = LayerRecord.from_dict(record)
+            except FourierError as error:
+                raise error.at(name) from None
+        codebooks = {int(bits): digest for bits, digest in parts[2].items()}
+        return cls(FourierConfig.from_dict(values), layers, dict(parts[1]), codebooks)
+
+
+def codebook_digest(codebook: Tensor) -> str:
+    """SHA-256 of a codebook's bytes as stored (bf16 [2^b, 2], C order)."""
+    return hashlib.sha256(tensor_bytes(codebook)).hexdigest()
+
+
+def stored_tensors(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of layer ``name`` under their names in the file; its codebook goes to `codebook_key`."""
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items() if key != "codebook"}
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The metadata of a compressed folder.
+
+    Raises:
+        FourierError: not a model folder, not compressed by this package, or what `Metadata.from_dict` finds.
+    """
+    values = read_config(folder).get("quantization_config")
+    if not isinstance(values, dict) or values.get("quant_method") != "llava_fa":
+        raise FourierError(
+            "this model is not compressed by llava-fa",
+            remedy="Run `llava-fa compress` first",
+            where=str(folder),
+        )
+    try:
+        return Metadata.from_dict(values)
+    except FourierError as error:
+        raise error.at(str(folder / "config.json")) from None
+
+
+def validate(files: Iterable[Path], metadata: Metadata) -> dict[str, Entry]:
+    """Check names, dtypes and shapes of every packed tensor, and the codebooks, against the metadata.
+
+    Reads the headers and the codebooks only; what the tensors contain is for `check_content`.
+
+    Returns:
+        Every tensor of the files by name.
+
+    Raises:
+        FourierError: a file cut short, a tensor missing, of wrong dtype or shape, a codebook that is not the
+            one the model was compressed with.
+    """
+    entries: dict[str, Entry] = {}
+    for path in files:
+        entries.update(read_header(Path(path))[0])
+    for name, record in metadata.layers.items():
+        for key, (dtype, shape) in record.layout.tensors().items():
+            if key == "codebook":
+                _check_codebook(entries, metadata, record.layout.code_bits, name)
+            else:
+                _check_entry(entries, f"{name}.{key}", dtype, shape)
+    return entries
+
+
+def _check_entry(entries: Mapping[str, Entry], key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Entry:
+    if key not in entries:
+        raise FourierError("this tensor is missing from the weight files", remedy=_COMPRESS_AGAIN, where=key)
+    entry = entries[key]
+    if entry.dtype != _SAFETENSORS[dtype] or entry.shape != shape:
+        raise FourierError(
+            f"it is {entry.dtype} {list(entry.shape)}; config.json says {_SAFETENSORS[dtype]} {list(shape)}",
+            remedy="Weights and config.json are of different models; copy the folder again",
+            where=f"{entry.file}: {key}",
+        )
+    return entry
+
+
+def _check_codebook(entries: Mapping[str, Entry], metadata: Metadata, bits: int, layer: str) -> None:
+    entry = _check_entry(entries, codebook_key(bits), torch.bfloat16, (1 << bits, 2))
+    if codebook_digest(entry.read()) != metadata.codebooks.get(bits):
+        raise FourierError(
+            f"the codebook of {bits} bits is not the one that {layer} was compressed with",
+            remedy="Weights and config.json are of different models; copy the folder again",
+            where=f"{entry.file}: {entry.name}",
+        )
+
+
+def check_content(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+    """Check the values of one layer's tensors.
+
+    Raises:
+        FourierError: bits set behind a row's last code or sign (a code out of range: every value of b bits is
+            a code, so this is the only way to be outside), a scale that is NaN, infinite or not positive.
+    """
+    _check_padding(name, "codes", tensors["codes"], layout.coefficients * layout.code_bits)
+    if layout.method == "best":
+        _check_padding(name, "signs", tensors["signs"][None], padded(layout.in_features))
+    for key in (
+        "row_scale",
+        "input_scale",
+        "r_max",
+        "codebook",
+        "left",
+        "right",
+        "left_scale",
+        "right_scale",
+    ):
+        tensor = tensors.get(key)
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        bad = not bool(tensor.isfinite().all())
+        bad = bad or (key == "input_scale" and bool((tensor <= 0).any()))
+        bad = bad or (key in ("row_scale", "r_max") and bool((tensor < 0).any()))
+        if bad:
+            raise FourierError(
+                f"{key} holds a value that is NaN, infinite or out of range",
+                remedy=_COMPRESS_AGAIN,
+                where=name,
+            )
+
+
+def _check_padding(name: str, key: str, packed: Tensor, bits: int) -> None:
+    used = bits % 8
+    if used and bool((packed[:, -1] >> used).any()):
+        row = int((packed[:, -1] >> used).nonzero()[0])
+        raise FourierError(
+            f"{key}: code out of range in row {row}: bits are set behind the last code",
+            remedy=_COMPRESS_AGAIN,
+            where=name,
+        )
+
+
+def read_layer(folder: Path, name: str) -> FourierLinear:
+    """One compressed layer of a folder by itself, without its bias, checked.
+
+    Raises:
+        FourierError: what `read_metadata`, `validate` and `check_content` find, or no such layer.
+    """
+    metadata = read_metadata(folder)
+    if name not in metadata.layers:
+        raise FourierError(
+            f"no compressed layer {name!r}", remedy="`llava-fa inspect` lists them", where=str(folder)
+        )
+    record = metadata.layers[name]
+    entries = validate(weight_files(folder), dataclasses.replace(metadata, layers={name: record}))
+    tensors = {
+        key: entries[codebook_key(record.layout.code_bits) if key == "codebook" else f"{name}.{key}"].read()
+        for key in record.layout.tensors()
+    }
+    check_content(name, record.layout, tensors)
+    layer = FourierLinear.from_tensors(record.layout, tensors)
+    layer.weight_error, layer.output_error = record.weight_error, record.output_error
+    return layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Accounting:
+    """Where the bytes of a compressed checkpoint are.
+
+    Attributes:
+        layers: module name → bits per weight: its packed tensors, neither bias nor shared codebooks.
+        bits_per_weight: of all compressed layers together, shared codebooks included.
+        total_bits_per_weight: of the checkpoint: every tensor, compressed or not, over all parameters.
+        packed_bytes, codebook_bytes, other_bytes: their sum is the bytes of all tensors.
+        dense_bytes: what all tensors would take with every compressed layer in 16 bits.
+    """
+
+    layers: dict[str, float]
+    bits_per_weight: float
+    total_bits_per_weight: float
+    packed_bytes: int
+    codebook_bytes: int
+    other_bytes: int
+    dense_bytes: int
+
+
+def account(entries: Mapping[str, Entry], metadata: Metadata) -> Accounting:
+    """Count every stored byte of validated `entries` (see `validate`)."""
+    layers: dict[str, float] = {}
+    packed, weights, seen = 0, 0, set()
+    for name, record in metadata.layers.items():
+        keys = [f"{name}.{key}" for key in record.layout.tensors() if key != "codebook"]
+        nbytes = sum(entries[key].nbytes for key in keys)
+        count = record.layout.out_features * record.layout.in_features
+        layers[name] = 8 * nbytes / count
+        packed, weights = packed + nbytes, weights + count
+        seen.update(keys)
+    books = [entry for key, entry in entries.items() if key.startswith(f"{MODULE}.")]
+    others = [entry for key, entry in entries.items() if key not in seen and entry not in books]
+    codebook_bytes, other_bytes = sum(e.nbytes for e in books), sum(e.nbytes for e in others)
+    numbers = weights + sum(math.prod(entry.shape) for entry in others)
+    return Accounting(
+        layers=layers,
+        bits_per_weight=8 * (packed + codebook_bytes) / max(weights, 1),
+        total_bits_per_weight=8 * (packed + codebook_bytes + other_bytes) / max(numbers, 1),
+        packed_bytes=packed,
+        codebook_bytes=codebook_bytes,
+        other_bytes=other_bytes,
+        dense_bytes=2 * weights + other_bytes,
+    )
