@@ -1,0 +1,1 @@
+"""How one weight matrix is approximated."""

@@ -1,0 +1,55 @@
+"""How far an approximation is from the matrix, and what it costs to store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def weight_error(weight: Tensor, approximation: Tensor) -> float:
+    """‖W - Ŵ‖_F / ‖W‖_F, both [m, n]; 0 when W and Ŵ are both zero, infinity when only W is."""
+    return _ratio(_energy(weight - approximation), _energy(weight))
+
+
+def output_error(weight: Tensor, approximation: Tensor, moment: Tensor) -> float:
+    """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), E = W - Ŵ: the relative RMS error of y = W x when E[x xᵀ] = H.
+
+    Args:
+        weight, approximation: [m, n].
+        moment: H [n, n], or its diagonal [n] (the rest taken as zero).
+    """
+    return _ratio(quadratic(weight - approximation, moment), quadratic(weight, moment))
+
+
+def quadratic(matrix: Tensor, moment: Tensor) -> float:
+    """tr(A H Aᵀ) for A [m, n] and H [n, n] or diagonal [n]; row blocks, so memory stays a fraction of A."""
+    total = 0.0
+    moment = moment.to(torch.float32)
+    for block in matrix.to(torch.float32).split(1024):
+        weighted = block * moment if moment.ndim == 1 else block @ moment
+        total += float((weighted * block).sum(dtype=torch.float64))
+    return max(total, 0.0)
+
+
+def stored_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors as they are written to disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def bits_per_weight(tensors: Iterable[Tensor], shape: tuple[int, int]) -> float:
+    """8 × every stored byte / (m n): codes, scales, factors, signs, codebook."""
+    return 8 * stored_bytes(tensors) / (shape[0] * shape[1])
+
+
+def _energy(matrix: Tensor) -> float:
+    return sum(
+        float(block.to(torch.float32).square().sum(dtype=torch.float64)) for block in matrix.split(1024)
+    )
+
+
+def _ratio(error: float, reference: float) -> float:
+    if reference == 0:
+        return 0.0 if error == 0 else float("inf")
+    return float((error / reference) ** 0.5)

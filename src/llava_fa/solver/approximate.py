@@ -1,0 +1,176 @@
+"""`llava_fa.approximate`: one weight matrix in, its stored form and its errors out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llava_fa.config import FourierConfig
+from llava_fa.errors import FourierError
+from llava_fa.maths import metrics
+from llava_fa.maths.lowrank import check_rank
+from llava_fa.solver.approximation import Approximation
+from llava_fa.solver.best import input_scales, solve_best
+from llava_fa.solver.paper import solve_paper
+
+
+def approximate(
+    weight: Tensor,
+    config: FourierConfig,
+    second_moment: Tensor | None = None,
+    *,
+    input_scale: Tensor | None = None,
+) -> Approximation:
+    """Approximate W [m, n] (out × in, any float dtype) as `config` says.
+
+    Args:
+        weight: W, finite, 2-D.
+        second_moment: H = E[x xᵀ] [n, n] of the layer's inputs; or its diagonal [n] (for instance γ² of the
+            norm layer in front); or None. How much of it is used is `config.calibration`'s business; the
+            output error is measured under all of it.
+        input_scale: method `best` only: s [n] > 0 to use instead of the one the calibration would choose, so
+            that layers that share an input can share its transform. Rounded to bf16.
+
+    Returns:
+        An `Approximation`. A zero matrix decodes to exact zeros, with error 0.
+
+    Raises:
+        FourierError: anything wrong with an argument; the message does not know the layer's name, the caller
+            adds it with `FourierError.at`.
+    """
+    values = _checked_weight(weight)
+    shape = (values.shape[0], values.shape[1])
+    columns = shape[1] // 2 + 1 if config.method == "paper" else shape[1]
+    check_rank(config.rank, (shape[0], columns))
+    moment = None if second_moment is None else _checked_moment(second_moment, shape[1])
+    notes: tuple[str, ...] = ()
+    if moment is not None and not bool(moment.any()):
+        notes = ("the second moment is all zero and was ignored",)
+        moment = None
+    usable = _usable(config, moment, given=second_moment)
+    # A power of two, so that nothing is rounded: squares of the values stay inside float32.
+    unit = _power_of_two(values)
+    scaled = values / unit
+    if config.method == "paper":
+        if input_scale is not None:
+            raise FourierError(
+                "method 'paper' has no input_scale", remedy="Leave it out, or use method='best'"
+            )
+        tensors, history, more = solve_paper(scaled, config, usable)
+        tensors["r_max"] = tensors["r_max"] * unit
+        _scale_factor(tensors, "left", unit)
+    else:
+        if input_scale is not None:
+            scales = _checked_scale(input_scale, shape[1])
+        elif config.calibration == "none":
+            scales = torch.ones(shape[1])
+        else:
+            scales = input_scales(scaled, usable if usable is None or usable.ndim == 1 else usable.diagonal())
+        tensors, history, more = solve_best(scaled, config, usable, scales)
+        tensors["row_scale"] = tensors["row_scale"] * unit
+        _scale_factor(tensors, "left_scale" if "left_scale" in tensors else "left", unit)
+    result = Approximation(
+        method=config.method,
+        shape=shape,
+        config=config,
+        tensors=tensors,
+        weight_error=math.nan,
+        output_error=None,
+        history=tuple(unit * value for value in history),
+        notes=notes + more,
+    )
+    return _measured(result, values, unit, moment, zero_moment=second_moment is not None and moment is None)
+
+
+def _measured(
+    result: Approximation, values: Tensor, unit: float, moment: Tensor | None, *, zero_moment: bool
+) -> Approximation:
+    decoded = result.dequantize()
+    if not bool(torch.isfinite(decoded).all()):
+        raise FourierError(
+            "the approximation overflows float32", remedy=f"The largest weight is {unit:g}: rescale the layer"
+        )
+    scaled, decoded = values / unit, decoded / unit
+    fields = {
+        name: getattr(result, name) for name in ("method", "shape", "config", "tensors", "history", "notes")
+    }
+    out = None if moment is None else metrics.output_error(scaled, decoded, moment)
+    return Approximation(
+        **fields,
+        weight_error=metrics.weight_error(scaled, decoded),
+        output_error=0.0 if zero_moment else out,
+    )
+
+
+def _checked_weight(weight: Tensor) -> Tensor:
+    if weight.ndim != 2:
+        raise FourierError(f"the weight has shape {tuple(weight.shape)}", remedy="Give a matrix, out × in")
+    if weight.numel() == 0:
+        raise FourierError(f"the weight has shape {tuple(weight.shape)}", remedy="Give a matrix with entries")
+    if not weight.dtype.is_floating_point:
+        raise FourierError(
+            f"the weight is {weight.dtype}", remedy="Give a floating-point matrix, not an encoded one"
+        )
+    values = weight.detach().to(torch.float32)
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise FourierError(f"the weight has {bad} NaN or infinite values", remedy="Repair the checkpoint")
+    return values
+
+
+def _checked_moment(moment: Tensor, n: int) -> Tensor:
+    if tuple(moment.shape) not in ((n,), (n, n)):
+        raise FourierError(
+            f"the second moment has shape {tuple(moment.shape)}",
+            remedy=f"Give [{n}, {n}], or its diagonal [{n}]",
+        )
+    if not moment.dtype.is_floating_point:
+        raise FourierError(f"the second moment is {moment.dtype}", remedy="Give floating-point values")
+    values = moment.detach().to(torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise FourierError(
+            "the second moment has NaN or infinite values", remedy="Look at the calibration data"
+        )
+    diagonal = values if values.ndim == 1 else values.diagonal()
+    if bool((diagonal < 0).any()):
+        raise FourierError(
+            "the second moment has a negative diagonal", remedy="Give E[x xᵀ] of the layer's inputs"
+        )
+    if values.ndim == 2 and float((values - values.T).abs().max()) > 1e-3 * float(values.abs().max()):
+        raise FourierError("the second moment is not symmetric", remedy="Give E[x xᵀ] of the layer's inputs")
+    return values / max(float(diagonal.mean()), torch.finfo(torch.float32).tiny)
+
+
+def _checked_scale(scale: Tensor, n: int) -> Tensor:
+    values = scale.detach().to(torch.bfloat16).to(torch.float32)
+    if tuple(values.shape) != (n,) or not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise FourierError(
+            "input_scale is not a vector of positive numbers", remedy=f"Give [{n}] values above zero"
+        )
+    return values
+
+
+def _usable(config: FourierConfig, moment: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """The part of the statistic that the configuration allows the solver to see."""
+    if config.calibration == "feedback" and (given is None or given.ndim == 1):
+        raise FourierError(
+            "calibration 'feedback' needs the whole second moment [n, n]",
+            remedy="Give calibration data, or use calibration='auto'",
+        )
+    if config.calibration == "none" or moment is None:
+        return None
+    if config.method == "best" and config.calibration == "diagonal" and moment.ndim == 2:
+        return moment.diagonal().contiguous()
+    return moment
+
+
+def _power_of_two(values: Tensor) -> float:
+    largest = float(values.abs().max())
+    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+
+
+def _scale_factor(tensors: dict[str, Tensor], name: str, unit: float) -> None:
+    if name in tensors:
+        tensors[name] = tensors[name] * unit

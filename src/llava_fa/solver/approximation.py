@@ -1,0 +1,113 @@
+"""What solving one layer returns: plain tensors in their stored form, and how good they are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from llava_fa.config import FourierConfig
+from llava_fa.maths import bitpack, dft, metrics, polar
+
+
+@dataclasses.dataclass(frozen=True)
+class Approximation:
+    """One weight matrix, approximated; the tensors are exactly what a checkpoint stores.
+
+    Attributes:
+        method: "best" or "paper".
+        shape: (m, n), out × in.
+        config: what it was made with.
+        tensors: stored name → tensor (docs/format.md).
+        weight_error: ‖W - Ŵ‖_F / ‖W‖_F.
+        output_error: sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), None without a second moment.
+        history: objective after each iteration of the solver (paper: ε_t of Algorithm 1).
+        notes: what the user should know, such as a raised damping.
+    """
+
+    method: str
+    shape: tuple[int, int]
+    config: FourierConfig
+    tensors: dict[str, Tensor]
+    weight_error: float
+    output_error: float | None
+    history: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Every stored byte of the layer, its codebook included, in bits / (m n)."""
+        return metrics.bits_per_weight(self.tensors.values(), self.shape)
+
+    def dequantize(self) -> Tensor:
+        """Ŵ, float32 [m, n], from the stored tensors alone."""
+        return (dequantize_paper if self.method == "paper" else dequantize_best)(
+            self.tensors, self.config, self.shape
+        )
+
+
+def dequantize_best(tensors: dict[str, Tensor], config: FourierConfig, shape: tuple[int, int]) -> Tensor:
+    """Ŵ = (row_scale ⊙ codebook[codes]) T diag(1/s) + L1 L2, float32 [m, n]."""
+    n = shape[1]
+    size = dft.padded(n)
+    signs = unpack_signs(tensors["signs"], size)
+    codebook, row_scale = tensors["codebook"].to(torch.float32), tensors["row_scale"].to(torch.float32)
+    inverse = 1 / tensors["input_scale"].to(torch.float32)
+    out = torch.empty(shape, dtype=torch.float32, device=row_scale.device)
+    for start in range(0, shape[0], 1024):  # in row blocks: the transform works on copies
+        rows = slice(start, start + 1024)
+        codes = bitpack.unpack(tensors["codes"][rows], config.code_bits, size // 2)
+        coefficients = codebook[codes].flatten(1) * row_scale[rows, None]
+        out[rows] = dft.packed_idft(coefficients, signs, n) * inverse
+    if "left" in tensors:
+        left, right = factors(tensors)
+        out.addmm_(left, right)
+    return out
+
+
+def dequantize_paper(tensors: dict[str, Tensor], config: FourierConfig, shape: tuple[int, int]) -> Tensor:
+    """Ŵ = irfft2(Q~ + L1~ L2~), float32 [m, n]."""
+    amplitude_bits, phase_bits = paper_bits(config)
+    codes = bitpack.unpack(tensors["codes"], amplitude_bits + phase_bits, shape[1] // 2 + 1)
+    spectrum = polar.polar_dequant(codes, tensors["r_max"], amplitude_bits, phase_bits)
+    if "left" in tensors:
+        spectrum = spectrum + from_pairs(tensors["left"]) @ from_pairs(tensors["right"])
+    return dft.from_half_spectrum(spectrum, shape[1])
+
+
+def factors(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """L1 [m, r], L2 [r, n] in float32 as stored by `best`; int8 factors carry one scale per rank-one term and
+    side.
+    """
+    left, right = tensors["left"].to(torch.float32), tensors["right"].to(torch.float32)
+    if "left_scale" in tensors:
+        left = left * tensors["left_scale"].to(torch.float32)
+        right = right * tensors["right_scale"].to(torch.float32)[:, None]
+    return left, right
+
+
+def pack_signs(signs: Tensor) -> Tensor:
+    """±1 [size] → uint8 [ceil(size/8)], bit 1 = minus."""
+    return bitpack.pack((signs < 0).to(torch.int32), 1)
+
+
+def unpack_signs(packed: Tensor, size: int) -> Tensor:
+    """The inverse of `pack_signs`: float32 ±1 [size]."""
+    return 1.0 - 2.0 * bitpack.unpack(packed, 1, size).to(torch.float32)
+
+
+def to_pairs(z: Tensor) -> Tensor:
+    """complex [a, b] → bf16 [a, b, 2]."""
+    return torch.view_as_real(z.resolve_conj()).to(torch.bfloat16).contiguous()
+
+
+def from_pairs(pairs: Tensor) -> Tensor:
+    """The inverse of `to_pairs`, complex64."""
+    return torch.view_as_complex(pairs.to(torch.float32).contiguous())
+
+
+def paper_bits(config: FourierConfig) -> tuple[int, int]:
+    """b_r, b_θ; a checked paper config always has both."""
+    assert config.amplitude_bits is not None and config.phase_bits is not None
+    return config.amplitude_bits, config.phase_bits

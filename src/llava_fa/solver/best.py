@@ -1,0 +1,190 @@
+"""Method `best`: W ≈ (row_scale ⊙ codebook[codes]) T diag(1/s) + L1 L2 (docs/method.md).
+
+Order of events: input scales s from the diagonal; random signs and the DFT of W diag(s); one scale a row;
+codes, the nearest ones or with error feedback under H' = T diag(1/s) H diag(1/s) Tᵀ. Every quantity is
+rounded to its stored dtype before anything that depends on it is chosen, so that what was optimised is what
+is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_fa.config import FourierConfig
+from llava_fa.maths import bitpack, dft
+from llava_fa.maths.lowrank import weighted_low_rank
+from llava_fa.maths.nearest import NearestCode, nearest_code
+from llava_fa.solver import feedback
+from llava_fa.solver.approximation import factors, pack_signs
+
+# A column or an input that is (almost) never used must not drive its scale to extremes: mean powers are
+# raised to this share of their average first.
+_FLOOR = 1e-4
+# Alternation between factors and codes stops when it gains less than this share of the loss.
+_LEAST_GAIN = 2e-3
+
+
+def input_scales(weight: Tensor, power: Tensor | None) -> Tensor:
+    """s_j = (H_jj / mean_i W_ij²)^¼ with geometric mean 1, rounded to bf16: float32 [n].
+
+    x is divided by s, column j of W multiplied. Transformed errors are equally large in every column, so the
+    output error is Σ_j H_jj/s_j² · Σ_j s_j² mean_i W_ij², least (Cauchy-Schwarz) at this s (method.md fact
+    6).
+
+    Args:
+        weight: [m, n].
+        power: H_jj = E[x_j²] [n]; None takes 1, which minimises the weight error.
+    """
+    columns = _floored(weight.square().mean(dim=0, dtype=torch.float64))
+    inputs = torch.ones_like(columns) if power is None else _floored(power.to(torch.float64))
+    log = (inputs.log() - columns.log()) / 4
+    return (log - log.mean()).exp().to(torch.bfloat16).to(torch.float32)
+
+
+def solve_best(
+    weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor
+) -> tuple[dict[str, Tensor], tuple[float, ...], tuple[str, ...]]:
+    """Stored tensors, the loss after each alternation, and notes.
+
+    Args:
+        weight: finite float32 [m, n].
+        moment: what may be used: H [n, n] (feedback), its diagonal [n], or None.
+        scales: s, float32 [n], exactly representable in bf16.
+    """
+    problem = _Problem(weight, config, moment, scales)
+    history: list[float] = []
+    if config.rank == 0:
+        codes, row_scale = problem.quantise(problem.target, config.refine_passes)
+        best: dict[str, Tensor] = {}
+    else:
+        best, history = _alternate(problem, config)
+        codes, row_scale = problem.quantise(problem.target - problem.transformed(best), config.refine_passes)
+    tensors = {
+        "codes": bitpack.pack(codes, config.code_bits),
+        "row_scale": row_scale.to(torch.bfloat16),
+        "input_scale": scales.to(torch.bfloat16),
+        "signs": pack_signs(problem.signs),
+        "codebook": problem.search.codebook.to(torch.bfloat16),
+        **best,
+    }
+    return tensors, tuple(history), problem.notes
+
+
+def _alternate(problem: _Problem, config: FourierConfig) -> tuple[dict[str, Tensor], list[float]]:
+    """Factors for what the codes leave over, codes for what the factors leave over; the best factors are
+    kept.
+    """
+    history: list[float] = []
+    best: dict[str, Tensor] = {}
+    rest = problem.target
+    for _ in range(config.iterations):
+        stored = problem.fit_factors(rest)
+        part = problem.transformed(stored)
+        codes, row_scale = problem.quantise(problem.target - part, 0)
+        quantised = problem.decode(codes, row_scale)
+        history.append(problem.loss(problem.target - part - quantised))
+        if len(history) == 1 or history[-1] < min(history[:-1]):
+            best = stored
+        if len(history) > 1 and history[-1] > (1 - _LEAST_GAIN) * min(history[:-1]):
+            break
+        rest = problem.target - quantised
+    return best, history
+
+
+class _Problem:
+    """One layer in the transformed domain: A = W diag(s) Tᵀ [m, N] and the norm its error is measured in."""
+
+    def __init__(self, weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor) -> None:
+        self.config, self.scales, self.n = config, scales, weight.shape[1]
+        self.search: NearestCode = nearest_code(config.code_bits)
+        self.signs = dft.random_signs(self.n, config.seed)
+        self.target = dft.packed_dft(weight * scales, self.signs)
+        self.notes: tuple[str, ...] = ()
+        self.weights: Tensor | None = None  # of each input's error, when only a diagonal is known
+        self.moment: Tensor | None = None  # H' + δI, when all of it is
+        if moment is None:
+            return
+        if moment.ndim == 1:
+            self.weights = _floored(moment).sqrt()
+            return
+        self.moment = dft.transform_moment(moment / scales[:, None] / scales, self.signs)
+        self.root, self.notes = feedback.damped_root(self.moment, config.damping)
+        self.unit = feedback.unit_upper(self.root)
+        self.moment.diagonal().add_(config.damping * float(self.moment.diagonal().mean()))
+
+    def quantise(self, target: Tensor, refine_passes: int) -> tuple[Tensor, Tensor]:
+        """Codes int32 [m, N/2] and row scales float32 [m] (bf16 values); a row of zeros has scale 0."""
+        row_scale = target.square().mean(dim=1).sqrt().to(torch.bfloat16).to(torch.float32)
+        inverse = torch.where(row_scale > 0, 1 / row_scale, torch.zeros_like(row_scale))
+        if self.moment is None:
+            return self._nearest(target, inverse), row_scale
+        rows = (target * inverse[:, None]).T.contiguous()
+        codes, error = feedback.round_with_feedback(rows, self.unit, self.search)
+        for _ in range(refine_passes):
+            if feedback.refine(codes, error, self.moment, self.search) == 0:
+                break
+        return codes.T.contiguous(), row_scale
+
+    def _nearest(self, target: Tensor, inverse: Tensor) -> Tensor:
+        codes = torch.empty(target.shape[0], target.shape[1] // 2, dtype=torch.int32)
+        step = max(1, (1 << 20) // target.shape[1])
+        for start in range(0, target.shape[0], step):
+            block = target[start : start + step] * inverse[start : start + step, None]
+            codes[start : start + step] = self.search(block[:, 0::2], block[:, 1::2])
+        return codes
+
+    def decode(self, codes: Tensor, row_scale: Tensor) -> Tensor:
+        """Q [m, N] in the transformed domain."""
+        return self.search.codebook[codes].flatten(1) * row_scale[:, None]
+
+    def loss(self, error: Tensor) -> float:
+        """The weighted squared norm of an error [m, N]."""
+        if self.moment is not None:
+            return float((error @ self.root).square().sum(dtype=torch.float64))
+        return float((self._spatial(error) * self._weight_or_one()).square().sum(dtype=torch.float64))
+
+    def fit_factors(self, rest: Tensor) -> dict[str, Tensor]:
+        """The weighted low-rank fit to what the codes leave, as stored (see `factors`)."""
+        rank, seed = self.config.rank, self.config.seed
+        if self.moment is not None:
+            left, right = weighted_low_rank(rest, rank, self.root, seed=seed)
+            right = self._spatial(right)
+        else:
+            left, right = weighted_low_rank(self._spatial(rest), rank, self.weights, seed=seed)
+        if self.config.factor_dtype == "bf16":
+            return {"left": left.to(torch.bfloat16), "right": right.to(torch.bfloat16)}
+        left_codes, left_scale = _int8(left, dim=0)
+        right_codes, right_scale = _int8(right, dim=1)
+        return {
+            "left": left_codes,
+            "left_scale": left_scale,
+            "right": right_codes,
+            "right_scale": right_scale,
+        }
+
+    def transformed(self, stored: dict[str, Tensor]) -> Tensor:
+        """The stored low-rank part in the transformed domain [m, N]."""
+        left, right = factors(stored)
+        return left @ dft.packed_dft(right * self.scales, self.signs)
+
+    def _spatial(self, transformed: Tensor) -> Tensor:
+        return dft.packed_idft(transformed, self.signs, self.n) / self.scales
+
+    def _weight_or_one(self) -> Tensor:
+        return torch.ones(()) if self.weights is None else self.weights
+
+
+def _int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one bf16 scale per slice along `dim` reduced; the scale is rounded before the
+    codes.
+    """
+    scale = (matrix.abs().amax(dim=dim, keepdim=True) / 127).to(torch.bfloat16)
+    step = scale.to(torch.float32)
+    codes = torch.where(step > 0, matrix / step, torch.zeros_like(matrix)).round().clamp_(-127, 127)
+    return codes.to(torch.int8), scale.flatten()
+
+
+def _floored(power: Tensor) -> Tensor:
+    mean = power.mean()
+    return power.clamp(min=_FLOOR * float(mean)) if mean > 0 else torch.ones_like(power)

@@ -1,0 +1,123 @@
+"""Rounding a matrix to codes so that the errors of its columns cancel in the output.
+
+Everything here works on rows already divided by their scale and transposed: A [N, m], N/2 consecutive pairs
+of rows of A being the complex coefficients. Rows of the weight are independent, so they are only ever a batch
+dimension. The loss is tr(Eᵀ H E) with E = A - Q [N, m] and H [N, N] the transformed second moment.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_fa.errors import FourierError
+from llava_fa.maths.nearest import NearestCode
+
+# Columns per block: corrections within a block are small products, those between blocks one GEMM.
+_BLOCK = 128
+
+
+def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
+    """Upper triangular R [N, N] float32 with R Rᵀ = H + δI, δ = damping × mean diagonal, by a float64
+    Cholesky.
+
+    R Rᵀ with R upper is the Cholesky of H in reversed order: it hands the feedback its coefficients without
+    ever inverting H. When it fails, damping is raised tenfold, up to 1, and a note says so.
+
+    Raises:
+        FourierError: not positive semi-definite even with damping 1.
+    """
+    size = moment.shape[0]
+    mean = float(moment.diagonal().mean(dtype=torch.float64))
+    notes: tuple[str, ...] = ()
+    while True:
+        flipped = moment.flip(0, 1).to(torch.float64)
+        flipped.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            return lower.flip(0, 1).to(torch.float32), notes
+        if damping >= 1:
+            raise FourierError(
+                f"the second moment [{size}, {size}] is not positive semi-definite",
+                remedy="Give H = E[x xᵀ] of the layer's inputs, accumulated in float32 or wider",
+            )
+        damping = min(10 * damping, 1.0)
+        notes = (f"damping raised to {damping:g}",)
+
+
+def unit_upper(root: Tensor) -> Tensor:
+    """M = R blkdiag(R_pp)⁻¹ [N, N]: the unit upper factor of H = M D Mᵀ in 2×2 blocks."""
+    size = root.shape[0]
+    pair = torch.arange(size // 2, device=root.device)
+    blocks = root.view(size // 2, 2, size // 2, 2)[pair, :, pair, :]
+    return torch.einsum("rpa,pab->rpb", root.view(size, size // 2, 2), torch.linalg.inv(blocks)).reshape(
+        size, size
+    )
+
+
+def round_with_feedback(target: Tensor, unit: Tensor, search: NearestCode) -> tuple[Tensor, Tensor]:
+    """Codes int32 [N/2, m] and errors E [N, m] of greedy rounding with linear feedback.
+
+    With H = M D Mᵀ the loss is Σ_p ‖E_p + Σ_{j<p} E_j M_jp‖²_{D_p}: pair p is rounded from A_p + Σ_{j<p} E_j
+    M_jp (LDLQ, Chee et al. 2023, here with 2×2 blocks; the same solution as GPTQ, Frantar et al. 2022).
+
+    Args:
+        target: A [N, m], contiguous.
+        unit: M of `unit_upper`.
+    """
+    size, rows = target.shape
+    error = torch.empty_like(target)
+    codes = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
+    transposed = unit.T.contiguous()
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        work = target[start:stop]
+        if start:
+            work = torch.addmm(work, transposed[start:stop, :start], error[:start])
+        for at in range(start, stop, 2):
+            aim = work[at - start : at - start + 2]
+            if at > start:
+                aim = torch.addmm(aim, transposed[at : at + 2, start:at], error[start:at])
+            code = search(aim[0], aim[1])
+            codes[at // 2] = code
+            torch.sub(target[at : at + 2], search.points(code), out=error[at : at + 2])
+    return codes, error
+
+
+def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) -> int:
+    """One pass of coordinate descent over all pairs, in place; returns how many codes changed.
+
+    With every other pair fixed, pair p's best real value is A_p + H_pp⁻¹ Σ_{j≠p} H_pj E_j; the code nearest
+    to it replaces the old one where that lowers the loss (in the metric of H_pp), so the loss never rises.
+    """
+    size = error.shape[0]
+    changed = 0
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        gradient = moment[start:stop] @ error
+        moved = torch.zeros_like(gradient)
+        for at in range(start, stop, 2):
+            here = slice(at, at + 2)
+            block = moment[here, here]
+            old = error[here].clone()
+            old_points = search.points(codes[at // 2])
+            pull = gradient[at - start : at - start + 2]
+            if at > start:
+                pull = torch.addmm(pull, moment[here, start:at], moved[: at - start])
+            shift = torch.linalg.solve(block, pull)  # H_pp⁻¹ (Σ_{j≠p} H_pj E_j) + E_p
+            aim = old_points + shift
+            code = search(aim[0], aim[1])
+            points = search.points(code)
+            before, after = shift, aim - points
+            better = (after * (block @ after)).sum(0) < (before * (block @ before)).sum(0)
+            step = torch.where(better, old_points - points, torch.zeros_like(old_points))
+            codes[at // 2] = torch.where(better, code, codes[at // 2])
+            torch.add(old, step, out=error[here])
+            moved[at - start : at - start + 2] = step
+            changed += int(better.sum())
+    return changed
+
+
+def loss(error: Tensor, root: Tensor) -> Tensor:
+    """Σ over pairs of the loss of each weight row: ‖Rᵀ E‖² by column, float64 [m]."""
+    return (root.T @ error).square().sum(0, dtype=torch.float64)
