@@ -1,0 +1,125 @@
+"""Training batches: one picture, many questions, each of which sees the picture and itself but not its neighbours.
+
+The picture's tokens are shared by all questions of a sequence, so they are paid for once; the attention mask and the
+position ids make every question see exactly what it would see alone. On two cores this is the difference between
+24 and about 200 answered questions a second.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from llava_fa.world.model import ASSISTANT, END, IMAGE, USER
+from llava_fa.world.questions import TASKS, Question, ask
+from llava_fa.world.render import GRID, patch_labels, render
+from llava_fa.world.scene import Split, sample_scene, scene_rng
+
+PREFIX = 1 + GRID * GRID
+"""Tokens that all questions share: the user mark and the picture."""
+
+IGNORED = -100
+TASK_NAMES = tuple(TASKS)
+
+
+class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Batch number i, the same on every machine and in every process.
+
+    Args:
+        tokenizer: the tiny model's.
+        split, seed: which pictures; see `llava_fa.world.scene.sample_scene`.
+        batch: pictures in a batch.
+        text: tokens for questions and answers in a sequence; 0 leaves the questions out (vision only).
+        start, stop: the batch numbers that `len` and `__getitem__` span.
+        tasks: the families of questions to ask.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        split: Split,
+        seed: int,
+        batch: int,
+        text: int,
+        start: int,
+        stop: int,
+        tasks: tuple[str, ...] = TASK_NAMES,
+    ) -> None:
+        self.split, self.seed, self.batch, self.text = split, seed, batch, text
+        self.start, self.stop, self.tasks = start, stop, tasks
+        self.prefix = tokenizer.convert_tokens_to_ids([USER] + [IMAGE] * (GRID * GRID))
+        self.marks = tuple(tokenizer.convert_tokens_to_ids([ASSISTANT, END]))
+        self.pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        self.encode = functools.lru_cache(maxsize=100_000)(
+            lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
+        )
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        first = (self.start + number) * self.batch
+        rows = [self._row(first + i) for i in range(self.batch)]
+        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (self[i] for i in range(len(self)))
+
+    def _row(self, index: int) -> dict[str, np.ndarray[Any, Any]]:
+        rng = scene_rng(self.split, self.seed, index)
+        scene = sample_scene(rng, self.split)
+        labels = patch_labels(scene)
+        row = {"pixels": np.asarray(render(scene, rng)).transpose(2, 0, 1), **vars(labels)}
+        if self.text:
+            row |= self._pack(self._questions(scene, rng))
+        return row
+
+    def _questions(self, scene: Any, rng: Any) -> Iterator[Question]:
+        for _ in range(40):
+            asked = ask(rng.choice(self.tasks), scene, rng, self.split)
+            # one rotation is enough to learn from; both halves of a pair show what tells them apart
+            yield from asked[:1] if asked and asked[0].task == "choice" else asked
+
+    def _pack(self, questions: Iterator[Question]) -> dict[str, np.ndarray[Any, Any]]:
+        length = PREFIX + self.text
+        ids = np.full(length, self.pad)
+        target = np.full(length, IGNORED)
+        segment = np.zeros(length, np.int64)
+        position = np.arange(length)
+        task = np.zeros(length, np.int64)
+        ids[:PREFIX] = self.prefix
+        at, number = PREFIX, 0
+        for question in questions:
+            asked = (*self.encode(question.text), self.marks[0])
+            answer = (*self.encode(f" {question.answer}"), self.marks[1])
+            end = at + len(asked) + len(answer)
+            if end > length:
+                break
+            number += 1
+            ids[at:end] = asked + answer
+            target[at + len(asked) - 1 : end - 1] = answer  # shifted: what each position has to predict
+            segment[at:end] = number
+            task[at:end] = TASK_NAMES.index(question.task)
+            position[at:end] = PREFIX + np.arange(end - at)
+            at = end
+        segment[at:] = -1
+        return {"ids": ids, "target": target, "segment": segment, "position": position, "task": task}
+
+
+def attention_mask(segment: torch.Tensor) -> torch.Tensor:
+    """Additive mask [batch, 1, length, length], float32: causal, the picture for all, each question for itself.
+
+    Args:
+        segment: int64 [batch, length]; 0 marks the shared prefix, n ≥ 1 the n-th question, -1 padding.
+    """
+    length = segment.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+    same = segment[:, :, None] == segment[:, None, :]
+    visible = causal & (same | (segment[:, None, :] == 0))
+    return torch.zeros(visible.shape, device=segment.device).masked_fill_(~visible, float("-inf"))[:, None]
