@@ -1,8 +1,8 @@
 """The format of a compressed checkpoint: its metadata, the names of its tensors, its checks (docs/format.md).
 
-A compressed folder is an ordinary Hugging Face folder. ``config.json`` carries, under ``quantization_config``,
-what `Metadata` holds; the safetensors files carry, for every layer, one tensor per entry of `Layout.tensors` under
-``<module name>.<tensor>``, except the codebook, which is stored once per code size under `codebook_key`.
+A compressed folder is an ordinary Hugging Face folder. ``config.json`` carries, as ``quantization_config``,
+what `Metadata` holds; the safetensors files carry, for every layer, one tensor per entry of `Layout.tensors`
+under ``<module name>.<tensor>``, except the codebook, stored once per code size under `codebook_key`.
 Module names are those of the model class in transformers, not older saved names.
 """
 

@@ -1,0 +1,200 @@
+"""Which modules of a model are compressed, which are not and why; the exchange of one for another."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from llava_fa.errors import FourierError
+from llava_fa.nn.fourier_linear import FourierLinear
+
+SMALLEST_SIDE = 16
+"""Layers with fewer rows or columns stay as they are: scales alone would cost a bit a weight per side."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What becomes of every module with weights.
+
+    Attributes:
+        layers: names of the linear modules to compress, in the model's order.
+        not_compressed: name of a module (or of a parameter its module owns) → reason.
+    """
+
+    layers: tuple[str, ...]
+    not_compressed: dict[str, str]
+
+
+def classify(model: nn.Module, skip: Sequence[str] = (), only: Sequence[str] = ()) -> Plan:
+    """Decide for every module of a model (on any device, meta included) whether it is compressed.
+
+    Compressed is every plain `torch.nn.Linear` with both sides ≥ `SMALLEST_SIDE`, whatever part of the model
+    it is in, unless it is the output embedding or patterns say otherwise.
+
+    Args:
+        skip, only: patterns, see `resolve`.
+
+    Raises:
+        FourierError: a pattern that matches no module, or patterns that leave nothing to compress.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    skipped = resolve(skip, names, "skip")
+    wanted = resolve(only, names, "only") if only else None
+    head, tied = _output_embedding(model), _tied(model)
+    layers: list[str] = []
+    rest: dict[str, str] = {}
+    parents = dict(model.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            inside = parents[name.rpartition(".")[0]] if name else None
+            reason = _why_not(name, module, inside, head, tied)
+            if reason is None and name in skipped:
+                reason = f"skipped by pattern {skipped[name]!r}"
+            if reason is None and wanted is not None and name not in wanted:
+                reason = "outside the patterns of only"
+            if reason is None:
+                layers.append(name)
+            else:
+                rest[name] = reason
+        elif isinstance(module, FourierLinear):
+            rest[name] = "compressed already"
+        else:
+            rest.update(_other(name, module))
+    if not layers:
+        what = (
+            "no layer is left to compress"
+            if skip or only
+            else "the model has no layer that can be compressed"
+        )
+        raise FourierError(
+            what, remedy="Check skip and only" if skip or only else "Give a model with linear layers"
+        )
+    return Plan(tuple(layers), rest)
+
+
+def _why_not(
+    name: str, module: nn.Linear, parent: nn.Module | None, head: nn.Module | None, tied: set[str]
+) -> str | None:
+    if f"{name}.weight" in tied:
+        return "output embedding, tied to the input embedding" if module is head else "tied to another weight"
+    if module is head or name.rpartition(".")[2] == "lm_head":
+        return "output embedding"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "inside torch.nn.MultiheadAttention, which reads the weight itself"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a linear layer with a forward of its own"
+    if min(module.out_features, module.in_features) < SMALLEST_SIDE:
+        return f"too small: {module.out_features}×{module.in_features}, one side is under {SMALLEST_SIDE}"
+    return None
+
+
+def _other(name: str, module: nn.Module) -> dict[str, str]:
+    """Reasons for a module that is no linear layer, and has parameters of its own."""
+    own = dict(module.named_parameters(recurse=False))
+    if not own:
+        return {}
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return {name: "embedding"}
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return {name: "convolution"}
+    if "norm" in kind.lower():
+        return {name: "normalisation"}
+    reasons = {}
+    for key, parameter in own.items():
+        full = f"{name}.{key}" if name else key
+        if parameter.ndim == 3 and parameter.shape[0] > 1:
+            shape = "×".join(map(str, parameter.shape))
+            reasons[full] = f"fused experts: one parameter of shape {shape} in {kind}"
+        else:
+            reasons[full] = f"a parameter of {kind}, not of a linear layer"
+    return reasons
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Names of parameters that share their tensor with another, by transformers' rules or in fact."""
+    rules = getattr(model, "all_tied_weights_keys", None)
+    tied = {*rules.keys(), *rules.values()} if isinstance(rules, dict) else set()
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(parameter), name)
+        if first != name:
+            tied |= {first, name}
+    return tied
+
+
+def resolve(patterns: Iterable[str], names: Sequence[str], option: str) -> dict[str, str]:
+    """Module name → the pattern that covers it.
+
+    A pattern is a name, which also covers everything below it, or has the wildcards of `fnmatch`, which then
+    apply to whole names (and to everything below those). Names may be given as the model has them, without the
+    leading ``model.``, or as older checkpoints save them (``language_model.model.layers.0``); a trailing
+    ``.weight`` is dropped.
+
+    Raises:
+        FourierError: a pattern matches nothing; the message lists the closest names.
+    """
+    spelled = {name: spellings(name) for name in names}
+    covered: dict[str, str] = {}
+    for pattern in patterns:
+        asked = pattern.removesuffix(".weight").rstrip(".")
+        found = [name for name, forms in spelled.items() if any(_covers(asked, form) for form in forms)]
+        if not found:
+            raise FourierError(
+                f"{option} pattern {pattern!r} matches no module", remedy=_advice(asked, names)
+            )
+        for name in found:
+            covered.setdefault(name, pattern)
+    return covered
+
+
+def _covers(pattern: str, name: str) -> bool:
+    return (
+        name == pattern
+        or name.startswith(f"{pattern}.")
+        or fnmatchcase(name, pattern)
+        or fnmatchcase(name, f"{pattern}.*")
+    )
+
+
+def _advice(pattern: str, names: Sequence[str]) -> str:
+    short = {name.removeprefix("model."): name for name in names}
+    close = difflib.get_close_matches(pattern.removeprefix("model.").strip("*."), short, n=3, cutoff=0.5)
+    ending = [name for name in names if name.endswith(f".{pattern.strip('*.')}")][:1]
+    hint = [f"*.{pattern.strip('*.')}"] if ending else []
+    if not close and not hint:
+        close = sorted({".".join(name.split(".")[:2]) for name in names})[:6]
+        return f"Modules are, for instance, {', '.join(close)}"
+    return f"Did you mean {' or '.join([*hint, *(short[name] for name in close)])}?"
+
+
+def spellings(name: str) -> set[str]:
+    """All names one module goes by: in the model, without ``model.``, and as older checkpoints save it."""
+    base = name.removeprefix("model.")
+    forms = {name, base}
+    if base != "lm_head" and "." in base:
+        forms.add(f"model.{base}")
+    if base.startswith("language_model."):
+        forms.add(f"language_model.model.{base.removeprefix('language_model.')}")
+    if base == "lm_head":
+        forms.add("language_model.lm_head")
+    if base.startswith("vision_tower."):
+        inner = base.removeprefix("vision_tower.").removeprefix("vision_model.")
+        for tower in ("vision_tower", "vision_tower.vision_model"):
+            forms |= {f"{tower}.{inner}", f"model.{tower}.{inner}"}
+    return forms
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``name`` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
