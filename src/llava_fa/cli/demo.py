@@ -1,0 +1,117 @@
+"""`llava-fa demo`: the main job on the embedded model, from checkpoint to one table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llava_fa.cli.eval import counting
+from llava_fa.cli.output import layer_progress, print_json, size, stderr, stdout
+from llava_fa.errors import FourierError
+
+METHODS = ("best", "paper")
+BITS = (4.0, 3.0, 2.0)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the compressed models and `demo.json`.")] = Path("demo-out"),
+    model: Annotated[str, typer.Option(help="Which model; any that `compress` takes.")] = "tiny",
+    limit: Annotated[int, typer.Option(min=9, help="About how many held-out questions.")] = 900,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of questions and calibration samples.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Compress the embedded model by both methods at 4, 3 and 2 bits, evaluate, and print one table.
+
+    The folder is made anew: the compressed models of an earlier demo in it are replaced.
+    """
+    from llava_fa.hub.source import resolve_model
+
+    resolve_model(model)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FourierError(str(error.strerror), remedy="Give a writable folder", where=str(out)) from None
+    rows = [{"name": "original", **_evaluate(model, limit, seed), **_original(model)}]
+    for row in _compressed(model, out, limit, samples, seed):
+        rows.append(row)
+    result = {"model": model, "seed": seed, "questions": rows[0]["questions"], "rows": rows}
+    (out / "demo.json").write_text(json.dumps(result, indent=1))
+    if json_output:
+        print_json(result)
+        return
+    stdout().print(table(rows))
+    best = out / "best-2bit"
+    stdout().print(f"\nThe models are in {out}. Try: llava-fa inspect {best}", highlight=False)
+
+
+def _compressed(model: str, out: Path, limit: int, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    from llava_fa import FourierConfig, compress
+    from llava_fa.world.samples import calibration_samples
+
+    calibration = calibration_samples(count, seed)
+    for method in METHODS:
+        for bits in BITS:
+            name = f"{method}-{bits:g}bit"
+            stderr().print(f"[bold]{name}[/]")
+            shutil.rmtree(out / name, ignore_errors=True)
+            with layer_progress() as progress:
+                report = compress(
+                    model, out / name, FourierConfig(method=method, bits=bits), calibration, fresh=True, progress=progress
+                )
+            worst = report.worst
+            yield {
+                "name": name,
+                **_evaluate(out / name, limit, seed),
+                "bits_per_weight": report.bits_per_weight,
+                "bytes": report.compressed_bytes,
+                "worst_layer": worst and worst.name,
+                "worst_error": worst and (worst.output_error if worst.output_error is not None else worst.weight_error),
+                "compress_seconds": report.seconds,
+            }
+
+
+def _original(model: str) -> dict[str, Any]:
+    from llava_fa.hub.source import open_source, resolve_model
+
+    source = open_source(resolve_model(model))
+    return {"bits_per_weight": 16.0, "bytes": source.nbytes, "worst_layer": None, "worst_error": None}
+
+
+def _evaluate(model: str | Path, limit: int, seed: int) -> dict[str, Any]:
+    from llava_fa.eval.runner import evaluate_world
+    from llava_fa.hub.loading import load
+
+    loaded, processor = load(model)
+    with counting(f"answering with {model}") as progress:
+        result = evaluate_world(loaded, processor, limit=limit, seed=seed, progress=progress)
+    del result["answers"]
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    """One row a model: bits, size, accuracy, each task, and the layer that suffered most."""
+    from rich.table import Table
+
+    shown = Table(title=f"{rows[0]['questions']} held-out questions, scores in %", title_justify="left")
+    shown.add_column("model", no_wrap=True)
+    tasks = list(rows[0]["tasks"])
+    for heading in ("bits/weight", "size", "accuracy", *(task[:9] for task in tasks)):
+        shown.add_column(heading, justify="right")
+    shown.add_column("worst layer (error)", overflow="fold")
+    for row in rows:
+        worst = f"{row['worst_layer']} ({row['worst_error']:.3f})" if row["worst_layer"] else ""
+        shown.add_row(
+            row["name"],
+            f"{row['bits_per_weight']:.2f}",
+            size(row["bytes"]),
+            f"{100 * row['accuracy']:.1f}",
+            *(f"{100 * row['tasks'][task]['score']:.0f}" for task in tasks),
+            worst,
+        )
+    return shown

@@ -1,0 +1,83 @@
+"""`llava-fa world`: look at the generated world, and train the tiny model in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llava_fa.cli.output import command, print_json, stderr, stdout
+from llava_fa.errors import FourierError
+
+world = typer.Typer(help="The generated world: sample its pictures and questions, train the tiny model.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def sample(
+    out: Annotated[Path, typer.Argument(help="Folder for the pictures and their questions (LLaVA-format JSON).")],
+    count: Annotated[int, typer.Option(min=1, help="About how many questions, shared equally by the tasks.")] = 45,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Write pictures, ``questions.json`` in the LLaVA format, and ``overview.png`` with all of it at a glance."""
+    if split not in ("train", "validation", "test"):
+        raise typer.BadParameter(f"{split!r} is not one of train, validation, test", param_hint="--split")
+    from llava_fa.world.gallery import write_gallery
+    from llava_fa.world.questions import TASKS
+    from llava_fa.world.samples import samples
+
+    drawn = samples(split, seed, -(-count // len(TASKS)))  # type: ignore[arg-type]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        questions, overview = write_gallery(drawn, out)
+    except OSError as error:
+        raise FourierError(str(error.strerror or error), remedy="Give a writable folder", where=str(out)) from None
+    if json_output:
+        print_json({"questions": len(drawn), "file": str(questions), "overview": str(overview)})
+    else:
+        stdout().print(f"{len(drawn)} questions in {questions}; a look at them in {overview}")
+
+
+def train(
+    out: Annotated[Path, typer.Argument(help="Folder for state, log and model; an earlier run there is resumed.")],
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of dense supervision of the vision tower.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps on questions; raise it to continue a finished run.")] = 12000,
+    cooldown: Annotated[int, typer.Option(min=1, help="How many of the last steps lower the rate.")] = 2000,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that draw pictures.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 1,
+    json_output: Json = False,
+) -> None:
+    """Train the tiny LMM from nothing: the recipe behind the embedded model."""
+    import torch
+
+    from llava_fa.world.recipe import Recipe, log_to
+    from llava_fa.world.recipe import train as run
+
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    recipe = Recipe(vision_steps=vision_steps, language_steps=steps, cooldown_steps=cooldown, seed=seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FourierError(str(error.strerror), remedy="Give a writable folder", where=str(out)) from None
+    log = log_to(out / "log.jsonl")
+    last: dict[str, Any] = {}
+
+    def report(row: dict[str, Any]) -> None:
+        last.update(row)
+        log(row)
+        stderr().print(json.dumps(row), markup=False, highlight=False)
+
+    run(out, recipe, device=place, workers=workers, report=report)
+    if json_output:
+        print_json({"model": str(out / "model"), **last})
+    else:
+        stdout().print(f"the model is in {out / 'model'}; `llava-fa eval {out / 'model'}` scores it")
+
+
+world.command()(command(sample))
+world.command()(command(train))

@@ -1,0 +1,49 @@
+"""A model that answers: original or compressed, ready to generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
+from llava_fa.errors import FourierError
+from llava_fa.hub.source import quiet_transformers, resolve_model
+
+
+def load(model: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(model in eval mode, processor) of ``tiny``, a folder or a hub id, original or compressed.
+
+    Args:
+        model: which one.
+        device: a torch device, or ``"auto"`` for a GPU where there is one, else the CPU.
+        dtype: of what is computed; by default bf16 where the device is fast at it, else float32.
+
+    Raises:
+        FourierError: there is no such model, or it cannot be loaded or has no processor.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = resolve_model(model)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    with quiet_transformers():
+        try:
+            processor = AutoProcessor.from_pretrained(folder)
+            loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or fast_dtype(place))
+        except FourierError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise FourierError(
+                f"it does not load as a vision-language model ({str(error).splitlines()[0]})",
+                remedy="Give a folder or hub id with an image-text-to-text model and its processor",
+                where=str(model),
+            ) from error
+    return loaded.eval().to(place), processor
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on GPUs and on CPUs with bf16 instructions; others emulate it several times slower than float32."""
+    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
