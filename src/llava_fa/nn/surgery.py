@@ -136,7 +136,7 @@ def resolve(patterns: Iterable[str], names: Sequence[str], option: str) -> dict[
     """Module name → the pattern that covers it.
 
     A pattern is a name, which also covers everything below it, or has the wildcards of `fnmatch`, which then
-    apply to whole names (and to everything below those). Names may be given as the model has them, without the
+    apply to whole names (and to all below those). Names may be given as the model has them, without the
     leading ``model.``, or as older checkpoints save them (``language_model.model.layers.0``); a trailing
     ``.weight`` is dropped.
 

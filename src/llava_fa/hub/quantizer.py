@@ -1,0 +1,308 @@
+"""The plug-in through which transformers loads, saves, compresses and decompresses models in this format.
+
+`from_pretrained(compressed folder)`: layers become empty `FourierLinear` on the meta device, then are filled.
+`from_pretrained(folder, quantization_config=FourierConfig(...))`: every weight is compressed, without data,
+as it is read. `save_pretrained` writes docs/format.md; `dequantize()` gives the plain model back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llava_fa.config import QUANT_METHOD, FourierConfig
+from llava_fa.errors import FourierError
+from llava_fa.hub.checkpoint import LayerRecord, Metadata, check_content, codebook_digest, validate
+from llava_fa.hub.families import Feed, feeding_norm
+from llava_fa.hub.shards import Entry, read_header
+from llava_fa.hub.source import Source, match_names
+from llava_fa.nn.codebooks import MODULE, Codebooks, attach, relink, share_codebooks
+from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.surgery import classify, replace_module
+from llava_fa.solver.approximate import approximate
+
+
+@register_quantization_config(QUANT_METHOD)
+class FourierQuantizationConfig(QuantizationConfigMixin):
+    """`Metadata` in the form in which transformers carries it, as ``model.config.quantization_config``."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        self.quant_method = QUANT_METHOD
+        self.metadata = metadata
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read ``quantization_config`` of a config.json (see `Metadata.from_dict`)."""
+        config = cls(Metadata.from_dict(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json stores."""
+        return self.metadata.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class FourierHfQuantizer(HfQuantizer):
+    """Loads checkpoints of this format, and compresses others while they are loaded."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if isinstance(quantization_config, FourierConfig):
+            quantization_config = FourierQuantizationConfig(Metadata(quantization_config))
+        super().__init__(quantization_config, **kwargs)
+        self.failures: list[FourierError] = []
+        self._targets: set[str] = set()
+        self._stored: set[str] = {MODULE}
+        self._validated = False
+        self._moments: _Moments | None = None
+
+    @property
+    def metadata(self) -> Metadata:
+        """What is known of the checkpoint."""
+        metadata: Metadata = self.quantization_config.metadata
+        return metadata
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes a weight will take, for the device map; scales and signs come to a few percent."""
+        return None if self.pre_quantized else 1.05 * self.metadata.config.bits / 8
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The packed weights are data; only gradients to the inputs pass."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` works."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """Nothing special about the state dict; the files' headers name the format."""
+        return None, {"quant_method": QUANT_METHOD}
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether this weight is to be compressed while it is loaded."""
+        return param_name in self._targets
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What is done to such a weight."""
+        return _Compress(self)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Packed tensors keep their stored dtype, whatever is asked for or kept in float32."""
+        layer, _, name = str(converter.target_patterns[0]).rpartition(".")
+        stored = layer in self._stored and name != "bias"
+        return None if stored else super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [Path(file) for file in checkpoint_files or []]
+        with torch.device("cpu"):  # transformers builds under the meta device
+            (self._expect_layers if self.pre_quantized else self._plan)(model, files)
+
+    def _expect_layers(self, model: nn.Module, files: list[Path]) -> None:
+        if files:
+            validate(files, self.metadata)
+            self._validated = True
+        books: set[int] = set()
+        for name, record in self.metadata.layers.items():
+            here = _find(model, name)
+            linear = model.get_submodule(here)
+            shape = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
+            layout = record.layout
+            if shape != (layout.out_features, layout.in_features):
+                raise FourierError(
+                    f"config.json has a layer of {layout.out_features}×{layout.in_features}, the model "
+                    f"{type(linear).__name__} {shape[0]}×{shape[1]}",
+                    remedy="Copy the folder again; config.json does not belong to these weights",
+                    where=name,
+                )
+            bias, dtype = linear.bias is not None, linear.weight.dtype
+            empty = FourierLinear(layout, bias=bias, dtype=dtype, device="meta")
+            empty.weight_error, empty.output_error = record.weight_error, record.output_error
+            _exchange(model, here, empty)
+            self._stored.add(here)
+            if layout.method == "best":
+                books.add(layout.code_bits)
+        if books:
+            attach(model, Codebooks(books, device="meta"))
+
+    def _plan(self, model: nn.Module, files: list[Path]) -> None:
+        config = self.metadata.config
+        plan = classify(model, config.skip, config.only)
+        self._targets = {f"{name}.weight" for name in plan.layers}
+        self._moments = (
+            _Moments(model, files, plan.layers) if config.calibration != "none" and files else None
+        )
+        self.quantization_config = FourierQuantizationConfig(Metadata(config, {}, plan.not_compressed, {}))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.failures:
+            first = self.failures[0]
+            more = f" ({len(self.failures)} layers failed)" if len(self.failures) > 1 else ""
+            raise FourierError(first.what + more, remedy=first.remedy, where=first.where)
+        if self.pre_quantized:
+            relink(model)
+            self._check_loaded(model)
+        else:
+            mark_compressed(model, self)
+        return model
+
+    def _check_loaded(self, model: nn.Module) -> None:
+        for name, layer in _layers(model):
+            tensors = layer.packed()
+            for key, tensor in tensors.items():
+                loaded = getattr(tensor, "_is_hf_initialized", False) or key == "codebook"
+                if not (loaded or self._validated):  # given a state dict instead of files
+                    raise FourierError(
+                        "this tensor is missing from the weights",
+                        remedy="Copy the folder again, or compress the model again",
+                        where=f"{name}.{key}",
+                    )
+            if not any(tensor.is_meta for tensor in tensors.values()):  # meta: offloaded to disk
+                check_content(name, layer.layout, tensors)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string
+        for name, layer in _layers(model):
+            layer.to(dtype)
+            _exchange(model, name, layer.to_linear())
+        if hasattr(model, MODULE):
+            delattr(model, MODULE)
+        model._weight_conversions = None  # saved names are again those of the plain format
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized
+        return model
+
+
+class _Compress(ConversionOps):
+    """Takes one dense weight, leaves a `FourierLinear` in the model."""
+
+    def __init__(self, quantizer: FourierHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Compress the weight called ``full_layer_name``; nothing is left for transformers to set."""
+        (weight,) = (value[0] if isinstance(value, list) else value for value in input_dict.values())
+        name = full_layer_name.removesuffix(".weight")
+        linear = model.get_submodule(name)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        try:
+            if weight.shape != linear.weight.shape:
+                raise FourierError(
+                    f"the checkpoint has {list(weight.shape)}, the model {list(linear.weight.shape)}",
+                    remedy="config.json does not belong to these weights",
+                )
+            moments = self.quantizer._moments
+            moment = moments.of(name, weight) if moments else None
+            found = approximate(weight, self.quantizer.metadata.config, moment)
+        except FourierError as error:
+            # transformers turns exceptions raised here into log entries; the quantizer raises after loading
+            self.quantizer.failures.append(error.at(name))
+            return {}
+        _exchange(model, name, FourierLinear.from_approximation(found, linear.bias, weight.dtype))
+        return {}
+
+
+class _Moments:
+    """E[x_j²] of a layer's inputs from the norm in front of it, read from the checkpoint itself."""
+
+    def __init__(self, model: nn.Module, files: list[Path], layers: tuple[str, ...]) -> None:
+        entries: dict[str, Entry] = {}
+        for file in files:
+            entries.update(read_header(file)[0])
+        names, _ = match_names(model, Source(files[0].parent, {}, entries, ""))
+        feeds = {name: feeding_norm(model, name) for name in layers}
+        self.feeds: dict[str, Feed] = {name: feed for name, feed in feeds.items() if feed is not None}
+        self.entries = {name: entries[key] for name, key in names.items()}
+
+    def of(self, name: str, weight: Tensor) -> Tensor | None:
+        """The diagonal for layer ``name``, float32 [n], or None where nothing is known."""
+        feed = self.feeds.get(name)
+        if feed is None or any(tensor not in self.entries for tensor in feed.tensors):
+            return None
+        tensors = {tensor: self.entries[tensor].read() for tensor in feed.tensors}
+        return feed.second_moment(tensors, weight.shape[1]).to(weight.device)
+
+
+def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = None, **metadata: Any) -> None:
+    """Make a model with `FourierLinear` layers one that `save_pretrained` and `dequantize` know.
+
+    Args:
+        model: a transformers model, some of whose linear layers have been exchanged.
+        quantizer: the one that loaded it, if any.
+        metadata: without a quantizer: ``config`` and ``not_compressed`` of `Metadata`.
+
+    Raises:
+        FourierError: layers of one code size have different codebooks.
+    """
+    if quantizer is None:
+        start = Metadata(**metadata)
+        quantizer = FourierHfQuantizer(FourierQuantizationConfig(start), pre_quantized=True)
+    share_codebooks(model)
+    layers = {name: LayerRecord.of(layer) for name, layer in _layers(model)}
+    books = getattr(model, MODULE, None)
+    digests = {}
+    if books is not None:
+        bits = {record.layout.code_bits for record in layers.values() if record.layout.method == "best"}
+        digests = {b: codebook_digest(books[b]) for b in sorted(bits)}
+    before = quantizer.metadata
+    config = FourierQuantizationConfig(Metadata(before.config, layers, before.not_compressed, digests))
+    quantizer.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    model._weight_conversions = []  # the format's names are the module names
+
+
+def _layers(model: nn.Module) -> list[tuple[str, FourierLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, FourierLinear)]
+
+
+def _find(model: nn.Module, name: str) -> str:
+    """The name a layer of the checkpoint has in this model, which may be its base model, or contain it."""
+    modules = {name for name, _ in model.named_modules()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in modules:
+            return candidate
+    raise FourierError(
+        f"config.json lists this layer, but {type(model).__name__} has no such module",
+        remedy="Load it with the class named in config.json's architectures",
+        where=name,
+    )
+
+
+def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace a module; keep transformers from initialising it anew through its parent.
+
+    Some parents initialise ``self.q_proj.weight`` themselves. A parent without tensors of its own needs no
+    initialisation: its children are visited one by one.
+    """
+    replace_module(model, name, module)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not parent._parameters and not parent._buffers:
+        parent._is_hf_initialized = True
