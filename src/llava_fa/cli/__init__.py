@@ -1,0 +1,1 @@
+"""argv → config → one call; tables and reports. Nothing here computes."""

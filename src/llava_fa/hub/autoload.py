@@ -27,8 +27,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    if importlib.util.find_spec("llava_fa.hub.quantizer") is not None:
-        importlib.import_module("llava_fa.hub.quantizer")
+    importlib.import_module("llava_fa.hub.quantizer")
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -8,9 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-REPORT = "llava_fa_report.json"
-"""File in a compressed folder that keeps each layer's errors, which the weights alone cannot tell."""
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:

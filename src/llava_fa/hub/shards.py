@@ -153,9 +153,9 @@ class Item:
     data: Callable[[], Iterable[bytes]]
 
     @classmethod
-    def copy(cls, entry: Entry) -> Item:
-        """Copies a tensor of another file as it is, whatever its dtype."""
-        return cls(entry.name, entry.dtype, entry.shape, entry.nbytes, entry.chunks)
+    def copy(cls, entry: Entry, name: str) -> Item:
+        """Copies a tensor of another file as it is, whatever its dtype, under a name of its own."""
+        return cls(name, entry.dtype, entry.shape, entry.nbytes, entry.chunks)
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> Item:

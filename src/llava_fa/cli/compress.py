@@ -1,0 +1,185 @@
+"""`llava-fa compress`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from llava_fa.cli import output
+from llava_fa.config import FourierConfig
+from llava_fa.errors import FourierError
+
+if TYPE_CHECKING:
+    from llava_fa.hub.plan import Plan
+    from llava_fa.hub.report import Report
+
+_SHOWN = 12
+"""Names listed before a list is cut short; --json has them all."""
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="`tiny` (the embedded model), a folder, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the compressed model.")],
+    method: Annotated[str, typer.Option(help="`best`, or `paper` (LLaVA-FA literally).")] = "best",
+    bits: Annotated[
+        float | None, typer.Option(help="Bits per weight of the codes, 1 to 4 by halves. [default: 4]")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the low-rank part; 0 leaves it out.")] = 0,
+    amplitude_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each |coefficient|.")] = None,
+    phase_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each angle.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="`world` (generated samples), a LLaVA-format JSON file, or a Hugging Face dataset. "
+            "Without it the weights alone are used, and the model is streamed.",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Image folder of the LLaVA JSON. [default: the JSON's own folder]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples to draw.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the draw and of the random signs.")] = 0,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Layers to leave as they are (name or pattern; repeatable).")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Compress only these layers (name or pattern; repeatable).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where calibrated compression computes.")] = "cpu",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Throw an interrupted run's work away, do not resume.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
+) -> None:
+    """Compress a LLaVA-type model. Killed at any moment, the same command resumes."""
+    if bits is not None and amplitude_bits is not None:
+        raise typer.BadParameter("--bits and --amplitude-bits exclude each other: the sum of the two decides")
+    try:
+        config = FourierConfig(
+            method=method,  # type: ignore[arg-type]  # FourierConfig checks it
+            bits=4.0 if bits is None else bits,
+            rank=rank,
+            amplitude_bits=amplitude_bits,
+            phase_bits=phase_bits,
+            seed=seed,
+            skip=tuple(skip or ()),
+            only=tuple(only or ()),
+        )
+    except FourierError as error:
+        raise output.usage_error(error) from None
+    if images is not None and calibration is None:
+        raise typer.BadParameter("--images goes with --calibration FILE.json")
+
+    from llava_fa.hub.compress import compress as run
+    from llava_fa.hub.parts import refuse_existing
+
+    refuse_existing(out.expanduser())
+    data = None if calibration is None else _samples(calibration, images, samples, seed)
+    with output.layer_progress() as progress:
+        report = run(
+            model,
+            out,
+            config,
+            data,
+            device=device,
+            fresh=fresh,
+            progress=progress,
+            on_plan=lambda plan: show_plan(plan, config),
+        )
+    if json_output:
+        output.print_json(report.to_dict())
+    else:
+        show_report(report)
+
+
+def _samples(source: str, images: Path | None, count: int, seed: int) -> list[Any]:
+    if source == "world":
+        if images is not None:
+            raise typer.BadParameter("--images goes with a LLaVA JSON file, not with `world`")
+        from llava_fa.world import calibration_samples
+
+        return list(calibration_samples(count, seed))
+    from llava_fa.hub.calibration_data import read_samples
+
+    return read_samples(source, images=images, count=count, seed=seed)
+
+
+def show_plan(plan: Plan, config: FourierConfig) -> None:
+    """Say on stderr what the patterns came to, before any work."""
+    console = output.stderr()
+    weights = sum(layer.numel for layer in plan.layers)
+    console.print(f"compressing {len(plan.layers)} layers, {weights / 1e6:.1f} M weights", highlight=False)
+    if config.only:
+        _list(console, "only", [layer.name for layer in plan.layers])
+    if config.skip:
+        _list(console, "skipped", [s.name for s in plan.not_compressed if s.reason.startswith("skipped")])
+
+
+def _list(console: Any, title: str, names: list[str]) -> None:
+    for name in names[:_SHOWN]:
+        console.print(f"  {title}: {name}", markup=False, highlight=False)
+    if len(names) > _SHOWN:
+        console.print(f"  {title}: … and {len(names) - _SHOWN} more", highlight=False)
+
+
+def show_report(report: Report, *, all_layers: bool = False) -> None:
+    """The report as tables on stdout."""
+    console = output.stdout()
+    console.print(f"[bold]{escape(report.path)}[/]", highlight=False, soft_wrap=True)
+    console.print(
+        f"{report.bits_per_weight:.3f} bits per weight in {len(report.layers)} layers; "
+        f"{output.size(report.compressed_bytes)}, was {output.size(report.original_bytes)}: "
+        f"{report.compression_ratio:.2f}x smaller "
+        f"({output.duration(report.seconds)}, peak memory {output.size(report.peak_rss_bytes)})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if report.layers:
+        console.print(_layers(report, all_layers))
+    for layer in report.layers:
+        for note in layer.notes:
+            console.print(f"note: {layer.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+    reasons = Counter(skipped.reason for skipped in report.not_compressed)
+    for reason, count in reasons.most_common():
+        names = [skipped.name for skipped in report.not_compressed if skipped.reason == reason]
+        more = f" and {count - 1} more" if count > 1 else ""
+        console.print(
+            f"not compressed: {names[0]}{more} ({reason})", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def _layers(report: Report, all_layers: bool) -> Table:
+    measured = any(layer.output_error is not None for layer in report.layers)
+
+    def error(layer: Any) -> float:
+        value = layer.output_error if measured else layer.weight_error
+        return -1.0 if value is None else value
+
+    worst_first = sorted(report.layers, key=error, reverse=True)
+    shown = report.layers if all_layers else worst_first[:_SHOWN]
+    title = "layers" if all_layers or len(shown) == len(report.layers) else f"the {_SHOWN} worst layers"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for heading in ("shape", "bits", "rank", "weight\nerror", "output\nerror"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in shown:
+        table.add_row(
+            escape(layer.name.removeprefix("model.")),
+            "×".join(map(str, layer.shape)),
+            f"{layer.bits_per_weight:.3f}",
+            str(layer.rank),
+            _number(layer.weight_error),
+            _number(layer.output_error),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,46 @@
+"""The command `llava-fa`. A command is one line below; heavy packages are imported inside its function."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from llava_fa.cli.chat import chat
+from llava_fa.cli.compress import compress
+from llava_fa.cli.inspect import inspect
+from llava_fa.cli.output import command
+
+app = typer.Typer(
+    name="llava-fa",
+    help="Large multimodal models made small enough to use: compress, inspect, chat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command()(command(compress))
+app.command()(command(inspect))
+app.command()(command(chat))
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(version("llava-fa"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Large multimodal models made small enough to use: compress, inspect, chat."""
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,177 @@
+"""What all commands share: where output goes, how errors end, how progress looks.
+
+stdout carries the result (with ``--json``: one object and nothing else); progress, notes and errors go to
+stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from llava_fa.errors import FourierError
+
+if TYPE_CHECKING:
+    from llava_fa.hub.report import Progress, ProgressCallback
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+PLAIN_SECONDS = 10.0
+"""Without a terminal, progress is a line of text at most this often."""
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """A function as a command: a `FourierError` becomes its message and exit code 1, never a traceback.
+
+    Under ``--json`` (a ``json`` parameter that is true) stdout still carries one object: ``{"error": {…}}``.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        quiet_libraries()
+        try:
+            return function(*args, **kwargs)
+        except FourierError as error:
+            if kwargs.get("json_output"):
+                parts = {"what": error.what, "remedy": error.remedy, "where": error.where}
+                print_json({"error": {"message": str(error), **parts}})
+            stderr().print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            stderr().print("[bold red]stopped.[/] Finished work is kept; the same command resumes.")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def usage_error(error: FourierError) -> typer.BadParameter:
+    """A configuration that cannot be is wrong usage: exit code 2."""
+    return typer.BadParameter(str(error))
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries print (advice, bars, warnings) away from the command's own output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def stderr() -> Console:
+    """The console for everything but results; made anew, so that redirection in tests is seen."""
+    return Console(stderr=True, soft_wrap=True)
+
+
+def stdout() -> Console:
+    """The console for results."""
+    return Console()
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout. NaN is not JSON, and is refused."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def layer_progress() -> Iterator[ProgressCallback]:
+    """A callback that shows layer, rate, time left and peak memory on stderr."""
+    console = stderr()
+    with _bar(console) if console.is_terminal else _lines(console) as update:
+        yield update
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[ProgressCallback]:
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.fields[stage]}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}  {task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[layer]}"),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, stage="reading", count="", figures="", layer="")
+        clock = _Clock()
+
+        def update(progress: Progress) -> None:
+            bar.update(
+                task,
+                stage=progress.stage,
+                total=progress.weights_total,
+                completed=progress.weights_done,
+                count=f"{progress.done}/{progress.total}",
+                figures=clock.figures(progress),
+                layer=progress.name,
+            )
+
+        yield update
+
+
+@contextmanager
+def _lines(console: Console) -> Iterator[ProgressCallback]:
+    clock = _Clock()
+    last = -PLAIN_SECONDS
+
+    def update(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_SECONDS and progress.done < progress.total:
+            return
+        last = now
+        parts = (f"{progress.stage} {progress.done}/{progress.total}", clock.figures(progress), progress.name)
+        console.print("  ".join(part for part in parts if part), markup=False, highlight=False)
+
+    yield update
+
+
+class _Clock:
+    """Rate and time left, from the weights done since a stage began (resumed ones cost no time)."""
+
+    def __init__(self) -> None:
+        self.stage, self.start, self.first = "", 0.0, 0
+
+    def figures(self, progress: Progress) -> str:
+        from llava_fa.hub.report import peak_rss_bytes
+
+        if progress.stage != self.stage:
+            self.stage, self.start, self.first = progress.stage, time.monotonic(), progress.weights_done
+        elapsed, done = time.monotonic() - self.start, progress.weights_done - self.first
+        memory = f"peak {size(peak_rss_bytes())}"
+        if elapsed <= 0 or done <= 0:
+            return memory
+        left = (progress.weights_total - progress.weights_done) * elapsed / done
+        return f"{done / elapsed / 1e6:.2f} M weights/s, {duration(left)} left, {memory}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 12 s, 3:05, 1:02:09."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, powers of ten: 512 B, 3.4 MB, 1.25 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

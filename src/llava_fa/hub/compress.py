@@ -1,0 +1,203 @@
+"""`llava_fa.compress`: a LLaVA-type checkpoint in, a smaller one in the same format out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_fa.config import FourierConfig
+from llava_fa.errors import FourierError
+from llava_fa.hub.calibrated import compress_calibrated
+from llava_fa.hub.calibration_data import Sample, fingerprint, prepare
+from llava_fa.hub.checkpoint import account, read_metadata, validate
+from llava_fa.hub.parts import WorkFolder, check_space, refuse_existing
+from llava_fa.hub.plan import Plan, make_plan
+from llava_fa.hub.report import LayerReport, ProgressCallback, Report, Skipped, peak_rss_bytes
+from llava_fa.hub.shards import read_metadata as read_metadata_of
+from llava_fa.hub.source import empty_model, open_source, quiet_transformers, resolve_model, weight_files
+from llava_fa.hub.streaming import ORIGINAL_BYTES, Tracker, assemble, compress_streaming
+
+_SPARE = 64_000_000
+"""Bytes of disk asked for beyond the estimate."""
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    config: FourierConfig | None = None,
+    calibration: Iterable[Sample] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    fresh: bool = False,
+    progress: ProgressCallback | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> Report:
+    """Compress every linear layer of vision tower, projector and language model.
+
+    Without calibration data the checkpoint is streamed: memory holds the largest layer, not the model, and
+    what is known of a layer's inputs comes from the norm in front of it. With data the model is loaded, and
+    each layer is fitted to the inputs that the already compressed layers before it produce (`hub.calibrated`
+    says how, and what memory that takes). Killed at any moment, the same call goes on from the last finished
+    layer (they wait in ``OUT.partial``) and ends with the same bytes as a run in one go.
+
+    Args:
+        model: a folder, a hub id, or ``"tiny"`` (the embedded model). Safetensors only.
+        out: the new model folder; must not exist. Loads with `from_pretrained` once `llava_fa` is imported.
+        config: method, bits, rank, layers to skip; `FourierConfig()` if None.
+        calibration: samples ``(image, question, answer)`` or chat messages (see `hub.calibration_data`).
+        device: where calibrated compression computes.
+        fresh: throw away what an interrupted run left, instead of resuming.
+        progress: called with a `Progress` before each layer and after the last.
+        on_plan: called with the `Plan` (which layers, which not and why) before any work.
+
+    Returns:
+        A `Report`; bits per weight, ratio and each layer's errors, as JSON through ``.to_dict()``.
+
+    Raises:
+        FourierError: everything that can be mended: unusable input (found before the work where possible), a
+        full
+            disk, a layer that cannot be approximated (named).
+
+    Source: docs/method.md; LLaVA-FA (arXiv 2602.00135) for method ``paper``.
+    """
+    start = time.monotonic()
+    config = FourierConfig() if config is None else config
+    out = Path(out).expanduser().absolute()
+    callback = progress or (lambda _: None)
+    refuse_existing(out)
+    _check_calibration(config, calibration)
+    source = open_source(resolve_model(model))
+    plan = make_plan(empty_model(source), source, config)
+    if on_plan is not None:
+        on_plan(plan)
+    check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
+    inputs = None if calibration is None else _prepare(source.folder, calibration)
+    manifest = {
+        "llava_fa": version("llava-fa"),
+        "source": source.fingerprint,
+        "config": config.to_dict(),
+        "calibration": None if inputs is None else fingerprint(inputs),
+        "device": None if inputs is None else torch.device(device).type,
+    }
+    with WorkFolder(out, manifest, fresh) as work:
+        tracker = Tracker(plan, work, callback)
+        tracker.tell("compressing")
+        if inputs is None:
+            compress_streaming(plan, config, work, tracker)
+        elif tracker.done < tracker.total:
+            tracker.tell("loading the model")
+            loaded = _load(source.folder, plan, torch.device(device))
+            compress_calibrated(plan, config, work, loaded, inputs, tracker)
+            del loaded
+        notes = {layer.name: work.report(layer.name).notes for layer in plan.layers}
+        tracker.tell("writing")
+        assemble(plan, config, work)
+        tracker.tell("done")
+    return describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
+
+
+def describe(
+    folder: Path,
+    *,
+    original_bytes: int | None = None,
+    seconds: float | None = None,
+    notes: dict[str, tuple[str, ...]] | None = None,
+) -> Report:
+    """The `Report` of a compressed folder, from its headers alone; every byte counted from the files.
+
+    ``original_bytes`` is what the tensors of the original took; where it is not known, the original is taken
+    to have kept its compressed layers in 16 bits.
+    """
+    start = time.monotonic()
+    metadata = read_metadata(folder)
+    files = weight_files(folder)
+    accounts = account(validate(files, metadata), metadata)
+    layers = tuple(
+        LayerReport(
+            name=name,
+            shape=(record.layout.out_features, record.layout.in_features),
+            bits_per_weight=accounts.layers[name],
+            weight_error=record.weight_error,
+            output_error=record.output_error,
+            rank=record.layout.rank,
+            notes=(notes or {}).get(name, ()),
+        )
+        for name, record in metadata.layers.items()
+    )
+    compressed = accounts.packed_bytes + accounts.codebook_bytes + accounts.other_bytes
+    noted = read_metadata_of(files[0]).get(ORIGINAL_BYTES)
+    original = original_bytes or (int(noted) if noted else accounts.dense_bytes)
+    return Report(
+        path=str(folder),
+        method=metadata.config.method,
+        bits=metadata.config.bits,
+        rank=metadata.config.rank,
+        bits_per_weight=accounts.bits_per_weight,
+        compression_ratio=original / compressed,
+        original_bytes=original,
+        compressed_bytes=compressed,
+        layers=layers,
+        not_compressed=tuple(Skipped(name, reason) for name, reason in metadata.not_compressed.items()),
+        seconds=time.monotonic() - start if seconds is None else seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _check_calibration(config: FourierConfig, calibration: Iterable[Sample] | None) -> None:
+    if calibration is None and config.calibration == "feedback":
+        raise FourierError(
+            "calibration 'feedback' needs samples",
+            remedy="Give calibration samples, or use calibration='auto'",
+        )
+    if calibration is not None and config.calibration == "none":
+        raise FourierError(
+            "there are calibration samples, but the config's calibration is 'none'",
+            remedy="Leave one of the two out",
+        )
+
+
+def _prepare(folder: Path, calibration: Iterable[Sample]) -> list[dict[str, torch.Tensor]]:
+    inputs = list(prepare(calibration, load_processor(folder)))
+    if not inputs:
+        raise FourierError("there are no calibration samples", remedy="Give some, or None for no calibration")
+    return inputs
+
+
+def load_processor(folder: Path) -> Any:
+    """The model's processor: tokenizer, image processor and chat template in one."""
+    from transformers import AutoProcessor
+
+    with quiet_transformers():
+        try:
+            return AutoProcessor.from_pretrained(folder)
+        except Exception as error:  # whatever transformers raises on missing or damaged files
+            raise FourierError(
+                f"its processor cannot be loaded ({type(error).__name__}: {error})",
+                remedy="The folder needs the tokenizer and preprocessor files of the model",
+                where=str(folder),
+            ) from error
+
+
+def _load(folder: Path, plan: Plan, device: torch.device) -> torch.nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    # float16 overflows and is slow on CPUs; the weights that are compressed come from the checkpoint,
+    # exactly.
+    half = any(layer.weight.dtype == "F16" for layer in plan.layers) and device.type == "cpu"
+    try:
+        with quiet_transformers():
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=torch.bfloat16 if half else "auto"
+            )
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch says a missing or full device in both ways
+        raise FourierError(
+            f"the model cannot be loaded to {device} ({error})",
+            remedy="Choose another --device, or compress without calibration, which streams",
+            where=str(folder),
+        ) from error

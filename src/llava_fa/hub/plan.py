@@ -1,0 +1,117 @@
+"""What a compression will do, decided in full before any of it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from torch import nn
+
+from llava_fa.config import FourierConfig
+from llava_fa.errors import FourierError
+from llava_fa.hub.families import Feed, feeding_norm
+from llava_fa.hub.report import Skipped
+from llava_fa.hub.shards import FLOATS, Entry
+from llava_fa.hub.source import Source, match_names
+from llava_fa.kernels.layout import Layout
+from llava_fa.nn.surgery import classify
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedLayer:
+    """A linear layer to be compressed: module name, weight in the checkpoint, norm in front of it."""
+
+    name: str
+    weight: Entry
+    layout: Layout
+    feed: Feed | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows (outputs) and columns (inputs) of the weight."""
+        return self.layout.out_features, self.layout.in_features
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.weight.numel
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the layer's tensors once compressed, codebook included."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.layout.tensors().values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every layer that will be compressed, in the model's order, and everything that will not."""
+
+    source: Source
+    layers: tuple[PlannedLayer, ...]
+    not_compressed: tuple[Skipped, ...]
+    names: dict[str, str]
+    """Parameter in the model → name in the source checkpoint."""
+
+    @property
+    def part_bytes(self) -> int:
+        """Disk the parts take while the work lasts."""
+        return sum(layer.packed_bytes for layer in self.layers)
+
+    @property
+    def output_bytes(self) -> int:
+        """Disk the new checkpoint's weights take."""
+        return self.source.nbytes - sum(layer.weight.nbytes for layer in self.layers) + self.part_bytes
+
+
+def make_plan(model: nn.Module, source: Source, config: FourierConfig) -> Plan:
+    """Match the model's linear layers (``model`` may be on the meta device) with the checkpoint's tensors.
+
+    Raises:
+        FourierError: a pattern that matches nothing, nothing left to compress, a rank that is too large for a
+            layer (named), a weight whose shape or dtype is not what the model has (named).
+    """
+    names, converted = match_names(model, source)
+    choice = classify(model, config.skip, config.only)
+    rest = dict(choice.not_compressed)
+    layers = []
+    for name in choice.layers:
+        key = names.get(f"{name}.weight")
+        if key is None:
+            stacked = f"{name}.weight" in converted.values()
+            rest[name] = (
+                "its weight is stored rearranged" if stacked else "its weight is not in the checkpoint"
+            )
+            continue
+        layers.append(_planned(model, name, source.entries[key], config))
+    if not layers:
+        raise FourierError(
+            "none of its linear layers is stored as the model has it",
+            remedy="Load and save it once with transformers, then compress that folder",
+            where=str(source.folder),
+        )
+    not_compressed = tuple(Skipped(name, reason) for name, reason in rest.items())
+    return Plan(source, tuple(layers), not_compressed, names)
+
+
+def _planned(model: nn.Module, name: str, entry: Entry, config: FourierConfig) -> PlannedLayer:
+    linear = model.get_submodule(name)
+    m, n = linear.out_features, linear.in_features
+    if entry.shape != (m, n):
+        raise FourierError(
+            f"its weight is {list(entry.shape)}, and config.json makes it {[m, n]}",
+            remedy="Weights and config.json belong to different models",
+            where=name,
+        )
+    if entry.dtype not in FLOATS:
+        raise FourierError(
+            f"its weight is {entry.dtype}",
+            remedy="Give a float16, bfloat16 or float32 checkpoint",
+            where=name,
+        )
+    if config.rank > min(m, n):
+        raise FourierError(
+            f"rank {config.rank} is larger than min({m}, {n})",
+            remedy=f"Give a rank of at most {min(m, n)}, or skip this layer",
+            where=name,
+        )
+    return PlannedLayer(name, entry, Layout.from_config(config, m, n), feeding_norm(model, name))

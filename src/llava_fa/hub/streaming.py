@@ -1,0 +1,182 @@
+"""Data-free compression of a checkpoint, one weight in memory at a time, and the assembly of the result.
+
+Both ways of compressing (here, and block by block in `calibrated`) leave finished layers as parts in the work
+folder; `assemble` then writes the new checkpoint from them and from everything that stays as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from llava_fa.config import FourierConfig
+from llava_fa.errors import FourierError
+from llava_fa.hub.checkpoint import LayerRecord, Metadata, codebook_digest
+from llava_fa.hub.parts import WorkFolder, disk_errors
+from llava_fa.hub.plan import Plan, PlannedLayer
+from llava_fa.hub.report import LayerReport, Progress, ProgressCallback
+from llava_fa.hub.shards import Item, write_file, write_text
+from llava_fa.hub.source import INDEX, SINGLE
+from llava_fa.nn.codebooks import codebook_key
+from llava_fa.solver.approximate import approximate
+
+SHARD_BYTES = 4_000_000_000
+"""Largest weight file written (as far as one tensor allows)."""
+
+ORIGINAL_BYTES = "llava_fa_original_bytes"
+"""Key in the metadata of the weight files: bytes of all tensors of the checkpoint that was compressed."""
+
+_NOT_COPIED = (
+    ".index.json",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".partial",
+)
+
+
+class Tracker:
+    """Counts finished layers and tells the progress callback."""
+
+    def __init__(self, plan: Plan, work: WorkFolder, callback: ProgressCallback) -> None:
+        found = [layer for layer in plan.layers if layer.name in work]
+        self.callback = callback
+        self.resumed = self.done = len(found)
+        self.weights = sum(layer.numel for layer in found)
+        self.total, self.all_weights = len(plan.layers), sum(layer.numel for layer in plan.layers)
+
+    def tell(self, stage: str, name: str = "") -> None:
+        """Report the present state."""
+        self.callback(
+            Progress(stage, name, self.done, self.total, self.weights, self.all_weights, self.resumed)
+        )
+
+    def finished(self, layer: PlannedLayer) -> None:
+        """Count one layer."""
+        self.done, self.weights = self.done + 1, self.weights + layer.numel
+
+
+def compress_streaming(plan: Plan, config: FourierConfig, work: WorkFolder, tracker: Tracker) -> None:
+    """Compress every planned layer that has no part yet, in the order of the files; one layer in memory."""
+    for layer in sorted(plan.layers, key=lambda layer: (layer.weight.file.name, layer.weight.start)):
+        if layer.name not in work:
+            compress_layer(layer, plan, config, None, work, tracker)
+
+
+def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
+    """The diagonal second moment [n] that the norm in front of the layer promises, None if there is none."""
+    feed = layer.feed
+    if feed is None or any(name not in plan.names for name in feed.tensors):
+        return None
+    tensors = {name: plan.source.entries[plan.names[name]].read() for name in feed.tensors}
+    return feed.second_moment(tensors, layer.shape[1])
+
+
+def compress_layer(
+    layer: PlannedLayer,
+    plan: Plan,
+    config: FourierConfig,
+    second_moment: torch.Tensor | None,
+    work: WorkFolder,
+    tracker: Tracker,
+    notes: tuple[str, ...] = (),
+) -> None:
+    """Approximate one layer and keep it in the work folder.
+
+    Without a second moment from data, what the norm in front promises takes its place, unless calibration is
+    off; an output error under that promise would be no measurement, and is not reported.
+    """
+    tracker.tell("compressing", layer.name)
+    measured = second_moment is not None
+    try:
+        if not measured and config.calibration != "none":
+            second_moment = norm_moment(layer, plan)
+        result = approximate(layer.weight.read(), config, second_moment)
+    except FourierError as error:
+        raise error.at(layer.name) from error
+    report = LayerReport(
+        name=layer.name,
+        shape=layer.shape,
+        bits_per_weight=result.bits_per_weight,
+        weight_error=result.weight_error,
+        output_error=result.output_error if measured else None,
+        rank=config.rank,
+        notes=notes + result.notes,
+    )
+    work.save(layer.name, result.tensors, report)
+    tracker.finished(layer)
+
+
+def assemble(plan: Plan, config: FourierConfig, work: WorkFolder) -> Metadata:
+    """Write the new model folder from the parts and the rest of the source, and give it its name.
+
+    Weight files hold one tensor in memory at a time. Names are those of the modules.
+    """
+    items, metadata = _items(plan, config, work)
+    with disk_errors(work.path):
+        work.result.mkdir()
+        _write_shards(work.result, items, {ORIGINAL_BYTES: str(plan.source.nbytes)})
+        written = {**plan.source.config, "quantization_config": metadata.to_dict()}
+        write_text(work.result / "config.json", json.dumps(written, indent=2) + "\n")
+        for path in sorted(plan.source.folder.iterdir()):
+            if path.is_file() and path.name != "config.json" and not path.name.endswith(_NOT_COPIED):
+                shutil.copyfile(path, work.result / path.name)
+            elif path.is_dir() and path.name == "additional_chat_templates":
+                shutil.copytree(path, work.result / path.name)
+    work.finish()
+    return metadata
+
+
+def _items(plan: Plan, config: FourierConfig, work: WorkFolder) -> tuple[list[Item], Metadata]:
+    items: list[Item] = []
+    replaced = set()
+    metadata = Metadata(
+        config, not_compressed={skipped.name: skipped.reason for skipped in plan.not_compressed}
+    )
+    for layer in plan.layers:
+        entries = work.entries(layer.name)
+        report = work.report(layer.name)
+        metadata.layers[layer.name] = LayerRecord(layer.layout, report.weight_error, report.output_error)
+        items += [
+            Item.copy(entry, f"{layer.name}.{key}") for key, entry in entries.items() if key != "codebook"
+        ]
+        if "codebook" in entries and layer.layout.code_bits not in metadata.codebooks:
+            codebook = entries["codebook"].read()
+            metadata.codebooks[layer.layout.code_bits] = codebook_digest(codebook)
+            items.append(Item.of(codebook_key(layer.layout.code_bits), codebook))
+        replaced.add(layer.weight.name)
+    modules = {key: name for name, key in plan.names.items()}
+    for key, entry in plan.source.entries.items():
+        if key not in replaced:
+            items.append(Item.copy(entry, modules.get(key, key)))
+    return items, metadata
+
+
+def _write_shards(folder: Path, items: list[Item], note: dict[str, str]) -> None:
+    shards: list[list[Item]] = [[]]
+    size = 0
+    for item in sorted(items, key=lambda item: item.name):
+        if shards[-1] and size + item.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.nbytes
+    if len(shards) == 1:
+        write_file(folder / SINGLE, shards[0], note)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_file(folder / name, shard, note)
+        weight_map.update({item.name: name for item in shard})
+    index = {"metadata": {"total_size": sum(item.nbytes for item in items)}, "weight_map": weight_map}
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
