@@ -167,7 +167,7 @@ def _layers(report: Report, all_layers: bool) -> Table:
     title = "layers" if all_layers or len(shown) == len(report.layers) else f"the {_SHOWN} worst layers"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for heading in ("shape", "bits", "rank", "weight\nerror", "output\nerror"):
+    for heading in ("shape", "bits", "rank", "weight error", "output error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in shown:
         table.add_row(

@@ -75,8 +75,9 @@ def stderr() -> Console:
 
 
 def stdout() -> Console:
-    """The console for results."""
-    return Console()
+    """The console for results; wide enough for layer names where no terminal sets the width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def print_json(value: Any) -> None:
