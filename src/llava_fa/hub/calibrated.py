@@ -27,8 +27,11 @@ from llava_fa.hub.parts import WorkFolder
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.streaming import Tracker, compress_layer
 from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.solver.statistics import SecondMoment
 
 Inputs = Sequence[Mapping[str, Tensor]]
+_ROWS = 4096
+"""Inputs gathered before they are multiplied: n² additions once in a while, not once a sample."""
 _PROBED = 8
 """Samples tried until every unit has been seen at work."""
 
@@ -288,20 +291,25 @@ def _stages(
 def _moments(
     unit: Unit, stage: list[list[PlannedLayer]], calls: list[Call], hidden: list[Tensor], model: nn.Module
 ) -> list[Tensor | None]:
-    """E[x xᵀ] float32 [n, n] of every group's input, over all tokens of all samples."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    """E[x xᵀ] float32 [n, n] of every group's input, over all tokens of all samples; None where none came."""
+    leaders = [group[0] for group in stage]
+    sums = {layer.name: SecondMoment(layer.shape[1], name=layer.name) for layer in leaders}
+    waiting: dict[str, list[Tensor]] = {layer.name: [] for layer in leaders}
+
+    def flush(name: str) -> None:
+        if waiting[name]:
+            sums[name].add(torch.cat(waiting[name]))
+            waiting[name].clear()
 
     def add(layer: PlannedLayer, x: Tensor) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
-        if layer.name not in sums:
-            sums[layer.name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-        sums[layer.name].addmm_(flat.T, flat)
-        counts[layer.name] = counts.get(layer.name, 0) + flat.shape[0]
+        waiting[layer.name].append(x.reshape(-1, x.shape[-1]))
+        if sum(len(rows) for rows in waiting[layer.name]) >= _ROWS:
+            flush(layer.name)
 
-    leaders = [group[0] for group in stage]
     _replay(unit, calls, hidden, model, leaders, add)
-    return [sums[layer.name] / counts[layer.name] if counts.get(layer.name) else None for layer in leaders]
+    for layer in leaders:
+        flush(layer.name)
+    return [sums[layer.name].value() if sums[layer.name].count else None for layer in leaders]
 
 
 def _replay(
