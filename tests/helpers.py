@@ -110,3 +110,17 @@ def inputs_for(folder_processor, seed: int = 0) -> dict:
     return folder_processor(
         images=picture(seed), text="USER: <image>\nwhat is it? ASSISTANT: ", return_tensors="pt"
     )
+
+
+def assert_as_accurate(
+    ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, atol: float = 1e-6
+) -> None:
+    """The tolerance rule, against float64: max error < 2 × that of plain PyTorch at the same dtype + atol."""
+    assert ours.dtype == torchs.dtype
+    assert ours.shape == exact.shape
+    assert exact.dtype == torch.float64
+    if exact.numel() == 0:
+        return
+    error = (ours.double() - exact).abs().max().item()
+    allowed = 2 * (torchs.double() - exact).abs().max().item() + atol
+    assert error < allowed, f"error {error:.3g}, allowed {allowed:.3g}"

@@ -7,6 +7,7 @@ as it is read. `save_pretrained` writes docs/format.md; `dequantize()` gives the
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,17 @@ class FourierHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             relink(model)
             self._check_loaded(model)
-        else:
-            mark_compressed(model, self)
+            return model
+        metadata = self.metadata
+        left = dict.fromkeys(self._dense_targets(model), "its weight is not in the checkpoint")
+        config = dataclasses.replace(metadata, not_compressed={**metadata.not_compressed, **left})
+        self.quantization_config = FourierQuantizationConfig(config)
+        mark_compressed(model, self)
         return model
+
+    def _dense_targets(self, model: nn.Module) -> list[str]:
+        names = [target.removesuffix(".weight") for target in self._targets]
+        return sorted(name for name in names if not isinstance(model.get_submodule(name), FourierLinear))
 
     def _check_loaded(self, model: nn.Module) -> None:
         for name, layer in _layers(model):
@@ -204,27 +213,33 @@ class _Compress(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Compress the weight called ``full_layer_name``; nothing is left for transformers to set."""
-        (weight,) = (value[0] if isinstance(value, list) else value for value in input_dict.values())
-        name = full_layer_name.removesuffix(".weight")
+        """Compress what is to be compressed among the tensors for ``full_layer_name``; hand the rest on."""
+        rest = {}
+        for key, value in input_dict.items():
+            if key not in self.quantizer._targets:
+                rest[key] = value
+                continue
+            if missing_keys is not None:
+                missing_keys.discard(key)
+            name = key.removesuffix(".weight")
+            try:
+                self._compress(model, name, value[0] if isinstance(value, list) else value)
+            except FourierError as error:
+                # transformers logs what is raised here and goes on; the quantizer raises after loading
+                self.quantizer.failures.append(error.at(name))
+        return rest
+
+    def _compress(self, model: nn.Module, name: str, weight: Tensor) -> None:
         linear = model.get_submodule(name)
-        if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
-        try:
-            if weight.shape != linear.weight.shape:
-                raise FourierError(
-                    f"the checkpoint has {list(weight.shape)}, the model {list(linear.weight.shape)}",
-                    remedy="config.json does not belong to these weights",
-                )
-            moments = self.quantizer._moments
-            moment = moments.of(name, weight) if moments else None
-            found = approximate(weight, self.quantizer.metadata.config, moment)
-        except FourierError as error:
-            # transformers turns exceptions raised here into log entries; the quantizer raises after loading
-            self.quantizer.failures.append(error.at(name))
-            return {}
+        if weight.shape != linear.weight.shape:
+            raise FourierError(
+                f"the checkpoint has {list(weight.shape)}, the model {list(linear.weight.shape)}",
+                remedy="config.json does not belong to these weights",
+            )
+        moments = self.quantizer._moments
+        moment = moments.of(name, weight) if moments else None
+        found = approximate(weight, self.quantizer.metadata.config, moment)
         _exchange(model, name, FourierLinear.from_approximation(found, linear.bias, weight.dtype))
-        return {}
 
 
 class _Moments:

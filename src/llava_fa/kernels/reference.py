@@ -175,7 +175,7 @@ def paper_matmul(
     if left is not None and right is not None:
         y = y + (z @ _complex(right, dtype).T) @ _complex(left, dtype).T
     out: Tensor = torch.fft.ifft(y, norm="ortho").real.reshape(*x.shape[:-1], m)
-    return out
+    return out.contiguous()
 
 
 def paper_matmul_transposed(

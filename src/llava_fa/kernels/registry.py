@@ -73,10 +73,15 @@ def use(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would push the float32 products inside down to half precision."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+
+
 def _kernel(op: str) -> Callable[..., Tensor]:
     def run(x: Tensor, *args: Any) -> Tensor:
-        # Autocast would push the float32 products inside down to half precision.
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             return choose(op, x).function(x, *args)
 
     return run
@@ -165,8 +170,10 @@ def linear(
     Raises:
         FourierError: the last axis of x is not n, or x is not floating.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
     ops = torch.ops.llava_fa
     left, right = tensors.get("left"), tensors.get("right")
     if "r_max" in tensors:
@@ -178,7 +185,7 @@ def linear(
                 _factor(right, tensors.get("right_scale"), y.dtype, 0),
                 _factor(left, tensors.get("left_scale"), y.dtype, 1),
             )
-            with torch.autocast(x.device.type, enabled=False):
+            with _without_autocast(kind):
                 y = y + (x.to(y.dtype) @ low.T) @ high.T
     if bias is not None:
         y = y + bias

@@ -1,0 +1,81 @@
+"""Codebooks shared by a whole model: once in the state dict, and the same for every layer ever after."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from packed_layers import best, paper, random_tensors
+from torch import nn
+
+from llava_fa import FourierError, FourierLinear
+from llava_fa.nn.codebooks import MODULE, codebook_key, share_codebooks
+
+
+def model_with(*layouts, same: bool = True) -> nn.Sequential:
+    layers = []
+    for index, layout in enumerate(layouts):
+        tensors = random_tensors(layout, index)
+        if same and layers and "codebook" in tensors:
+            for other in layers:
+                if other.layout.code_bits == layout.code_bits:
+                    tensors["codebook"] = other.codebook.clone()
+        layers.append(FourierLinear.from_tensors(layout, tensors))
+    return nn.Sequential(*layers)
+
+
+def test_each_codebook_is_in_the_state_dict_once():
+    model = model_with(best(24, 32), best(16, 24), best(20, 16, 6), paper(8, 20))
+    x = torch.randn(3, 32)
+    before = model(x)
+    share_codebooks(model)
+    keys = [key for key in model.state_dict() if "codebook" in key]
+    assert keys == [codebook_key(4), codebook_key(6)]
+    assert (
+        model[0].codebook.data_ptr() == model[1].codebook.data_ptr() == getattr(model, MODULE)[4].data_ptr()
+    )
+    assert torch.equal(nn.Sequential(*list(model)[:4])(x), before)
+
+
+def test_copies_share_within_themselves():
+    model = model_with(best(24, 32), best(16, 24))
+    share_codebooks(model)
+    other = copy.deepcopy(model)
+    books = getattr(other, MODULE)
+    assert other[0].codebook.data_ptr() == other[1].codebook.data_ptr() == books[4].data_ptr()
+    assert books[4].data_ptr() != getattr(model, MODULE)[4].data_ptr()
+
+
+def test_casts_leave_codebooks_alone():
+    model = model_with(best(24, 32), best(16, 24))
+    share_codebooks(model)
+    before = getattr(model, MODULE)[4].clone()
+    for cast in (nn.Module.half, nn.Module.float, nn.Module.double):
+        cast(model)
+        for codebook in (getattr(model, MODULE)[4], model[0].codebook, model[1].codebook):
+            assert codebook.dtype == torch.bfloat16
+            assert torch.equal(codebook, before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_a_state_dict_reaches_every_layer(assign):
+    source, target = model_with(best(24, 32), best(16, 24)), model_with(best(24, 32), best(16, 24))
+    share_codebooks(source)
+    share_codebooks(target)
+    changed = source.state_dict()
+    changed[codebook_key(4)] = changed[codebook_key(4)] * 2
+    target.load_state_dict(changed, assign=assign)
+    for layer in (target[0], target[1]):
+        assert torch.equal(layer.codebook, changed[codebook_key(4)])
+
+
+def test_different_codebooks_are_refused():
+    with pytest.raises(FourierError, match=r"^1: its codebook of 4 bits differs"):
+        share_codebooks(model_with(best(24, 32), best(16, 24), same=False))
+
+
+def test_a_model_without_codebooks_stays_as_it_is():
+    model = model_with(paper(24, 32))
+    share_codebooks(model)
+    assert not hasattr(model, MODULE)
