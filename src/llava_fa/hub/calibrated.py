@@ -145,13 +145,20 @@ def _segments(model: nn.Module, units: list[Unit], inputs: Inputs) -> tuple[list
     segments: list[list[Unit]] = []
     previous: Tensor | None = None
     for unit, hidden, output in best:
-        joined = previous is not None and previous.shape == hidden.shape and torch.equal(previous, hidden)
-        if joined and unit.path.rpartition(".")[0] == segments[-1][-1].path.rpartition(".")[0]:
+        if (
+            previous is not None
+            and _same(previous, hidden)
+            and unit.path.rpartition(".")[0] == segments[-1][-1].path.rpartition(".")[0]
+        ):
             segments[-1].append(unit)
         else:
             segments.append([unit])
         previous = output
     return segments, [unit for unit in units if all(unit is not other for other, _, _ in best)]
+
+
+def _same(output: Tensor, following: Tensor) -> bool:
+    return output.shape == following.shape and torch.equal(output, following)
 
 
 @contextmanager

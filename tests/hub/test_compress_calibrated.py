@@ -1,0 +1,167 @@
+"""Calibrated compression: statistics are those of the inputs that the compressed layers before produce."""
+
+import copy
+
+import helpers
+import pytest
+import torch
+from torch import nn
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+import llava_fa
+from llava_fa import FourierConfig, FourierLinear
+from llava_fa.hub import calibrated as blockwise
+from llava_fa.hub.calibration_data import prepare
+from llava_fa.maths import metrics
+
+VISION = (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",))
+LANGUAGE = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def stages() -> list[list[str]]:
+    """The order in which layers are compressed, written down by hand."""
+    found = []
+    for i in range(2):
+        block = f"model.vision_tower.encoder.layers.{i}"
+        found += [
+            [f"{block}.{'mlp' if name.startswith('fc') else 'self_attn'}.{name}" for name in stage]
+            for stage in VISION
+        ]
+    found += [["model.multi_modal_projector.linear_1"], ["model.multi_modal_projector.linear_2"]]
+    for i in range(2):
+        block = f"model.language_model.layers.{i}"
+        for stage in LANGUAGE:
+            mlp = stage[0] in ("gate_proj", "down_proj")
+            found.append([f"{block}.{'mlp' if mlp else 'self_attn'}.{name}" for name in stage])
+    return found
+
+
+@pytest.mark.parametrize("reach", [None, "one unit at a time"])
+def test_statistics_against_whole_forward_passes(tmp_path, samples, reach, monkeypatch):
+    """The oracle runs the whole model from the pixels for every stage, with all earlier stages compressed."""
+    if reach is not None:  # as for a model whose blocks do not feed each other directly
+        monkeypatch.setattr(blockwise, "_same", lambda *_: False)
+    folder = helpers.save_llava(tmp_path / "in")
+    config = FourierConfig(bits=2, refine_passes=0)
+    report = llava_fa.compress(folder, tmp_path / "out", config, samples)
+    monkeypatch.undo()
+    reported = {layer.name: layer for layer in report.layers}
+    compressed = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    inputs = list(prepare(samples, AutoProcessor.from_pretrained(folder)))
+    assert sorted(name for stage in stages() for name in stage) == sorted(reported)
+    for stage in stages():
+        gathered: dict[str, list[torch.Tensor]] = {name: [] for name in stage}
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name, gathered=gathered: gathered[name].append(
+                    args[0].flatten(0, -2).double()
+                )
+            )
+            for name in stage
+        ]
+        with torch.no_grad():
+            for sample in inputs:
+                model(**sample)
+        for handle in handles:
+            handle.remove()
+        for name in stage:
+            x = torch.cat(gathered[name])
+            linear, packed = model.get_submodule(name), compressed.get_submodule(name)
+            assert isinstance(packed, FourierLinear)
+            expected = metrics.output_error(
+                linear.weight.detach(), packed.dequantize(), (x.T @ x / len(x)).float()
+            )
+            assert reported[name].output_error == pytest.approx(expected, rel=2e-3), name
+        with torch.no_grad():
+            for name in stage:
+                model.get_submodule(name).weight.copy_(compressed.get_submodule(name).dequantize())
+
+
+def test_data_helps(checkpoint, compressed, calibrated, samples):
+    """On its own samples, the calibrated model is nearer to the original than the one made without data."""
+    original = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    inputs = list(prepare(samples, AutoProcessor.from_pretrained(checkpoint)))
+
+    def distance(folder):
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            return sum(float((model(**x).logits - original(**x).logits).norm()) for x in inputs)
+
+    assert distance(calibrated[0]) < 0.9 * distance(compressed[0])
+
+
+def test_deterministic_and_order_of_bytes(checkpoint, quick, samples, calibrated, tmp_path, digest):
+    llava_fa.compress(checkpoint, tmp_path / "out", quick, iter(samples))
+    assert digest(tmp_path / "out") == digest(calibrated[0])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FourierConfig(bits=2, calibration="diagonal", refine_passes=0),
+        FourierConfig(method="paper", bits=2, rank=2, iterations=2),
+    ],
+)
+def test_other_uses_of_the_statistics(checkpoint, tmp_path, samples, config):
+    report = llava_fa.compress(checkpoint, tmp_path / "out", config, samples[:1])
+    assert all(layer.output_error is not None and layer.output_error > 0 for layer in report.layers)
+
+
+def test_units_are_blocks_and_what_stands_alone(checkpoint):
+    from llava_fa.hub.plan import make_plan
+    from llava_fa.hub.source import empty_model, open_source
+
+    source = open_source(checkpoint)
+    model = empty_model(source)
+    units = blockwise.find_units(model, make_plan(model, source, FourierConfig()).layers)
+    assert [unit.path for unit in units] == [
+        "model.vision_tower.encoder.layers.0",
+        "model.vision_tower.encoder.layers.1",
+        "model.multi_modal_projector",
+        "model.language_model.layers.0",
+        "model.language_model.layers.1",
+    ]
+
+
+def test_a_layer_that_data_never_reaches_is_compressed_without_and_said(checkpoint, quick, tmp_path):
+    """A text-only sample does not reach the vision tower."""
+    sample = [{"role": "user", "content": "no picture here"}]
+    report = llava_fa.compress(checkpoint, tmp_path / "out", quick, [sample])
+    for layer in report.layers:
+        reached = "language_model" in layer.name
+        assert (layer.output_error is not None) == reached, layer.name
+        assert layer.notes == (
+            () if reached else ("no calibration input reached it; compressed without data",)
+        )
+
+
+def test_several_calls_of_a_block_per_sample(samples):
+    """A block that the model runs twice on each sample (as towers run image tiles) sees both inputs."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x, use_cache=False):
+            for row in x:
+                for layer in self.layers:
+                    row = layer(row)
+            return row
+
+    model = Twice()
+    inputs = [{"x": torch.randn(2, 3, 4)} for _ in range(3)]
+    units = [blockwise.Unit(f"layers.{i}", model.layers[i], []) for i in range(2)]
+    with torch.no_grad():
+        calls, hidden = blockwise._capture(units, model, inputs)
+    assert [len(of) for of in calls] == [6, 6]
+    assert torch.equal(torch.stack(hidden), torch.cat([sample["x"] for sample in inputs]))
+
+
+def test_the_loaded_model_does_not_leak_into_the_weights(checkpoint, calibrated, quick, samples, tmp_path):
+    """The weights come from the checkpoint: float16 ones run in bf16, and are compressed as they are."""
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float16)
+    half = helpers.save_llava(tmp_path / "in", model=copy.deepcopy(model), dtype=torch.float16)
+    report = llava_fa.compress(half, tmp_path / "out", quick, samples[:1])
+    assert report.bits_per_weight == pytest.approx(calibrated[1].bits_per_weight)
