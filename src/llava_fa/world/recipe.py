@@ -30,8 +30,8 @@ from llava_fa.world.muon import Muon
 from llava_fa.world.packing import IGNORED, TASK_NAMES, WorldBatches, attention_mask
 from llava_fa.world.render import GRID
 
-NOTHING_WEIGHT = 0.3
-"""Weight of "nothing" patches in the dense loss: three patches in four show background."""
+NOTHING_WEIGHT = {"color": 0.3, "shape": 0.3, "size": 0.3, "anchor": 0.1, "character": 0.05}
+"""Weight of "nothing" patches in the dense loss: the rarer the thing, the less, so that what is shown weighs about half."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +73,13 @@ def train(
     out: Path,
     recipe: Recipe,
     *,
+    processor: LlavaProcessor | None = None,
     device: str = "cpu",
     workers: int = 1,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     save_every: int = 250,
     check_every: int = 500,
+    check_batches: int = 8,
 ) -> LlavaForConditionalGeneration:
     """Run the recipe; resume from ``out/state.pt`` where there is one; leave the model in ``out/model`` at the end.
 
@@ -87,7 +89,7 @@ def train(
         FourierError: the loss is not finite any more (the last good state is kept).
     """
     out.mkdir(parents=True, exist_ok=True)
-    processor = build_processor()
+    processor = processor or build_processor()
     learner = Learner(processor, recipe, torch.device(device))
     state_path = out / "state.pt"
     if state_path.exists():
@@ -123,7 +125,7 @@ def train(
             if learner.step % save_every == 0 or learner.step == recipe.steps:
                 _save_atomically(learner.state(), state_path)
             if learner.step % check_every == 0 or learner.step == recipe.steps:
-                report({"step": learner.step, "validation": learner.validate()})
+                report({"step": learner.step, "validation": learner.validate(check_batches)})
                 began = time.monotonic()
     save_pretrained(learner.model, processor, out / "model")
     return learner.model
@@ -226,7 +228,7 @@ class Learner:
         loss = unit.new_zeros(())
         for name, ids in self.words.items():
             weight = unit.new_ones(len(ids))
-            weight[0] = NOTHING_WEIGHT
+            weight[0] = NOTHING_WEIGHT[name]
             logits = unit @ embedding[ids].T
             loss = loss + F.cross_entropy(logits.flatten(0, 1), batch[name].flatten(), weight)
         grid = (torch.arange(GRID, device=unit.device) + 0.5) / GRID
@@ -245,7 +247,7 @@ class Learner:
         return out.last_hidden_state
 
     @torch.no_grad()
-    def validate(self, batches: int = 8) -> dict[str, float]:
+    def validate(self, batches: int) -> dict[str, float]:
         """Accuracy per task on validation scenes, and of the dense heads on patches that show something.
 
         An answer counts when every one of its tokens is the most likely one given those before it, which is exactly
