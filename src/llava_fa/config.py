@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -68,13 +69,17 @@ class FourierConfig:
         for name in ("skip", "only"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.rank < 0:
-            raise FourierError(f"rank is {self.rank}", remedy="Give 0 for no low-rank part, or a positive rank")
+            raise FourierError(
+                f"rank is {self.rank}", remedy="Give 0 for no low-rank part, or a positive rank"
+            )
         if self.iterations < 1:
             raise FourierError(f"iterations is {self.iterations}", remedy="Give at least 1")
         if self.refine_passes < 0:
             raise FourierError(f"refine_passes is {self.refine_passes}", remedy="Give 0 or more")
         if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
-            raise FourierError(f"damping is {self.damping!r}", remedy="Give a share of the mean diagonal in (0, 1]")
+            raise FourierError(
+                f"damping is {self.damping!r}", remedy="Give a share of the mean diagonal in (0, 1]"
+            )
         (self._check_paper if self.method == "paper" else self._check_best)()
         object.__setattr__(self, "bits", _bits(self.bits))
         if self.factor_dtype is None:
@@ -82,13 +87,15 @@ class FourierConfig:
         _one_of("factor_dtype", self.factor_dtype, get_args(FactorDtype))
         if self.method == "paper" and self.factor_dtype != "bf16":
             raise FourierError(
-                "method 'paper' keeps its complex factors in bf16", remedy="Leave factor_dtype out, or use method='best'"
+                "method 'paper' keeps its complex factors in bf16",
+                remedy="Leave factor_dtype out, or use method='best'",
             )
 
     def _check_paper(self) -> None:
         if self.calibration == "feedback":
             raise FourierError(
-                "method 'paper' has no error feedback", remedy="Use calibration='diagonal' (ODC), or method='best'"
+                "method 'paper' has no error feedback",
+                remedy="Use calibration='diagonal' (ODC), or method='best'",
             )
         given = (self.amplitude_bits, self.phase_bits)
         if None not in given:
@@ -98,9 +105,15 @@ class FourierConfig:
                     raise FourierError(f"{name} is {getattr(self, name)}", remedy="Give 1 to 8")
             object.__setattr__(self, "bits", (self.amplitude_bits + self.phase_bits) / 2)  # type: ignore[operator]
         elif given != (None, None):
-            raise FourierError("amplitude_bits and phase_bits come together", remedy="Give both, or give bits alone")
+            raise FourierError(
+                "amplitude_bits and phase_bits come together", remedy="Give both, or give bits alone"
+            )
         else:
             code_bits = round(2 * _bits(self.bits))
+            if not 2 <= code_bits <= 16:
+                raise FourierError(
+                    f"bits is {self.bits}", remedy="Give 1 to 8 for method 'paper', in steps of 0.5"
+                )
             object.__setattr__(self, "amplitude_bits", code_bits // 2)
             object.__setattr__(self, "phase_bits", code_bits - code_bits // 2)
 
@@ -111,7 +124,9 @@ class FourierConfig:
                 remedy="Give bits, or use method='paper'; 'best' shares a codebook of 2^(2 bits) points between both",
             )
         if not MIN_BITS <= _bits(self.bits) <= MAX_BITS:
-            raise FourierError(f"bits is {self.bits}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5")
+            raise FourierError(
+                f"bits is {self.bits}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5"
+            )
 
     @property
     def code_bits(self) -> int:
@@ -148,14 +163,19 @@ class FourierConfig:
         method = values.pop("quant_method", QUANT_METHOD)
         version = values.pop("config_version", CONFIG_VERSION)
         if method != QUANT_METHOD:
-            raise FourierError(f"quant_method is {method!r}, not {QUANT_METHOD!r}", remedy="Give a LLaVA-FA config")
+            raise FourierError(
+                f"quant_method is {method!r}, not {QUANT_METHOD!r}", remedy="Give a LLaVA-FA config"
+            )
         if version != CONFIG_VERSION:
             raise FourierError(
-                f"config_version is {version!r}; this package reads {CONFIG_VERSION}", remedy="Update llava-fa"
+                f"config_version is {version!r}; this package reads {CONFIG_VERSION}",
+                remedy="Update llava-fa",
             )
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise FourierError(f"unknown config field {', '.join(unknown)}", remedy=f"Known are {', '.join(sorted(known))}")
+            raise FourierError(
+                f"unknown config field {', '.join(unknown)}", remedy=f"Known are {', '.join(sorted(known))}"
+            )
         return cls(**values)
 
     @classmethod
@@ -164,9 +184,13 @@ class FourierConfig:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise FourierError(f"the config is not JSON ({error})", remedy="Give what FourierConfig.to_json wrote") from None
+            raise FourierError(
+                f"the config is not JSON ({error})", remedy="Give what FourierConfig.to_json wrote"
+            ) from None
         if not isinstance(values, dict):
-            raise FourierError("the config is not a JSON object", remedy="Give what FourierConfig.to_json wrote")
+            raise FourierError(
+                "the config is not a JSON object", remedy="Give what FourierConfig.to_json wrote"
+            )
         return cls.from_dict(values)
 
 
@@ -181,12 +205,13 @@ def _integer(name: str, value: Any) -> None:
 
 
 def _bits(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or 2 * value != round(2 * value) or value <= 0:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or 2 * value != round(2 * value) or value <= 0:
         raise FourierError(f"bits is {value!r}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5")
     return float(value)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
         raise FourierError(f"{name} is {value!r}", remedy="Give a list of patterns, such as ['vision_tower']")
     return tuple(value)

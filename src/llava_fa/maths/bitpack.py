@@ -36,7 +36,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.to(torch.uint8)
     # Eight codes fill exactly `bits` bytes, so one group's layout serves all of them.
-    groups = torch.nn.functional.pad(codes.to(torch.int32), (0, -count % 8)).unflatten(-1, (-1, 8))
+    filled = torch.nn.functional.pad(codes.to(torch.int32), (0, -count % 8))
+    groups = filled.reshape(*codes.shape[:-1], (count + 7) // 8, 8)
     out = torch.zeros(*groups.shape[:-1], bits, dtype=torch.int32, device=codes.device)
     for index in range(8):
         first, shift = divmod(index * bits, 8)
@@ -61,7 +62,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         )
     if bits == 8:
         return packed.to(torch.int32)
-    groups = torch.nn.functional.pad(packed, (0, (count + 7) // 8 * bits - width)).unflatten(-1, (-1, bits))
+    groups = torch.nn.functional.pad(packed, (0, (count + 7) // 8 * bits - width)).reshape(
+        *packed.shape[:-1], (count + 7) // 8, bits
+    )
     out = torch.empty(*groups.shape[:-1], 8, dtype=torch.int32, device=packed.device)
     for index in range(8):
         first, shift = divmod(index * bits, 8)

@@ -89,7 +89,9 @@ def quadrature(count: int) -> Tensor:
 def nearest(samples: Tensor, points: Tensor) -> Tensor:
     """argmin_c |z - c|² by brute force in the samples' dtype: [N, 2], [P, 2] → int64 [N]."""
     half = points.square().sum(1) / 2
-    return torch.cat([(chunk @ points.T - half).argmax(1) for chunk in samples.split(1 << 14)])
+    step = 1 << 14
+    chunks = [samples[start : start + step] for start in range(0, max(len(samples), 1), step)]
+    return torch.cat([(chunk @ points.T - half).argmax(1) for chunk in chunks])
 
 
 def lloyd(points: Tensor, samples: Tensor, rounds: int) -> Tensor:

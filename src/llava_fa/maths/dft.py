@@ -74,32 +74,36 @@ def packed_idft(z: Tensor, signs: Tensor, n: int) -> Tensor:
             f"{z.shape[-1]} coefficients and {size} signs for {n} outputs", remedy=f"Give {padded(n)} of both"
         )
     z = z if z.dtype == torch.float64 else z.to(torch.float32)
-    pairs = z.unflatten(-1, (size // 2, 2))
+    pairs = z.reshape(*z.shape[:-1], size // 2, 2)
     spectrum = torch.zeros(*z.shape[:-1], size // 2 + 1, 2, dtype=z.dtype, device=z.device)
     spectrum[..., 1:-1, :] = pairs[..., 1:, :] / _ROOT2
     spectrum[..., 0, 0] = pairs[..., 0, 0]
     spectrum[..., -1, 0] = pairs[..., 0, 1]
     x = torch.fft.irfft(torch.view_as_complex(spectrum), n=size, norm="ortho")
-    return (x * signs.to(x.dtype))[..., :n]
+    out: Tensor = (x * signs.to(x.dtype))[..., :n]
+    return out
 
 
 def transform_moment(moment: Tensor, signs: Tensor) -> Tensor:
     """T H Tᵀ for a symmetric H [n, n] → [padded(n), padded(n)], by two FFTs and symmetrised."""
     once = packed_dft(moment, signs)
     both = packed_dft(once.T, signs)
-    return (both + both.T).mul_(0.5)
+    out: Tensor = (both + both.T).mul_(0.5)
+    return out
 
 
 def half_spectrum(weight: Tensor) -> Tensor:
     """W~ = rfft2(W), orthonormal: real [m, n] → complex64 [m, n//2+1] (Algorithm 1's input)."""
-    return torch.fft.rfft2(weight.to(torch.float32), norm="ortho")
+    out: Tensor = torch.fft.rfft2(weight.to(torch.float32), norm="ortho")
+    return out
 
 
 def from_half_spectrum(spectrum: Tensor, n: int) -> Tensor:
     """The real [m, n] matrix of a half spectrum [m, n//2+1]; what breaks conjugate symmetry is projected
     away.
     """
-    return torch.fft.irfft2(spectrum, s=(spectrum.shape[-2], n), norm="ortho")
+    out: Tensor = torch.fft.irfft2(spectrum, s=(spectrum.shape[-2], n), norm="ortho")
+    return out
 
 
 def frequency_power(moment: Tensor) -> Tensor:
@@ -117,7 +121,8 @@ def frequency_power(moment: Tensor) -> Tensor:
         rows = slots[start : start + 1024]
         index = (rows[:, None] - slots[None, :]) % n
         lag.index_add_(0, index.flatten(), moment[start : start + 1024].to(torch.float64).flatten())
-    return torch.fft.rfft(lag).real.div(n).clamp_(min=0).to(torch.float32)
+    power: Tensor = torch.fft.rfft(lag).real.div(n).clamp_(min=0).to(torch.float32)
+    return power
 
 
 _MASK64 = (1 << 64) - 1

@@ -38,7 +38,7 @@ def truncated_svd(
     if exact:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % (1 << 63))
     width = min(rank + 16, m, n)
     probe = torch.randn(n, width, generator=generator, dtype=torch.float32).to(matrix.device, matrix.dtype)
     basis = torch.linalg.qr(matrix @ probe).Q
@@ -86,9 +86,8 @@ def weighted_low_rank(
         residual: R, real [m, n].
         root: G as an upper triangular matrix [n, n], as a diagonal [n] (positive), or None for the identity.
     """
-    if root is None:
-        weighted = residual
-    else:
+    weighted = residual
+    if root is not None:
         weighted = residual * root if root.ndim == 1 else residual @ root
     u, s, vh = truncated_svd(weighted, rank, exact=exact, seed=seed)
     balance = s.sqrt()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def quadratic(matrix: Tensor, moment: Tensor) -> float:
     """tr(A H Aᵀ) for A [m, n] and H [n, n] or diagonal [n]; row blocks, so memory stays a fraction of A."""
     total = 0.0
     moment = moment.to(torch.float32)
-    for block in matrix.to(torch.float32).split(1024):
+    for block in _row_blocks(matrix):
         weighted = block * moment if moment.ndim == 1 else block @ moment
         total += float((weighted * block).sum(dtype=torch.float64))
     return max(total, 0.0)
@@ -44,9 +44,12 @@ def bits_per_weight(tensors: Iterable[Tensor], shape: tuple[int, int]) -> float:
 
 
 def _energy(matrix: Tensor) -> float:
-    return sum(
-        float(block.to(torch.float32).square().sum(dtype=torch.float64)) for block in matrix.split(1024)
-    )
+    return float(sum(float(block.square().sum(dtype=torch.float64)) for block in _row_blocks(matrix)))
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[Tensor]:
+    for start in range(0, matrix.shape[0], 1024):
+        yield matrix[start : start + 1024].to(torch.float32)
 
 
 def _ratio(error: float, reference: float) -> float:

@@ -9,7 +9,7 @@ the square's diagonal), which is searched; outside the grid all points are.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class NearestCode:
         return self._planes.index_select(1, codes.flatten()).view(2, *codes.shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def nearest_code(code_bits: int) -> NearestCode:
     """The search over `ring_codebook(code_bits)`; its grid is laid once per process."""
     return NearestCode(ring_codebook(code_bits))

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def polar_dequant(codes: Tensor, r_max: float | Tensor, amplitude_bits: int, pha
     return torch.polar(amplitude, phase)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _codebook(code_bits: int) -> Tensor:
     return decode(TABLE[code_bits])
 

@@ -67,7 +67,7 @@ def approximate(
         elif config.calibration == "none":
             scales = torch.ones(shape[1])
         else:
-            scales = input_scales(scaled, usable if usable is None or usable.ndim == 1 else usable.diagonal())
+            scales = input_scales(scaled, usable)
         tensors, history, more = solve_best(scaled, config, usable, scales)
         tensors["row_scale"] = tensors["row_scale"] * unit
         _scale_factor(tensors, "left_scale" if "left_scale" in tensors else "left", unit)

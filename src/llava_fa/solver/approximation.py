@@ -109,5 +109,6 @@ def from_pairs(pairs: Tensor) -> Tensor:
 
 def paper_bits(config: FourierConfig) -> tuple[int, int]:
     """b_r, b_θ; a checked paper config always has both."""
-    assert config.amplitude_bits is not None and config.phase_bits is not None
+    assert config.amplitude_bits is not None
+    assert config.phase_bits is not None
     return config.amplitude_bits, config.phase_bits

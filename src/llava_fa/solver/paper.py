@@ -57,7 +57,7 @@ def solve_paper(
         tensors["codes"] = bitpack.pack(codes, sum(bits))
         tensors["r_max"] = torch.tensor([r_max], dtype=torch.float32)
         best = tensors
-    notes = ()
+    notes: tuple[str, ...] = ()
     if not math.isfinite(history[-1]):
         notes = ("the objective overflowed float32",)
     return best, tuple(history), notes

@@ -1,0 +1,63 @@
+"""Second moments of a layer's inputs, accumulated while calibration samples pass by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_fa.errors import FourierError
+
+# Samples are multiplied in float32 in slices of this many, each sum then added in float64: a float32 sum of
+# thousands of squares is good to 1e-5, and no error grows with the number of samples.
+_SLICE = 4096
+
+
+class SecondMoment:
+    """H = E[x xᵀ] over every vector x [n] seen, or its diagonal alone.
+
+    Args:
+        n: length of x.
+        name: the layer, for error messages.
+        diagonal: keep E[x_j²] [n] only: 8 n bytes instead of 8 n².
+    """
+
+    def __init__(self, n: int, *, name: str = "", diagonal: bool = False) -> None:
+        self.n, self.name, self.count = n, name, 0
+        self._sum = torch.zeros((n,) if diagonal else (n, n), dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [..., n], any float dtype.
+
+        Raises:
+            FourierError: wrong last dimension; NaN or Inf, naming the layer.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.n:
+            raise FourierError(
+                f"inputs of shape {tuple(x.shape)}", remedy=f"Expected [..., {self.n}]", where=self.name
+            )
+        samples = x.detach().reshape(-1, self.n)
+        for start in range(0, samples.shape[0], _SLICE):
+            block = samples[start : start + _SLICE].to(torch.float32)
+            # The diagonal sees every value, so a non-finite one cannot hide.
+            power = block.square().sum(dim=0)
+            if not bool(torch.isfinite(power).all()):
+                raise FourierError(
+                    "the layer's inputs have NaN or infinite values (or squares beyond float32)",
+                    remedy="Check the calibration samples, or run the model in float32",
+                    where=self.name,
+                )
+            self._sum += (power if self._sum.ndim == 1 else block.T @ block).to(self._sum.device)
+            self.count += block.shape[0]
+
+    def value(self) -> Tensor:
+        """H float32 [n, n], exactly symmetric, or its diagonal [n].
+
+        Raises:
+            FourierError: nothing was added.
+        """
+        if self.count == 0:
+            raise FourierError(
+                "no input reached this layer", remedy="Give calibration samples that use it", where=self.name
+            )
+        mean = self._sum / self.count
+        return (mean if mean.ndim == 1 else (mean + mean.T) / 2).to(torch.float32)
