@@ -1,0 +1,279 @@
+"""The command line: what is printed where, exit codes, and nothing slow before it is needed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import helpers
+import pytest
+from typer.testing import CliRunner
+
+import llava_fa
+from llava_fa.cli import output
+from llava_fa.cli.main import app
+
+QUICK = ["--bits", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return helpers.save_llava(tmp_path_factory.mktemp("cli") / "llava", dtype=helpers.torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def small(model, tmp_path_factory):
+    """(folder, JSON) of a compression through the command line."""
+    out = tmp_path_factory.mktemp("cli") / "small"
+    result = run("compress", model, out, *QUICK, "--json")
+    assert result.exit_code == 0, result.output
+    return out, json.loads(result.stdout)
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def command(*args, **more):
+    """The command in a process of its own."""
+    line = [sys.executable, "-m", "llava_fa.cli.main", *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, **more)
+
+
+def test_help_and_version_need_no_torch():
+    code = "import sys; from llava_fa.cli.main import app\ntry: app(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules), 'slow'"
+    for args, text in (
+        (["--help"], "compress"),
+        (["--version"], "0.1.0"),
+        (["compress", "--help"], "--calibration"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert text in done.stdout
+
+
+def test_compress_json_is_one_object_with_every_field(small):
+    _, values = small
+    expected = {
+        "bits_per_weight",
+        "compression_ratio",
+        "layers",
+        "not_compressed",
+        "seconds",
+        "peak_rss_bytes",
+    }
+    assert expected <= set(values)
+    assert 2 < values["bits_per_weight"] < 3.2
+    assert len(values["layers"]) == 28
+
+
+def test_inspect_json(small):
+    result = run("inspect", small[0], "--json")
+    values = json.loads(result.stdout)
+    for key in ("bits_per_weight", "compression_ratio", "layers", "not_compressed"):
+        assert values[key] == small[1][key]
+
+
+def test_inspect_for_people(small, model):
+    result = run("inspect", small[0], "--layers")
+    assert result.exit_code == 0
+    assert "language_model.layers.1.mlp.down_proj" in result.stdout
+    assert "x smaller" in result.stdout
+    assert "not compressed: lm_head (output embedding)" in result.stdout
+    assert "16.000 bits per weight in 28 layers" in run("inspect", model).stdout
+
+
+def test_compress_for_people(model, tmp_path):
+    result = run("compress", model, tmp_path / "out", *QUICK, "--skip", "*.mlp.*", "--only", "language_model")
+    assert result.exit_code == 0
+    assert "bits per weight in 8 layers" in result.stdout
+    assert "compressing 8 layers" in result.stderr
+    assert "only: model.language_model.layers.0.self_attn.q_proj" in result.stderr
+    assert "skipped: model.vision_tower.encoder.layers.0.mlp.fc1" in result.stderr
+    assert "done 8/8" in result.stderr
+    assert "peak" in result.stderr
+
+
+def test_stdout_is_pure_json_even_with_all_libraries_talking(model, tmp_path):
+    helpers.picture().save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "that"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+    calibration = ("--calibration", tmp_path / "data.json", "--samples", 1)
+    done = command("compress", model, tmp_path / "out", *QUICK, *calibration, "--json")
+    assert done.returncode == 0, done.stderr
+    assert all(layer["output_error"] > 0 for layer in json.loads(done.stdout)["layers"])
+    assert "Traceback" not in done.stderr
+    assert "torchvision" not in done.stderr
+    assert "Loading weights" not in done.stderr
+
+
+def test_world_calibration(model, tmp_path, monkeypatch):
+    import llava_fa.world
+
+    def samples(n, seed):
+        assert (n, seed) == (2, 7)
+        return [(helpers.picture(i), "what?", "that") for i in range(n)]
+
+    monkeypatch.setattr(llava_fa.world, "calibration_samples", samples, raising=False)
+    source = ("--calibration", "world", "--samples", 2, "--seed", 7)
+    result = run("compress", model, tmp_path / "out", *QUICK, *source, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["layers"][0]["output_error"] is not None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--bits", "5"], "bits is 5.0"),
+        (["--bits", "2.3"], "in steps of 0.5"),
+        (["--bits", "two"], "valid"),
+        (["--method", "magic"], "method is 'magic'"),
+        (["--rank", "-1"], "rank is -1"),
+        (["--amplitude-bits", "4"], "belong to method 'paper'"),
+        (["--method", "paper", "--amplitude-bits", "4"], "come together"),
+        (
+            ["--method", "paper", "--bits", "4", "--amplitude-bits", "4", "--phase-bits", "4"],
+            "exclude each other",
+        ),
+        (["--images", "."], "goes with --calibration"),
+        (["--calibration", "world", "--images", "."], "not with"),
+        (["--samples", "0"], "--samples"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+def test_wrong_usage_is_2(model, tmp_path, args, message):
+    result = run("compress", model, tmp_path / "out", *args)
+    assert result.exit_code == 2
+    assert " ".join(message.split()) in " ".join(result.stderr.replace("│", " ").split())
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_left_out_are_2():
+    assert run("compress").exit_code == 2
+    assert run().exit_code in (0, 2)  # the help: 0 or 2 by click's version
+    assert run("nonsense").exit_code == 2
+
+
+def test_failure_is_1_with_one_message(model, small, tmp_path):
+    for args, message in (
+        (("compress", tmp_path / "none", tmp_path / "out"), "no such folder"),
+        (("compress", model, small[0]), "it exists already"),
+        (("compress", small[0], tmp_path / "out"), "already compressed by llava-fa"),
+        (("compress", model, tmp_path / "out", "--skip", "nothing_like_it"), "matches no module"),
+        (("compress", model, tmp_path / "out", "--rank", "30"), "rank 30 is larger than min"),
+        (("inspect", tmp_path), "there is no config.json"),
+        (("chat", model, "what?", "--image", tmp_path / "none.png"), "does not exist"),
+    ):
+        result = run(*args)
+        assert result.exit_code == 1, args
+        assert result.stdout == ""
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_failure_under_json_is_an_object_too(tmp_path):
+    result = run("inspect", tmp_path, "--json")
+    assert result.exit_code == 1
+    error = json.loads(result.stdout)["error"]
+    assert error["what"] == "there is no config.json: this is not a model folder"
+    assert error["where"] == str(tmp_path)
+    assert error["remedy"]
+
+
+def test_killed_from_outside_resumes(model, small, tmp_path):
+    """SIGKILL to the real command, in the middle; then the same command again."""
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "llava_fa.cli.main", "compress", str(model), str(out), *QUICK]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "out.partial" / "parts"
+    deadline = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        if parts.is_dir() and len(os.listdir(parts)) >= 3:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.001)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    result = run("compress", model, out, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    for path in small[0].iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+@pytest.fixture
+def interrupted(model, tmp_path, monkeypatch):
+    """(output folder, result) of a compression stopped by Ctrl-C when all layers were done."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("llava_fa.hub.compress.assemble", interrupt)
+        result = run("compress", model, tmp_path / "out", *QUICK)
+    assert result.exit_code == 1
+    return tmp_path / "out", result
+
+
+def test_control_c_says_how_to_go_on(model, interrupted):
+    out, result = interrupted
+    assert "the same command resumes" in result.stderr
+    assert run("compress", model, out, *QUICK).exit_code == 0
+
+
+def test_fresh(model, interrupted):
+    out, _ = interrupted
+    refused = run("compress", model, out, "--bits", "3")
+    assert refused.exit_code == 1
+    assert "--fresh" in refused.stderr
+    assert run("compress", model, out, "--bits", "3", "--fresh").exit_code == 0
+
+
+@pytest.mark.parametrize("which", ["model", "small"])
+def test_chat_answers(request, tmp_path, which):
+    folder = request.getfixturevalue(which)
+    folder = folder[0] if isinstance(folder, tuple) else folder
+    helpers.picture().save(tmp_path / "a.png")
+    result = run("chat", folder, "what is it?", "--image", tmp_path / "a.png", "--max-new-tokens", 5)
+    assert result.exit_code == 0, result.stderr
+    again = run("chat", folder, "what is it?", "--image", tmp_path / "a.png", "--max-new-tokens", 5, "--json")
+    values = json.loads(again.stdout)
+    assert set(values) == {"answer", "tokens", "seconds"}
+    assert 1 <= values["tokens"] <= 5
+    assert result.stdout.strip() == values["answer"]
+
+
+def test_chat_without_a_template(model, tmp_path):
+    import shutil
+
+    shutil.copytree(model, tmp_path / "in")
+    (tmp_path / "in" / "chat_template.jinja").unlink()
+    helpers.picture().save(tmp_path / "a.png")
+    result = run("chat", tmp_path / "in", "what?", "--image", tmp_path / "a.png")
+    assert result.exit_code == 1
+    assert "no chat template" in result.stderr
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (185, "3:05"), (3729, "1:02:09")])
+def test_durations(seconds, text):
+    assert output.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (3.4e6, "3.4 MB"), (1.25e9, "1.25 GB")]
+)
+def test_sizes(count, text):
+    assert output.size(count) == text
+
+
+def test_the_public_names_are_there():
+    assert callable(llava_fa.compress)
+    assert callable(llava_fa.approximate)
+    assert set(llava_fa.__all__) <= set(dir(llava_fa))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        llava_fa.nonsense  # noqa: B018
