@@ -33,7 +33,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/ablation.py
-	$(BIN)/python benchmarks/curve.py
+	$(BIN)/python benchmarks/accuracy.py --plot docs/accuracy.svg
 
 clean:
 	rm -rf $(VENV) demo-out build dist src/*.egg-info
