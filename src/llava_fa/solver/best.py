@@ -34,10 +34,11 @@ def input_scales(weight: Tensor, moment: Tensor | None) -> Tensor:
     [n].
 
     The transform spreads errors evenly over the columns of W diag(s), and their power follows Σ_j s_j² w_j
-    with w_j = mean_i W_ij². Rounding to the nearest code then costs Σ_j H_jj/s_j² · Σ_j s_j² w_j, least
-    (Cauchy-Schwarz) at s_j = (H_jj / w_j)^¼ (method.md fact 6). Error feedback already exploits all that is
-    uneven in H: it costs det(H)^(1/n) / Π s_j^(2/n) · Σ_j s_j² w_j at high rate, least at s_j = w_j^-½, which
-        measures 1.5 % better.
+    with w_j = mean_i W_ij². Rounding to the nearest code costs Σ_j H_jj/s_j² · Σ_j s_j² w_j, least
+    (Cauchy-Schwarz) at s_j = (H_jj / w_j)^¼ (method.md fact 6). Error feedback already exploits what is
+    uneven in H: at high rate it costs det(H)^(1/n) · Π_j s_j^(-2/n) · Σ_j s_j² w_j, least at s_j = w_j^-½,
+    but unevenness also costs it damping. Half way, s_j = H_jj^⅛ w_j^-⅜, measures best: 1.6 % less output
+    error than the former on real layers, up to 6 % less than the latter on synthetic ones.
 
     Args:
         weight: [m, n].
@@ -50,7 +51,7 @@ def input_scales(weight: Tensor, moment: Tensor | None) -> Tensor:
     elif moment.ndim == 1:
         log = (_floored(moment.to(torch.float64)).log() - columns) / 4
     else:
-        log = -columns / 2
+        log = _floored(moment.diagonal().to(torch.float64)).log() / 8 - columns * 3 / 8
     return (log - log.mean()).exp().to(torch.bfloat16).to(torch.float32)
 
 
@@ -67,11 +68,11 @@ def solve_best(
     problem = _Problem(weight, config, moment, scales)
     history: list[float] = []
     if config.rank == 0:
-        codes, row_scale = problem.quantise(problem.target, config.refine_passes)
+        codes, row_scale = problem.quantise(problem.target, final=True)
         best: dict[str, Tensor] = {}
     else:
         best, history = _alternate(problem, config)
-        codes, row_scale = problem.quantise(problem.target - problem.transformed(best), config.refine_passes)
+        codes, row_scale = problem.quantise(problem.target - problem.transformed(best), final=True)
     tensors = {
         "codes": bitpack.pack(codes, config.code_bits),
         "row_scale": row_scale.to(torch.bfloat16),
@@ -93,7 +94,7 @@ def _alternate(problem: _Problem, config: FourierConfig) -> tuple[dict[str, Tens
     for _ in range(config.iterations):
         stored = problem.fit_factors(rest)
         part = problem.transformed(stored)
-        codes, row_scale = problem.quantise(problem.target - part, 0)
+        codes, row_scale = problem.quantise(problem.target - part, final=False)
         quantised = problem.decode(codes, row_scale)
         history.append(problem.loss(problem.target - part - quantised))
         if len(history) == 1 or history[-1] < min(history[:-1]):
@@ -125,15 +126,22 @@ class _Problem:
         self.unit = feedback.unit_upper(self.root)
         self.moment.diagonal().add_(config.damping * float(self.moment.diagonal().mean()))
 
-    def quantise(self, target: Tensor, refine_passes: int) -> tuple[Tensor, Tensor]:
-        """Codes int32 [m, N/2] and row scales float32 [m] (bf16 values); a row of zeros has scale 0."""
+    def quantise(self, target: Tensor, *, final: bool) -> tuple[Tensor, Tensor]:
+        """Codes int32 [m, N/2] and row scales float32 [m] (bf16 values); a row of zeros has scale 0.
+
+        The last codes (`final`) get the beam and the refinement; those that only lead to better factors do
+        not.
+        """
         row_scale = target.square().mean(dim=1).sqrt().to(torch.bfloat16).to(torch.float32)
         inverse = torch.where(row_scale > 0, 1 / row_scale, torch.zeros_like(row_scale))
         if self.moment is None:
             return self._nearest(target, inverse), row_scale
         rows = (target * inverse[:, None]).T.contiguous()
-        codes, error = round_with_beam(rows, self.unit, self.root, self.search, _BEAM_WIDTH)
-        for _ in range(refine_passes):
+        if final:
+            codes, error = round_with_beam(rows, self.unit, self.root, self.search, _BEAM_WIDTH)
+        else:
+            codes, error = feedback.round_with_feedback(rows, self.unit, self.search)
+        for _ in range(self.config.refine_passes if final else 0):
             if feedback.refine(codes, error, self.moment, self.search) == 0:
                 break
         return codes.T.contiguous(), row_scale
