@@ -247,5 +247,31 @@ def test_a_sample_the_model_refuses(folder, tmp_path):
     fails(folder, tmp_path, r"calibration sample 0: the model.*(fails on|refuses) it", calibration=[words])
 
 
-def test_an_unknown_device(folder, tmp_path, samples):
-    fails(folder, tmp_path, "cannot be loaded to cuda|not a device", calibration=samples, device="cuda:99")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:99", r"there is no cuda:99 here \(\d+ GPUs seen\)"), ("gpu", "'gpu' is not a device")],
+)
+def test_an_unknown_device(folder, tmp_path, samples, device, message):
+    fails(folder, tmp_path, message, calibration=samples, device=device)
+
+
+def test_a_model_in_memory(tmp_path):
+    fails(torch.nn.Linear(2, 2), tmp_path, "the model is a Linear. Give a folder")
+
+
+def test_a_device_out_of_memory(folder, tmp_path, samples, monkeypatch):
+    """Said with the way out, whether the whole model or one block was running."""
+    import llava_fa.hub.calibrated as blockwise
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for owner, name in ((blockwise.Call, "run"), (blockwise, "_first")):
+        with monkeypatch.context() as context:
+            context.setattr(owner, name, fail)
+            fails(
+                folder,
+                tmp_path,
+                "cpu: the device ran out of memory.*--device cpu goes on",
+                calibration=samples,
+            )

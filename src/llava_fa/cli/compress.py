@@ -52,7 +52,7 @@ def compress(
     only: Annotated[
         list[str] | None, typer.Option(help="Compress only these layers (name or pattern; repeatable).")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where calibrated compression computes.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where the model runs on calibration samples.")] = "cpu",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Throw an interrupted run's work away, do not resume.")
     ] = False,

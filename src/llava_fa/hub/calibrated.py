@@ -89,9 +89,16 @@ def compress_calibrated(
     Raises:
         FourierError: the model fails on a sample (named), or a layer cannot be approximated (named).
     """
-    segments, idle = _segments(model, find_units(model, plan.layers), inputs)
-    for segment in segments:
-        _compress_segment(segment, plan, config, work, model, inputs, tracker)
+    try:
+        segments, idle = _segments(model, find_units(model, plan.layers), inputs)
+        for segment in segments:
+            _compress_segment(segment, plan, config, work, model, inputs, tracker)
+    except torch.OutOfMemoryError as error:
+        raise FourierError(
+            "the device ran out of memory while the model ran on the samples",
+            remedy="Finished layers are kept: the same command with --device cpu goes on from them",
+            where=str(next(model.parameters()).device),
+        ) from error
     for unit in idle:  # unused heads: no inputs to learn from
         for layer in unit.layers:
             if layer.name not in work:
@@ -355,7 +362,7 @@ def _forward(model: nn.Module, sample: Mapping[str, Tensor], index: int) -> None
         model(**moved, use_cache=False)
     except _Stop:
         return
-    except FourierError:
+    except (FourierError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a sample the model cannot take: shapes, token counts
         raise FourierError(

@@ -50,7 +50,7 @@ def compress(
         out: the new model folder; must not exist. Loads with `from_pretrained` once `llava_fa` is imported.
         config: method, bits, rank, layers to skip; `FourierConfig()` if None.
         calibration: samples ``(image, question, answer)`` or chat messages (see `hub.calibration_data`).
-        device: where calibrated compression computes.
+        device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
         fresh: throw away what an interrupted run left, instead of resuming.
         progress: called with a `Progress` before each layer and after the last.
         on_plan: called with the `Plan` (which layers, which not and why) before any work.
@@ -71,6 +71,7 @@ def compress(
     callback = progress or (lambda _: None)
     refuse_existing(out)
     _check_calibration(config, calibration)
+    place = _check_device(device)
     source = open_source(resolve_model(model))
     plan = make_plan(empty_model(source), source, config)
     if on_plan is not None:
@@ -82,7 +83,6 @@ def compress(
         "source": source.fingerprint,
         "config": config.to_dict(),
         "calibration": None if inputs is None else fingerprint(inputs),
-        "device": None if inputs is None else torch.device(device).type,
     }
     with WorkFolder(out, manifest, fresh) as work:
         tracker = Tracker(plan, work, callback)
@@ -91,7 +91,7 @@ def compress(
             compress_streaming(plan, config, work, tracker)
         elif tracker.done < tracker.total:
             tracker.tell("loading the model")
-            loaded = _load(source.folder, plan, torch.device(device))
+            loaded = _load(source.folder, plan, place)
             compress_calibrated(plan, config, work, loaded, inputs, tracker)
             del loaded
         notes = {layer.name: work.report(layer.name).notes for layer in plan.layers}
@@ -159,6 +159,18 @@ def _check_calibration(config: FourierConfig, calibration: Iterable[Sample] | No
             "there are calibration samples, but the config's calibration is 'none'",
             remedy="Leave one of the two out",
         )
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise FourierError(f"{device!r} is not a device", remedy="Give cpu, cuda, cuda:1, mps, …") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise FourierError(
+            f"there is no {place} here ({torch.cuda.device_count()} GPUs seen)", remedy="Give device cpu"
+        )
+    return place
 
 
 def _prepare(folder: Path, calibration: Iterable[Sample]) -> list[dict[str, torch.Tensor]]:

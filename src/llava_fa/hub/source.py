@@ -30,6 +30,11 @@ _DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktok
 
 def resolve_model(model: str | Path) -> Path:
     """The folder of a model: ``"tiny"`` (the embedded one), a folder, or a hub id (downloaded)."""
+    if not isinstance(model, (str, Path)):
+        raise FourierError(
+            f"the model is a {type(model).__name__}",
+            remedy="Give a folder, a hub id or 'tiny'; save it first",
+        )
     if str(model) == "tiny":
         folder = Path(llava_fa.__file__).parent / "world" / "tiny"
         if not (folder / "config.json").is_file():
