@@ -177,6 +177,20 @@ def test_a_dataset_that_fails(monkeypatch):
         read_samples("someone/some-vqa")
 
 
+def test_a_picture_that_a_dataset_cannot_decode_is_counted(monkeypatch):
+    class Broken(Stream):
+        def __iter__(self):
+            yield {"image": helpers.picture(), "question": "q?", "answer": "a"}
+            raise OSError("cannot identify image file")
+
+    stub = types.SimpleNamespace(load_dataset=lambda name, streaming: {"train": Broken()})
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    with pytest.raises(
+        FourierError, match=r"someone/some-vqa sample 1: the dataset cannot be read \(OSError"
+    ):
+        read_samples("someone/some-vqa")
+
+
 def test_what_the_model_is_given():
     processor = helpers.processor()
     sample = (helpers.picture(), "what?", "that")

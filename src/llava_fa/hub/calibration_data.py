@@ -136,6 +136,8 @@ def _dataset(source: str, count: int, seed: int) -> list[Sample]:
             remedy="`pip install datasets`, or give a LLaVA-format .json file",
             where=source,
         ) from None
+    samples: list[Sample] = []
+    where = source
     try:
         if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(source)
@@ -145,14 +147,20 @@ def _dataset(source: str, count: int, seed: int) -> list[Sample]:
             stream = datasets.load_dataset(source, streaming=True)
             split = stream["train" if "train" in stream else next(iter(stream))]
             rows = split.shuffle(seed=seed, buffer_size=max(1000, count))
-        samples = [_row(row, f"{source} sample {i}") for i, row in zip(range(count), rows, strict=False)]
+        reader = iter(rows)
+        for index in range(count):
+            where = f"{source} sample {index}"
+            row = next(reader, None)
+            if row is None:
+                break
+            samples.append(_row(row, where))
     except FourierError:
         raise
-    except Exception as error:  # whatever datasets, its file readers or the network raise
+    except Exception as error:  # whatever datasets, its file readers and decoders or the network raise
         raise FourierError(
             f"the dataset cannot be read ({type(error).__name__}: {error})",
             remedy="Check its name, the network, and that its images decode",
-            where=source,
+            where=where,
         ) from error
     if not samples:
         raise FourierError("the dataset is empty", remedy="Give another one", where=source)
