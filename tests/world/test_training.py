@@ -12,7 +12,7 @@ from llava_fa.world.packing import IGNORED, PREFIX, WorldBatches, attention_mask
 from llava_fa.world.recipe import Learner, Recipe, train
 
 TINY = Recipe(
-    vision_steps=2, language_steps=3, cooldown_steps=2, frozen_steps=1, vision_batch=2, language_batch=2, text_tokens=48
+    vision_steps=2, language_steps=3, cooldown_steps=2, frozen_steps=1, vision_batch=2, language_batch=2, wordy_batch=1, text_tokens=48
 )
 
 
@@ -81,6 +81,15 @@ def test_the_processor_leaves_the_pixels_alone(processor):
     picture = Image.fromarray(data["pixels"][0].permute(1, 2, 0).numpy())
     values = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(values, (data["pixels"].float() / 255 - 0.5) / 0.25, atol=1e-5, rtol=0)
+
+
+def test_wordy_pictures_come_on_top_and_are_read_in_training_only(processor):
+    batch = batches(processor, wordy=3)[0]
+    assert len(batch["pixels"]) == len(batch["character"]) == 5
+    assert len(batch["ids"]) == 2
+    plain = batches(processor)[0]
+    assert torch.equal(batch["pixels"][:2], plain["pixels"])
+    assert (batch["character"][2:] > 0).sum() > 2 * (plain["character"] > 0).sum() / 2
 
 
 def test_padding_sees_something_and_teaches_nothing(processor):

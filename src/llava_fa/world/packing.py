@@ -8,6 +8,7 @@ position ids make every question see exactly what it would see alone. On two cor
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_fa.world.model import ASSISTANT, END, IMAGE, USER
 from llava_fa.world.questions import TASKS, Question, ask
 from llava_fa.world.render import GRID, patch_labels, render
-from llava_fa.world.scene import Split, sample_scene, scene_rng
+from llava_fa.world.scene import Scene, Split, sample_scene, scene_rng
 
 PREFIX = 1 + GRID * GRID
 """Tokens that all questions share: the user mark and the picture."""
@@ -34,6 +35,7 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         tokenizer: the tiny model's.
         split, seed: which pictures; see `llava_fa.world.scene.sample_scene`.
         batch: pictures in a batch.
+        wordy: pictures full of writing, without questions, that come on top: what is read is seldom and small.
         text: tokens for questions and answers in a sequence; 0 leaves the questions out (vision only).
         start, stop: the batch numbers that `len` and `__getitem__` span.
         tasks: the families of questions to ask.
@@ -47,12 +49,13 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         seed: int,
         batch: int,
         text: int,
+        wordy: int = 0,
         start: int,
         stop: int,
         tasks: tuple[str, ...] = TASK_NAMES,
     ) -> None:
         self.split, self.seed, self.batch, self.text = split, seed, batch, text
-        self.start, self.stop, self.tasks = start, stop, tasks
+        self.start, self.stop, self.wordy, self.tasks = start, stop, wordy, tasks
         self.prefix = tokenizer.convert_tokens_to_ids([USER] + [IMAGE] * (GRID * GRID))
         self.marks = tuple(tokenizer.convert_tokens_to_ids([ASSISTANT, END]))
         self.pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
@@ -66,7 +69,9 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         first = (self.start + number) * self.batch
         rows = [self._row(first + i) for i in range(self.batch)]
-        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        first = (self.start + number) * self.wordy
+        rows += [self._wordy_row(first + i) for i in range(self.wordy)]
+        return {name: torch.from_numpy(np.stack([row[name] for row in rows if name in row])) for name in rows[0]}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return (self[i] for i in range(len(self)))
@@ -74,13 +79,16 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def _row(self, index: int) -> dict[str, np.ndarray[Any, Any]]:
         rng = scene_rng(self.split, self.seed, index)
         scene = sample_scene(rng, self.split)
-        labels = patch_labels(scene)
-        row = {"pixels": np.asarray(render(scene, rng)).transpose(2, 0, 1), **vars(labels)}
+        row = _picture(scene, rng)
         if self.text:
             row |= self._pack(self._questions(scene, rng))
         return row
 
-    def _questions(self, scene: Any, rng: Any) -> Iterator[Question]:
+    def _wordy_row(self, index: int) -> dict[str, np.ndarray[Any, Any]]:
+        rng = scene_rng(self.split, self.seed, index, "wordy")
+        return _picture(sample_scene(rng, self.split, wordy=True), rng)
+
+    def _questions(self, scene: Scene, rng: random.Random) -> Iterator[Question]:
         for _ in range(40):
             asked = ask(rng.choice(self.tasks), scene, rng, self.split)
             # one rotation is enough to learn from; both halves of a pair show what tells them apart
@@ -110,6 +118,10 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             at = end
         segment[at:] = -1
         return {"ids": ids, "target": target, "segment": segment, "position": position, "task": task}
+
+
+def _picture(scene: Scene, rng: random.Random) -> dict[str, np.ndarray[Any, Any]]:
+    return {"pixels": np.asarray(render(scene, rng)).transpose(2, 0, 1), **vars(patch_labels(scene))}
 
 
 def attention_mask(segment: torch.Tensor) -> torch.Tensor:

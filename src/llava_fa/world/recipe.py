@@ -45,14 +45,15 @@ class Recipe:
     vision_steps: int = 1200
     language_steps: int = 12000
     cooldown_steps: int = 2000
-    frozen_steps: int = 4000
+    frozen_steps: int = 400
     vision_batch: int = 64
     language_batch: int = 16
+    wordy_batch: int = 16
     text_tokens: int = 160
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
-    vision_scale: float = 0.3
-    dense_weight: float = 0.3
+    vision_scale: float = 0.5
+    dense_weight: float = 0.5
     weight_decay: float = 0.01
     seed: int = 1
 
@@ -102,6 +103,7 @@ def train(
             seed=recipe.seed + (0 if vision_only else 1),
             batch=recipe.vision_batch if vision_only else recipe.language_batch,
             text=0 if vision_only else recipe.text_tokens,
+            wordy=recipe.wordy_batch,
             start=learner.step,
             stop=recipe.vision_steps if vision_only else recipe.steps,
         )
@@ -209,7 +211,7 @@ class Learner:
             patches = self._patches(batch["pixels"])
             losses = {"dense": self._dense_loss(patches.float(), batch)}
             if "ids" in batch:
-                hidden = self._answer_states(patches, batch)
+                hidden = self._answer_states(patches[: len(batch["ids"])], batch)
                 wanted = batch["target"] != IGNORED
                 logits = self.model.lm_head(hidden[wanted])
                 losses["answer"] = F.cross_entropy(logits.float(), batch["target"][wanted])

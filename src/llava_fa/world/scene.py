@@ -108,8 +108,10 @@ def scene_rng(split: Split, seed: int, index: int, purpose: str = "scene") -> ra
     return random.Random(f"llava-fa world 1|{split}|{seed}|{index}|{purpose}")
 
 
-def sample_scene(rng: random.Random, split: Split = "train", condition: Condition | None = None) -> Scene:
-    """Draw one scene.
+def sample_scene(
+    rng: random.Random, split: Split = "train", condition: Condition | None = None, *, wordy: bool = False
+) -> Scene:
+    """Draw one scene; a ``wordy`` one has as much writing as fits and one thing at most.
 
     Training scenes never show a pair of `HELD_OUT_PAIRS` or a word of `HELD_OUT_WORDS`; in the other splits a
     quarter of the things and a third of the signs do.
@@ -118,11 +120,12 @@ def sample_scene(rng: random.Random, split: Split = "train", condition: Conditio
         condition = rng.choices(("clear", "mild", "ruined"), (76, 16, 8))[0]
     boxes: list[tuple[float, float, float, float]] = []
     writings = []
-    for kind in rng.sample(KINDS, rng.choices((0, 1, 2), (30, 45, 25))[0]):
+    kinds = rng.choices(KINDS, (3, 2, 2), k=5) if wordy else rng.sample(KINDS, rng.choices((0, 1, 2), (30, 45, 25))[0])
+    for kind in kinds:
         if writing := _place_writing(rng, kind, split, boxes):
             writings.append(writing)
             boxes.append(writing.box)
-    wanted = rng.choices((1, 2, 3, 4, 5), (8, 22, 28, 24, 18))[0]
+    wanted = rng.randint(0, 1) if wordy else rng.choices((1, 2, 3, 4, 5), (8, 22, 28, 24, 18))[0]
     colors, shapes = list(COLORS), list(SHAPES)
     color_weights, shape_weights = list(COLOR_WEIGHTS), list(SHAPE_WEIGHTS)
     if rng.random() < 0.45:  # few colors or few shapes: something to count, and near misses for "is there a ..."
