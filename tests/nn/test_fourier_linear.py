@@ -192,6 +192,7 @@ def test_compiles_in_one_graph():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inductor's own, at its import
 def test_compiles_with_inductor():
     model = nn.Sequential(make(best(24, 32)), nn.ReLU(), make(paper(8, 24)))
     x = torch.randn(3, 32)

@@ -89,10 +89,6 @@ class FourierHfQuantizer(HfQuantizer):
         """`torch.compile` works."""
         return True
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Nothing special about the state dict; the files' headers name the format."""
-        return None, {"quant_method": QUANT_METHOD}
-
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether this weight is to be compressed while it is loaded."""
         return param_name in self._targets

@@ -78,7 +78,7 @@ class FourierLinear(Stored):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> FourierLinear:
-        """A layer around tensors that already exist (they are not copied).
+        """A layer around tensors that already exist (contiguous ones are not copied).
 
         Raises:
             FourierError: names, dtypes or shapes are not those of the layout.
@@ -88,7 +88,8 @@ class FourierLinear(Stored):
             dtype = bias.dtype
         layer = cls(layout, bias=bias is not None, dtype=dtype, device="meta")
         for name, tensor in tensors.items():
-            setattr(layer, name, tensor)
+            # In another memory order the same numbers may multiply to other last bits than after saving.
+            setattr(layer, name, tensor.contiguous())
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach())
         return layer
