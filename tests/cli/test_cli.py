@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,14 +250,26 @@ def test_chat_answers(request, tmp_path, which):
 
 
 def test_chat_without_a_template(model, tmp_path):
-    import shutil
-
     shutil.copytree(model, tmp_path / "in")
     (tmp_path / "in" / "chat_template.jinja").unlink()
     helpers.picture().save(tmp_path / "a.png")
     result = run("chat", tmp_path / "in", "what?", "--image", tmp_path / "a.png")
     assert result.exit_code == 1
     assert "no chat template" in result.stderr
+
+
+@pytest.mark.parametrize("which", ["model", "small"])
+def test_chat_with_a_damaged_model(request, tmp_path, which):
+    folder = request.getfixturevalue(which)
+    shutil.copytree(folder[0] if isinstance(folder, tuple) else folder, tmp_path / "in")
+    weights = tmp_path / "in" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    helpers.picture().save(tmp_path / "a.png")
+    result = run("chat", tmp_path / "in", "what?", "--image", tmp_path / "a.png")
+    assert result.exit_code == 1
+    assert "model.safetensors: the file is cut short" in result.stderr
+    result = run("chat", tmp_path / "in", "what?", "--image", tmp_path / "a.png", "--device", "gpu")
+    assert "'gpu' is not a device" in result.stderr
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (185, "3:05"), (3729, "1:02:09")])

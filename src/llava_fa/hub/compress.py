@@ -15,6 +15,7 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, fingerprint, prepare
 from llava_fa.hub.checkpoint import account, read_metadata, validate
+from llava_fa.hub.loading import check_device
 from llava_fa.hub.parts import WorkFolder, check_space, refuse_existing
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.report import LayerReport, ProgressCallback, Report, Skipped, peak_rss_bytes
@@ -71,7 +72,7 @@ def compress(
     callback = progress or (lambda _: None)
     refuse_existing(out)
     _check_calibration(config, calibration)
-    place = _check_device(device)
+    place = check_device(device)
     source = open_source(resolve_model(model))
     plan = make_plan(empty_model(source), source, config)
     if on_plan is not None:
@@ -159,18 +160,6 @@ def _check_calibration(config: FourierConfig, calibration: Iterable[Sample] | No
             "there are calibration samples, but the config's calibration is 'none'",
             remedy="Leave one of the two out",
         )
-
-
-def _check_device(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise FourierError(f"{device!r} is not a device", remedy="Give cpu, cuda, cuda:1, mps, …") from None
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise FourierError(
-            f"there is no {place} here ({torch.cuda.device_count()} GPUs seen)", remedy="Give device cpu"
-        )
-    return place
 
 
 def _prepare(folder: Path, calibration: Iterable[Sample]) -> list[dict[str, torch.Tensor]]:

@@ -9,7 +9,8 @@ import torch
 
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
 from llava_fa.errors import FourierError
-from llava_fa.hub.source import quiet_transformers, resolve_model
+from llava_fa.hub.shards import read_header
+from llava_fa.hub.source import quiet_transformers, read_config, resolve_model, weight_files
 
 
 def load(model: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -26,7 +27,10 @@ def load(model: str | Path, device: str = "auto", dtype: torch.dtype | None = No
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = resolve_model(model)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    read_config(folder)
+    for path in weight_files(folder):  # a missing, pickled or cut short file has its own error here
+        read_header(path)
     with quiet_transformers():
         try:
             processor = AutoProcessor.from_pretrained(folder)
@@ -42,8 +46,21 @@ def load(model: str | Path, device: str = "auto", dtype: torch.dtype | None = No
     return loaded.eval().to(place), processor
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, if there is one of that name here; `FourierError` if not."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise FourierError(f"{device!r} is not a device", remedy="Give cpu, cuda, cuda:1, mps, …") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise FourierError(
+            f"there is no {place} here ({torch.cuda.device_count()} GPUs seen)", remedy="Give device cpu"
+        )
+    return place
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on GPUs and on CPUs with bf16 instructions; others emulate it several times slower than float32."""
+    """bf16 on GPUs and on CPUs with bf16 instructions; other CPUs emulate it far slower than float32."""
     if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32
