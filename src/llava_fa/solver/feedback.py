@@ -110,6 +110,7 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
             points = search.points(code)
             before, after = shift, aim - points
             better = (after * (block @ after)).sum(0) < (before * (block @ before)).sum(0)
+            better &= code != codes[at // 2]  # else rounding could call the same code better, for ever
             step = torch.where(better, old_points - points, torch.zeros_like(old_points))
             codes[at // 2] = torch.where(better, code, codes[at // 2])
             torch.add(old, step, out=error[here])

@@ -54,9 +54,13 @@ def solve_paper(
         history.append(float((root_c * (rest - quantised).abs()).norm()))
         if len(history) > 1 and history[-1] > history[-2]:
             break
-        tensors["codes"] = bitpack.pack(codes, sum(bits))
+        packed = bitpack.pack(codes, sum(bits))
+        settled = "codes" in best and torch.equal(best["codes"], packed)
+        tensors["codes"] = packed
         tensors["r_max"] = torch.tensor([r_max], dtype=torch.float32)
         best = tensors
+        if settled:  # the same Q~ leads to the same factors: every later iteration would repeat this one
+            break
     notes: tuple[str, ...] = ()
     if not math.isfinite(history[-1]):
         notes = ("the objective overflowed float32",)

@@ -1,0 +1,113 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava_fa import FourierConfig, FourierError
+
+
+def test_defaults():
+    config = FourierConfig()
+    assert (config.method, config.bits, config.code_bits, config.factor_dtype) == ("best", 4.0, 8, "int8")
+    assert config.quant_method == "llava_fa"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.bits = 2
+
+
+@given(
+    bits=st.sampled_from([1, 1.5, 2, 2.5, 3, 3.5, 4]),
+    method=st.sampled_from(["best", "paper"]),
+    rank=st.integers(0, 999),
+    seed=st.integers(-9, 9),
+    skip=st.lists(st.text(max_size=5), max_size=3),
+    calibration=st.sampled_from(["auto", "none", "diagonal"]),
+)
+def test_json_round_trip(**fields):
+    config = FourierConfig(**fields)
+    assert FourierConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["quant_method"] == "llava_fa"
+    assert config.replace() == config
+
+
+def test_paper_shares_its_bits_and_the_phase_takes_the_odd_one():
+    config = FourierConfig(method="paper", bits=2.5)
+    assert (config.amplitude_bits, config.phase_bits, config.factor_dtype) == (2, 3, "bf16")
+    explicit = FourierConfig(method="paper", amplitude_bits=4, phase_bits=5)
+    assert (explicit.bits, explicit.code_bits) == (4.5, 9)
+    assert FourierConfig.from_dict(explicit.to_dict()) == explicit
+    assert explicit.replace(bits=3).amplitude_bits == 3
+    assert explicit.replace(method="best", bits=4).factor_dtype == "int8"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "magic"}, "method is 'magic'. Choose one of best, paper"),
+        ({"calibration": "x"}, "calibration is 'x'"),
+        ({"bits": 0.5}, "bits is 0.5. Give 1 to 4 in steps of 0.5"),
+        ({"bits": 4.5}, "bits is 4.5"),
+        ({"bits": 2.25}, "bits is 2.25"),
+        ({"bits": -2}, "bits is -2"),
+        ({"bits": float("nan")}, "bits is nan"),
+        ({"bits": float("inf")}, "bits is inf"),
+        ({"bits": "4"}, "bits is '4'"),
+        ({"bits": True}, "bits is True"),
+        ({"bits": None}, "bits is None"),
+        ({"method": "paper", "bits": float("nan")}, "bits is nan"),
+        ({"method": "paper", "bits": 0.5}, "bits is 0.5. Give 1 to 8"),
+        ({"method": "paper", "bits": 9}, "bits is 9. Give 1 to 8"),
+        ({"rank": -1}, "rank is -1"),
+        ({"rank": 1.5}, "rank is 1.5. Give a whole number"),
+        ({"rank": True}, "rank is True"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"refine_passes": -1}, "refine_passes is -1"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"damping": 0}, "damping is 0"),
+        ({"damping": 1.5}, "damping is 1.5"),
+        ({"damping": float("nan")}, "damping is nan"),
+        ({"damping": "x"}, "damping is 'x'"),
+        ({"factor_dtype": "fp8"}, "factor_dtype is 'fp8'"),
+        ({"skip": "vision_tower"}, r"skip is 'vision_tower'. Give a list"),
+        ({"only": [1]}, r"only is \[1\]"),
+        ({"skip": None}, "skip is None"),
+        ({"amplitude_bits": 4}, "belong to method 'paper'"),
+        ({"phase_bits": 4}, "belong to method 'paper'"),
+        ({"method": "paper", "amplitude_bits": 4}, "come together"),
+        ({"method": "paper", "amplitude_bits": 0, "phase_bits": 4}, "amplitude_bits is 0. Give 1 to 8"),
+        ({"method": "paper", "amplitude_bits": 4, "phase_bits": 9}, "phase_bits is 9"),
+        ({"method": "paper", "amplitude_bits": 4, "phase_bits": 2.0}, "phase_bits is 2.0"),
+        ({"method": "paper", "calibration": "feedback"}, "'paper' has no error feedback"),
+        ({"method": "paper", "factor_dtype": "int8"}, "'paper' keeps its complex factors in bf16"),
+    ],
+)
+def test_invalid_values_and_combinations_give_the_reason(fields, message):
+    with pytest.raises(FourierError, match=message):
+        FourierConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"quant_method": "gptq"}', "quant_method is 'gptq'"),
+        ('{"config_version": 99}', "config_version is 99; this package reads 1"),
+        ('{"bitz": 4}', "unknown config field bitz"),
+        ('{"bits": NaN}', "bits is nan"),
+    ],
+)
+def test_foreign_json_is_refused(text, message):
+    with pytest.raises(FourierError, match=message):
+        FourierConfig.from_json(text)
+
+
+def test_error_carries_its_place():
+    error = FourierError("it is broken", remedy="Mend it").at("layer 3").at("model.safetensors")
+    assert str(error) == "model.safetensors: layer 3: it is broken. Mend it"
+    assert (error.what, error.remedy, error.where) == (
+        "it is broken",
+        "Mend it",
+        "model.safetensors: layer 3",
+    )
