@@ -9,12 +9,15 @@ import typer
 
 from llava_fa.cli.chat import chat
 from llava_fa.cli.compress import compress
+from llava_fa.cli.demo import demo
+from llava_fa.cli.eval import evaluate
 from llava_fa.cli.inspect import inspect
 from llava_fa.cli.output import command
+from llava_fa.cli.world import world
 
 app = typer.Typer(
     name="llava-fa",
-    help="Large multimodal models made small enough to use: compress, inspect, chat.",
+    help="Large multimodal models made small enough to use: compress, inspect, evaluate, chat.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,7 +26,10 @@ app = typer.Typer(
 
 app.command()(command(compress))
 app.command()(command(inspect))
+app.command("eval")(command(evaluate))
 app.command()(command(chat))
+app.command()(command(demo))
+app.add_typer(world, name="world")
 
 
 def _show_version(value: bool) -> None:
@@ -39,7 +45,7 @@ def main(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Large multimodal models made small enough to use: compress, inspect, chat."""
+    """Large multimodal models made small enough to use: compress, inspect, evaluate, chat."""
 
 
 if __name__ == "__main__":
