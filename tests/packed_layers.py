@@ -1,11 +1,11 @@
-"""Random compressed layers, built from the tensor table alone: they need no solver."""
+"""Compressed layers built from the tensor table alone, without a solver, and the weights they stand for."""
 
 from __future__ import annotations
 
 import torch
 
 from llava_fa.kernels.layout import Layout
-from llava_fa.maths.bitpack import pack
+from llava_fa.maths.bitpack import pack, unpack
 from llava_fa.maths.dft import padded, random_signs
 
 
@@ -86,3 +86,45 @@ LAYOUTS = [
 
 def layout_id(layout: Layout) -> str:
     return f"{layout.method}-{layout.out_features}x{layout.in_features}-{layout.code_bits}b-r{layout.rank}"
+
+
+def transform_matrix(n: int, signs: torch.Tensor) -> torch.Tensor:
+    """T [N, n] in float64, written down from its definition rather than by an FFT."""
+    size = padded(n)
+    angle = 2 * torch.pi * torch.outer(torch.arange(size), torch.arange(size)).double() / size
+    rows = [angle[0].cos(), angle[size // 2].cos()]
+    for f in range(1, size // 2):
+        rows += [2**0.5 * angle[f].cos(), -(2**0.5) * angle[f].sin()]
+    return (torch.stack(rows) / size**0.5 * signs)[:, :n]
+
+
+def dense_best(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    n = layout.in_features
+    signs = 1 - 2 * unpack(tensors["signs"], 1, padded(n)).double()
+    codes = unpack(tensors["codes"], layout.code_bits, padded(n) // 2).long()
+    packed = tensors["codebook"].double()[codes].flatten(1) * tensors["row_scale"].double()[:, None]
+    weight = packed @ transform_matrix(n, signs) / tensors["input_scale"].double()
+    if layout.rank:
+        left, right = tensors["left"].double(), tensors["right"].double()
+        if "left_scale" in tensors:
+            left = left * tensors["left_scale"].double()
+            right = right * tensors["right_scale"].double()[:, None]
+        weight = weight + left @ right
+    return weight
+
+
+def dense_paper(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    codes = unpack(tensors["codes"], layout.code_bits, layout.coefficients).long()
+    amplitude = (codes >> layout.phase_bits).double() * tensors["r_max"].double()
+    amplitude = amplitude / ((1 << layout.amplitude_bits) - 1)
+    phase = (codes & ((1 << layout.phase_bits) - 1)).double() * 2 * torch.pi / (1 << layout.phase_bits)
+    spectrum = torch.polar(amplitude, phase - torch.pi)
+    if layout.rank:
+        left, right = (torch.view_as_complex(tensors[key].double()) for key in ("left", "right"))
+        spectrum = spectrum + left @ right
+    return torch.fft.irfft2(spectrum, s=(layout.out_features, layout.in_features), norm="ortho")
+
+
+def exact_weight(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """W in float64, from docs/format.md word for word: no FFT, no table, no chunk."""
+    return (dense_best if layout.method == "best" else dense_paper)(layout, tensors)

@@ -279,7 +279,7 @@ def test_a_model_changed_by_hand_saves_and_loads(inputs, tmp_path):
 
 
 def other_llava(kind: str):
-    """Random models of other families: their vision towers initialise their linear layers in their own ways."""
+    """Random models of other families; their vision towers initialise linear layers in their own ways."""
     import transformers as tf
 
     text = tf.Qwen2Config(
@@ -326,13 +326,11 @@ def test_other_families(kind, tmp_path):
         )
 
 
-def test_importing_the_package_is_enough(packed):
-    folder, _ = packed(BEST)
-    code = (
-        "import llava_fa, transformers\n"
-        f"m = transformers.AutoModelForImageTextToText.from_pretrained({str(folder)!r})\n"
-        "print(type(m.model.multi_modal_projector.linear_1).__name__)"
-    )
+@pytest.mark.parametrize(
+    "order", ["llava_fa, transformers.modeling_utils", "transformers.modeling_utils, llava_fa"]
+)
+def test_importing_the_package_is_enough(order):
+    code = f"import {order}, transformers.quantizers.auto as a; print('llava_fa' in a.AUTO_QUANTIZER_MAPPING)"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=env)
-    assert done.stdout.strip() == "FourierLinear", done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, env=env)
+    assert done.stdout.strip() == "True", done.stderr

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_as_accurate
-from packed_layers import LAYOUTS, best, layout_id, paper, random_tensors
+from packed_layers import LAYOUTS, best, exact_weight, layout_id, paper, random_tensors
 
 from llava_fa import FourierError
 from llava_fa.kernels import reference, registry
 from llava_fa.kernels.layout import Layout
-from llava_fa.maths.bitpack import unpack
-from llava_fa.maths.dft import padded
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 
@@ -25,47 +23,6 @@ def op_and_args(layout: Layout, transposed: bool = False):
         args = [tensors["codes"], tensors["r_max"], tensors.get("left"), tensors.get("right")]
         args += [layout.amplitude_bits, layout.phase_bits, *([layout.in_features] if transposed else [])]
     return getattr(torch.ops.llava_fa, name), args
-
-
-def transform_matrix(n: int, signs: torch.Tensor) -> torch.Tensor:
-    """T [N, n] in float64, written down from its definition rather than by an FFT."""
-    size = padded(n)
-    angle = 2 * torch.pi * torch.outer(torch.arange(size), torch.arange(size)).double() / size
-    rows = [angle[0].cos(), angle[size // 2].cos()]
-    for f in range(1, size // 2):
-        rows += [2**0.5 * angle[f].cos(), -(2**0.5) * angle[f].sin()]
-    return (torch.stack(rows) / size**0.5 * signs)[:, :n]
-
-
-def dense_best(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    n = layout.in_features
-    signs = 1 - 2 * unpack(tensors["signs"], 1, padded(n)).double()
-    codes = unpack(tensors["codes"], layout.code_bits, padded(n) // 2).long()
-    packed = tensors["codebook"].double()[codes].flatten(1) * tensors["row_scale"].double()[:, None]
-    weight = packed @ transform_matrix(n, signs) / tensors["input_scale"].double()
-    if layout.rank:
-        left, right = tensors["left"].double(), tensors["right"].double()
-        if "left_scale" in tensors:
-            left = left * tensors["left_scale"].double()
-            right = right * tensors["right_scale"].double()[:, None]
-        weight = weight + left @ right
-    return weight
-
-
-def dense_paper(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    codes = unpack(tensors["codes"], layout.code_bits, layout.coefficients).long()
-    amplitude = (codes >> layout.phase_bits).double() * tensors["r_max"].double()
-    amplitude = amplitude / ((1 << layout.amplitude_bits) - 1)
-    phase = (codes & ((1 << layout.phase_bits) - 1)).double() * 2 * torch.pi / (1 << layout.phase_bits)
-    spectrum = torch.polar(amplitude, phase - torch.pi)
-    if layout.rank:
-        left, right = (torch.view_as_complex(tensors[key].double()) for key in ("left", "right"))
-        spectrum = spectrum + left @ right
-    return torch.fft.irfft2(spectrum, s=(layout.out_features, layout.in_features), norm="ortho")
-
-
-def exact_weight(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return (dense_best if layout.method == "best" else dense_paper)(layout, tensors)
 
 
 @every_layout

@@ -1,0 +1,49 @@
+"""Golden bytes: what an earlier day's code wrote is still written the same, and still means the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_fa.hub.checkpoint import read_layer, read_metadata
+
+HERE = Path(__file__).parent
+WEIGHTS = json.loads((HERE / "weights.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def make():
+    spec = importlib.util.spec_from_file_location("golden_make", HERE / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_the_same_bytes_are_written(make, tmp_path, name):
+    make.build(tmp_path)
+    assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_bytes_mean_the_same_weights(name):
+    layer, expected = read_layer(HERE, name), torch.tensor(WEIGHTS[name], dtype=torch.float64)
+    assert layer.weight_error == 0.25
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(layer.dequantize().double(), expected, rtol=0, atol=1e-6 * largest)
+    identity = torch.eye(layer.in_features, dtype=torch.float64)
+    exact = 1e-6 if layer.layout.method == "paper" else 1e-9  # the paper's grid is a float32 one
+    torch.testing.assert_close(layer(identity).T, expected, rtol=0, atol=exact * largest)
+
+
+def test_another_library_reads_the_file():
+    tensors = load_file(HERE / "model.safetensors")
+    # docs/format.md, "Packed codes": 6 codes of 3 bits a row
+    row = int.from_bytes(bytes(tensors["best.even.codes"][0].tolist()), "little")
+    assert [row >> 3 * i & 7 for i in range(7)] == [6, 1, 2, 7, 3, 2, 0]
+    assert set(read_metadata(HERE).layers) == set(WEIGHTS)
