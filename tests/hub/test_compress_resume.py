@@ -63,7 +63,7 @@ def test_killed_without_calibration(checkpoint, quick, compressed, tmp_path, dig
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize(("name", "at"), [("replace", 4), ("fsync", 10), ("replace", 14), ("replace", 20)])
+@pytest.mark.parametrize(("name", "at"), [("replace", 3), ("fsync", 15), ("replace", 20)])
 def test_killed_with_calibration(checkpoint, quick, samples, calibrated, tmp_path, digest, name, at):
     """Within a stage, between stages, in the projector, in the language model."""
     out = tmp_path / "out"
