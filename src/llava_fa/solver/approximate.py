@@ -50,9 +50,8 @@ def approximate(
         notes = ("the second moment is all zero and was ignored",)
         moment = None
     usable = _usable(config, moment, given=second_moment)
-    # A power of two, so that nothing is rounded: squares of the values stay inside float32.
-    unit = _power_of_two(values)
-    scaled = values / unit
+    unit = _unit(float(values.abs().max()))
+    scaled = values if unit == 1 else values / unit
     if config.method == "paper":
         if input_scale is not None:
             raise FourierError(
@@ -92,7 +91,7 @@ def _measured(
         raise FourierError(
             "the approximation overflows float32", remedy=f"The largest weight is {unit:g}: rescale the layer"
         )
-    scaled, decoded = values / unit, decoded / unit
+    scaled, decoded = (values, decoded) if unit == 1 else (values / unit, decoded / unit)
     fields = {
         name: getattr(result, name) for name in ("method", "shape", "config", "tensors", "history", "notes")
     }
@@ -114,8 +113,9 @@ def _checked_weight(weight: Tensor) -> Tensor:
             f"the weight is {weight.dtype}", remedy="Give a floating-point matrix, not an encoded one"
         )
     values = weight.detach().to(torch.float32)
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
+    low, high = torch.aminmax(values)  # NaN if any is
+    if not math.isfinite(float(low)) or not math.isfinite(float(high)):
+        bad = int((~torch.isfinite(values)).sum())
         raise FourierError(f"the weight has {bad} NaN or infinite values", remedy="Repair the checkpoint")
     return values
 
@@ -138,9 +138,10 @@ def _checked_moment(moment: Tensor, n: int) -> Tensor:
         raise FourierError(
             "the second moment has a negative diagonal", remedy="Give E[x xᵀ] of the layer's inputs"
         )
-    if values.ndim == 2 and float((values - values.T).abs().max()) > 1e-3 * float(values.abs().max()):
+    if values.ndim == 2 and _asymmetry(values) > 1e-3 * float(values.abs().max()):
         raise FourierError("the second moment is not symmetric", remedy="Give E[x xᵀ] of the layer's inputs")
-    return values / max(float(diagonal.mean()), torch.finfo(torch.float32).tiny)
+    unit = _unit(float(diagonal.mean()))
+    return values if unit == 1 else values / unit
 
 
 def _checked_scale(scale: Tensor, n: int) -> Tensor:
@@ -166,9 +167,20 @@ def _usable(config: FourierConfig, moment: Tensor | None, given: Tensor | None) 
     return moment
 
 
-def _power_of_two(values: Tensor) -> float:
-    largest = float(values.abs().max())
-    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+def _unit(size: float) -> float:
+    """What to divide values of this size by so that their squares stay inside float32: 1 in all ordinary
+    cases.
+
+    A power of two, so that nothing is rounded.
+    """
+    return 1.0 if size == 0 or 2.0**-20 <= size <= 2.0**20 else 2.0 ** math.floor(math.log2(size))
+
+
+def _asymmetry(moment: Tensor) -> float:
+    """max |H - Hᵀ|, in row blocks."""
+    n = moment.shape[0]
+    blocks = (slice(start, start + 512) for start in range(0, n, 512))
+    return max(float((moment[rows] - moment[:, rows].T).abs().max()) for rows in blocks)
 
 
 def _scale_factor(tensors: dict[str, Tensor], name: str, unit: float) -> None:

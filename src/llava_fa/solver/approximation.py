@@ -58,7 +58,8 @@ def dequantize_best(tensors: dict[str, Tensor], config: FourierConfig, shape: tu
     for start in range(0, shape[0], 1024):  # in row blocks: the transform works on copies
         rows = slice(start, start + 1024)
         codes = bitpack.unpack(tensors["codes"][rows], config.code_bits, size // 2)
-        coefficients = codebook[codes].flatten(1) * row_scale[rows, None]
+        points = codebook.index_select(0, codes.flatten()).view(len(codes), size)
+        coefficients = points * row_scale[rows, None]
         out[rows] = dft.packed_idft(coefficients, signs, n) * inverse
     if "left" in tensors:
         left, right = factors(tensors)

@@ -67,12 +67,10 @@ def solve_best(
     """
     problem = _Problem(weight, config, moment, scales)
     history: list[float] = []
-    if config.rank == 0:
-        codes, row_scale = problem.quantise(problem.target, final=True)
-        best: dict[str, Tensor] = {}
-    else:
+    best: dict[str, Tensor] = {}
+    if config.rank:
         best, history = _alternate(problem, config)
-        codes, row_scale = problem.quantise(problem.target - problem.transformed(best), final=True)
+    codes, row_scale = problem.quantise(problem.target(best), final=True)
     tensors = {
         "codes": bitpack.pack(codes, config.code_bits),
         "row_scale": row_scale.to(torch.bfloat16),
@@ -90,18 +88,19 @@ def _alternate(problem: _Problem, config: FourierConfig) -> tuple[dict[str, Tens
     """
     history: list[float] = []
     best: dict[str, Tensor] = {}
-    rest = problem.target
+    target = problem.target({})
+    rest = target
     for _ in range(config.iterations):
         stored = problem.fit_factors(rest)
         part = problem.transformed(stored)
-        codes, row_scale = problem.quantise(problem.target - part, final=False)
+        codes, row_scale = problem.quantise(target - part, final=False)
         quantised = problem.decode(codes, row_scale)
-        history.append(problem.loss(problem.target - part - quantised))
+        history.append(problem.loss(target - part - quantised))
         if len(history) == 1 or history[-1] < min(history[:-1]):
             best = stored
         if len(history) > 1 and history[-1] > (1 - _LEAST_GAIN) * min(history[:-1]):
             break
-        rest = problem.target - quantised
+        rest = target - quantised
     return best, history
 
 
@@ -109,10 +108,9 @@ class _Problem:
     """One layer in the transformed domain: A = W diag(s) Tᵀ [m, N] and the norm its error is measured in."""
 
     def __init__(self, weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor) -> None:
-        self.config, self.scales, self.n = config, scales, weight.shape[1]
+        self.weight, self.config, self.scales, self.n = weight, config, scales, weight.shape[1]
         self.search: NearestCode = nearest_code(config.code_bits)
         self.signs = dft.random_signs(self.n, config.seed)
-        self.target = dft.packed_dft(weight * scales, self.signs)
         self.notes: tuple[str, ...] = ()
         self.weights: Tensor | None = None  # of each input's error, when only a diagonal is known
         self.moment: Tensor | None = None  # H' + δI, when all of it is
@@ -122,9 +120,16 @@ class _Problem:
             self.weights = _floored(moment).sqrt()
             return
         self.moment = dft.transform_moment(moment / scales[:, None] / scales, self.signs)
-        self.root, self.notes = feedback.damped_root(self.moment, config.damping)
+        self.root, damping = feedback.damped_root(self.moment, config.damping)
+        if damping != config.damping:
+            self.notes = (f"damping raised to {damping:g}",)
+        self.moment.diagonal().add_(damping * float(self.moment.diagonal().mean()))
         self.unit = feedback.unit_upper(self.root)
-        self.moment.diagonal().add_(config.damping * float(self.moment.diagonal().mean()))
+
+    def target(self, stored: dict[str, Tensor]) -> Tensor:
+        """What the codes are to stand for: A [m, N] less the stored low-rank part, if any."""
+        target = dft.packed_dft_rows(self.weight, self.signs, self.scales)
+        return target.sub_(self.transformed(stored)) if stored else target
 
     def quantise(self, target: Tensor, *, final: bool) -> tuple[Tensor, Tensor]:
         """Codes int32 [m, N/2] and row scales float32 [m] (bf16 values); a row of zeros has scale 0.
@@ -137,6 +142,7 @@ class _Problem:
         if self.moment is None:
             return self._nearest(target, inverse), row_scale
         rows = (target * inverse[:, None]).T.contiguous()
+        del target  # the caller keeps it only if it has a use for it: a copy of W less
         if final:
             codes, error = round_with_beam(rows, self.unit, self.root, self.search, _BEAM_WIDTH)
         else:
@@ -156,7 +162,7 @@ class _Problem:
 
     def decode(self, codes: Tensor, row_scale: Tensor) -> Tensor:
         """Q [m, N] in the transformed domain."""
-        return self.search.codebook[codes].flatten(1) * row_scale[:, None]
+        return self.search.codebook.index_select(0, codes.flatten()).view(len(codes), -1) * row_scale[:, None]
 
     def loss(self, error: Tensor) -> float:
         """The weighted squared norm of an error [m, N]."""

@@ -17,32 +17,34 @@ from llava_fa.maths.nearest import NearestCode
 _BLOCK = 128
 
 
-def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
+def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper triangular R [N, N] float32 with R Rᵀ = H + δI, δ = damping × mean diagonal, by a float64
     Cholesky.
 
     R Rᵀ with R upper is the Cholesky of H in reversed order: it hands the feedback its coefficients without
-    ever inverting H. When it fails, damping is raised tenfold, up to 1, and a note says so.
+    ever inverting H. When it fails, damping is raised tenfold, up to 1.
+
+    Returns:
+        R, and the damping that it took.
 
     Raises:
         FourierError: not positive semi-definite even with damping 1.
     """
     size = moment.shape[0]
     mean = float(moment.diagonal().mean(dtype=torch.float64))
-    notes: tuple[str, ...] = ()
     while True:
         flipped = moment.flip(0, 1).to(torch.float64)
         flipped.diagonal().add_(damping * mean)
         lower, info = torch.linalg.cholesky_ex(flipped)
+        del flipped
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            return lower.flip(0, 1).to(torch.float32), notes
+            return lower.to(torch.float32).flip(0, 1), damping
         if damping >= 1:
             raise FourierError(
                 f"the second moment [{size}, {size}] is not positive semi-definite",
                 remedy="Give H = E[x xᵀ] of the layer's inputs, accumulated in float32 or wider",
             )
         damping = min(10 * damping, 1.0)
-        notes = (f"damping raised to {damping:g}",)
 
 
 def unit_upper(root: Tensor) -> Tensor:
