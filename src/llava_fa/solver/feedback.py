@@ -50,11 +50,14 @@ def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, float]:
 def unit_upper(root: Tensor) -> Tensor:
     """M = R blkdiag(R_pp)⁻¹ [N, N]: the unit upper factor of H = M D Mᵀ in 2×2 blocks."""
     size = root.shape[0]
-    pair = torch.arange(size // 2, device=root.device)
-    blocks = root.view(size // 2, 2, size // 2, 2)[pair, :, pair, :]
-    return torch.einsum("rpa,pab->rpb", root.view(size, size // 2, 2), torch.linalg.inv(blocks)).reshape(
-        size, size
-    )
+    inverse = torch.linalg.inv(pair_blocks(root))
+    return torch.einsum("rpa,pab->rpb", root.view(size, size // 2, 2), inverse).reshape(size, size)
+
+
+def pair_blocks(matrix: Tensor) -> Tensor:
+    """The 2×2 blocks on the diagonal of [N, N]: [N/2, 2, 2]."""
+    pair = torch.arange(matrix.shape[0] // 2, device=matrix.device)
+    return matrix.reshape(len(pair), 2, len(pair), 2)[pair, :, pair, :]
 
 
 def round_with_feedback(target: Tensor, unit: Tensor, search: NearestCode) -> tuple[Tensor, Tensor]:
@@ -94,6 +97,7 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
     """
     size = error.shape[0]
     changed = 0
+    inverse = torch.linalg.inv(pair_blocks(moment))
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
         gradient = moment[start:stop] @ error
@@ -106,7 +110,7 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
             pull = gradient[at - start : at - start + 2]
             if at > start:
                 pull = torch.addmm(pull, moment[here, start:at], moved[: at - start])
-            shift = torch.linalg.solve(block, pull)  # H_pp⁻¹ (Σ_{j≠p} H_pj E_j) + E_p
+            shift = inverse[at // 2] @ pull  # H_pp⁻¹ (Σ_{j≠p} H_pj E_j) + E_p
             aim = old_points + shift
             code = search(aim[0], aim[1])
             points = search.points(code)
