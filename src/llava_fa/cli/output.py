@@ -157,7 +157,9 @@ class _Clock:
         if elapsed <= 0 or done <= 0:
             return memory
         left = (progress.weights_total - progress.weights_done) * elapsed / done
-        return f"{done / elapsed / 1e6:.2f} M weights/s, {duration(left)} left, {memory}"
+        rate = done / elapsed
+        speed = f"{rate / 1e6:.2f} M" if rate >= 1e5 else f"{rate / 1e3:.1f} k"
+        return f"{speed} weights/s, {duration(left)} left, {memory}"
 
 
 def duration(seconds: float) -> str:
