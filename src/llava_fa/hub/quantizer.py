@@ -235,7 +235,9 @@ class _Compress(ConversionOps):
         moments = self.quantizer._moments
         moment = moments.of(name, weight) if moments else None
         found = approximate(weight, self.quantizer.metadata.config, moment)
-        _exchange(model, name, FourierLinear.from_approximation(found, linear.bias, weight.dtype))
+        layer = FourierLinear.from_approximation(found, linear.bias, weight.dtype)
+        layer.output_error = None  # against a norm's γ², not against real inputs: not a measurement
+        _exchange(model, name, layer)
 
 
 class _Moments:

@@ -52,8 +52,12 @@ class RowDecoder:
             group = 1  # the wide table would cost more than it saves
         points = points.to(dtype)
         if group > 1:
-            index = torch.arange(1 << (group * bits), device=points.device)
-            points = torch.cat([points[index >> (bits * i) & ((1 << bits) - 1)] for i in range(group)], dim=1)
+            table = points.new_empty(
+                *(1 << bits,) * group, group, 2
+            )  # last code of the group first: it is high
+            for i in range(group):
+                table[..., i, :] = points.view(*(1,) * (group - 1 - i), -1, *(1,) * i, 2)
+            points = table.view(-1, 2 * group)
         self.codes, self.points, self.count, self.bits = codes, points, count, group * bits
         self.fields = -(-count // group)
         self.rows = max(1, _CHUNK // max(1, 2 * count))
@@ -160,11 +164,13 @@ def paper_matmul(
     dtype, n, m = working_dtype(x), x.shape[-1], codes.shape[0]
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], m, dtype=dtype)
-    z = torch.fft.rfft(x.to(dtype).reshape(-1, n), norm="ortho").conj_physical()
-    z[:, 1 : (n + 1) // 2] *= 2
-    # One real product gives Re and Im of Q z: columns (Re z, -Im z) and (Im z, Re z) against rows (re, im).
-    both = torch.cat([torch.view_as_real(z.conj_physical()), torch.view_as_real(1j * z.conj_physical())])
-    both = both.flatten(1)
+    z = torch.fft.rfft(x.to(dtype).reshape(-1, n), norm="ortho")
+    z[:, 1 : (n + 1) // 2] *= 2  # c · conj(x̂), conjugated
+    # Now z = c · conj(x̂). One real product gives Re and Im of Q conj(z): rows (re, im) of Q against
+    # (Re z, Im z) and (-Im z, Re z).
+    pairs = torch.view_as_real(z)
+    turned = torch.stack([pairs[..., 1].neg(), pairs[..., 0]], dim=-1)
+    both = torch.cat([pairs, turned]).flatten(1)
     product = both.new_empty(both.shape[0], m)
     points = paper_points(amplitude_bits, phase_bits, codes.device)
     decoder = RowDecoder(codes, points, n // 2 + 1, dtype)
@@ -173,7 +179,7 @@ def paper_matmul(
     product *= r_max.to(dtype)
     y = torch.complex(*product.chunk(2))
     if left is not None and right is not None:
-        y = y + (z @ _complex(right, dtype).T) @ _complex(left, dtype).T
+        y = y + (z.conj() @ _complex(right, dtype).T) @ _complex(left, dtype).T
     out: Tensor = torch.fft.ifft(y, norm="ortho").real.reshape(*x.shape[:-1], m)
     return out.contiguous()
 
