@@ -1,6 +1,6 @@
 """Accuracy of a model compressed by us and by the simplest peers, against true stored bits: README's table and picture.
 
-    .venv/bin/python benchmarks/accuracy.py [--model tiny] [--limit 2250] [--out runs/accuracy] [--plot docs/accuracy.svg]
+    .venv/bin/python benchmarks/accuracy.py [--model tiny] [--limit 2250] [--out DIR] [--plot docs/accuracy.svg]
 
 Every row is one model, evaluated by `llava_fa.eval.runner.evaluate_world` on the same held-out questions: the
 original; `best` without data and calibrated; `paper` with and without ODC; round-to-nearest and GPTQ with groups of 128
@@ -35,9 +35,7 @@ OUR_BITS = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--limit", type=int, default=2250)
     parser.add_argument("--samples", type=int, default=256)
@@ -87,9 +85,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return done
 
 
-def ours(
-    args: argparse.Namespace, config: FourierConfig, family: str, samples: Any
-) -> tuple[Any, Any, dict[str, Any]]:
+def ours(args: argparse.Namespace, config: FourierConfig, family: str, samples: Any) -> tuple[Any, Any, dict[str, Any]]:
     folder = args.out / "model"
     shutil.rmtree(folder, ignore_errors=True)
     report = llava_fa.compress(args.model, folder, config, samples, fresh=True)
@@ -113,9 +109,7 @@ def peer(args: argparse.Namespace, bits: int, family: str, samples: Any) -> tupl
     began = time.monotonic()
     if samples is None:
         for name in names:
-            modules[name].weight.data = rtn(modules[name].weight.data.float(), bits, search=True).to(
-                model.dtype
-            )
+            modules[name].weight.data = rtn(modules[name].weight.data.float(), bits, search=True).to(model.dtype)
     else:
         inputs = list(prepare(samples, processor))
         for block in blocks(names):
@@ -124,9 +118,7 @@ def peer(args: argparse.Namespace, bits: int, family: str, samples: Any) -> tupl
                 weight = modules[name].weight
                 weight.data = gptq(weight.data.float(), moments[name], bits).to(model.dtype)
     weights = sum(modules[name].weight.numel() for name in names)
-    stored = sum(
-        stored_bits(tuple(modules[name].weight.shape), bits) * modules[name].weight.numel() for name in names
-    )
+    stored = sum(stored_bits(tuple(modules[name].weight.shape), bits) * modules[name].weight.numel() for name in names)
     extra = {
         "family": family,
         "bits_per_weight": stored / weights,
@@ -146,8 +138,7 @@ def blocks(names: tuple[str, ...]) -> list[list[str]]:
         found.setdefault(".".join(parts[: depth + 1]), []).append(name)
     order = ("vision", "projector", "language")
     return [
-        found[key]
-        for key in sorted(found, key=lambda k: (next(i for i, o in enumerate(order) if o in k), _numbers(k)))
+        found[key] for key in sorted(found, key=lambda k: (next(i for i, o in enumerate(order) if o in k), _numbers(k)))
     ]
 
 
@@ -205,15 +196,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     }
     figure, axes = plt.subplots(figsize=(7.2, 4.2))
     for family, (color, style) in styles.items():
-        points = sorted(
-            (row["bits_per_weight"], 100 * row["accuracy"]) for row in rows if row["family"] == family
-        )
+        points = sorted((row["bits_per_weight"], 100 * row["accuracy"]) for row in rows if row["family"] == family)
         if points:
             axes.plot(*zip(*points, strict=True), style, color=color, label=family, markersize=5)
     original = next(row for row in rows if row["name"] == "original")
-    axes.axhline(
-        100 * original["accuracy"], color="black", linewidth=0.8, linestyle="--", label="original (bf16)"
-    )
+    axes.axhline(100 * original["accuracy"], color="black", linewidth=0.8, linestyle="--", label="original (bf16)")
     axes.set_xlabel("bits per weight, every stored byte counted")
     axes.set_ylabel("accuracy, mean of nine tasks (%)")
     axes.set_ylim(0, 100)

@@ -69,17 +69,13 @@ class FourierConfig:
         for name in ("skip", "only"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.rank < 0:
-            raise FourierError(
-                f"rank is {self.rank}", remedy="Give 0 for no low-rank part, or a positive rank"
-            )
+            raise FourierError(f"rank is {self.rank}", remedy="Give 0 for no low-rank part, or a positive rank")
         if self.iterations < 1:
             raise FourierError(f"iterations is {self.iterations}", remedy="Give at least 1")
         if self.refine_passes < 0:
             raise FourierError(f"refine_passes is {self.refine_passes}", remedy="Give 0 or more")
         if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
-            raise FourierError(
-                f"damping is {self.damping!r}", remedy="Give a share of the mean diagonal in (0, 1]"
-            )
+            raise FourierError(f"damping is {self.damping!r}", remedy="Give a share of the mean diagonal in (0, 1]")
         (self._check_paper if self.method == "paper" else self._check_best)()
         object.__setattr__(self, "bits", _bits(self.bits))
         if self.factor_dtype is None:
@@ -105,15 +101,11 @@ class FourierConfig:
                     raise FourierError(f"{name} is {getattr(self, name)}", remedy="Give 1 to 8")
             object.__setattr__(self, "bits", (self.amplitude_bits + self.phase_bits) / 2)  # type: ignore[operator]
         elif given != (None, None):
-            raise FourierError(
-                "amplitude_bits and phase_bits come together", remedy="Give both, or give bits alone"
-            )
+            raise FourierError("amplitude_bits and phase_bits come together", remedy="Give both, or give bits alone")
         else:
             code_bits = round(2 * _bits(self.bits))
             if not 2 <= code_bits <= 16:
-                raise FourierError(
-                    f"bits is {self.bits}", remedy="Give 1 to 8 for method 'paper', in steps of 0.5"
-                )
+                raise FourierError(f"bits is {self.bits}", remedy="Give 1 to 8 for method 'paper', in steps of 0.5")
             object.__setattr__(self, "amplitude_bits", code_bits // 2)
             object.__setattr__(self, "phase_bits", code_bits - code_bits // 2)
 
@@ -124,9 +116,7 @@ class FourierConfig:
                 remedy="Give bits, or use method='paper'; 'best' shares a codebook of 2^(2 bits) points between both",
             )
         if not MIN_BITS <= _bits(self.bits) <= MAX_BITS:
-            raise FourierError(
-                f"bits is {self.bits}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5"
-            )
+            raise FourierError(f"bits is {self.bits}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5")
 
     @property
     def code_bits(self) -> int:
@@ -163,9 +153,7 @@ class FourierConfig:
         method = values.pop("quant_method", QUANT_METHOD)
         version = values.pop("config_version", CONFIG_VERSION)
         if method != QUANT_METHOD:
-            raise FourierError(
-                f"quant_method is {method!r}, not {QUANT_METHOD!r}", remedy="Give a LLaVA-FA config"
-            )
+            raise FourierError(f"quant_method is {method!r}, not {QUANT_METHOD!r}", remedy="Give a LLaVA-FA config")
         if version != CONFIG_VERSION:
             raise FourierError(
                 f"config_version is {version!r}; this package reads {CONFIG_VERSION}",
@@ -188,9 +176,7 @@ class FourierConfig:
                 f"the config is not JSON ({error})", remedy="Give what FourierConfig.to_json wrote"
             ) from None
         if not isinstance(values, dict):
-            raise FourierError(
-                "the config is not a JSON object", remedy="Give what FourierConfig.to_json wrote"
-            )
+            raise FourierError("the config is not a JSON object", remedy="Give what FourierConfig.to_json wrote")
         return cls.from_dict(values)
 
 

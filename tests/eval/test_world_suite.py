@@ -2,7 +2,7 @@
 
 from llava_fa.eval.world import mentions, score
 from llava_fa.world.questions import TASKS
-from llava_fa.world.samples import test_samples as held_out
+from llava_fa.world.samples import held_out_samples as held_out
 
 
 def test_perfect_answers_score_one():

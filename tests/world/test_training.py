@@ -12,7 +12,14 @@ from llava_fa.world.packing import IGNORED, PREFIX, WorldBatches, attention_mask
 from llava_fa.world.recipe import Learner, Recipe, train
 
 TINY = Recipe(
-    vision_steps=2, language_steps=3, cooldown_steps=2, frozen_steps=1, vision_batch=2, language_batch=2, wordy_batch=1, text_tokens=48
+    vision_steps=2,
+    language_steps=3,
+    cooldown_steps=2,
+    frozen_steps=1,
+    vision_batch=2,
+    language_batch=2,
+    wordy_batch=1,
+    text_tokens=48,
 )
 
 
@@ -129,17 +136,17 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, processor):
     settings = {"processor": processor, "workers": 0, "save_every": 1, "check_every": 3, "check_batches": 1}
     whole = train(tmp_path / "whole", TINY, **settings)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop_at(step):
         def report(row):
             if row["step"] == step:
-                raise Stop
+                raise StopError
 
         return report
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(tmp_path / "parts", TINY, report=stop_at(3), **settings)
     resumed = train(tmp_path / "parts", TINY, **settings)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):

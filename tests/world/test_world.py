@@ -62,9 +62,7 @@ def test_every_color_and_shape_is_held_out_once():
     assert {shape for _, shape in HELD_OUT_PAIRS} == set(SHAPES)
 
 
-TWO = Scene(
-    (Thing("red", "circle", "large", 20, 20, 15), Thing("blue", "star", "small", 70, 60, 9)), (), "clear"
-)
+TWO = Scene((Thing("red", "circle", "large", 20, 20, 15), Thing("blue", "star", "small", 70, 60, 9)), (), "clear")
 
 
 def answers_of(task: str, scene: Scene, draws: int = 300) -> dict[str, set[str]]:
@@ -129,7 +127,7 @@ def test_yes_and_no_are_balanced_in_existence():
 def test_patch_labels_tell_what_is_drawn():
     labels = patch_labels(TWO)
     assert labels.anchor.sum() == 2
-    at = int(20 // 12) * GRID + int(20 // 12)
+    at = (20 // 12) * GRID + 20 // 12
     assert labels.color[at] == 1 + list(COLORS).index("red")
     assert labels.shape[at] == 1 + SHAPES.index("circle")
     assert np.allclose(labels.center[at], 20 / 96)
@@ -160,5 +158,3 @@ def test_calibration_samples_mix_the_tasks_and_stay_in_training():
     assert len({question for _, question, _ in triples}) > 6
     assert triples[0][0].size == (96, 96)
     assert triples[0][1:] == calibration_samples(18)[0][1:]
-
-

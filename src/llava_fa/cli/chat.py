@@ -42,15 +42,11 @@ def _answer(
 
     loaded, processor = load(model, device)
     if not getattr(processor, "chat_template", None):
-        raise FourierError(
-            "its processor has no chat template", remedy="Add chat_template.jinja", where=model
-        )
+        raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja", where=model)
     content = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=[picture], text=[text], return_tensors="pt").to(loaded.device, loaded.dtype)
-    streamer = (
-        TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    )
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with torch.inference_mode():
         ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     new = ids[0, inputs["input_ids"].shape[1] :]

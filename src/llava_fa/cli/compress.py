@@ -150,9 +150,7 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
     for reason, count in reasons.most_common():
         names = [skipped.name for skipped in report.not_compressed if skipped.reason == reason]
         more = f" and {count - 1} more" if count > 1 else ""
-        console.print(
-            f"not compressed: {names[0]}{more} ({reason})", markup=False, highlight=False, soft_wrap=True
-        )
+        console.print(f"not compressed: {names[0]}{more} ({reason})", markup=False, highlight=False, soft_wrap=True)
 
 
 def _layers(report: Report, all_layers: bool) -> Table:

@@ -62,7 +62,12 @@ def _compressed(model: str, out: Path, limit: int, count: int, seed: int) -> Ite
             shutil.rmtree(out / name, ignore_errors=True)
             with layer_progress() as progress:
                 report = compress(
-                    model, out / name, FourierConfig(method=method, bits=bits), calibration, fresh=True, progress=progress
+                    model,
+                    out / name,
+                    FourierConfig(method=method, bits=bits),
+                    calibration,
+                    fresh=True,
+                    progress=progress,
                 )
             worst = report.worst
             yield {

@@ -11,7 +11,9 @@ import typer
 from llava_fa.cli.output import command, print_json, stderr, stdout
 from llava_fa.errors import FourierError
 
-world = typer.Typer(help="The generated world: sample its pictures and questions, train the tiny model.", no_args_is_help=True)
+world = typer.Typer(
+    help="The generated world: sample its pictures and questions, train the tiny model.", no_args_is_help=True
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

@@ -49,9 +49,7 @@ def grouped_accuracy(predictions: Sequence[str], answers: Sequence[str], groups:
     return _mean(list(right.values()))
 
 
-def chair(
-    mentioned: Sequence[Collection[Hashable]], present: Sequence[Collection[Hashable]]
-) -> dict[str, float]:
+def chair(mentioned: Sequence[Collection[Hashable]], present: Sequence[Collection[Hashable]]) -> dict[str, float]:
     """CHAIR rates (Rohrbach et al. 2018; Object-HalBench), each 0 for the best model except ``coverage``.
 
     Args:

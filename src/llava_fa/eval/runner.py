@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from llava_fa.eval.world import score
-from llava_fa.world.samples import Sample, test_samples
+from llava_fa.world.samples import Sample, held_out_samples
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def evaluate_world(
         and ``answers``: one row per question, for comparing models.
     """
     began = time.monotonic()
-    samples: list[Sample] = test_samples(limit, seed)
+    samples: list[Sample] = held_out_samples(limit, seed)
     grey = Image.new("RGB", samples[0].image.size, (128, 128, 128))
     pairs = [(grey if blank else s.image, s.question.text) for s in samples]
     predictions = answer(model, processor, pairs, batch_size=batch_size, progress=progress)

@@ -2,4 +2,4 @@
 
 from llava_fa.world.samples import Sample as Sample
 from llava_fa.world.samples import calibration_samples as calibration_samples
-from llava_fa.world.samples import test_samples as test_samples
+from llava_fa.world.samples import held_out_samples as held_out_samples

@@ -102,14 +102,13 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         position = np.arange(length)
         task = np.zeros(length, np.int64)
         ids[:PREFIX] = self.prefix
-        at, number = PREFIX, 0
-        for question in questions:
+        at = PREFIX
+        for number, question in enumerate(questions, start=1):
             asked = (*self.encode(question.text), self.marks[0])
             answer = (*self.encode(f" {question.answer}"), self.marks[1])
             end = at + len(asked) + len(answer)
             if end > length:
                 break
-            number += 1
             ids[at:end] = asked + answer
             target[at + len(asked) - 1 : end - 1] = answer  # shifted: what each position has to predict
             segment[at:end] = number

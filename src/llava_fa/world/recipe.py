@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_fa.errors import FourierError
@@ -31,7 +31,7 @@ from llava_fa.world.packing import IGNORED, TASK_NAMES, WorldBatches, attention_
 from llava_fa.world.render import GRID
 
 NOTHING_WEIGHT = {"color": 0.3, "shape": 0.3, "size": 0.3, "anchor": 0.1, "character": 0.05}
-"""Weight of "nothing" patches in the dense loss: the rarer the thing, the less, so that what is shown weighs about half."""
+"""Weight of "nothing" patches in the dense loss: the rarer the thing, the less; what is shown weighs about half."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Learner:
                 hidden = self._answer_states(patches[: len(batch["ids"])], batch)
                 wanted = batch["target"] != IGNORED
                 logits = self.model.lm_head(hidden[wanted])
-                losses["answer"] = F.cross_entropy(logits.float(), batch["target"][wanted])
+                losses["answer"] = functional.cross_entropy(logits.float(), batch["target"][wanted])
         return losses
 
     def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -225,18 +225,18 @@ class Learner:
         return inner.multi_modal_projector(features)
 
     def _dense_loss(self, patches: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        unit = F.rms_norm(patches, patches.shape[-1:])
+        unit = functional.rms_norm(patches, patches.shape[-1:])
         embedding = self.model.get_input_embeddings().weight
         loss = unit.new_zeros(())
         for name, ids in self.words.items():
             weight = unit.new_ones(len(ids))
             weight[0] = NOTHING_WEIGHT[name]
             logits = unit @ embedding[ids].T
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), batch[name].flatten(), weight)
+            loss = loss + functional.cross_entropy(logits.flatten(0, 1), batch[name].flatten(), weight)
         grid = (torch.arange(GRID, device=unit.device) + 0.5) / GRID
         own = torch.stack([grid.repeat(GRID), grid.repeat_interleave(GRID)], 1)
         where = torch.where(batch["anchor"][..., None] == 1, batch["center"], own)
-        return loss + 10 * F.mse_loss(self.center_head(unit).float(), where)
+        return loss + 10 * functional.mse_loss(self.center_head(unit).float(), where)
 
     def _answer_states(self, patches: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         embeds = self.model.get_input_embeddings()(batch["ids"])
@@ -270,7 +270,7 @@ class Learner:
         for batch in data:
             batch = {name: value.to(self.device) for name, value in batch.items()}
             patches = self._patches(batch["pixels"])
-            unit = F.rms_norm(patches, patches.shape[-1:])
+            unit = functional.rms_norm(patches, patches.shape[-1:])
             for name, ids in self.words.items():
                 shown = batch[name] > 0
                 guess = (unit @ self.model.get_input_embeddings().weight[ids].T).argmax(-1)

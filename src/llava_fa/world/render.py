@@ -190,7 +190,9 @@ def _draw_writing(draw: ImageDraw.ImageDraw, writing: Writing, color: tuple[int,
         draw.rectangle((left, top, right, bottom), fill=color, outline=ink, width=2)
     elif writing.kind == "tag":  # a bite out of the left edge tells a tag from the others
         middle = (top + bottom) / 2
-        draw.polygon([(left + 5, top), (right, top), (right, bottom), (left + 5, bottom), (left - 3, middle)], fill=color)
+        draw.polygon(
+            [(left + 5, top), (right, top), (right, bottom), (left + 5, bottom), (left - 3, middle)], fill=color
+        )
     else:
         draw.rounded_rectangle((left, top, right, bottom), radius=10, fill=color)
     font = _font(font_name, 15 * SCALE)

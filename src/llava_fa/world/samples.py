@@ -47,7 +47,7 @@ def samples(split: Split, seed: int, per_task: int, tasks: Sequence[str] = tuple
     return found
 
 
-def test_samples(limit: int = 2250, seed: int = 0) -> list[Sample]:
+def held_out_samples(limit: int = 2250, seed: int = 0) -> list[Sample]:
     """The held-out test: about ``limit`` questions, shared equally by the tasks."""
     return samples("test", seed, max(1, limit // len(TASKS)))
 

@@ -27,12 +27,13 @@ SIZES = {"small": (8, 10), "large": (14, 16)}
 KINDS = ("sign", "tag", "label")
 """Pieces of writing: a sign shows a word, a tag a price, a label a letter and a digit."""
 
-WORDS = (
+LEXICON = (
     "ACE ANT APE ARM BAR BED BEE BIKE BOAT BOOK BUS CAFE CAKE CAR CAT CITY CLUB COAT CORN COW CUP DEER DESK DOG "
     "DOOR DUCK EAST EGG EXIT FARM FISH FOX FROG GATE GIFT GOLD GYM HAND HAT HELP HOME ICE INN JAM JAZZ KEY KING "
     "KIWI LAMP LEFT LION MAP MENU MILK MOON NEST NEWS OPEN OWL PARK PEAR PIE POST QUIZ RAIN ROAD SALE SHOP SNOW "
     "SOAP STOP TAXI TEA TREE TUNA USED VAN VASE WALK WAX WEST WIFI WOOD YARD YES ZONE ZOO"
-).split()
+)
+WORDS = tuple(LEXICON.split())
 HELD_OUT_WORDS = frozenset(WORDS[3::7])
 HELD_OUT_PAIRS = frozenset((color, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, color in enumerate(COLORS))
 """(color, shape) combinations that no training scene shows; every color and every shape is in one of them."""
