@@ -99,22 +99,16 @@ def save_llava(folder: Path, *, model=None, dtype: torch.dtype = torch.float32, 
 
 def picture(seed: int = 0, size: int = 40) -> Image.Image:
     """A random picture."""
-    pixels = torch.randint(
-        0, 256, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
+    pixels = torch.randint(0, 256, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
 def inputs_for(folder_processor, seed: int = 0) -> dict:
     """Processor output for one picture and a short question."""
-    return folder_processor(
-        images=picture(seed), text="USER: <image>\nwhat is it? ASSISTANT: ", return_tensors="pt"
-    )
+    return folder_processor(images=picture(seed), text="USER: <image>\nwhat is it? ASSISTANT: ", return_tensors="pt")
 
 
-def assert_as_accurate(
-    ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, atol: float = 1e-6
-) -> None:
+def assert_as_accurate(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, atol: float = 1e-6) -> None:
     """The tolerance rule, against float64: max error < 2 × that of plain PyTorch at the same dtype + atol."""
     assert ours.dtype == torchs.dtype
     assert ours.shape == exact.shape

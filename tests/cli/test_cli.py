@@ -52,9 +52,7 @@ def test_help_and_version_need_no_torch():
         (["--version"], "0.1.0"),
         (["compress", "--help"], "--calibration"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *args], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert text in done.stdout
 
@@ -277,9 +275,7 @@ def test_durations(seconds, text):
     assert output.duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (3.4e6, "3.4 MB"), (1.25e9, "1.25 GB")]
-)
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (3.4e6, "3.4 MB"), (1.25e9, "1.25 GB")])
 def test_sizes(count, text):
     assert output.size(count) == text
 

@@ -37,9 +37,7 @@ def layouts() -> dict[str, Layout]:
     return {
         "best.even": Layout(method="best", out_features=5, in_features=12, code_bits=3),
         "best.odd": Layout(method="best", out_features=4, in_features=7, code_bits=3, rank=2),
-        "best.wide": Layout(
-            method="best", out_features=3, in_features=10, code_bits=6, rank=1, factor_dtype="bf16"
-        ),
+        "best.wide": Layout(method="best", out_features=3, in_features=10, code_bits=6, rank=1, factor_dtype="bf16"),
         "paper.even": Layout(
             method="paper",
             out_features=4,
@@ -106,12 +104,8 @@ def main() -> None:
     from packed_layers import exact_weight
 
     build(HERE)
-    weights = {
-        name: exact_weight(layout, tensors(name, layout)).tolist() for name, layout in layouts().items()
-    }
-    lines = [
-        f'  "{name}": {json.dumps([[round(v, 9) for v in row] for row in w])}' for name, w in weights.items()
-    ]
+    weights = {name: exact_weight(layout, tensors(name, layout)).tolist() for name, layout in layouts().items()}
+    lines = [f'  "{name}": {json.dumps([[round(v, 9) for v in row] for row in w])}' for name, w in weights.items()]
     (HERE / "weights.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

@@ -12,9 +12,7 @@ import llava_fa
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A random LLaVA folder in bf16, in several shards."""
-    return helpers.save_llava(
-        tmp_path_factory.mktemp("model") / "llava", dtype=helpers.torch.bfloat16, shard="40KB"
-    )
+    return helpers.save_llava(tmp_path_factory.mktemp("model") / "llava", dtype=helpers.torch.bfloat16, shard="40KB")
 
 
 @pytest.fixture(scope="session")

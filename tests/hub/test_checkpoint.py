@@ -97,9 +97,7 @@ def test_every_byte_is_counted(folder):
     assert found.packed_bytes + found.codebook_bytes + found.other_bytes == everything
     layer = read_layer(folder, LAYER)
     shared = layer.codebook.numel() * 2 if metadata.config.method == "best" else 0
-    assert found.layers[LAYER] == pytest.approx(
-        layer.bits_per_weight - 8 * shared / layer.codes.shape[0] / 40
-    )
+    assert found.layers[LAYER] == pytest.approx(layer.bits_per_weight - 8 * shared / layer.codes.shape[0] / 40)
     weights = sum(r.layout.out_features * r.layout.in_features for r in metadata.layers.values())
     assert found.bits_per_weight == pytest.approx(8 * (found.packed_bytes + found.codebook_bytes) / weights)
     assert found.dense_bytes == 2 * weights + found.other_bytes
@@ -157,9 +155,7 @@ def test_a_wrong_shape(folder):
 
 
 def test_a_wrong_dtype(best):
-    change(
-        best, lambda tensors: tensors.update({f"{LAYER}.row_scale": tensors[f"{LAYER}.row_scale"].float()})
-    )
+    change(best, lambda tensors: tensors.update({f"{LAYER}.row_scale": tensors[f"{LAYER}.row_scale"].float()}))
     refused(best, rf"{LAYER}\.row_scale: it is F32 \[40\]; config.json says BF16 \[40\]")
 
 
@@ -219,9 +215,7 @@ def test_a_layer_the_model_does_not_have(folder):
     change_config(folder, edit)
     change(
         folder,
-        lambda t: t.update(
-            {k.replace(LAYER, "model.nowhere"): v.clone() for k, v in t.items() if LAYER in k}
-        ),
+        lambda t: t.update({k.replace(LAYER, "model.nowhere"): v.clone() for k, v in t.items() if LAYER in k}),
     )
     with pytest.raises(FourierError, match=r"model.nowhere: config.json lists this layer, but Llava"):
         load(folder)

@@ -86,8 +86,7 @@ def test_the_report_counts_every_byte(checkpoint, compressed):
     assert set(values["not_compressed"][0]) == {"name", "reason"}
     before, after = tensors_of(checkpoint), tensors_of(out)
     size = {
-        folder: sum(t.numel() * t.element_size() for t in ts.values())
-        for folder, ts in (("a", before), ("b", after))
+        folder: sum(t.numel() * t.element_size() for t in ts.values()) for folder, ts in (("a", before), ("b", after))
     }
     assert report.compression_ratio == size["a"] / size["b"]
     packed = sum(

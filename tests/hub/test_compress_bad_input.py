@@ -12,9 +12,7 @@ import llava_fa
 from llava_fa import FourierConfig, FourierError
 from llava_fa.hub import source as sources
 
-VICTIM = (
-    "language_model.model.layers.1.mlp.up_proj.weight"  # as saved; the module is model.language_model.layers…
-)
+VICTIM = "language_model.model.layers.1.mlp.up_proj.weight"  # as saved; the module is model.language_model.layers…
 NAME = "model.language_model.layers.1.mlp.up_proj"
 
 
@@ -43,9 +41,7 @@ def fails(folder, tmp_path, message, config=None, **more):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    fails(
-        tmp_path / "nothing", tmp_path, r"nothing: no such folder\. Give `tiny`, a model folder, or a hub id"
-    )
+    fails(tmp_path / "nothing", tmp_path, r"nothing: no such folder\. Give `tiny`, a model folder, or a hub id")
     fails("./nothing", tmp_path, "no such folder")
 
 
@@ -150,9 +146,7 @@ def test_weights_that_are_no_safetensors(folder, tmp_path):
 
 def test_weights_of_another_model(folder, tmp_path):
     save_file({"something.else": torch.zeros(3)}, folder / "model.safetensors")
-    fails(
-        folder, tmp_path, "only 0 of 70 parameters of LlavaForConditionalGeneration are in the weight files"
-    )
+    fails(folder, tmp_path, "only 0 of 70 parameters of LlavaForConditionalGeneration are in the weight files")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -24,8 +24,7 @@ def stages() -> list[list[str]]:
     for i in range(2):
         block = f"model.vision_tower.encoder.layers.{i}"
         found += [
-            [f"{block}.{'mlp' if name.startswith('fc') else 'self_attn'}.{name}" for name in stage]
-            for stage in VISION
+            [f"{block}.{'mlp' if name.startswith('fc') else 'self_attn'}.{name}" for name in stage] for stage in VISION
         ]
     found += [["model.multi_modal_projector.linear_1"], ["model.multi_modal_projector.linear_2"]]
     for i in range(2):
@@ -54,9 +53,7 @@ def test_statistics_against_whole_forward_passes(tmp_path, samples, reach, monke
         gathered: dict[str, list[torch.Tensor]] = {name: [] for name in stage}
         handles = [
             model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name, gathered=gathered: gathered[name].append(
-                    args[0].flatten(0, -2).double()
-                )
+                lambda _, args, name=name, gathered=gathered: gathered[name].append(args[0].flatten(0, -2).double())
             )
             for name in stage
         ]
@@ -69,9 +66,7 @@ def test_statistics_against_whole_forward_passes(tmp_path, samples, reach, monke
             x = torch.cat(gathered[name])
             linear, packed = model.get_submodule(name), compressed.get_submodule(name)
             assert isinstance(packed, FourierLinear)
-            expected = metrics.output_error(
-                linear.weight.detach(), packed.dequantize(), (x.T @ x / len(x)).float()
-            )
+            expected = metrics.output_error(linear.weight.detach(), packed.dequantize(), (x.T @ x / len(x)).float())
             assert reported[name].output_error == pytest.approx(expected, rel=2e-3), name
         with torch.no_grad():
             for name in stage:
@@ -131,9 +126,7 @@ def test_a_layer_that_data_never_reaches_is_compressed_without_and_said(checkpoi
     for layer in report.layers:
         reached = "language_model" in layer.name
         assert (layer.output_error is not None) == reached, layer.name
-        assert layer.notes == (
-            () if reached else ("no calibration input reached it; compressed without data",)
-        )
+        assert layer.notes == (() if reached else ("no calibration input reached it; compressed without data",))
 
 
 def test_several_calls_of_a_block_per_sample(samples):

@@ -49,10 +49,7 @@ def test_llava_json(llava_json):
 
 def test_the_draw_is_seeded_and_never_takes_more_than_there_are(llava_json):
     def texts(seed, count=5):
-        return [
-            sample[0]["content"][-1]["text"]
-            for sample in read_samples(str(llava_json), count=count, seed=seed)
-        ]
+        return [sample[0]["content"][-1]["text"] for sample in read_samples(str(llava_json), count=count, seed=seed)]
 
     assert texts(0) == texts(0)
     assert texts(0) != texts(1)
@@ -185,9 +182,7 @@ def test_a_picture_that_a_dataset_cannot_decode_is_counted(monkeypatch):
 
     stub = types.SimpleNamespace(load_dataset=lambda name, streaming: {"train": Broken()})
     monkeypatch.setitem(sys.modules, "datasets", stub)
-    with pytest.raises(
-        FourierError, match=r"someone/some-vqa sample 1: the dataset cannot be read \(OSError"
-    ):
+    with pytest.raises(FourierError, match=r"someone/some-vqa sample 1: the dataset cannot be read \(OSError"):
         read_samples("someone/some-vqa")
 
 

@@ -165,9 +165,7 @@ def test_an_unwritable_place_is_said(checkpoint, quick, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")  # root, who runs CI, is never refused
 
     monkeypatch.setattr(parts.Path, "mkdir", refuse)
-    with pytest.raises(
-        FourierError, match=r"cannot write there \(Permission denied\)\. Give an OUT in a folder"
-    ):
+    with pytest.raises(FourierError, match=r"cannot write there \(Permission denied\)\. Give an OUT in a folder"):
         llava_fa.compress(checkpoint, tmp_path / "out", quick)
 
 

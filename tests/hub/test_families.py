@@ -73,9 +73,7 @@ def test_a_norm_said_to_feed_a_layer_is_what_it_is_given(family):
         model.get_submodule(feed.norm).register_forward_hook(
             lambda _, args, output, norm=feed.norm: outputs.__setitem__(norm, output)
         )
-        model.get_submodule(key).register_forward_pre_hook(
-            lambda _, args, key=key: seen.__setitem__(key, args[0])
-        )
+        model.get_submodule(key).register_forward_pre_hook(lambda _, args, key=key: seen.__setitem__(key, args[0]))
     with torch.no_grad():
         model(inputs)
     tensors = model.state_dict()

@@ -109,9 +109,7 @@ def test_another_dtype_never_rounds_the_packed_tensors(packed, config, asked):
 def test_tensors_kept_in_float32_by_the_model_are_still_as_stored(packed, monkeypatch):
     from transformers import LlavaForConditionalGeneration
 
-    monkeypatch.setattr(
-        LlavaForConditionalGeneration, "_keep_in_fp32_modules_strict", {"multi_modal_projector"}
-    )
+    monkeypatch.setattr(LlavaForConditionalGeneration, "_keep_in_fp32_modules_strict", {"multi_modal_projector"})
     model = load(packed(BEST)[0], dtype=torch.bfloat16)
     layer = model.model.multi_modal_projector.linear_1
     assert layer.bias.dtype == torch.float32
@@ -231,9 +229,7 @@ def test_errors_in_flight_reach_the_user(plain, tmp_path):
     model = random_llava()
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
-    with pytest.raises(
-        FourierError, match=r"^model\.language_model\.layers\.1\.mlp\.up_proj: .*(NaN|finite)"
-    ):
+    with pytest.raises(FourierError, match=r"^model\.language_model\.layers\.1\.mlp\.up_proj: .*(NaN|finite)"):
         load(save_llava(tmp_path, model=model), quantization_config=FourierConfig(bits=3))
 
 
@@ -283,9 +279,7 @@ def test_a_model_changed_by_hand_saves_and_loads(inputs, tmp_path):
     assert torch.equal(logits(again, inputs), wanted)
     assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
     assert set(read_metadata(tmp_path).codebooks) == {4, 8}
-    assert torch.equal(
-        logits(again.dequantize() or again, inputs), logits(model.dequantize() or model, inputs)
-    )
+    assert torch.equal(logits(again.dequantize() or again, inputs), logits(model.dequantize() or model, inputs))
 
 
 def other_llava(kind: str):

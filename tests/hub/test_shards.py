@@ -24,17 +24,12 @@ DTYPES = [
 
 
 @settings(deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=6
-    )
-)
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=6))
 def test_round_trip_through_the_library(tmp_path_factory, kinds):
     folder = tmp_path_factory.mktemp("shards")
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        f"t{i}": (torch.randn(shape, generator=generator) * 3).to(dtype)
-        for i, (dtype, shape) in enumerate(kinds)
+        f"t{i}": (torch.randn(shape, generator=generator) * 3).to(dtype) for i, (dtype, shape) in enumerate(kinds)
     }
     write_file(folder / "ours", [Item.of(name, tensor) for name, tensor in tensors.items()], {"note": "x"})
     save_file(tensors, folder / "theirs")

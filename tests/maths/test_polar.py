@@ -64,9 +64,7 @@ def test_codebook_form(code_bits):
     assert len(points.unique(dim=0)) == len(points)
     points.zero_()  # a caller's change stays the caller's
     assert polar.ring_codebook(code_bits).any()
-    assert torch.equal(
-        codebook.decode(codebook.encode(polar.ring_codebook(code_bits))), polar.ring_codebook(code_bits)
-    )
+    assert torch.equal(codebook.decode(codebook.encode(polar.ring_codebook(code_bits))), polar.ring_codebook(code_bits))
 
 
 def test_no_codebook_of_nine_bits():
@@ -114,8 +112,6 @@ def test_search_on_grid_edges_and_any_shape():
     z = torch.stack([re.flatten(), im.flatten()], 1).double()
     exact = codebook.nearest(z, search.codebook.double())
     chosen = search.codebook[codes.flatten()].double()
-    assert torch.allclose(
-        (z - chosen).norm(dim=1), (z - search.codebook[exact].double()).norm(dim=1), rtol=1e-6
-    )
+    assert torch.allclose((z - chosen).norm(dim=1), (z - search.codebook[exact].double()).norm(dim=1), rtol=1e-6)
     assert codes.shape == (6, 6)
     assert torch.equal(search.points(codes)[0], search.codebook[codes][..., 0])

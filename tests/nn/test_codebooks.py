@@ -32,9 +32,7 @@ def test_each_codebook_is_in_the_state_dict_once():
     share_codebooks(model)
     keys = [key for key in model.state_dict() if "codebook" in key]
     assert keys == [codebook_key(4), codebook_key(6)]
-    assert (
-        model[0].codebook.data_ptr() == model[1].codebook.data_ptr() == getattr(model, MODULE)[4].data_ptr()
-    )
+    assert model[0].codebook.data_ptr() == model[1].codebook.data_ptr() == getattr(model, MODULE)[4].data_ptr()
     assert torch.equal(nn.Sequential(*list(model)[:4])(x), before)
 
 

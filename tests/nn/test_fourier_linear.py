@@ -32,8 +32,7 @@ def make(layout: Layout, bias: bool = True, dtype: torch.dtype = torch.float32) 
 
 def same_tensors(a: FourierLinear, b: FourierLinear) -> bool:
     return all(
-        t.dtype == u.dtype and torch.equal(t, u)
-        for t, u in zip(a.packed().values(), b.packed().values(), strict=True)
+        t.dtype == u.dtype and torch.equal(t, u) for t, u in zip(a.packed().values(), b.packed().values(), strict=True)
     )
 
 
@@ -160,10 +159,7 @@ def test_bits_per_weight_counts_every_byte():
 
 def test_repr_says_what_it_is():
     text = repr(make(best(10, 8, 4, rank=2)))
-    assert (
-        "in_features=8, out_features=10, bias=True, method=best, code_bits=4, rank=2, bits_per_weight=16.5"
-        in text
-    )
+    assert "in_features=8, out_features=10, bias=True, method=best, code_bits=4, rank=2, bits_per_weight=16.5" in text
     assert "method=paper, code_bits=2+3" in repr(make(paper(10, 8)))
 
 

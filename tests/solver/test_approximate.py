@@ -79,12 +79,7 @@ def test_dequantize_against_a_dense_float64_oracle():
     for i in range(6):
         number = int.from_bytes(bytes(t["codes"][i].tolist()), "little")
         codes = [(number >> (4 * p)) & 15 for p in range(5)]
-        W[i] = (
-            t["row_scale"][i].double()
-            * t["codebook"].double()[codes].flatten()
-            @ T
-            / t["input_scale"].double()
-        )
+        W[i] = t["row_scale"][i].double() * t["codebook"].double()[codes].flatten() @ T / t["input_scale"].double()
     left = t["left"].double() * t["left_scale"].double()
     W += left @ (t["right"].double() * t["right_scale"].double()[:, None])
     assert torch.allclose(result.dequantize().double(), W, rtol=1e-4, atol=1e-5)
@@ -122,10 +117,7 @@ def test_low_rank_part_pays(factor_dtype, statistic):
 
 def test_more_refinement_is_no_worse():
     W, H = gaussian(), moment()
-    errors = [
-        approximate(W, FourierConfig(bits=2, refine_passes=k, damping=1e-4), H).output_error
-        for k in (0, 1, 4)
-    ]
+    errors = [approximate(W, FourierConfig(bits=2, refine_passes=k, damping=1e-4), H).output_error for k in (0, 1, 4)]
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -135,9 +127,7 @@ def test_more_refinement_is_no_worse():
 def test_odd_shapes(method, shape, statistic):
     W = gaussian(*shape)
     H = None if statistic == "none" else torch.eye(shape[1]) + 0.1
-    result = approximate(
-        W, FourierConfig(method=method, rank=1), H if statistic != "diagonal" else H.diagonal()
-    )
+    result = approximate(W, FourierConfig(method=method, rank=1), H if statistic != "diagonal" else H.diagonal())
     assert result.dequantize().shape == shape
     assert result.weight_error < 0.2
     assert (result.output_error is None) == (statistic == "none")

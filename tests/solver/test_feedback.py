@@ -89,10 +89,7 @@ def test_each_step_lowers_the_loss(size):
         if not changed:
             break
         before = after
-    assert (
-        before.sum()
-        < 0.999 * loss(A - values(search, round_with_beam(A, unit, root, search, 4)[0]), damped).sum()
-    )
+    assert before.sum() < 0.999 * loss(A - values(search, round_with_beam(A, unit, root, search, 4)[0]), damped).sum()
 
 
 def test_feedback_equals_its_recursion_in_float64():

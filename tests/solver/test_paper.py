@@ -53,12 +53,8 @@ def test_a_fixed_point_ends_the_loop():
 
 
 def test_iterations_are_t_minus_one():
-    assert (
-        len(approximate(weight(), FourierConfig(method="paper", bits=3, rank=3, iterations=3)).history) == 2
-    )
-    assert (
-        len(approximate(weight(), FourierConfig(method="paper", bits=3, rank=3, iterations=1)).history) == 1
-    )
+    assert len(approximate(weight(), FourierConfig(method="paper", bits=3, rank=3, iterations=3)).history) == 2
+    assert len(approximate(weight(), FourierConfig(method="paper", bits=3, rank=3, iterations=1)).history) == 1
 
 
 def test_rank_and_bits_lower_the_error():

@@ -1,0 +1,104 @@
+"""eval, world and demo on the embedded model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_fa.cli.demo import table
+from llava_fa.cli.main import app
+from llava_fa.world.questions import TASKS
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_eval_json_is_one_object(tmp_path):
+    answers = tmp_path / "answers.json"
+    result = run("eval", "tiny", "--limit", "18", "--json", "--answers", answers)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert set(values["tasks"]) == set(TASKS)
+    assert values["accuracy"] == pytest.approx(sum(t["score"] for t in values["tasks"].values()) / len(TASKS))
+    rows = json.loads(answers.read_text())
+    assert values["questions"] == len(rows) == sum(t["questions"] for t in values["tasks"].values())
+    assert {"task", "question", "expected", "answer"} == set(rows[0])
+
+
+def test_eval_without_pictures_knows_less():
+    seen, blank = (
+        json.loads(run("eval", "tiny", "--limit", "54", "--json", *more).stdout)["accuracy"]
+        for more in ([], ["--blank"])
+    )
+    assert seen > blank + 0.25
+
+
+def test_eval_refuses_an_unknown_suite_and_a_missing_model():
+    assert run("eval", "tiny", "--suite", "gqa").exit_code == 2
+    missing = run("eval", "./nowhere", "--json")
+    assert missing.exit_code == 1
+    assert "no such folder" in json.loads(missing.stdout)["error"]["message"]
+
+
+def test_eval_names_an_answer_file_that_cannot_be_written(tmp_path):
+    result = run("eval", "tiny", "--limit", "9", "--json", "--answers", tmp_path / "no" / "answers.json")
+    assert result.exit_code == 1
+    assert "answers.json" in json.loads(result.stdout)["error"]["where"]
+
+
+def test_world_sample_writes_what_it_says(tmp_path):
+    result = run("world", "sample", tmp_path, "--count", "18", "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    rows = json.loads(Path(values["file"]).read_text())
+    assert len(rows) == values["questions"] >= 18
+    assert all((tmp_path / row["image"]).is_file() for row in rows)
+    assert rows[0]["conversations"][0]["value"].startswith("<image>\n")
+    assert Path(values["overview"]).stat().st_size > 10_000
+    assert run("world", "sample", tmp_path, "--split", "exam").exit_code == 2
+
+
+def test_world_samples_serve_as_calibration_data(tmp_path):
+    """The LLaVA-format JSON that `world sample` writes is what `compress --calibration` reads."""
+    run("world", "sample", tmp_path / "world", "--count", "9", "--split", "train")
+    out = tmp_path / "small"
+    result = run(
+        "compress", "tiny", out, "--bits", "4", "--calibration", tmp_path / "world" / "questions.json",
+        "--samples", "3", "--only", "model.multi_modal_projector", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    layers = json.loads(result.stdout)["layers"]
+    assert len(layers) == 2
+    assert all(0 < layer["output_error"] < 0.2 for layer in layers)
+
+
+def test_world_train_refuses_a_place_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("world", "train", tmp_path / "file" / "run", "--json")
+    assert result.exit_code == 1
+    assert "file" in json.loads(result.stdout)["error"]["where"]
+
+
+def test_the_demo_table_has_a_row_a_model():
+    tasks = {"attributes": {"score": 0.5}}
+    row = {"name": "original", "bits_per_weight": 16.0, "bytes": 12e6, "accuracy": 0.5, "tasks": tasks, "questions": 9}
+    shown = table([{**row, "worst_layer": None}, {**row, "name": "best", "worst_layer": "a.b", "worst_error": 0.25}])
+    assert shown.row_count == 2
+    assert [column.header for column in shown.columns][:4] == ["model", "bits/weight", "size", "accuracy"]
+
+
+@pytest.mark.slow
+def test_demo_runs_twice_in_the_same_folder(tmp_path):
+    for _ in range(2):
+        result = run("demo", "--out", tmp_path, "--limit", "9", "--samples", "2", "--json")
+        assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert [row["name"] for row in values["rows"]] == [
+        "original",
+        *(f"{method}-{bits}bit" for method in ("best", "paper") for bits in (4, 3, 2)),
+    ]
+    assert values == json.loads((tmp_path / "demo.json").read_text())
+    bits = [row["bits_per_weight"] for row in values["rows"]]
+    assert bits[1] > bits[2] > bits[3] > 2
