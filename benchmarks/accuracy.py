@@ -30,8 +30,8 @@ from llava_fa.nn.surgery import classify
 from llava_fa.solver.statistics import SecondMoment
 from llava_fa.world.samples import calibration_samples
 
-PEER_BITS = (4, 3, 2)
-OUR_BITS = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0)
+WHOLE_BITS = (4, 3, 2)
+HALF_BITS = (3.5, 2.5, 1.5, 1.0)
 
 
 def main() -> None:
@@ -69,19 +69,21 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"{name:24s} {row['bits_per_weight']:.3f} bits  {100 * row['accuracy']:.2f} %", flush=True)
 
     keep("original", 16, lambda: (*load(args.model), {"bits_per_weight": 16.0, "family": "original"}))
-    for bits in OUR_BITS:
-        keep(f"best-{bits:g}", bits, lambda b=bits: ours(args, FourierConfig(bits=b), "best", samples))
-        keep(
-            f"best-data-free-{bits:g}",
-            bits,
-            lambda b=bits: ours(args, FourierConfig(bits=b), "best, data-free", None),
-        )
-    for bits in PEER_BITS:
+
+    def keep_ours(bits: float) -> None:
+        config = FourierConfig(bits=bits)
+        keep(f"best-{bits:g}", bits, lambda: ours(args, config, "best", samples))
+        keep(f"best-data-free-{bits:g}", bits, lambda: ours(args, config, "best, data-free", None))
+
+    for bits in WHOLE_BITS:  # every family first, our half steps after
+        keep_ours(float(bits))
         paper = FourierConfig(method="paper", bits=float(bits))
         keep(f"paper-{bits}", bits, lambda c=paper: ours(args, c, "paper", samples))
         keep(f"paper-data-free-{bits}", bits, lambda c=paper: ours(args, c, "paper, data-free", None))
         keep(f"rtn-{bits}", bits, lambda b=bits: peer(args, b, "RTN g128", None))
         keep(f"gptq-{bits}", bits, lambda b=bits: peer(args, b, "GPTQ g128", samples))
+    for bits in HALF_BITS:
+        keep_ours(bits)
     return done
 
 
