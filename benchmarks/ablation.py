@@ -159,9 +159,7 @@ def measure(subject: Subject, unseen: dict[str, Tensor], method: Method, bits: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="minilm", help="minilm, tiny, or a folder with a LLaVA-type model")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--rows", nargs="+", default=[], help="only rows whose name contains one of these")
@@ -169,10 +167,7 @@ def main() -> None:
     subject = minilm() if arguments.model == "minilm" else llava(arguments.model)
     unseen = collect(subject.layers, subject.output)
     print(f"{subject.name}: {len(subject.layers)} layers\n")
-    print(
-        "| "
-        + " | ".join(["method", *(f"{b} bits: stored, weight, out, unseen, e2e" for b in arguments.bits)])
-    )
+    print("| " + " | ".join(["method", *(f"{b} bits: stored, weight, out, unseen, e2e" for b in arguments.bits)]))
     print("|---" * (1 + len(arguments.bits)) + "|")
     for name, method in ROWS.items():
         if arguments.rows and not any(part in name for part in arguments.rows):

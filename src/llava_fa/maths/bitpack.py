@@ -29,9 +29,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.dtype.is_floating_point or codes.dtype.is_complex:
         raise FourierError(f"codes are {codes.dtype}", remedy="Give integers")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
-        raise FourierError(
-            f"a code is outside 0 … {(1 << bits) - 1}", remedy=f"Codes of {bits} bits were asked for"
-        )
+        raise FourierError(f"a code is outside 0 … {(1 << bits) - 1}", remedy=f"Codes of {bits} bits were asked for")
     count = codes.shape[-1]
     if bits == 8:
         return codes.to(torch.uint8)

@@ -31,13 +31,9 @@ def optimal_rings(points: int, *, steps: int = 120, reach: float = 4.8) -> list[
     """The optimal (phases, radius) of every ring, innermost first, Σ phases = points; equation in the module
     head.
     """
-    edge = torch.cat(
-        [torch.linspace(0, reach, steps, dtype=torch.float64), torch.tensor([40.0], dtype=torch.float64)]
-    )
+    edge = torch.cat([torch.linspace(0, reach, steps, dtype=torch.float64), torch.tensor([40.0], dtype=torch.float64)])
     mass = 1 - torch.exp(-(edge**2) / 2)  # ∫_0^r f
-    moment = math.sqrt(math.pi / 2) * torch.erf(edge / math.sqrt(2)) - edge * torch.exp(
-        -(edge**2) / 2
-    )  # ∫_0^r r f
+    moment = math.sqrt(math.pi / 2) * torch.erf(edge / math.sqrt(2)) - edge * torch.exp(-(edge**2) / 2)  # ∫_0^r r f
     most = min(points, 64)
     phases = torch.arange(1, most + 1, dtype=torch.float64)
     shrink = torch.sinc(1 / phases)  # torch.sinc is sin(πx)/(πx)
@@ -47,9 +43,7 @@ def optimal_rings(points: int, *, steps: int = 120, reach: float = 4.8) -> list[
     for stop in range(1, steps + 1):
         p, q = mass[stop] - mass[:stop], moment[stop] - moment[:stop]
         gain = (q**2 / p)[:, None] * shrink**2  # [start, phases]
-        source = torch.nn.functional.pad(
-            best[:stop], (most, 0), value=-math.inf
-        )  # reads N - k < 0 as impossible
+        source = torch.nn.functional.pad(best[:stop], (most, 0), value=-math.inf)  # reads N - k < 0 as impossible
         windows = source.unfold(1, most, 1)[:, : points + 1].flip(-1)  # [start, N, k] = best[start, N - k]
         total = windows + gain[:, None, :]
         value, flat = total.transpose(0, 1).flatten(1).max(dim=1)
@@ -137,9 +131,7 @@ def _starts(count: int) -> Iterator[Tensor]:
 
 def encode(points: Tensor) -> str:
     """bf16 bits of (re, im), point after point, four hex digits each."""
-    return "".join(
-        f"{bits & 0xFFFF:04x}" for bits in points.to(torch.bfloat16).view(torch.int16).flatten().tolist()
-    )
+    return "".join(f"{bits & 0xFFFF:04x}" for bits in points.to(torch.bfloat16).view(torch.int16).flatten().tolist())
 
 
 def decode(text: str) -> Tensor:
@@ -160,9 +152,7 @@ def table() -> str:
     for code_bits in range(2, 9):
         text = encode(generate(code_bits))
         lines += (
-            [f"    {code_bits}: ("]
-            + [f'        "{text[at : at + 96]}"' for at in range(0, len(text), 96)]
-            + ["    ),"]
+            [f"    {code_bits}: ("] + [f'        "{text[at : at + 96]}"' for at in range(0, len(text), 96)] + ["    ),"]
         )
     return "\n".join([*lines, "}"])
 

@@ -53,9 +53,7 @@ def packed_dft(x: Tensor, signs: Tensor) -> Tensor:
     """
     n, size = x.shape[-1], signs.shape[-1]
     if size != padded(n):
-        raise FourierError(
-            f"{size} signs for {n} inputs", remedy=f"Give {padded(n)}: one per slot of the transform"
-        )
+        raise FourierError(f"{size} signs for {n} inputs", remedy=f"Give {padded(n)}: one per slot of the transform")
     x = x if x.dtype == torch.float64 else x.to(torch.float32)
     if size != n:
         x = torch.nn.functional.pad(x, (0, 1))

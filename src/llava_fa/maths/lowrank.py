@@ -17,9 +17,7 @@ _EXACT_SIDE = 512
 def check_rank(rank: int, shape: tuple[int, int]) -> None:
     """Raises FourierError when rank > min(shape)."""
     if rank > min(shape):
-        raise FourierError(
-            f"rank {rank} is above min({shape[0]}, {shape[1]})", remedy=f"Give at most {min(shape)}"
-        )
+        raise FourierError(f"rank {rank} is above min({shape[0]}, {shape[1]})", remedy=f"Give at most {min(shape)}")
 
 
 def truncated_svd(
@@ -93,11 +91,7 @@ def weighted_low_rank(
     balance = s.sqrt()
     right = balance[:, None] * vh
     if root is not None:
-        right = (
-            right / root
-            if root.ndim == 1
-            else torch.linalg.solve_triangular(root, right, upper=True, left=False)
-        )
+        right = right / root if root.ndim == 1 else torch.linalg.solve_triangular(root, right, upper=True, left=False)
     return u * balance, right
 
 

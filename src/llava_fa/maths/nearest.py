@@ -38,9 +38,7 @@ class NearestCode:
         # The tiny extra absorbs float32 rounding of the distances.
         reachable = distance <= distance.amin(1, keepdim=True) + step * math.sqrt(2) + 1e-4
         width = int(reachable.sum(1).max())
-        self._candidates = (
-            distance.masked_fill(~reachable, math.inf).topk(width, largest=False).indices.to(torch.int32)
-        )
+        self._candidates = distance.masked_fill(~reachable, math.inf).topk(width, largest=False).indices.to(torch.int32)
         # Non-negative: the code itself. Negative: -1 - row of the candidate list.
         table = first.flatten().to(torch.int32)
         table[mixed] = -1 - torch.arange(len(mixed), dtype=torch.int32)

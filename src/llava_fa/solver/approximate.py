@@ -54,9 +54,7 @@ def approximate(
     scaled = values if unit == 1 else values / unit
     if config.method == "paper":
         if input_scale is not None:
-            raise FourierError(
-                "method 'paper' has no input_scale", remedy="Leave it out, or use method='best'"
-            )
+            raise FourierError("method 'paper' has no input_scale", remedy="Leave it out, or use method='best'")
         tensors, history, more = solve_paper(scaled, config, usable)
         tensors["r_max"] = tensors["r_max"] * unit
         _scale_factor(tensors, "left", unit)
@@ -92,9 +90,7 @@ def _measured(
             "the approximation overflows float32", remedy=f"The largest weight is {unit:g}: rescale the layer"
         )
     scaled, decoded = (values, decoded) if unit == 1 else (values / unit, decoded / unit)
-    fields = {
-        name: getattr(result, name) for name in ("method", "shape", "config", "tensors", "history", "notes")
-    }
+    fields = {name: getattr(result, name) for name in ("method", "shape", "config", "tensors", "history", "notes")}
     out = None if moment is None else metrics.output_error(scaled, decoded, moment)
     return Approximation(
         **fields,
@@ -109,9 +105,7 @@ def _checked_weight(weight: Tensor) -> Tensor:
     if weight.numel() == 0:
         raise FourierError(f"the weight has shape {tuple(weight.shape)}", remedy="Give a matrix with entries")
     if not weight.dtype.is_floating_point:
-        raise FourierError(
-            f"the weight is {weight.dtype}", remedy="Give a floating-point matrix, not an encoded one"
-        )
+        raise FourierError(f"the weight is {weight.dtype}", remedy="Give a floating-point matrix, not an encoded one")
     values = weight.detach().to(torch.float32)
     low, high = torch.aminmax(values)  # NaN if any is
     if not math.isfinite(float(low)) or not math.isfinite(float(high)):
@@ -130,14 +124,10 @@ def _checked_moment(moment: Tensor, n: int) -> Tensor:
         raise FourierError(f"the second moment is {moment.dtype}", remedy="Give floating-point values")
     values = moment.detach().to(torch.float32)
     if not bool(torch.isfinite(values).all()):
-        raise FourierError(
-            "the second moment has NaN or infinite values", remedy="Look at the calibration data"
-        )
+        raise FourierError("the second moment has NaN or infinite values", remedy="Look at the calibration data")
     diagonal = values if values.ndim == 1 else values.diagonal()
     if bool((diagonal < 0).any()):
-        raise FourierError(
-            "the second moment has a negative diagonal", remedy="Give E[x xᵀ] of the layer's inputs"
-        )
+        raise FourierError("the second moment has a negative diagonal", remedy="Give E[x xᵀ] of the layer's inputs")
     if values.ndim == 2 and _asymmetry(values) > 1e-3 * float(values.abs().max()):
         raise FourierError("the second moment is not symmetric", remedy="Give E[x xᵀ] of the layer's inputs")
     unit = _unit(float(diagonal.mean()))
@@ -147,9 +137,7 @@ def _checked_moment(moment: Tensor, n: int) -> Tensor:
 def _checked_scale(scale: Tensor, n: int) -> Tensor:
     values = scale.detach().to(torch.bfloat16).to(torch.float32)
     if tuple(values.shape) != (n,) or not bool((torch.isfinite(values) & (values > 0)).all()):
-        raise FourierError(
-            "input_scale is not a vector of positive numbers", remedy=f"Give [{n}] values above zero"
-        )
+        raise FourierError("input_scale is not a vector of positive numbers", remedy=f"Give [{n}] values above zero")
     return values
 
 

@@ -42,9 +42,7 @@ class Approximation:
 
     def dequantize(self) -> Tensor:
         """Ŵ, float32 [m, n], from the stored tensors alone."""
-        return (dequantize_paper if self.method == "paper" else dequantize_best)(
-            self.tensors, self.config, self.shape
-        )
+        return (dequantize_paper if self.method == "paper" else dequantize_best)(self.tensors, self.config, self.shape)
 
 
 def dequantize_best(tensors: dict[str, Tensor], config: FourierConfig, shape: tuple[int, int]) -> Tensor:

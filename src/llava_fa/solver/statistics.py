@@ -32,9 +32,7 @@ class SecondMoment:
             FourierError: wrong last dimension; NaN or Inf, naming the layer.
         """
         if x.ndim == 0 or x.shape[-1] != self.n:
-            raise FourierError(
-                f"inputs of shape {tuple(x.shape)}", remedy=f"Expected [..., {self.n}]", where=self.name
-            )
+            raise FourierError(f"inputs of shape {tuple(x.shape)}", remedy=f"Expected [..., {self.n}]", where=self.name)
         samples = x.detach().reshape(-1, self.n)
         for start in range(0, samples.shape[0], _SLICE):
             block = samples[start : start + _SLICE].to(torch.float32)
