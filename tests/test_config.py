@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_fa import FourierConfig, FourierError
@@ -16,6 +16,7 @@ def test_defaults():
         config.bits = 2
 
 
+@settings(deadline=None)
 @given(
     bits=st.sampled_from([1, 1.5, 2, 2.5, 3, 3.5, 4]),
     method=st.sampled_from(["best", "paper"]),
