@@ -24,6 +24,7 @@ from llava_fa.world.scene import Scene, Split, sample_scene, scene_rng
 PREFIX = 1 + GRID * GRID
 """Tokens that all questions share: the user mark and the picture."""
 
+MOST_QUESTIONS = 40
 IGNORED = -100
 TASK_NAMES = tuple(TASKS)
 
@@ -81,7 +82,7 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         scene = sample_scene(rng, self.split)
         row = _picture(scene, rng)
         if self.text:
-            row |= self._pack(self._questions(scene, rng))
+            row |= self._pack(scene, row["focus"], self._questions(scene, rng))
         return row
 
     def _wordy_row(self, index: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -94,29 +95,44 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             # one rotation is enough to learn from; both halves of a pair show what tells them apart
             yield from asked[:1] if asked and asked[0].task == "choice" else asked
 
-    def _pack(self, questions: Iterator[Question]) -> dict[str, np.ndarray[Any, Any]]:
+    def _pack(
+        self, scene: Scene, focus: np.ndarray[Any, Any], questions: Iterator[Question]
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        items = (*scene.things, *scene.writings)
         length = PREFIX + self.text
         ids = np.full(length, self.pad)
         target = np.full(length, IGNORED)
         segment = np.zeros(length, np.int64)
         position = np.arange(length)
         task = np.zeros(length, np.int64)
+        look_from = np.full(MOST_QUESTIONS, -1)
+        look_at = np.zeros((MOST_QUESTIONS, GRID * GRID), bool)
         ids[:PREFIX] = self.prefix
         at = PREFIX
         for number, question in enumerate(questions, start=1):
             asked = (*self.encode(question.text), self.marks[0])
             answer = (*self.encode(f" {question.answer}"), self.marks[1])
             end = at + len(asked) + len(answer)
-            if end > length:
+            if end > length or number > MOST_QUESTIONS:
                 break
             ids[at:end] = asked + answer
             target[at + len(asked) - 1 : end - 1] = answer  # shifted: what each position has to predict
             segment[at:end] = number
             task[at:end] = TASK_NAMES.index(question.task)
             position[at:end] = PREFIX + np.arange(end - at)
+            look_from[number - 1] = at + len(asked) - 1
+            look_at[number - 1] = np.isin(focus, [1 + items.index(item) for item in question.about])
             at = end
         segment[at:] = -1
-        return {"ids": ids, "target": target, "segment": segment, "position": position, "task": task}
+        return {
+            "ids": ids,
+            "target": target,
+            "segment": segment,
+            "position": position,
+            "task": task,
+            "look_from": look_from,
+            "look_at": look_at,
+        }
 
 
 def _picture(scene: Scene, rng: random.Random) -> dict[str, np.ndarray[Any, Any]]:

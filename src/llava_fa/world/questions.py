@@ -32,13 +32,17 @@ MARGIN = 14
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question. ``group`` ties the members of a pair or of a rotation, ``kind`` names the sub-family."""
+    """One question. ``group`` ties the members of a pair or of a rotation, ``kind`` names the sub-family.
+
+    ``about`` are the items of the scene that one has to look at; training points the attention there.
+    """
 
     task: str
     text: str
     answer: str
     kind: str = ""
     group: int = 0
+    about: tuple[Thing | Writing, ...] = ()
 
 
 Asker = Callable[[Scene, random.Random], list[Question]]
@@ -49,9 +53,9 @@ def attributes(scene: Scene, rng: random.Random) -> list[Question]:
     found = [*_color_questions(scene), *_shape_questions(scene), *_size_questions(scene)]
     if not found:
         return []
-    kind = rng.choice(sorted({kind for kind, _, _ in found}))
-    _, text, answer = rng.choice([entry for entry in found if entry[0] == kind])
-    return [Question("attributes", text, answer, kind)]
+    kind = rng.choice(sorted({entry[0] for entry in found}))
+    _, text, answer, item = rng.choice([entry for entry in found if entry[0] == kind])
+    return [Question("attributes", text, answer, kind, about=(item,))]
 
 
 def relations(scene: Scene, rng: random.Random) -> list[Question]:
@@ -69,10 +73,10 @@ def relations(scene: Scene, rng: random.Random) -> list[Question]:
         axis = rng.choice("xy")
         if axis == "x" and abs(dx) >= MARGIN:
             text = f"Is the {names[0]} to the left or right of the {names[1]}?"
-            return [Question("relations", text, "left" if dx < 0 else "right", "horizontal")]
+            return [Question("relations", text, "left" if dx < 0 else "right", "horizontal", about=(first, second))]
         if axis == "y" and abs(dy) >= MARGIN:
             text = f"Is the {names[0]} above or below the {names[1]}?"
-            return [Question("relations", text, "above" if dy < 0 else "below", "vertical")]
+            return [Question("relations", text, "above" if dy < 0 else "below", "vertical", about=(first, second))]
     return []
 
 
@@ -80,10 +84,12 @@ def counting(scene: Scene, rng: random.Random) -> list[Question]:
     """How many things there are, or how many of one color, shape or size; writing does not count."""
     kind = rng.choice(("all", "color", "color", "shape", "shape", "size"))
     if kind == "all":
-        return [Question("counting", "How many objects are there?", str(len(scene.things)), kind)]
+        text = "How many objects are there?"
+        return [Question("counting", text, str(len(scene.things)), kind, about=scene.things)]
     if kind == "size":
         size = rng.choice(tuple(SIZES))
-        return [Question("counting", f"How many {size} objects are there?", str(scene.count(size=size)), kind)]
+        of_size = scene.having(size=size)
+        return [Question("counting", f"How many {size} objects are there?", str(len(of_size)), kind, about=of_size)]
     values = tuple(COLORS) if kind == "color" else SHAPES
     present = sorted({getattr(thing, kind) for thing in scene.things})
     # one value at a time, so that 2 and 3 are asked about as often as 1
@@ -91,7 +97,8 @@ def counting(scene: Scene, rng: random.Random) -> list[Question]:
     if present and rng.random() < 0.4:
         value = max(present, key=lambda v: (scene.count(**{kind: v}), v))
     text = f"How many {value} objects are there?" if kind == "color" else f"How many {plural(value)} are there?"
-    return [Question("counting", text, str(scene.count(**{kind: value})), kind)]
+    counted = scene.having(**{kind: value})
+    return [Question("counting", text, str(len(counted)), kind, about=counted)]
 
 
 def reading(scene: Scene, rng: random.Random) -> list[Question]:
@@ -104,7 +111,7 @@ def reading(scene: Scene, rng: random.Random) -> list[Question]:
         "tag": "What is the price on the tag?",
         "label": "What is written on the label?",
     }[writing.kind]
-    return [Question("reading", text, writing.text, writing.kind)]
+    return [Question("reading", text, writing.text, writing.kind, about=(writing,))]
 
 
 def existence(scene: Scene, rng: random.Random) -> list[Question]:
@@ -113,7 +120,8 @@ def existence(scene: Scene, rng: random.Random) -> list[Question]:
         return []
     if rng.random() < 0.5:
         color, shape = rng.choice(scene.things).pair
-        return [Question("existence", f"Is there {_article(color)} {color} {shape} in the image?", "yes", "positive")]
+        text = f"Is there {_article(color)} {color} {shape} in the image?"
+        return [Question("existence", text, "yes", "positive", about=scene.having(color=color, shape=shape))]
     kind = rng.choice(("random", "popular", "adversarial"))
     present = {thing.pair for thing in scene.things}
     if kind == "random":
@@ -135,21 +143,21 @@ def paired(scene: Scene, rng: random.Random) -> list[Question]:
     """Two yes/no questions about one fact, one true and one false, in random order (MME)."""
     group = rng.getrandbits(31)
     kind = rng.choice(("color", "count", "position"))
-    pair: tuple[str, str] | None = None
+    pair: tuple[str, str, tuple[Thing, ...]] | None = None
     if kind == "color":
         pair = _paired_color(scene, rng)
     elif kind == "count" and scene.things:
         shape = rng.choice(scene.things).shape
         count = scene.count(shape=shape)
         wrong = count + rng.choice((-1, 1)) if count > 1 else count + 1
-        pair = f"{_are_there(count, shape)}", f"{_are_there(wrong, shape)}"
+        pair = _are_there(count, shape), _are_there(wrong, shape), scene.having(shape=shape)
     elif kind == "position":
         pair = _paired_position(scene, rng)
     if pair is None:
         return []
     questions = [
-        Question("paired", pair[0], "yes", kind, group),
-        Question("paired", pair[1], "no", kind, group),
+        Question("paired", pair[0], "yes", kind, group, pair[2]),
+        Question("paired", pair[1], "no", kind, group, pair[2]),
     ]
     rng.shuffle(questions)
     return questions
@@ -158,8 +166,9 @@ def paired(scene: Scene, rng: random.Random) -> list[Question]:
 def choice(scene: Scene, rng: random.Random) -> list[Question]:
     """A question with options A, B, C, in every rotation (MMBench circular)."""
     found = [*_color_questions(scene), *_shape_questions(scene)]
-    found += [("count", "How many objects are there?", str(len(scene.things)))]
-    kind, text, answer = rng.choice(found)
+    found += [("count", "How many objects are there?", str(len(scene.things)), None)]
+    kind, text, answer, item = rng.choice(found)
+    about = scene.things if item is None else (item,)
     pool = {
         "color": list(COLORS),
         "shape": list(SHAPES),
@@ -172,7 +181,7 @@ def choice(scene: Scene, rng: random.Random) -> list[Question]:
     for shift in range(len(LETTERS)):
         turned = options[shift:] + options[:shift]
         lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, turned, strict=True))
-        rotations.append(Question("choice", text + lines, LETTERS[turned.index(answer)], kind, group))
+        rotations.append(Question("choice", text + lines, LETTERS[turned.index(answer)], kind, group, about))
     return rotations
 
 
@@ -233,29 +242,33 @@ def _are_there(count: int, shape: str) -> str:
     return f"Is there exactly 1 {shape}?" if count == 1 else f"Are there exactly {count} {plural(shape)}?"
 
 
-def _color_questions(scene: Scene) -> list[tuple[str, str, str]]:
-    found = [("color", f"What color is the {writing.kind}?", writing.color) for writing in scene.writings]
+Found = tuple[str, str, str, "Thing | Writing | None"]
+"""Kind, question, answer, and the item that is asked about."""
+
+
+def _color_questions(scene: Scene) -> list[Found]:
+    found: list[Found] = [("color", f"What color is the {w.kind}?", w.color, w) for w in scene.writings]
     for thing in scene.things:
         if scene.count(shape=thing.shape) == 1:
-            found.append(("color", f"What color is the {thing.shape}?", thing.color))
+            found.append(("color", f"What color is the {thing.shape}?", thing.color, thing))
         elif scene.count(shape=thing.shape, size=thing.size) == 1:
-            found.append(("color", f"What color is the {thing.size} {thing.shape}?", thing.color))
+            found.append(("color", f"What color is the {thing.size} {thing.shape}?", thing.color, thing))
     return found
 
 
-def _shape_questions(scene: Scene) -> list[tuple[str, str, str]]:
-    found = []
+def _shape_questions(scene: Scene) -> list[Found]:
+    found: list[Found] = []
     for thing in scene.things:
         if scene.count(color=thing.color) == 1:
-            found.append(("shape", f"What shape is the {thing.color} object?", thing.shape))
+            found.append(("shape", f"What shape is the {thing.color} object?", thing.shape, thing))
         elif scene.count(color=thing.color, size=thing.size) == 1:
-            found.append(("shape", f"What shape is the {thing.size} {thing.color} object?", thing.shape))
+            found.append(("shape", f"What shape is the {thing.size} {thing.color} object?", thing.shape, thing))
     return found
 
 
-def _size_questions(scene: Scene) -> list[tuple[str, str, str]]:
+def _size_questions(scene: Scene) -> list[Found]:
     return [
-        ("size", f"Is the {thing.color} {thing.shape} small or large?", thing.size)
+        ("size", f"Is the {thing.color} {thing.shape} small or large?", thing.size, thing)
         for thing in scene.things
         if scene.count(color=thing.color, shape=thing.shape) == 1
     ]
@@ -275,20 +288,20 @@ def _extreme_question(scene: Scene, rng: random.Random) -> Question | None:
         return None
     kind = rng.choice(("color", "shape"))
     question = f"What color is the {word} object?" if kind == "color" else f"What shape is the {word} object?"
-    return Question("relations", question, getattr(order[0], kind), "extreme")
+    return Question("relations", question, getattr(order[0], kind), "extreme", about=(order[0],))
 
 
-def _paired_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+def _paired_color(scene: Scene, rng: random.Random) -> tuple[str, str, tuple[Thing, ...]] | None:
     unique = [thing for thing in scene.things if scene.count(shape=thing.shape) == 1]
     if not unique:
         return None
     thing = rng.choice(unique)
     others = sorted({t.color for t in scene.things} - {thing.color})
     wrong = rng.choice(others) if others and rng.random() < 0.5 else rng.choice([c for c in COLORS if c != thing.color])
-    return f"Is the {thing.shape} {thing.color}?", f"Is the {thing.shape} {wrong}?"
+    return f"Is the {thing.shape} {thing.color}?", f"Is the {thing.shape} {wrong}?", (thing,)
 
 
-def _paired_position(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+def _paired_position(scene: Scene, rng: random.Random) -> tuple[str, str, tuple[Thing, ...]] | None:
     for _ in range(8):
         if len(scene.things) < 2:
             return None
@@ -299,5 +312,6 @@ def _paired_position(scene: Scene, rng: random.Random) -> tuple[str, str] | None
         return (
             f"Is the {names[0]} to the left of the {names[1]}?",
             f"Is the {names[0]} to the right of the {names[1]}?",
+            (first, second),
         )
     return None

@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_fa.errors import FourierError
+from llava_fa.world.looking import LAYER, looking_loss, watched
 from llava_fa.world.model import build_model, build_processor, dense_vocabulary
 from llava_fa.world.muon import Muon
 from llava_fa.world.packing import IGNORED, TASK_NAMES, WorldBatches, attention_mask
@@ -54,6 +55,7 @@ class Recipe:
     adam_rate: float = 3e-3
     vision_scale: float = 0.5
     dense_weight: float = 0.5
+    looking_weight: float = 0.3
     weight_decay: float = 0.01
     seed: int = 1
 
@@ -189,7 +191,7 @@ class Learner:
         self.model.model.vision_tower.requires_grad_(not self._frozen())
         losses = self.losses(batch)
         total = losses["dense"] * (1.0 if "answer" not in losses else self.recipe.dense_weight)
-        total = total + losses.get("answer", 0.0)
+        total = total + losses.get("answer", 0.0) + self.recipe.looking_weight * losses.get("looking", 0.0)
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -211,7 +213,10 @@ class Learner:
             patches = self._patches(batch["pixels"])
             losses = {"dense": self._dense_loss(patches.float(), batch)}
             if "ids" in batch:
-                hidden = self._answer_states(patches[: len(batch["ids"])], batch)
+                attention = self.model.model.language_model.layers[LAYER].self_attn
+                with watched(attention) as seen:
+                    hidden = self._answer_states(patches[: len(batch["ids"])], batch)
+                losses["looking"] = looking_loss(attention, seen, batch["look_from"], batch["look_at"], offset=1)
                 wanted = batch["target"] != IGNORED
                 logits = self.model.lm_head(hidden[wanted])
                 losses["answer"] = functional.cross_entropy(logits.float(), batch["target"][wanted])

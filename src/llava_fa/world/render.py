@@ -35,7 +35,8 @@ class PatchLabels:
     """What each of the GRID × GRID patches shows; int64 arrays [64], 0 means nothing of the kind.
 
     Dense supervision of the vision tower (`llava_fa.world.recipe`) is made of them; ``anchor`` marks the patch that
-    holds an object's centre, ``center`` [64, 2] is that centre over the image size (only meaningful there).
+    holds an object's centre, ``center`` [64, 2] is that centre over the image size (only meaningful there);
+    ``focus`` numbers, from 1, things before writings, the item to be seen there: a thing's centre, all of a writing.
     """
 
     color: np.ndarray
@@ -44,6 +45,7 @@ class PatchLabels:
     anchor: np.ndarray
     character: np.ndarray
     center: np.ndarray
+    focus: np.ndarray
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
@@ -73,10 +75,10 @@ def patch_labels(scene: Scene) -> PatchLabels:
         else:
             draw.rectangle(item.box, fill=number)
     tiles = np.asarray(owner).reshape(GRID, PATCH, GRID, PATCH).swapaxes(1, 2).reshape(GRID * GRID, -1)
-    color, shape, size, anchor, character = (np.zeros(GRID * GRID, np.int64) for _ in range(5))
+    color, shape, size, anchor, character, focus = (np.zeros(GRID * GRID, np.int64) for _ in range(6))
     center = np.zeros((GRID * GRID, 2), np.float32)
     if scene.condition == "ruined":
-        return PatchLabels(color, shape, size, anchor, character, center)
+        return PatchLabels(color, shape, size, anchor, character, center, focus)
     coverage = np.stack([(tiles == number).mean(1) for number in range(1, len(items) + 1)], 1) if items else None
     patch_of = {}
     if coverage is not None:
@@ -96,10 +98,12 @@ def patch_labels(scene: Scene) -> PatchLabels:
             size[at] = 1 + size_names.index(item.size)
         else:
             shape[at] = 1 + len(SHAPES) + KINDS.index(item.kind)
+        if anchor[at] or isinstance(item, Writing):
+            focus[at] = 1 + number
     for writing in scene.writings:
         for x, glyph in _character_centers(writing):
             character[_patch(x, writing.y)] = 1 + CHARACTERS.index(glyph)
-    return PatchLabels(color, shape, size, anchor, character, center)
+    return PatchLabels(color, shape, size, anchor, character, center, focus)
 
 
 def _patch(x: float, y: float) -> int:

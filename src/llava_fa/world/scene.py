@@ -95,13 +95,15 @@ class Scene:
         """How many things have all the given attributes."""
         return len(self.having(color=color, shape=shape, size=size))
 
-    def having(self, *, color: str | None = None, shape: str | None = None, size: str | None = None) -> list[Thing]:
+    def having(
+        self, *, color: str | None = None, shape: str | None = None, size: str | None = None
+    ) -> tuple[Thing, ...]:
         """The things that have all the given attributes."""
-        return [
+        return tuple(
             thing
             for thing in self.things
             if color in (None, thing.color) and shape in (None, thing.shape) and size in (None, thing.size)
-        ]
+        )
 
 
 def scene_rng(split: Split, seed: int, index: int, purpose: str = "scene") -> random.Random:
