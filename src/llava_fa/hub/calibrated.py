@@ -136,9 +136,7 @@ def _segments(model: nn.Module, units: list[Unit], inputs: Inputs) -> tuple[list
     for index, sample in enumerate(inputs[:_PROBED]):
         seen: list[tuple[Unit, Tensor, Tensor]] = []
 
-        def note(
-            unit: Unit, call: Call, output: Tensor, seen: list[tuple[Unit, Tensor, Tensor]] = seen
-        ) -> None:
+        def note(unit: Unit, call: Call, output: Tensor, seen: list[tuple[Unit, Tensor, Tensor]] = seen) -> None:
             if all(unit is not other for other, _, _ in seen):
                 seen.append((unit, call.hidden.clone(), output.clone()))
 
@@ -279,9 +277,7 @@ def _compress_unit(
         _use_parts([layer for group in stage for layer in group], model, work)
 
 
-def _stages(
-    unit: Unit, calls: list[Call], hidden: list[Tensor], model: nn.Module
-) -> list[list[list[PlannedLayer]]]:
+def _stages(unit: Unit, calls: list[Call], hidden: list[Tensor], model: nn.Module) -> list[list[list[PlannedLayer]]]:
     """Stages in order of execution, each a list of groups, each the layers given the very same input."""
     groups: list[tuple[Tensor, list[PlannedLayer]]] = []
     by_name = {layer.name: layer for layer in unit.layers}

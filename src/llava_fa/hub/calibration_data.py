@@ -69,9 +69,7 @@ def _llava_json(path: Path, images: Path | None, count: int, seed: int) -> list[
         )
     with_image = [index for index, row in enumerate(rows) if row.get("image")]
     if not with_image:
-        raise FourierError(
-            "no row has an image", remedy='Each row needs "image" and "conversations"', where=str(path)
-        )
+        raise FourierError("no row has an image", remedy='Each row needs "image" and "conversations"', where=str(path))
     folder = path.parent if images is None else images
     if not folder.is_dir():
         raise FourierError("no such image folder", remedy="Give the folder of the images", where=str(folder))
@@ -99,9 +97,7 @@ def _conversation(row: Mapping[str, Any], folder: Path, where: str) -> Sample:
         parts: list[dict[str, Any]] = []
         for _ in range(text.count("<image>")):
             if not waiting:
-                raise FourierError(
-                    "it has more <image> marks than images", remedy="Mend the row", where=where
-                )
+                raise FourierError("it has more <image> marks than images", remedy="Mend the row", where=where)
             parts.append({"type": "image", "image": waiting.pop(0)})
         messages.append({"role": role, "content": [*parts, _text(text.replace("<image>", "").strip())]})
     if waiting:  # LLaVA puts an unmarked image in front of the first question

@@ -241,9 +241,7 @@ def read_layer(folder: Path, name: str) -> FourierLinear:
     """
     metadata = read_metadata(folder)
     if name not in metadata.layers:
-        raise FourierError(
-            f"no compressed layer {name!r}", remedy="`llava-fa inspect` lists them", where=str(folder)
-        )
+        raise FourierError(f"no compressed layer {name!r}", remedy="`llava-fa inspect` lists them", where=str(folder))
     record = metadata.layers[name]
     entries = validate(weight_files(folder), dataclasses.replace(metadata, layers={name: record}))
     tensors = {

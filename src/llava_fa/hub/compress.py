@@ -192,9 +192,7 @@ def _load(folder: Path, plan: Plan, device: torch.device) -> torch.nn.Module:
     half = any(layer.weight.dtype == "F16" for layer in plan.layers) and device.type == "cpu"
     try:
         with quiet_transformers():
-            model = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=torch.bfloat16 if half else "auto"
-            )
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if half else "auto")
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch says a missing or full device in both ways
         raise FourierError(

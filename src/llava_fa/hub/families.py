@@ -77,9 +77,7 @@ class Feed:
         """
         gamma = tensors[self.weight].float()
         if not torch.isfinite(gamma).all():
-            raise FourierError(
-                "the weight holds NaN or Inf", remedy="The checkpoint is damaged", where=self.norm
-            )
+            raise FourierError("the weight holds NaN or Inf", remedy="The checkpoint is damaged", where=self.norm)
         power = (gamma + 1 if self.plus_one else gamma).square()
         if self.bias is not None:
             power = power + tensors[self.bias].float().square()
@@ -102,9 +100,7 @@ def feeding_norm(model: nn.Module, name: str) -> Feed | None:
             if not name.endswith("." + suffix):
                 continue
             block = name[: -len(suffix)]
-            if _has(model, block + rule.norm) and not any(
-                _has(model, block + other) for other in rule.unless
-            ):
+            if _has(model, block + rule.norm) and not any(_has(model, block + other) for other in rule.unless):
                 return _feed(model.get_submodule(block + rule.norm), block + rule.norm, linear)
     return None
 

@@ -152,9 +152,7 @@ class WorkFolder:
 def refuse_existing(out: Path) -> None:
     """Raise `FourierError` if the output folder exists: nothing is ever overwritten."""
     if out.exists() or out.is_symlink():
-        raise FourierError(
-            "it exists already", remedy="Give a new folder, or remove this one", where=str(out)
-        )
+        raise FourierError("it exists already", remedy="Give a new folder, or remove this one", where=str(out))
 
 
 def check_space(path: Path, needed: int) -> None:
@@ -207,9 +205,7 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            changed += [
-                f"{key}.{inner}" for inner in sorted(set(old) | set(new)) if old.get(inner) != new.get(inner)
-            ]
+            changed += [f"{key}.{inner}" for inner in sorted(set(old) | set(new)) if old.get(inner) != new.get(inner)]
         else:
             changed.append(key)
     return changed

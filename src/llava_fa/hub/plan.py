@@ -78,9 +78,7 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig) -> Plan:
         key = names.get(f"{name}.weight")
         if key is None:
             stacked = f"{name}.weight" in converted.values()
-            rest[name] = (
-                "its weight is stored rearranged" if stacked else "its weight is not in the checkpoint"
-            )
+            rest[name] = "its weight is stored rearranged" if stacked else "its weight is not in the checkpoint"
             continue
         layers.append(_planned(model, name, source.entries[key], config))
     if not layers:

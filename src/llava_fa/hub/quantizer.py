@@ -141,9 +141,7 @@ class FourierHfQuantizer(HfQuantizer):
         config = self.metadata.config
         plan = classify(model, config.skip, config.only)
         self._targets = {f"{name}.weight" for name in plan.layers}
-        self._moments = (
-            _Moments(model, files, plan.layers) if config.calibration != "none" and files else None
-        )
+        self._moments = _Moments(model, files, plan.layers) if config.calibration != "none" and files else None
         self.quantization_config = FourierQuantizationConfig(Metadata(config, {}, plan.not_compressed, {}))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -70,9 +70,7 @@ class Report:
     @property
     def worst(self) -> LayerReport | None:
         """The layer with the largest output error (weight error where no layer has one)."""
-        key = (
-            "output_error" if any(layer.output_error is not None for layer in self.layers) else "weight_error"
-        )
+        key = "output_error" if any(layer.output_error is not None for layer in self.layers) else "weight_error"
         known = [layer for layer in self.layers if getattr(layer, key) is not None]
         return max(known, key=lambda layer: getattr(layer, key), default=None)
 

@@ -48,14 +48,8 @@ def resolve_model(model: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise FourierError(
-            "this is a file", remedy="Give the folder that holds config.json", where=str(model)
-        )
-    if (
-        isinstance(model, Path)
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model))
-        or str(model).startswith(".")
-    ):
+        raise FourierError("this is a file", remedy="Give the folder that holds config.json", where=str(model))
+    if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
         raise FourierError(
             "no such folder",
             remedy="Give `tiny`, a model folder, or a hub id such as llava-hf/llava-1.5-7b-hf",
@@ -80,9 +74,7 @@ def _download(repository: str) -> Path:
             "there is no such folder and no such hub model",
             "Check the name, or `hf auth login` if private",
         )
-    except (
-        Exception
-    ) as error:  # the hub client raises its own, httpx's and OSError's family: the remedy is one
+    except Exception as error:  # the hub client raises its own, httpx's and OSError's family: the remedy is one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = f"there is no such folder, and the hub could not be reached ({reason})"
         remedy = "Check the network (HF_HUB_OFFLINE is honoured), or give a local folder"
@@ -147,9 +139,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FourierError(
-            f"it is not JSON ({error})", remedy="Copy or download it again", where=str(path)
-        ) from None
+        raise FourierError(f"it is not JSON ({error})", remedy="Copy or download it again", where=str(path)) from None
     if not isinstance(config, dict):
         raise FourierError("it is not a JSON object", remedy="Copy or download it again", where=str(path))
     return config
@@ -159,9 +149,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint, as its index (or the one usual name) says."""
     if (folder / INDEX).is_file():
         try:
-            names = sorted(
-                set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise FourierError(
                 "it is not a checkpoint index", remedy="Copy or download it again", where=str(folder / INDEX)

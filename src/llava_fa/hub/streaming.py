@@ -56,9 +56,7 @@ class Tracker:
 
     def tell(self, stage: str, name: str = "") -> None:
         """Report the present state."""
-        self.callback(
-            Progress(stage, name, self.done, self.total, self.weights, self.all_weights, self.resumed)
-        )
+        self.callback(Progress(stage, name, self.done, self.total, self.weights, self.all_weights, self.resumed))
 
     def finished(self, layer: PlannedLayer) -> None:
         """Count one layer."""
@@ -139,16 +137,12 @@ def assemble(plan: Plan, config: FourierConfig, work: WorkFolder) -> Metadata:
 def _items(plan: Plan, config: FourierConfig, work: WorkFolder) -> tuple[list[Item], Metadata]:
     items: list[Item] = []
     replaced = set()
-    metadata = Metadata(
-        config, not_compressed={skipped.name: skipped.reason for skipped in plan.not_compressed}
-    )
+    metadata = Metadata(config, not_compressed={skipped.name: skipped.reason for skipped in plan.not_compressed})
     for layer in plan.layers:
         entries = work.entries(layer.name)
         report = work.report(layer.name)
         metadata.layers[layer.name] = LayerRecord(layer.layout, report.weight_error, report.output_error)
-        items += [
-            Item.copy(entry, f"{layer.name}.{key}") for key, entry in entries.items() if key != "codebook"
-        ]
+        items += [Item.copy(entry, f"{layer.name}.{key}") for key, entry in entries.items() if key != "codebook"]
         if "codebook" in entries and layer.layout.code_bits not in metadata.codebooks:
             codebook = entries["codebook"].read()
             metadata.codebooks[layer.layout.code_bits] = codebook_digest(codebook)

@@ -52,9 +52,7 @@ class RowDecoder:
             group = 1  # the wide table would cost more than it saves
         points = points.to(dtype)
         if group > 1:
-            table = points.new_empty(
-                *(1 << bits,) * group, group, 2
-            )  # last code of the group first: it is high
+            table = points.new_empty(*(1 << bits,) * group, group, 2)  # last code of the group first: it is high
             for i in range(group):
                 table[..., i, :] = points.view(*(1,) * (group - 1 - i), -1, *(1,) * i, 2)
             points = table.view(-1, 2 * group)

@@ -91,9 +91,7 @@ def _fake_best(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=working_dtype(x))
 
 
-def _fake_best_transposed(
-    g: Tensor, codes: Tensor, row_scale: Tensor, input_scale: Tensor, *_: Any
-) -> Tensor:
+def _fake_best_transposed(g: Tensor, codes: Tensor, row_scale: Tensor, input_scale: Tensor, *_: Any) -> Tensor:
     return g.new_empty(*g.shape[:-1], input_scale.shape[0], dtype=working_dtype(g))
 
 
@@ -119,10 +117,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _weights(ctx: Any) -> list[Any]:
     tensors = iter(ctx.saved_tensors)
-    return [
-        next(tensors) if is_tensor else value
-        for is_tensor, value in zip(ctx.is_tensor, ctx.plain, strict=True)
-    ]
+    return [next(tensors) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.plain, strict=True)]
 
 
 def _backward(op: str) -> Callable[..., tuple[Tensor | None, ...]]:

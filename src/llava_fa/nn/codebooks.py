@@ -26,9 +26,7 @@ class Codebooks(Stored):
     def __init__(self, code_bits: Iterable[int], device: torch.device | str | None = None) -> None:
         super().__init__()
         for bits in sorted(set(code_bits)):
-            self.register_buffer(
-                f"bits_{bits}", torch.zeros(1 << bits, 2, dtype=torch.bfloat16, device=device)
-            )
+            self.register_buffer(f"bits_{bits}", torch.zeros(1 << bits, 2, dtype=torch.bfloat16, device=device))
 
     def __getitem__(self, code_bits: int) -> Tensor:
         return self.get_buffer(f"bits_{code_bits}")

@@ -130,9 +130,7 @@ class FourierLinear(Stored):
                 f"FourierLinear got {x.dtype} {list(x.shape)}",
                 remedy=f"Give a floating [..., {self.in_features}]",
             )
-        return registry.linear(
-            x, self.packed(), self.bias, self.layout.amplitude_bits, self.layout.phase_bits
-        )
+        return registry.linear(x, self.packed(), self.bias, self.layout.amplitude_bits, self.layout.phase_bits)
 
     def dequantize(self) -> Tensor:
         """The weight W this layer multiplies with, float32 [m, n]."""
@@ -167,11 +165,7 @@ class FourierLinear(Stored):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         layout = self.layout
-        code = (
-            f"{layout.amplitude_bits}+{layout.phase_bits}"
-            if layout.method == "paper"
-            else f"{layout.code_bits}"
-        )
+        code = f"{layout.amplitude_bits}+{layout.phase_bits}" if layout.method == "paper" else f"{layout.code_bits}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, method={layout.method}, code_bits={code}, rank={layout.rank}, "

@@ -65,14 +65,8 @@ def classify(model: nn.Module, skip: Sequence[str] = (), only: Sequence[str] = (
         else:
             rest.update(_other(name, module))
     if not layers:
-        what = (
-            "no layer is left to compress"
-            if skip or only
-            else "the model has no layer that can be compressed"
-        )
-        raise FourierError(
-            what, remedy="Check skip and only" if skip or only else "Give a model with linear layers"
-        )
+        what = "no layer is left to compress" if skip or only else "the model has no layer that can be compressed"
+        raise FourierError(what, remedy="Check skip and only" if skip or only else "Give a model with linear layers")
     return Plan(tuple(layers), rest)
 
 
@@ -149,9 +143,7 @@ def resolve(patterns: Iterable[str], names: Sequence[str], option: str) -> dict[
         asked = pattern.removesuffix(".weight").rstrip(".")
         found = [name for name, forms in spelled.items() if any(_covers(asked, form) for form in forms)]
         if not found:
-            raise FourierError(
-                f"{option} pattern {pattern!r} matches no module", remedy=_advice(asked, names)
-            )
+            raise FourierError(f"{option} pattern {pattern!r} matches no module", remedy=_advice(asked, names))
         for name in found:
             covered.setdefault(name, pattern)
     return covered
