@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llava_fa.world.samples import Sample
 
-COLUMNS, CELL, MAGNIFY = 5, (300, 330), 2
+COLUMNS, CELL, MAGNIFY = 6, (212, 312), 2
+MOST, LINE = 36, 30
 
 
 def write_gallery(samples: Sequence[Sample], folder: Path) -> tuple[Path, Path]:
@@ -35,7 +37,8 @@ def write_gallery(samples: Sequence[Sample], folder: Path) -> tuple[Path, Path]:
         )
     questions, overview = folder / "questions.json", folder / "overview.png"
     questions.write_text(json.dumps(rows, indent=1))
-    draw_overview(samples[:: max(1, len(samples) // 30)][:30]).save(overview)
+    shown = [samples[i * len(samples) // min(MOST, len(samples))] for i in range(min(MOST, len(samples)))]
+    draw_overview(shown).save(overview, optimize=True)
     return questions, overview
 
 
@@ -49,7 +52,7 @@ def draw_overview(samples: Sequence[Sample]) -> Image.Image:
         picture = sample.image.resize([MAGNIFY * side for side in sample.image.size], Image.Resampling.NEAREST)
         sheet.paste(picture, (x, y))
         question = sample.question
-        text = f"{question.task}\n{question.text}\n→ {question.answer}"
-        lines = [line[at : at + 42] for line in text.split("\n") for at in range(0, max(1, len(line)), 42)]
+        text = f"[{question.task}]\n{question.text}\n» {question.answer}"
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, LINE) or [""]]
         draw.multiline_text((x, y + picture.height + 6), "\n".join(lines), fill="black", font=font)
     return sheet
