@@ -1,9 +1,11 @@
 """eval, world and demo on the embedded model."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from llava_fa.cli.demo import table
@@ -81,12 +83,25 @@ def test_world_train_refuses_a_place_it_cannot_write(tmp_path):
     assert "file" in json.loads(result.stdout)["error"]["where"]
 
 
-def test_the_demo_table_has_a_row_a_model():
-    tasks = {"attributes": {"score": 0.5}}
+def test_the_demo_table_has_a_column_a_model_and_fits_80_columns():
+    tasks = {task: {"score": 0.5} for task in TASKS}
     row = {"name": "original", "bits_per_weight": 16.0, "bytes": 12e6, "accuracy": 0.5, "tasks": tasks, "questions": 9}
-    shown = table([{**row, "worst_layer": None}, {**row, "name": "best", "worst_layer": "a.b", "worst_error": 0.25}])
-    assert shown.row_count == 2
-    assert [column.header for column in shown.columns][:4] == ["model", "bits/weight", "size", "accuracy"]
+    shown = table(
+        [
+            row,
+            *(
+                {**row, "name": f"best-{bits}bit", "bytes": 3.4e6, "bits_per_weight": 4.12}
+                for bits in (4, 3, 2, 4, 3, 2)
+            ),
+        ]
+    )
+    assert [column.header for column in shown.columns][:3] == ["", "original", "best\n4bit"]
+    assert shown.row_count == 3 + len(TASKS)
+    console = Console(width=80, file=io.StringIO())
+    console.print(shown)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert all(task in text for task in TASKS)
 
 
 @pytest.mark.slow

@@ -46,6 +46,10 @@ def demo(
         print_json(result)
         return
     stdout().print(table(rows))
+    for row in rows[1:]:
+        stdout().print(
+            f"worst layer of {row['name']}: {row['worst_layer']} (error {row['worst_error']:.3f})", highlight=False
+        )
     best = out / "best-2bit"
     stdout().print(f"\nThe models are in {out}. Try: llava-fa inspect {best}", highlight=False)
 
@@ -102,23 +106,20 @@ def _evaluate(model: str | Path, limit: int, seed: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Any:
-    """One row a model: bits, size, accuracy, each task, and the layer that suffered most."""
+    """One column a model; bits, size, accuracy and each task in the rows."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    shown = Table(title=f"{rows[0]['questions']} held-out questions, scores in %", title_justify="left")
-    shown.add_column("model", no_wrap=True)
-    tasks = list(rows[0]["tasks"])
-    for heading in ("bits/weight", "size", "accuracy", *(task[:9] for task in tasks)):
-        shown.add_column(heading, justify="right")
-    shown.add_column("worst layer (error)", overflow="fold")
+    title = f"{rows[0]['questions']} held-out questions, scores in %"
+    shown = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    shown.add_column("", no_wrap=True)
     for row in rows:
-        worst = f"{row['worst_layer']} ({row['worst_error']:.3f})" if row["worst_layer"] else ""
-        shown.add_row(
-            row["name"],
-            f"{row['bits_per_weight']:.2f}",
-            size(row["bytes"]),
-            f"{100 * row['accuracy']:.1f}",
-            *(f"{100 * row['tasks'][task]['score']:.0f}" for task in tasks),
-            worst,
-        )
+        shown.add_column(row["name"].replace("-", "\n"), justify="right", no_wrap=True)
+    shown.add_row("bits/weight", *(f"{row['bits_per_weight']:.2f}" for row in rows))
+    shown.add_row("size", *(size(row["bytes"]) for row in rows))
+    shown.add_section()
+    for task in rows[0]["tasks"]:
+        shown.add_row(task, *(f"{100 * row['tasks'][task]['score']:.1f}" for row in rows))
+    shown.add_section()
+    shown.add_row("accuracy", *(f"{100 * row['accuracy']:.1f}" for row in rows))
     return shown
