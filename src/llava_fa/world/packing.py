@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from llava_fa.world.looking import Looks
 from llava_fa.world.model import ASSISTANT, END, IMAGE, USER
 from llava_fa.world.questions import TASKS, Question, ask
 from llava_fa.world.render import GRID, patch_labels, render
@@ -23,7 +24,6 @@ from llava_fa.world.scene import Scene, Split, sample_scene, scene_rng
 PREFIX = 1 + GRID * GRID
 """Tokens that all questions share: the user mark and the picture."""
 
-MOST_QUESTIONS = 40
 IGNORED = -100
 TASK_NAMES = tuple(TASKS)
 
@@ -89,38 +89,39 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return _picture(sample_scene(rng, self.split, wordy=True), rng)
 
     def _questions(self, scene: Scene, rng: random.Random) -> Iterator[Question]:
+        asked_before: set[str] = set()
         for _ in range(40):
             asked = ask(rng.choice(self.tasks), scene, rng, self.split)
             # one rotation is enough to learn from; both halves of a pair show what tells them apart
-            yield from asked[:1] if asked and asked[0].task == "choice" else asked
+            for question in asked[:1] if asked and asked[0].task == "choice" else asked:
+                if question.text not in asked_before:
+                    asked_before.add(question.text)
+                    yield question
 
     def _pack(
         self, scene: Scene, focus: np.ndarray[Any, Any], questions: Iterator[Question]
     ) -> dict[str, np.ndarray[Any, Any]]:
-        items = (*scene.things, *scene.writings)
         length = PREFIX + self.text
         ids = np.full(length, self.pad)
         target = np.full(length, IGNORED)
         segment = np.zeros(length, np.int64)
         position = np.arange(length)
         task = np.zeros(length, np.int64)
-        look_from = np.full(MOST_QUESTIONS, -1)
-        look_at = np.zeros((MOST_QUESTIONS, GRID * GRID), bool)
+        looks = Looks(scene, focus, self.encode, offset=1)
         ids[:PREFIX] = self.prefix
         at = PREFIX
         for number, question in enumerate(questions, start=1):
             asked = (*self.encode(question.text), self.marks[0])
             answer = (*self.encode(f" {question.answer}"), self.marks[1])
             end = at + len(asked) + len(answer)
-            if end > length or number > MOST_QUESTIONS:
+            if end > length:
                 break
             ids[at:end] = asked + answer
             target[at + len(asked) - 1 : end - 1] = answer  # shifted: what each position has to predict
             segment[at:end] = number
             task[at:end] = TASK_NAMES.index(question.task)
             position[at:end] = PREFIX + np.arange(end - at)
-            look_from[number - 1] = at + len(asked) - 1
-            look_at[number - 1] = np.isin(focus, [1 + items.index(item) for item in question.about])
+            looks.add(question, at, at + len(asked))
             at = end
         segment[at:] = -1
         return {
@@ -129,8 +130,8 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "segment": segment,
             "position": position,
             "task": task,
-            "look_from": look_from,
-            "look_at": look_at,
+            "look_from": looks.look_from,
+            "look_to": looks.look_to,
         }
 
 

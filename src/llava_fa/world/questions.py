@@ -30,11 +30,16 @@ MARGIN = 14
 """Pixels between two centres below which neither is called left of, or above, the other."""
 
 
+Mention = tuple[str, "tuple[Thing | Writing, ...]"]
+"""A phrase of a question, and what it means: nothing, one item or several."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     """One question. ``group`` ties the members of a pair or of a rotation, ``kind`` names the sub-family.
 
-    ``about`` are the items of the scene that one has to look at; training points the attention there.
+    ``mentions`` are the phrases of the text and the items of the scene that each means, ``spelled`` the items that the
+    answer names one after the other; training points the attention there (`llava_fa.world.looking`).
     """
 
     task: str
@@ -42,7 +47,8 @@ class Question:
     answer: str
     kind: str = ""
     group: int = 0
-    about: tuple[Thing | Writing, ...] = ()
+    mentions: tuple[Mention, ...] = ()
+    spelled: tuple[Thing | Writing, ...] = ()
 
 
 Asker = Callable[[Scene, random.Random], list[Question]]
@@ -54,8 +60,8 @@ def attributes(scene: Scene, rng: random.Random) -> list[Question]:
     if not found:
         return []
     kind = rng.choice(sorted({entry[0] for entry in found}))
-    _, text, answer, item = rng.choice([entry for entry in found if entry[0] == kind])
-    return [Question("attributes", text, answer, kind, about=(item,))]
+    _, text, answer, mention = rng.choice([entry for entry in found if entry[0] == kind])
+    return [Question("attributes", text, answer, kind, mentions=(mention,))]
 
 
 def relations(scene: Scene, rng: random.Random) -> list[Question]:
@@ -67,16 +73,17 @@ def relations(scene: Scene, rng: random.Random) -> list[Question]:
     for _ in range(8):
         first, second = rng.sample(scene.things, 2)
         names = _name(scene, first, rng), _name(scene, second, rng)
-        if None in names:
+        if names[0] is None or names[1] is None:
             continue
+        mentions = (names[0], (first,)), (names[1], (second,))
         dx, dy = first.x - second.x, first.y - second.y
         axis = rng.choice("xy")
         if axis == "x" and abs(dx) >= MARGIN:
             text = f"Is the {names[0]} to the left or right of the {names[1]}?"
-            return [Question("relations", text, "left" if dx < 0 else "right", "horizontal", about=(first, second))]
+            return [Question("relations", text, "left" if dx < 0 else "right", "horizontal", mentions=mentions)]
         if axis == "y" and abs(dy) >= MARGIN:
             text = f"Is the {names[0]} above or below the {names[1]}?"
-            return [Question("relations", text, "above" if dy < 0 else "below", "vertical", about=(first, second))]
+            return [Question("relations", text, "above" if dy < 0 else "below", "vertical", mentions=mentions)]
     return []
 
 
@@ -85,20 +92,19 @@ def counting(scene: Scene, rng: random.Random) -> list[Question]:
     kind = rng.choice(("all", "color", "color", "shape", "shape", "size"))
     if kind == "all":
         text = "How many objects are there?"
-        return [Question("counting", text, str(len(scene.things)), kind, about=scene.things)]
+        return [Question("counting", text, str(len(scene.things)), kind, mentions=(("objects", scene.things),))]
     if kind == "size":
         size = rng.choice(tuple(SIZES))
-        of_size = scene.having(size=size)
-        return [Question("counting", f"How many {size} objects are there?", str(len(of_size)), kind, about=of_size)]
+        mention: Mention = f"{size} objects", scene.having(size=size)
+        return [Question("counting", f"How many {mention[0]} are there?", str(len(mention[1])), kind, mentions=(mention,))]
     values = tuple(COLORS) if kind == "color" else SHAPES
     present = sorted({getattr(thing, kind) for thing in scene.things})
     # one value at a time, so that 2 and 3 are asked about as often as 1
     value = rng.choice(values) if not present or rng.random() < 0.15 else rng.choice(present)
     if present and rng.random() < 0.4:
         value = max(present, key=lambda v: (scene.count(**{kind: v}), v))
-    text = f"How many {value} objects are there?" if kind == "color" else f"How many {plural(value)} are there?"
-    counted = scene.having(**{kind: value})
-    return [Question("counting", text, str(len(counted)), kind, about=counted)]
+    mention = f"{value} objects" if kind == "color" else plural(value), scene.having(**{kind: value})
+    return [Question("counting", f"How many {mention[0]} are there?", str(len(mention[1])), kind, mentions=(mention,))]
 
 
 def reading(scene: Scene, rng: random.Random) -> list[Question]:
@@ -111,7 +117,8 @@ def reading(scene: Scene, rng: random.Random) -> list[Question]:
         "tag": "What is the price on the tag?",
         "label": "What is written on the label?",
     }[writing.kind]
-    return [Question("reading", text, writing.text, writing.kind, about=(writing,))]
+    mention = writing.kind, (writing,)
+    return [Question("reading", text, writing.text, writing.kind, mentions=(mention,), spelled=(writing,))]
 
 
 def existence(scene: Scene, rng: random.Random) -> list[Question]:
@@ -120,8 +127,7 @@ def existence(scene: Scene, rng: random.Random) -> list[Question]:
         return []
     if rng.random() < 0.5:
         color, shape = rng.choice(scene.things).pair
-        text = f"Is there {_article(color)} {color} {shape} in the image?"
-        return [Question("existence", text, "yes", "positive", about=scene.having(color=color, shape=shape))]
+        return [_is_there(scene, color, shape, "yes", "positive")]
     kind = rng.choice(("random", "popular", "adversarial"))
     present = {thing.pair for thing in scene.things}
     if kind == "random":
@@ -136,28 +142,30 @@ def existence(scene: Scene, rng: random.Random) -> list[Question]:
     if not absent:
         return []
     color, shape = rng.choice(absent)
-    return [Question("existence", f"Is there {_article(color)} {color} {shape} in the image?", "no", kind)]
+    return [_is_there(scene, color, shape, "no", kind)]
 
 
 def paired(scene: Scene, rng: random.Random) -> list[Question]:
     """Two yes/no questions about one fact, one true and one false, in random order (MME)."""
     group = rng.getrandbits(31)
     kind = rng.choice(("color", "count", "position"))
-    pair: tuple[str, str, tuple[Thing, ...]] | None = None
+    pair: Pair | None = None
     if kind == "color":
         pair = _paired_color(scene, rng)
     elif kind == "count" and scene.things:
         shape = rng.choice(scene.things).shape
         count = scene.count(shape=shape)
         wrong = count + rng.choice((-1, 1)) if count > 1 else count + 1
-        pair = _are_there(count, shape), _are_there(wrong, shape), scene.having(shape=shape)
+        things = scene.having(shape=shape)
+        (right, phrase), (false, other) = _are_there(count, shape), _are_there(wrong, shape)
+        pair = (right, ((phrase, things),)), (false, ((other, things),))
     elif kind == "position":
         pair = _paired_position(scene, rng)
     if pair is None:
         return []
     questions = [
-        Question("paired", pair[0], "yes", kind, group, pair[2]),
-        Question("paired", pair[1], "no", kind, group, pair[2]),
+        Question("paired", pair[0][0], "yes", kind, group, pair[0][1]),
+        Question("paired", pair[1][0], "no", kind, group, pair[1][1]),
     ]
     rng.shuffle(questions)
     return questions
@@ -166,9 +174,8 @@ def paired(scene: Scene, rng: random.Random) -> list[Question]:
 def choice(scene: Scene, rng: random.Random) -> list[Question]:
     """A question with options A, B, C, in every rotation (MMBench circular)."""
     found = [*_color_questions(scene), *_shape_questions(scene)]
-    found += [("count", "How many objects are there?", str(len(scene.things)), None)]
-    kind, text, answer, item = rng.choice(found)
-    about = scene.things if item is None else (item,)
+    found += [("count", "How many objects are there?", str(len(scene.things)), ("objects", scene.things))]
+    kind, text, answer, mention = rng.choice(found)
     pool = {
         "color": list(COLORS),
         "shape": list(SHAPES),
@@ -181,7 +188,7 @@ def choice(scene: Scene, rng: random.Random) -> list[Question]:
     for shift in range(len(LETTERS)):
         turned = options[shift:] + options[:shift]
         lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, turned, strict=True))
-        rotations.append(Question("choice", text + lines, LETTERS[turned.index(answer)], kind, group, about))
+        rotations.append(Question("choice", text + lines, LETTERS[turned.index(answer)], kind, group, (mention,)))
     return rotations
 
 
@@ -198,16 +205,18 @@ def caption(scene: Scene, rng: random.Random) -> list[Question]:
     items: list[Thing | Writing] = sorted([*scene.things, *scene.writings], key=lambda item: item.x)
     if not items:
         return []
-    return [Question("caption", CAPTION_REQUEST, caption_of(items))]
+    return [Question("caption", CAPTION_REQUEST, caption_of(items), spelled=tuple(items))]
 
 
 def caption_of(items: list[Thing | Writing]) -> str:
     """``"a red circle, a sign and a blue star"``."""
-    phrases = [
-        f"{_article(item.color)} {item.color} {item.shape}" if isinstance(item, Thing) else f"a {item.kind}"
-        for item in items
-    ]
+    phrases = [phrase_of(item) for item in items]
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+
+
+def phrase_of(item: Thing | Writing) -> str:
+    """``"a red circle"``, ``"a sign"``."""
+    return f"{_article(item.color)} {item.color} {item.shape}" if isinstance(item, Thing) else f"a {item.kind}"
 
 
 TASKS: dict[str, Asker] = {
@@ -238,37 +247,52 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _are_there(count: int, shape: str) -> str:
-    return f"Is there exactly 1 {shape}?" if count == 1 else f"Are there exactly {count} {plural(shape)}?"
+def _is_there(scene: Scene, color: str, shape: str, answer: str, kind: str) -> Question:
+    mention = f"{color} {shape}", scene.having(color=color, shape=shape)
+    return Question(
+        "existence", f"Is there {_article(color)} {mention[0]} in the image?", answer, kind, mentions=(mention,)
+    )
 
 
-Found = tuple[str, str, str, "Thing | Writing | None"]
-"""Kind, question, answer, and the item that is asked about."""
+def _are_there(count: int, shape: str) -> tuple[str, str]:
+    """The question, and the phrase in it that means the things."""
+    name = shape if count == 1 else plural(shape)
+    return f"{'Is' if count == 1 else 'Are'} there exactly {count} {name}?", name
+
+
+Found = tuple[str, str, str, Mention]
+"""Kind, question, answer, and the phrase in the question with the item that it means."""
+
+Pair = tuple[tuple[str, tuple[Mention, ...]], tuple[str, tuple[Mention, ...]]]
+"""The true and the false question, each with its mentions."""
 
 
 def _color_questions(scene: Scene) -> list[Found]:
-    found: list[Found] = [("color", f"What color is the {w.kind}?", w.color, w) for w in scene.writings]
+    named: list[Mention] = [(writing.kind, (writing,)) for writing in scene.writings]
     for thing in scene.things:
         if scene.count(shape=thing.shape) == 1:
-            found.append(("color", f"What color is the {thing.shape}?", thing.color, thing))
+            named.append((thing.shape, (thing,)))
         elif scene.count(shape=thing.shape, size=thing.size) == 1:
-            found.append(("color", f"What color is the {thing.size} {thing.shape}?", thing.color, thing))
-    return found
+            named.append((f"{thing.size} {thing.shape}", (thing,)))
+    return [("color", f"What color is the {name}?", items[0].color, (name, items)) for name, items in named]
 
 
 def _shape_questions(scene: Scene) -> list[Found]:
     found: list[Found] = []
     for thing in scene.things:
         if scene.count(color=thing.color) == 1:
-            found.append(("shape", f"What shape is the {thing.color} object?", thing.shape, thing))
+            name = f"{thing.color} object"
         elif scene.count(color=thing.color, size=thing.size) == 1:
-            found.append(("shape", f"What shape is the {thing.size} {thing.color} object?", thing.shape, thing))
+            name = f"{thing.size} {thing.color} object"
+        else:
+            continue
+        found.append(("shape", f"What shape is the {name}?", thing.shape, (name, (thing,))))
     return found
 
 
 def _size_questions(scene: Scene) -> list[Found]:
     return [
-        ("size", f"Is the {thing.color} {thing.shape} small or large?", thing.size, thing)
+        ("size", f"Is the {' '.join(thing.pair)} small or large?", thing.size, (" ".join(thing.pair), (thing,)))
         for thing in scene.things
         if scene.count(color=thing.color, shape=thing.shape) == 1
     ]
@@ -287,31 +311,33 @@ def _extreme_question(scene: Scene, rng: random.Random) -> Question | None:
     if abs(getattr(order[0], axis) - getattr(order[1], axis)) < MARGIN:
         return None
     kind = rng.choice(("color", "shape"))
-    question = f"What color is the {word} object?" if kind == "color" else f"What shape is the {word} object?"
-    return Question("relations", question, getattr(order[0], kind), "extreme", about=(order[0],))
+    mention = f"{word} object", (order[0],)
+    question = f"What {kind} is the {mention[0]}?"
+    return Question("relations", question, getattr(order[0], kind), "extreme", mentions=(mention,))
 
 
-def _paired_color(scene: Scene, rng: random.Random) -> tuple[str, str, tuple[Thing, ...]] | None:
+def _paired_color(scene: Scene, rng: random.Random) -> Pair | None:
     unique = [thing for thing in scene.things if scene.count(shape=thing.shape) == 1]
     if not unique:
         return None
     thing = rng.choice(unique)
     others = sorted({t.color for t in scene.things} - {thing.color})
     wrong = rng.choice(others) if others and rng.random() < 0.5 else rng.choice([c for c in COLORS if c != thing.color])
-    return f"Is the {thing.shape} {thing.color}?", f"Is the {thing.shape} {wrong}?", (thing,)
+    mentions: tuple[Mention, ...] = ((thing.shape, (thing,)),)
+    return (f"Is the {thing.shape} {thing.color}?", mentions), (f"Is the {thing.shape} {wrong}?", mentions)
 
 
-def _paired_position(scene: Scene, rng: random.Random) -> tuple[str, str, tuple[Thing, ...]] | None:
+def _paired_position(scene: Scene, rng: random.Random) -> Pair | None:
     for _ in range(8):
         if len(scene.things) < 2:
             return None
         first, second = rng.sample(scene.things, 2)
         names = _name(scene, first, rng), _name(scene, second, rng)
-        if None in names or second.x - first.x < MARGIN:
+        if names[0] is None or names[1] is None or second.x - first.x < MARGIN:
             continue
+        mentions: tuple[Mention, ...] = (names[0], (first,)), (names[1], (second,))
         return (
-            f"Is the {names[0]} to the left of the {names[1]}?",
-            f"Is the {names[0]} to the right of the {names[1]}?",
-            (first, second),
+            (f"Is the {names[0]} to the left of the {names[1]}?", mentions),
+            (f"Is the {names[0]} to the right of the {names[1]}?", mentions),
         )
     return None

@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_fa.errors import FourierError
-from llava_fa.world.looking import LAYER, looking_loss, watched
+from llava_fa.world.looking import LAYERS, looking_loss, watched
 from llava_fa.world.model import build_model, build_processor, dense_vocabulary
 from llava_fa.world.muon import Muon
 from llava_fa.world.packing import IGNORED, TASK_NAMES, WorldBatches, attention_mask
@@ -63,6 +63,10 @@ class Recipe:
     def steps(self) -> int:
         """All of them."""
         return self.vision_steps + self.language_steps
+
+    def stage_end(self, step: int) -> int:
+        """The step at which the stage that ``step`` is in gives way to the next: other batches begin there."""
+        return next(end for end in (self.vision_steps, self.vision_steps + self.frozen_steps, self.steps) if step < end)
 
     def rate(self, step: int) -> float:
         """Multiplier of the learning rates: warm-up in each stage, constant, cool-down to 2 % at the very end."""
@@ -105,9 +109,9 @@ def train(
             seed=recipe.seed + (0 if vision_only else 1),
             batch=recipe.vision_batch if vision_only else recipe.language_batch,
             text=0 if vision_only else recipe.text_tokens,
-            wordy=recipe.wordy_batch,
+            wordy=0 if learner.frozen else recipe.wordy_batch,
             start=learner.step,
-            stop=recipe.vision_steps if vision_only else recipe.steps,
+            stop=recipe.stage_end(learner.step),
         )
         loader = torch.utils.data.DataLoader(
             batches, batch_size=None, num_workers=workers, prefetch_factor=6 if workers else None
@@ -188,10 +192,11 @@ class Learner:
         for group in adam.param_groups:
             group["lr"] = rate * self.recipe.adam_rate
         self.model.train()
-        self.model.model.vision_tower.requires_grad_(not self._frozen())
+        self.model.model.vision_tower.requires_grad_(not self.frozen)
         losses = self.losses(batch)
         total = losses["dense"] * (1.0 if "answer" not in losses else self.recipe.dense_weight)
-        total = total + losses.get("answer", 0.0) + self.recipe.looking_weight * losses.get("looking", 0.0)
+        looking = sum(loss for name, loss in losses.items() if name.startswith("looking"))
+        total = total + losses.get("answer", 0.0) + self.recipe.looking_weight * looking
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -200,7 +205,9 @@ class Learner:
         self.step += 1
         return {name: loss.item() for name, loss in losses.items()}
 
-    def _frozen(self) -> bool:
+    @property
+    def frozen(self) -> bool:
+        """Whether the vision tower rests at this step."""
         return 0 <= self.step - self.recipe.vision_steps < self.recipe.frozen_steps
 
     def _vision_scale(self) -> float:
@@ -213,10 +220,14 @@ class Learner:
             patches = self._patches(batch["pixels"])
             losses = {"dense": self._dense_loss(patches.float(), batch)}
             if "ids" in batch:
-                attention = self.model.model.language_model.layers[LAYER].self_attn
-                with watched(attention) as seen:
+                layers = self.model.model.language_model.layers
+                attentions = [layers[number].self_attn for number in LAYERS]
+                with watched(attentions) as seen:
                     hidden = self._answer_states(patches[: len(batch["ids"])], batch)
-                losses["looking"] = looking_loss(attention, seen, batch["look_from"], batch["look_at"], offset=1)
+                for index, (attention, note) in enumerate(zip(attentions, seen, strict=True)):
+                    losses[f"looking {LAYERS[index]}"] = looking_loss(
+                        attention, note, batch["look_from"][:, index], batch["look_to"][:, index]
+                    )
                 wanted = batch["target"] != IGNORED
                 logits = self.model.lm_head(hidden[wanted])
                 losses["answer"] = functional.cross_entropy(logits.float(), batch["target"][wanted])

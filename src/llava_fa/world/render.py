@@ -101,9 +101,14 @@ def patch_labels(scene: Scene) -> PatchLabels:
         if anchor[at] or isinstance(item, Writing):
             focus[at] = 1 + number
     for writing in scene.writings:
-        for x, glyph in _character_centers(writing):
-            character[_patch(x, writing.y)] = 1 + CHARACTERS.index(glyph)
+        for patch, glyph in zip(character_patches(writing), writing.text, strict=True):
+            character[patch] = 1 + CHARACTERS.index(glyph)
     return PatchLabels(color, shape, size, anchor, character, center, focus)
+
+
+def character_patches(writing: Writing) -> list[int]:
+    """The patch that holds the centre of each character."""
+    return [_patch(x, writing.y) for x, _ in _character_centers(writing)]
 
 
 def _patch(x: float, y: float) -> int:
