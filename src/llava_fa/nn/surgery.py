@@ -17,7 +17,7 @@ SMALLEST_SIDE = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Classified:
     """What becomes of every module with weights.
 
     Attributes:
@@ -29,7 +29,7 @@ class Plan:
     not_compressed: dict[str, str]
 
 
-def classify(model: nn.Module, skip: Sequence[str] = (), only: Sequence[str] = ()) -> Plan:
+def classify(model: nn.Module, skip: Sequence[str] = (), only: Sequence[str] = ()) -> Classified:
     """Decide for every module of a model (on any device, meta included) whether it is compressed.
 
     Compressed is every plain `torch.nn.Linear` with both sides ≥ `SMALLEST_SIDE`, whatever part of the model
@@ -67,7 +67,7 @@ def classify(model: nn.Module, skip: Sequence[str] = (), only: Sequence[str] = (
     if not layers:
         what = "no layer is left to compress" if skip or only else "the model has no layer that can be compressed"
         raise FourierError(what, remedy="Check skip and only" if skip or only else "Give a model with linear layers")
-    return Plan(tuple(layers), rest)
+    return Classified(tuple(layers), rest)
 
 
 def _why_not(

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from llava_fa.world.questions import LETTERS, Question, phrase_of
+from llava_fa.world.questions import Question, phrase_of
 from llava_fa.world.render import character_patches
 from llava_fa.world.scene import Scene, Thing, Writing
 

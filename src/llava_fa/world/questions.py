@@ -91,20 +91,17 @@ def counting(scene: Scene, rng: random.Random) -> list[Question]:
     """How many things there are, or how many of one color, shape or size; writing does not count."""
     kind = rng.choice(("all", "color", "color", "shape", "shape", "size"))
     if kind == "all":
-        text = "How many objects are there?"
-        return [Question("counting", text, str(len(scene.things)), kind, mentions=(("objects", scene.things),))]
+        return [_how_many("objects", scene.things, kind)]
     if kind == "size":
         size = rng.choice(tuple(SIZES))
-        mention: Mention = f"{size} objects", scene.having(size=size)
-        return [Question("counting", f"How many {mention[0]} are there?", str(len(mention[1])), kind, mentions=(mention,))]
+        return [_how_many(f"{size} objects", scene.having(size=size), kind)]
     values = tuple(COLORS) if kind == "color" else SHAPES
     present = sorted({getattr(thing, kind) for thing in scene.things})
     # one value at a time, so that 2 and 3 are asked about as often as 1
     value = rng.choice(values) if not present or rng.random() < 0.15 else rng.choice(present)
     if present and rng.random() < 0.4:
         value = max(present, key=lambda v: (scene.count(**{kind: v}), v))
-    mention = f"{value} objects" if kind == "color" else plural(value), scene.having(**{kind: value})
-    return [Question("counting", f"How many {mention[0]} are there?", str(len(mention[1])), kind, mentions=(mention,))]
+    return [_how_many(f"{value} objects" if kind == "color" else plural(value), scene.having(**{kind: value}), kind)]
 
 
 def reading(scene: Scene, rng: random.Random) -> list[Question]:
@@ -245,6 +242,11 @@ def plural(shape: str) -> str:
 
 def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
+
+
+def _how_many(phrase: str, things: tuple[Thing, ...], kind: str) -> Question:
+    text = f"How many {phrase} are there?"
+    return Question("counting", text, str(len(things)), kind, mentions=((phrase, things),))
 
 
 def _is_there(scene: Scene, color: str, shape: str, answer: str, kind: str) -> Question:
