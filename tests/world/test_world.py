@@ -124,6 +124,14 @@ def test_yes_and_no_are_balanced_in_existence():
     assert 0.42 < answers.count("yes") / len(answers) < 0.58
 
 
+def test_the_words_of_a_question_do_not_tell_its_answer():
+    """Left and right are as often true; a model that does not look gains nothing there."""
+    asked = [s.question for s in samples("test", 0, 900, ["paired"]) if s.question.kind == "position"]
+    left = [question.answer for question in asked if " left " in question.text]
+    assert len(left) > 60
+    assert 0.35 < left.count("yes") / len(left) < 0.65
+
+
 def test_patch_labels_tell_what_is_drawn():
     labels = patch_labels(TWO)
     assert labels.anchor.sum() == 2

@@ -46,9 +46,9 @@ def sample(
 
 def train(
     out: Annotated[Path, typer.Argument(help="Folder for state, log and model; an earlier run there is resumed.")],
-    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of dense supervision of the vision tower.")] = 1000,
-    steps: Annotated[int, typer.Option(min=1, help="Steps on questions; raise it to continue a finished run.")] = 12000,
-    cooldown: Annotated[int, typer.Option(min=1, help="How many of the last steps lower the rate.")] = 2000,
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of dense supervision of the vision tower.")] = 1200,
+    steps: Annotated[int, typer.Option(min=1, help="Steps on questions; raise it to continue a finished run.")] = 8000,
+    cooldown: Annotated[int, typer.Option(min=1, help="How many of the last steps lower the rate.")] = 1500,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw pictures.")] = 1,
     seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 1,

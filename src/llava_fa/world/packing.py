@@ -38,7 +38,7 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         wordy: pictures full of writing, without questions, that come on top: what is read is seldom and small.
         text: tokens for questions and answers in a sequence; 0 leaves the questions out (vision only).
         start, stop: the batch numbers that `len` and `__getitem__` span.
-        tasks: the families of questions to ask.
+        tasks: the families of questions to ask; one that is named twice comes twice as often.
     """
 
     def __init__(

@@ -335,11 +335,10 @@ def _paired_position(scene: Scene, rng: random.Random) -> Pair | None:
             return None
         first, second = rng.sample(scene.things, 2)
         names = _name(scene, first, rng), _name(scene, second, rng)
-        if names[0] is None or names[1] is None or second.x - first.x < MARGIN:
+        if names[0] is None or names[1] is None or abs(second.x - first.x) < MARGIN:
             continue
         mentions: tuple[Mention, ...] = (names[0], (first,)), (names[1], (second,))
-        return (
-            (f"Is the {names[0]} to the left of the {names[1]}?", mentions),
-            (f"Is the {names[0]} to the right of the {names[1]}?", mentions),
-        )
+        sides = ("left", "right") if first.x < second.x else ("right", "left")
+        true, false = (f"Is the {names[0]} to the {side} of the {names[1]}?" for side in sides)
+        return (true, mentions), (false, mentions)
     return None

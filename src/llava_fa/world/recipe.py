@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_fa.errors import FourierError
 from llava_fa.world.looking import LAYERS, looking_loss, watched
@@ -34,28 +34,32 @@ from llava_fa.world.render import GRID
 NOTHING_WEIGHT = {"color": 0.3, "shape": 0.3, "size": 0.3, "anchor": 0.1, "character": 0.05}
 """Weight of "nothing" patches in the dense loss: the rarer the thing, the less; what is shown weighs about half."""
 
+LEARNED_LAST = ("relations", "counting", "choice")
+"""Asked twice as often as the others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Sizes and rates of one training run; steps are optimiser steps.
 
-    ``frozen_steps`` of the language stage leave the vision tower as it is; afterwards it learns at ``vision_scale``
-    of the others' rate.
+    ``muon_rate`` and ``adam_rate`` are those of the vision stage; in the language stage everything learns at
+    ``language_scale`` of them, and the vision tower, after ``frozen_steps`` of rest, at ``vision_scale``.
     """
 
     vision_steps: int = 1200
-    language_steps: int = 12000
-    cooldown_steps: int = 2000
-    frozen_steps: int = 400
+    language_steps: int = 8000
+    cooldown_steps: int = 1500
+    frozen_steps: int = 4000
     vision_batch: int = 64
     language_batch: int = 16
     wordy_batch: int = 16
     text_tokens: int = 160
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
-    vision_scale: float = 0.5
+    language_scale: float = 0.4
+    vision_scale: float = 0.2
     dense_weight: float = 0.5
-    looking_weight: float = 0.3
+    looking_weight: float = 0.2
     weight_decay: float = 0.01
     seed: int = 1
 
@@ -69,7 +73,7 @@ class Recipe:
         return next(end for end in (self.vision_steps, self.vision_steps + self.frozen_steps, self.steps) if step < end)
 
     def rate(self, step: int) -> float:
-        """Multiplier of the learning rates: warm-up in each stage, constant, cool-down to 2 % at the very end."""
+        """Progress of the learning rates: warm-up in each stage, constant, cool-down to 2 % at the very end."""
         since = step if step < self.vision_steps else step - self.vision_steps
         warm = min(1.0, (since + 1) / 100)
         left = (self.steps - step) / max(1, self.cooldown_steps)
@@ -90,13 +94,17 @@ def train(
 ) -> LlavaForConditionalGeneration:
     """Run the recipe; resume from ``out/state.pt`` where there is one; leave the model in ``out/model`` at the end.
 
+    ``processor`` is that of a new run, by default `build_processor`'s.
+
+    The processor is kept in ``out/processor`` for good: the tokenizer is made from the world's sentences, so that a
+    later version of the world would number the words in another way than the weights know.
     A longer ``language_steps`` than that of the run that left the state continues it, cool-down included.
 
     Raises:
         FourierError: the loss is not finite any more (the last good state is kept).
     """
     out.mkdir(parents=True, exist_ok=True)
-    processor = processor or build_processor()
+    processor = _keep_processor(out / "processor", processor)
     learner = Learner(processor, recipe, torch.device(device))
     state_path = out / "state.pt"
     if state_path.exists():
@@ -112,6 +120,7 @@ def train(
             wordy=0 if learner.frozen else recipe.wordy_batch,
             start=learner.step,
             stop=recipe.stage_end(learner.step),
+            tasks=(*TASK_NAMES, *LEARNED_LAST),
         )
         loader = torch.utils.data.DataLoader(
             batches, batch_size=None, num_workers=workers, prefetch_factor=6 if workers else None
@@ -187,10 +196,12 @@ class Learner:
         """One optimiser step; returns the losses."""
         rate = self.recipe.rate(self.step)
         muon, adam = self.optimizers
-        for group, base in zip(muon.param_groups, (1.0, self._vision_scale()), strict=True):
+        language = self.step >= self.recipe.vision_steps
+        scale, vision_scale = (self.recipe.language_scale, self.recipe.vision_scale) if language else (1.0, 1.0)
+        for group, base in zip(muon.param_groups, (scale, vision_scale), strict=True):
             group["lr"] = rate * base * self.recipe.muon_rate
         for group in adam.param_groups:
-            group["lr"] = rate * self.recipe.adam_rate
+            group["lr"] = rate * scale * self.recipe.adam_rate
         self.model.train()
         self.model.model.vision_tower.requires_grad_(not self.frozen)
         losses = self.losses(batch)
@@ -209,9 +220,6 @@ class Learner:
     def frozen(self) -> bool:
         """Whether the vision tower rests at this step."""
         return 0 <= self.step - self.recipe.vision_steps < self.recipe.frozen_steps
-
-    def _vision_scale(self) -> float:
-        return 1.0 if self.step < self.recipe.vision_steps else self.recipe.vision_scale
 
     def losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The dense loss and, where the batch has questions, the answers' cross-entropy per token."""
@@ -307,6 +315,14 @@ class Learner:
         if asked.sum():
             result |= {name: float(r / a) for name, r, a in zip(TASK_NAMES, right, asked, strict=True) if a}
         return {name: round(value, 4) for name, value in result.items()}
+
+
+def _keep_processor(folder: Path, processor: LlavaProcessor | None) -> LlavaProcessor:
+    if not folder.exists():
+        fresh = folder.with_suffix(".new")
+        (processor or build_processor()).save_pretrained(fresh)
+        os.replace(fresh, folder)
+    return AutoProcessor.from_pretrained(folder)  # type: ignore[no-any-return]
 
 
 def save_pretrained(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
