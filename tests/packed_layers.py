@@ -19,6 +19,8 @@ def random_tensors(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
     m, n, r, k = layout.out_features, layout.in_features, layout.rank, layout.coefficients
     codes = torch.randint(0, 1 << layout.code_bits, (m, k), generator=generator)
     tensors = {"codes": pack(codes, layout.code_bits)}
+    if layout.codes == "trellis":  # every string of bits is a path
+        tensors["codes"] = pack(torch.randint(0, 2, (m, layout.row_bits), generator=generator), 1)
     if layout.method == "paper":
         tensors["r_max"] = torch.tensor([0.37])
         if r:
@@ -28,7 +30,7 @@ def random_tensors(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
     tensors["row_scale"] = (0.5 + torch.rand(m, generator=generator)).bfloat16()
     tensors["input_scale"] = (0.5 + torch.rand(n, generator=generator)).bfloat16()
     tensors["signs"] = pack((random_signs(n, seed) < 0).to(torch.int32), 1)
-    tensors["codebook"] = normal(1 << layout.code_bits, 2, scale=n**-0.5).bfloat16()
+    tensors["codebook"] = normal(layout.points, 2, scale=n**-0.5).bfloat16()
     if r and layout.factor_dtype == "int8":
         for name, shape in (("left", (m, r)), ("right", (r, n))):
             tensors[name] = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
@@ -50,6 +52,18 @@ def best(m: int, n: int, code_bits: int = 4, rank: int = 0, factor_dtype: str = 
         code_bits=code_bits,
         rank=rank,
         factor_dtype=factor_dtype,
+    )
+
+
+def trellis(m: int, n: int, code_bits: int = 4, state_bits: int = 12, rank: int = 0) -> Layout:
+    return Layout(
+        method="best",
+        out_features=m,
+        in_features=n,
+        code_bits=code_bits,
+        rank=rank,
+        codes="trellis",
+        state_bits=state_bits,
     )
 
 
@@ -75,6 +89,11 @@ LAYOUTS = [
     best(5, 11, 7, rank=1),
     best(64, 64, 8),
     best(3, 1, 2),
+    trellis(24, 32),
+    trellis(7, 33, 3, rank=2),
+    trellis(5, 11, 7, 9),
+    trellis(3, 1, 2, 16),
+    trellis(4, 6, 8, 8),
     paper(24, 32),
     paper(7, 33, 1, 1, rank=3),
     paper(6, 21, 4, 4),
@@ -85,7 +104,8 @@ LAYOUTS = [
 
 
 def layout_id(layout: Layout) -> str:
-    return f"{layout.method}-{layout.out_features}x{layout.in_features}-{layout.code_bits}b-r{layout.rank}"
+    kind = f"trellis{layout.state_bits}" if layout.state_bits else layout.method
+    return f"{kind}-{layout.out_features}x{layout.in_features}-{layout.code_bits}b-r{layout.rank}"
 
 
 def transform_matrix(n: int, signs: torch.Tensor) -> torch.Tensor:
@@ -98,10 +118,21 @@ def transform_matrix(n: int, signs: torch.Tensor) -> torch.Tensor:
     return (torch.stack(rows) / size**0.5 * signs)[:, :n]
 
 
+def trellis_windows(layout: Layout, packed: torch.Tensor) -> torch.Tensor:
+    """Window t of a row is bits t·k … t·k + L - 1 of it: bit by bit."""
+    bits = unpack(packed, 1, layout.row_bits).long()
+    weight = 2 ** torch.arange(layout.state_bits)
+    first = [t * layout.code_bits for t in range(layout.coefficients)]
+    return torch.stack([(bits[:, at : at + layout.state_bits] * weight).sum(1) for at in first], dim=1)
+
+
 def dense_best(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     n = layout.in_features
     signs = 1 - 2 * unpack(tensors["signs"], 1, padded(n)).double()
-    codes = unpack(tensors["codes"], layout.code_bits, padded(n) // 2).long()
+    if layout.codes == "trellis":
+        codes = trellis_windows(layout, tensors["codes"])
+    else:
+        codes = unpack(tensors["codes"], layout.code_bits, padded(n) // 2).long()
     packed = tensors["codebook"].double()[codes].flatten(1) * tensors["row_scale"].double()[:, None]
     weight = packed @ transform_matrix(n, signs) / tensors["input_scale"].double()
     if layout.rank:

@@ -32,6 +32,22 @@ def test_json_round_trip(**fields):
     assert config.replace() == config
 
 
+@pytest.mark.parametrize("codes", ["rings", "trellis", "auto"])
+def test_codes_round_trip_and_rings_are_written_as_ever(codes):
+    config = FourierConfig(bits=2, codes=codes)
+    assert FourierConfig.from_json(config.to_json()) == config
+    assert ("codes" in config.to_dict()) == (codes != "rings")
+    assert FourierConfig.from_dict({"bits": 2}).codes == "rings"
+    assert config.replace(method="paper").codes == "rings"
+
+
+def test_auto_gives_small_layers_rings():
+    auto = FourierConfig(codes="auto")
+    assert [auto.codes_for(n) for n in (16, 63, 64, 4096)] == ["rings", "rings", "trellis", "trellis"]
+    assert FourierConfig(codes="trellis").codes_for(16) == "trellis"
+    assert FourierConfig().codes_for(4096) == "rings"
+
+
 def test_paper_shares_its_bits_and_the_phase_takes_the_odd_one():
     config = FourierConfig(method="paper", bits=2.5)
     assert (config.amplitude_bits, config.phase_bits, config.factor_dtype) == (2, 3, "bf16")
@@ -47,6 +63,8 @@ def test_paper_shares_its_bits_and_the_phase_takes_the_odd_one():
     [
         ({"method": "magic"}, "method is 'magic'. Choose one of best, paper"),
         ({"calibration": "x"}, "calibration is 'x'"),
+        ({"codes": "vq"}, "codes is 'vq'. Choose one of rings, trellis, auto"),
+        ({"method": "paper", "codes": "trellis"}, "codes 'trellis' belong to method 'best'"),
         ({"bits": 0.5}, "bits is 0.5. Give 1 to 4 in steps of 0.5"),
         ({"bits": 4.5}, "bits is 4.5"),
         ({"bits": 2.25}, "bits is 2.25"),

@@ -88,6 +88,14 @@ def test_inspect_for_people(small, model):
     assert "16.000 bits per weight in 28 layers" in run("inspect", model).stdout
 
 
+def test_codes_are_chosen_and_shown(model, tmp_path):
+    result = run("compress", model, tmp_path / "out", *QUICK, "--codes", "auto", "--only", "*.mlp.*_proj")
+    assert result.exit_code == 0, result.output
+    shown = run("inspect", tmp_path / "out", "--layers").stdout.splitlines()
+    kinds = {line.split()[0].rpartition(".")[2]: line.split()[2] for line in shown if ".mlp." in line}
+    assert kinds == {"gate_proj": "rings", "up_proj": "rings", "down_proj": "trellis"}  # 48 and 96 inputs
+
+
 def test_compress_for_people(model, tmp_path):
     result = run("compress", model, tmp_path / "out", *QUICK, "--skip", "*.mlp.*", "--only", "language_model")
     assert result.exit_code == 0
@@ -134,6 +142,8 @@ def test_world_calibration(model, tmp_path, monkeypatch):
         (["--bits", "two"], "valid"),
         (["--method", "magic"], "method is 'magic'"),
         (["--rank", "-1"], "rank is -1"),
+        (["--codes", "vq"], "codes is 'vq'. Choose one of rings, trellis, auto"),
+        (["--method", "paper", "--codes", "trellis"], "belong to method 'best'"),
         (["--amplitude-bits", "4"], "belong to method 'paper'"),
         (["--method", "paper", "--amplitude-bits", "4"], "come together"),
         (

@@ -1,7 +1,8 @@
 """Builds the golden files from whole numbers, so that nobody's random generator or solver is in them.
 
-`python tests/golden/make.py` writes `layers.safetensors` and `config.json`; the test rebuilds and compares.
-A change that needs new golden bytes needs a new format version.
+`python tests/golden/make.py` writes `model.safetensors` and `config.json` for each version of the format (version 1
+here, later ones in folders); the test rebuilds and compares. A change that needs new golden bytes needs a new format
+version.
 """
 
 from __future__ import annotations
@@ -30,6 +31,24 @@ def _numbers(name: str, shape: tuple[int, ...], low: int, high: int) -> torch.Te
         for i in range(count)
     ]
     return torch.tensor(values).reshape(shape)
+
+
+def versions() -> dict[Path, dict[str, Layout]]:
+    """Folder → layers, for every version of the format."""
+    return {HERE: layouts(), HERE / "version2": trellis_layouts()}
+
+
+def trellis_layouts() -> dict[str, Layout]:
+    """Windows that begin in every bit of a byte and reach into a third one; beside rings of the same size."""
+    return {
+        "trellis.even": Layout(
+            method="best", out_features=4, in_features=20, code_bits=3, codes="trellis", state_bits=12
+        ),
+        "trellis.odd": Layout(
+            method="best", out_features=3, in_features=7, code_bits=7, rank=1, codes="trellis", state_bits=12
+        ),
+        "best.even": Layout(method="best", out_features=5, in_features=12, code_bits=3),
+    }
 
 
 def layouts() -> dict[str, Layout]:
@@ -64,8 +83,12 @@ def tensors(name: str, layout: Layout) -> dict[str, torch.Tensor]:
     """All tensors of one layer; scales and points are short binary fractions, which bf16 holds exactly."""
     out = {}
     for key, (dtype, shape) in layout.tensors().items():
-        seed = f"bits {layout.code_bits}" if key == "codebook" else f"{name}.{key}"
-        if key == "codes":
+        seed = f"{name}.{key}"
+        if key == "codebook":
+            seed = layout.codebook.replace("_", " ")
+        if key == "codes" and layout.codes == "trellis":
+            out[key] = pack(_numbers(seed, (shape[0], layout.row_bits), 0, 1), 1)
+        elif key == "codes":
             top = (1 << layout.code_bits) - 1
             out[key] = pack(_numbers(seed, (shape[0], layout.coefficients), 0, top), layout.code_bits)
         elif key == "signs":
@@ -79,19 +102,20 @@ def tensors(name: str, layout: Layout) -> dict[str, torch.Tensor]:
     return out
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, layers: dict[str, Layout]) -> None:
     """Write both golden files to ``folder``."""
     stored: dict[str, torch.Tensor] = {}
-    digests: dict[int, str] = {}
-    for name, layout in layouts().items():
+    digests: dict[str, str] = {}
+    for name, layout in layers.items():
         layer = tensors(name, layout)
         stored |= stored_tensors(name, layer)
         if "codebook" in layer:
-            stored[codebook_key(layout.code_bits)] = layer["codebook"]
-            digests[layout.code_bits] = codebook_digest(layer["codebook"])
+            stored[codebook_key(layout.codebook)] = layer["codebook"]
+            digests[layout.codebook] = codebook_digest(layer["codebook"])
     write_file(folder / "model.safetensors", [Item.of(name, tensor) for name, tensor in stored.items()])
-    records = {name: LayerRecord(layout, 0.25, None) for name, layout in layouts().items()}
-    metadata = Metadata(FourierConfig(bits=1.5), records, {"lm_head": "output embedding"}, digests)
+    records = {name: LayerRecord(layout, 0.25, None) for name, layout in layers.items()}
+    codes = "auto" if any(layout.state_bits for layout in layers.values()) else "rings"
+    metadata = Metadata(FourierConfig(bits=1.5, codes=codes), records, {"lm_head": "output embedding"}, digests)
     text = json.dumps({"quantization_config": metadata.to_dict()}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")
 
@@ -103,10 +127,12 @@ def main() -> None:
     sys.path.insert(0, str(HERE.parent))
     from packed_layers import exact_weight
 
-    build(HERE)
-    weights = {name: exact_weight(layout, tensors(name, layout)).tolist() for name, layout in layouts().items()}
-    lines = [f'  "{name}": {json.dumps([[round(v, 9) for v in row] for row in w])}' for name, w in weights.items()]
-    (HERE / "weights.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    for folder, layers in versions().items():
+        folder.mkdir(exist_ok=True)
+        build(folder, layers)
+        weights = {name: exact_weight(layout, tensors(name, layout)).tolist() for name, layout in layers.items()}
+        lines = [f'  "{name}": {json.dumps([[round(v, 9) for v in row] for row in w])}' for name, w in weights.items()]
+        (folder / "weights.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_layers import LAYOUTS, best, layout_id, paper, random_tensors
+from packed_layers import LAYOUTS, best, layout_id, paper, random_tensors, trellis
 
 from llava_fa import FourierConfig, FourierError
 from llava_fa.kernels.layout import Layout
@@ -27,6 +27,14 @@ def test_the_table_for_best():
     assert "left" not in best(10, 7, 6).tensors()
 
 
+def test_the_table_for_a_trellis():
+    table = trellis(10, 7, 6).tensors()
+    assert table["codes"] == (torch.uint8, (10, 4))  # 4 codes of 6 bits, and the 6 that the first window has before
+    assert table["codebook"] == (torch.bfloat16, (4096, 2))
+    assert trellis(10, 7, 6).codebook == "trellis_6_12"
+    assert best(10, 7, 6).codebook == "bits_6"
+
+
 def test_the_table_for_paper():
     assert paper(10, 7, 4, 5, rank=2).tensors() == {
         "codes": (torch.uint8, (10, 5)),  # 4 codes of 9 bits
@@ -41,11 +49,14 @@ def test_the_table_for_paper():
     [
         FourierConfig(bits=2),
         FourierConfig(bits=3.5, rank=2),
+        FourierConfig(bits=1, codes="trellis"),
+        FourierConfig(bits=2.5, codes="trellis", rank=2),
+        FourierConfig(bits=2, codes="auto"),
         FourierConfig(bits=4, rank=3, factor_dtype="bf16"),
         FourierConfig(method="paper", bits=4),
         FourierConfig(method="paper", amplitude_bits=3, phase_bits=6, rank=4),
     ],
-    ids=lambda config: f"{config.method}-{config.bits}-{config.rank}",
+    ids=lambda config: f"{config.method}-{config.codes}-{config.bits}-{config.rank}",
 )
 @pytest.mark.parametrize("shape", [(20, 33), (17, 16)])
 def test_the_solver_writes_the_table(config, shape):
@@ -70,6 +81,11 @@ def test_json_round_trip(layout):
         {"method": "worst"},
         {"factor_dtype": "int4"},
         {"amplitude_bits": 2, "phase_bits": 2},
+        {"codes": "trellis"},
+        {"codes": "trellis", "state_bits": 17},
+        {"codes": "trellis", "state_bits": 3},
+        {"codes": "vq", "state_bits": 12},
+        {"state_bits": 12},
         {"colour": "red"},
         {"shape": None},
     ],
@@ -85,6 +101,8 @@ def test_paper_needs_its_split():
         Layout.from_dict({**paper(24, 32, 2, 3).to_dict(), "phase_bits": 4})
     with pytest.raises(FourierError, match="layer layout"):
         Layout.from_dict({**paper(24, 32, 2, 3).to_dict(), "factor_dtype": "int8"})
+    with pytest.raises(FourierError, match="layer layout"):
+        Layout.from_dict({**paper(24, 32, 2, 3).to_dict(), "codes": "trellis", "state_bits": 12})
 
 
 def test_check_names_what_is_wrong():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_as_accurate
-from packed_layers import LAYOUTS, best, exact_weight, layout_id, paper, random_tensors
+from packed_layers import LAYOUTS, best, exact_weight, layout_id, paper, random_tensors, trellis
 
 from llava_fa import FourierError
 from llava_fa.kernels import reference, registry
@@ -19,9 +19,10 @@ def op_and_args(layout: Layout, transposed: bool = False):
     name = f"{layout.method}_matmul" + ("_transposed" if transposed else "")
     if layout.method == "best":
         args = [tensors[key] for key in ("codes", "row_scale", "input_scale", "signs", "codebook")]
+        args += layout.op_bits[2:]
     else:
         args = [tensors["codes"], tensors["r_max"], tensors.get("left"), tensors.get("right")]
-        args += [layout.amplitude_bits, layout.phase_bits, *([layout.in_features] if transposed else [])]
+        args += [*layout.op_bits[:2], *([layout.in_features] if transposed else [])]
     return getattr(torch.ops.llava_fa, name), args
 
 
@@ -29,7 +30,7 @@ def op_and_args(layout: Layout, transposed: bool = False):
 def test_dense_is_the_definition(layout):
     tensors = random_tensors(layout)
     exact = exact_weight(layout, tensors)
-    weight = registry.dense(tensors, layout.in_features, layout.amplitude_bits, layout.phase_bits)
+    weight = registry.dense(tensors, layout.in_features, *layout.op_bits)
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight.double(), exact, rtol=0, atol=2e-6 * exact.abs().max().item())
 
@@ -41,7 +42,7 @@ def test_linear_is_as_accurate_as_torch(layout, dtype):
     exact = exact_weight(layout, tensors)
     x = torch.randn(5, layout.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.linspace(-1, 1, layout.out_features).to(dtype)
-    ours = registry.linear(x, tensors, bias, layout.amplitude_bits, layout.phase_bits)
+    ours = registry.linear(x, tensors, bias, *layout.op_bits)
     torchs = torch.nn.functional.linear(x, exact.to(dtype), bias)
     wanted = torch.nn.functional.linear(x.double(), exact, bias.double())
     # One FFT and one product against one product: float32 gets a few ulp of the largest value.
@@ -49,7 +50,9 @@ def test_linear_is_as_accurate_as_torch(layout, dtype):
 
 
 @pytest.mark.parametrize(
-    "layout", [best(9, 18, 3), best(7, 33, 4), paper(6, 21, 4, 4), paper(5, 12, rank=2)], ids=layout_id
+    "layout",
+    [best(9, 18, 3), best(7, 33, 4), trellis(7, 33, 4), paper(6, 21, 4, 4), paper(5, 12, rank=2)],
+    ids=layout_id,
 )
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck(layout, transposed):
@@ -61,7 +64,7 @@ def test_opcheck(layout, transposed):
 
 @pytest.mark.parametrize(
     "layout",
-    [best(3, 7, 2, rank=2), best(5, 8, 6), best(3, 1, 2), paper(4, 7, 4, 4), paper(4, 6, 1, 2, rank=2)],
+    [best(3, 7, 2, rank=2), best(5, 8, 6), best(3, 1, 2), trellis(3, 7), paper(4, 7, 4, 4), paper(4, 6, 1, 2, rank=2)],
     ids=layout_id,
 )
 def test_gradients_to_the_input(layout):
@@ -69,18 +72,18 @@ def test_gradients_to_the_input(layout):
     x = torch.randn(2, layout.in_features, dtype=torch.float64, requires_grad=True)
 
     def run(x):
-        return registry.linear(x, tensors, None, layout.amplitude_bits, layout.phase_bits)
+        return registry.linear(x, tensors, None, *layout.op_bits)
 
     assert torch.autograd.gradcheck(run, x)
     assert torch.autograd.gradgradcheck(run, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("layout", [best(24, 32, 4, rank=2), paper(24, 33)], ids=layout_id)
+@pytest.mark.parametrize("layout", [best(24, 32, 4, rank=2), trellis(24, 33), paper(24, 33)], ids=layout_id)
 def test_gradient_is_the_transpose_in_the_inputs_dtype(layout, dtype):
     tensors = random_tensors(layout)
     x = torch.randn(4, layout.in_features).to(dtype).requires_grad_()
-    y = registry.linear(x, tensors, None, layout.amplitude_bits, layout.phase_bits)
+    y = registry.linear(x, tensors, None, *layout.op_bits)
     grad = torch.randn(4, layout.out_features).to(dtype)
     y.backward(grad)
     assert x.grad is not None
@@ -89,12 +92,12 @@ def test_gradient_is_the_transpose_in_the_inputs_dtype(layout, dtype):
     assert_as_accurate(x.grad, (grad @ exact_weight(layout, tensors).to(dtype)), exact, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [best(24, 32, 4, rank=2), paper(24, 33, rank=2)], ids=layout_id)
+@pytest.mark.parametrize("layout", [best(24, 32, 4, rank=2), trellis(24, 33), paper(24, 33, rank=2)], ids=layout_id)
 def test_compiles_in_one_graph(layout):
     tensors = random_tensors(layout)
 
     def run(x):
-        return registry.linear(x, tensors, None, layout.amplitude_bits, layout.phase_bits).relu()
+        return registry.linear(x, tensors, None, *layout.op_bits).relu()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for rows in (3, 5):
@@ -111,17 +114,17 @@ def test_compiles_in_one_graph(layout):
 def test_autocast_acts_as_on_a_linear(layout):
     tensors = random_tensors(layout)
     x = torch.randn(3, 16)
-    plain = registry.linear(x.bfloat16(), tensors, None, layout.amplitude_bits, layout.phase_bits)
+    plain = registry.linear(x.bfloat16(), tensors, None, *layout.op_bits)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = registry.linear(x, tensors, None, layout.amplitude_bits, layout.phase_bits)
+        cast = registry.linear(x, tensors, None, *layout.op_bits)
     assert cast.dtype == torch.bfloat16
     assert torch.equal(cast, plain)  # in particular: the products inside stayed in float32
 
 
-@pytest.mark.parametrize("layout", [best(70, 64, 6), paper(70, 64, rank=2)], ids=layout_id)
+@pytest.mark.parametrize("layout", [best(70, 64, 6), trellis(70, 64, 6), paper(70, 64, rank=2)], ids=layout_id)
 def test_large_layers_are_decoded_in_chunks(layout, monkeypatch):
     tensors = random_tensors(layout)
-    x, bits = torch.randn(2, 64), (layout.amplitude_bits, layout.phase_bits)
+    x, bits = torch.randn(2, 64), layout.op_bits
     whole = registry.linear(x, tensors, None, *bits)
     dense = registry.dense(tensors, 64, *bits)
     monkeypatch.setattr(reference, "_CHUNK", 64 * 11)  # 70 rows in chunks of 11

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from packed_layers import best, paper, random_tensors
+from packed_layers import best, paper, random_tensors, trellis
 from torch import nn
 
 from llava_fa import FourierError, FourierLinear
@@ -19,7 +19,7 @@ def model_with(*layouts, same: bool = True) -> nn.Sequential:
         tensors = random_tensors(layout, index)
         if same and layers and "codebook" in tensors:
             for other in layers:
-                if other.layout.code_bits == layout.code_bits:
+                if other.layout.codebook == layout.codebook:
                     tensors["codebook"] = other.codebook.clone()
         layers.append(FourierLinear.from_tensors(layout, tensors))
     return nn.Sequential(*layers)
@@ -31,9 +31,19 @@ def test_each_codebook_is_in_the_state_dict_once():
     before = model(x)
     share_codebooks(model)
     keys = [key for key in model.state_dict() if "codebook" in key]
-    assert keys == [codebook_key(4), codebook_key(6)]
-    assert model[0].codebook.data_ptr() == model[1].codebook.data_ptr() == getattr(model, MODULE)[4].data_ptr()
+    assert keys == [codebook_key("bits_4"), codebook_key("bits_6")]
+    assert model[0].codebook.data_ptr() == model[1].codebook.data_ptr() == getattr(model, MODULE)["bits_4"].data_ptr()
     assert torch.equal(nn.Sequential(*list(model)[:4])(x), before)
+
+
+def test_trellis_tables_stand_beside_the_codebooks():
+    model = model_with(best(24, 32), trellis(16, 24), trellis(20, 16), trellis(12, 20, 3))
+    before = model[1](torch.ones(2, 24))
+    share_codebooks(model)
+    keys = [key for key in model.state_dict() if "codebook" in key]
+    assert keys == [codebook_key("bits_4"), codebook_key("trellis_3_12"), codebook_key("trellis_4_12")]
+    assert model[1].codebook.data_ptr() == model[2].codebook.data_ptr()
+    assert torch.equal(model[1](torch.ones(2, 24)), before)
 
 
 def test_copies_share_within_themselves():
@@ -41,17 +51,17 @@ def test_copies_share_within_themselves():
     share_codebooks(model)
     other = copy.deepcopy(model)
     books = getattr(other, MODULE)
-    assert other[0].codebook.data_ptr() == other[1].codebook.data_ptr() == books[4].data_ptr()
-    assert books[4].data_ptr() != getattr(model, MODULE)[4].data_ptr()
+    assert other[0].codebook.data_ptr() == other[1].codebook.data_ptr() == books["bits_4"].data_ptr()
+    assert books["bits_4"].data_ptr() != getattr(model, MODULE)["bits_4"].data_ptr()
 
 
 def test_casts_leave_codebooks_alone():
     model = model_with(best(24, 32), best(16, 24))
     share_codebooks(model)
-    before = getattr(model, MODULE)[4].clone()
+    before = getattr(model, MODULE)["bits_4"].clone()
     for cast in (nn.Module.half, nn.Module.float, nn.Module.double):
         cast(model)
-        for codebook in (getattr(model, MODULE)[4], model[0].codebook, model[1].codebook):
+        for codebook in (getattr(model, MODULE)["bits_4"], model[0].codebook, model[1].codebook):
             assert codebook.dtype == torch.bfloat16
             assert torch.equal(codebook, before)
 
@@ -62,10 +72,10 @@ def test_loading_a_state_dict_reaches_every_layer(assign):
     share_codebooks(source)
     share_codebooks(target)
     changed = source.state_dict()
-    changed[codebook_key(4)] = changed[codebook_key(4)] * 2
+    changed[codebook_key("bits_4")] = changed[codebook_key("bits_4")] * 2
     target.load_state_dict(changed, assign=assign)
     for layer in (target[0], target[1]):
-        assert torch.equal(layer.codebook, changed[codebook_key(4)])
+        assert torch.equal(layer.codebook, changed[codebook_key("bits_4")])
 
 
 def test_different_codebooks_are_refused():

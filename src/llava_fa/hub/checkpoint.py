@@ -2,7 +2,7 @@
 
 A compressed folder is an ordinary Hugging Face folder. ``config.json`` carries, as ``quantization_config``,
 what `Metadata` holds; the safetensors files carry, for every layer, one tensor per entry of `Layout.tensors`
-under ``<module name>.<tensor>``, except the codebook, stored once per code size under `codebook_key`.
+under ``<module name>.<tensor>``, except the codebook, stored once for all layers under `codebook_key`.
 Module names are those of the model class in transformers, not older saved names.
 """
 
@@ -27,7 +27,8 @@ from llava_fa.maths.dft import padded
 from llava_fa.nn.codebooks import MODULE, codebook_key
 from llava_fa.nn.fourier_linear import FourierLinear
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest version; models without trellis codes are written, as before, in version 1."""
 
 _SAFETENSORS = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
 _COMPRESS_AGAIN = "Compress the model again, or copy the folder again"
@@ -67,22 +68,22 @@ class Metadata:
         config: what the model was compressed with.
         layers: module name → record, every compressed layer.
         not_compressed: module (or parameter) name → reason.
-        codebooks: code bits → SHA-256 of the codebook's bytes.
+        codebooks: `Layout.codebook` → SHA-256 of the codebook's bytes.
     """
 
     config: FourierConfig
     layers: dict[str, LayerRecord] = dataclasses.field(default_factory=dict)
     not_compressed: dict[str, str] = dataclasses.field(default_factory=dict)
-    codebooks: dict[int, str] = dataclasses.field(default_factory=dict)
+    codebooks: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: `FourierConfig.to_dict`, then what this format adds."""
         return {
             **self.config.to_dict(),
-            "format_version": FORMAT_VERSION,
+            "format_version": _version(self.layers),
             "layers": {name: record.to_dict() for name, record in self.layers.items()},
             "not_compressed": dict(self.not_compressed),
-            "codebooks": {str(bits): digest for bits, digest in self.codebooks.items()},
+            "codebooks": {name.removeprefix("bits_"): digest for name, digest in self.codebooks.items()},
         }
 
     @classmethod
@@ -94,9 +95,9 @@ class Metadata:
         """
         values = dict(values)
         version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if version not in range(1, FORMAT_VERSION + 1):
             raise FourierError(
-                f"the checkpoint's format version is {version!r}; this package reads {FORMAT_VERSION}",
+                f"the checkpoint's format version is {version!r}; this package reads 1 to {FORMAT_VERSION}",
                 remedy="Update llava-fa, or compress the model again",
             )
         parts = [values.pop(name, {}) for name in ("layers", "not_compressed", "codebooks")]
@@ -108,12 +109,19 @@ class Metadata:
                 layers[name] = LayerRecord.from_dict(record)
             except FourierError as error:
                 raise error.at(name) from None
-        codebooks = {int(bits): digest for bits, digest in parts[2].items()}
+        if _version(layers) > version:
+            raise FourierError(f"a checkpoint of version {version} has no trellis codes", remedy=_COMPRESS_AGAIN)
+        codebooks = {f"bits_{name}" if name.isdigit() else name: digest for name, digest in parts[2].items()}
         return cls(FourierConfig.from_dict(values), layers, dict(parts[1]), codebooks)
 
 
+def _version(layers: Mapping[str, LayerRecord]) -> int:
+    """The first format version in which such layers can be told."""
+    return 2 if any(record.layout.codes == "trellis" for record in layers.values()) else 1
+
+
 def codebook_digest(codebook: Tensor) -> str:
-    """SHA-256 of a codebook's bytes as stored (bf16 [2^b, 2], C order)."""
+    """SHA-256 of a codebook's bytes as stored (bf16 [points, 2], C order)."""
     return hashlib.sha256(tensor_bytes(codebook)).hexdigest()
 
 
@@ -159,7 +167,7 @@ def validate(files: Iterable[Path], metadata: Metadata) -> dict[str, Entry]:
     for name, record in metadata.layers.items():
         for key, (dtype, shape) in record.layout.tensors().items():
             if key == "codebook":
-                _check_codebook(entries, metadata, record.layout.code_bits, name)
+                _check_codebook(entries, metadata, record.layout, name)
             else:
                 _check_entry(entries, f"{name}.{key}", dtype, shape)
     return entries
@@ -178,11 +186,11 @@ def _check_entry(entries: Mapping[str, Entry], key: str, dtype: torch.dtype, sha
     return entry
 
 
-def _check_codebook(entries: Mapping[str, Entry], metadata: Metadata, bits: int, layer: str) -> None:
-    entry = _check_entry(entries, codebook_key(bits), torch.bfloat16, (1 << bits, 2))
-    if codebook_digest(entry.read()) != metadata.codebooks.get(bits):
+def _check_codebook(entries: Mapping[str, Entry], metadata: Metadata, layout: Layout, layer: str) -> None:
+    entry = _check_entry(entries, codebook_key(layout.codebook), torch.bfloat16, (layout.points, 2))
+    if codebook_digest(entry.read()) != metadata.codebooks.get(layout.codebook):
         raise FourierError(
-            f"the codebook of {bits} bits is not the one that {layer} was compressed with",
+            f"the codebook of {layout.code_bits} bits is not the one that {layer} was compressed with",
             remedy="Weights and config.json are of different models; copy the folder again",
             where=f"{entry.file}: {entry.name}",
         )
@@ -195,7 +203,7 @@ def check_content(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> N
         FourierError: bits set behind a row's last code or sign (a code out of range: every value of b bits is
             a code, so this is the only way to be outside), a scale that is NaN, infinite or not positive.
     """
-    _check_padding(name, "codes", tensors["codes"], layout.coefficients * layout.code_bits)
+    _check_padding(name, "codes", tensors["codes"], layout.row_bits)
     if layout.method == "best":
         _check_padding(name, "signs", tensors["signs"][None], padded(layout.in_features))
     for key in (
@@ -245,7 +253,7 @@ def read_layer(folder: Path, name: str) -> FourierLinear:
     record = metadata.layers[name]
     entries = validate(weight_files(folder), dataclasses.replace(metadata, layers={name: record}))
     tensors = {
-        key: entries[codebook_key(record.layout.code_bits) if key == "codebook" else f"{name}.{key}"].read()
+        key: entries[codebook_key(record.layout.codebook) if key == "codebook" else f"{name}.{key}"].read()
         for key in record.layout.tensors()
     }
     check_content(name, record.layout, tensors)

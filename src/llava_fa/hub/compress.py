@@ -18,7 +18,7 @@ from llava_fa.hub.checkpoint import account, read_metadata, validate
 from llava_fa.hub.loading import check_device
 from llava_fa.hub.parts import WorkFolder, check_space, refuse_existing
 from llava_fa.hub.plan import Plan, make_plan
-from llava_fa.hub.report import LayerReport, ProgressCallback, Report, Skipped, peak_rss_bytes
+from llava_fa.hub.report import LayerReport, ProgressCallback, Report, Skipped, kind_of_codes, peak_rss_bytes
 from llava_fa.hub.shards import read_metadata as read_metadata_of
 from llava_fa.hub.source import empty_model, open_source, quiet_transformers, resolve_model, weight_files
 from llava_fa.hub.streaming import ORIGINAL_BYTES, Tracker, assemble, compress_streaming
@@ -127,6 +127,7 @@ def describe(
             output_error=record.output_error,
             rank=record.layout.rank,
             notes=(notes or {}).get(name, ()),
+            codes=kind_of_codes(record.layout),
         )
         for name, record in metadata.layers.items()
     )

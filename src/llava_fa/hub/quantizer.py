@@ -114,7 +114,7 @@ class FourierHfQuantizer(HfQuantizer):
         if files:
             validate(files, self.metadata)
             self._validated = True
-        books: set[int] = set()
+        books: dict[str, int] = {}
         for name, record in self.metadata.layers.items():
             here = _find(model, name)
             linear = model.get_submodule(here)
@@ -133,7 +133,7 @@ class FourierHfQuantizer(HfQuantizer):
             _exchange(model, here, empty)
             self._stored.add(here)
             if layout.method == "best":
-                books.add(layout.code_bits)
+                books[layout.codebook] = layout.points
         if books:
             attach(model, Codebooks(books, device="meta"))
 
@@ -268,7 +268,7 @@ def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = Non
         metadata: without a quantizer: ``config`` and ``not_compressed`` of `Metadata`.
 
     Raises:
-        FourierError: layers of one code size have different codebooks.
+        FourierError: layers of one kind and size of code have different codebooks.
     """
     if quantizer is None:
         start = Metadata(**metadata)
@@ -278,8 +278,8 @@ def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = Non
     books = getattr(model, MODULE, None)
     digests = {}
     if books is not None:
-        bits = {record.layout.code_bits for record in layers.values() if record.layout.method == "best"}
-        digests = {b: codebook_digest(books[b]) for b in sorted(bits)}
+        used = {record.layout.codebook for record in layers.values() if record.layout.method == "best"}
+        digests = {name: codebook_digest(books[name]) for name in sorted(used)}
     before = quantizer.metadata
     config = FourierQuantizationConfig(Metadata(before.config, layers, before.not_compressed, digests))
     quantizer.quantization_config = config

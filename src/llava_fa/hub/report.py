@@ -6,12 +6,18 @@ import dataclasses
 import resource
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_fa.kernels.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One compressed layer. Errors are relative: ‖W-Ŵ‖/‖W‖, and sqrt(tr(EHEᵀ)/tr(WHWᵀ)) where H was known."""
+    """One compressed layer. Errors are relative: ‖W-Ŵ‖/‖W‖, and sqrt(tr(EHEᵀ)/tr(WHWᵀ)) where H was known.
+
+    ``codes``: "rings", "trellis" or (method ``paper``) "grid"; None for a layer that is not compressed.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -20,6 +26,7 @@ class LayerReport:
     output_error: float | None
     rank: int
     notes: tuple[str, ...] = ()
+    codes: str | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerReport:
@@ -97,6 +104,11 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+def kind_of_codes(layout: Layout) -> str:
+    """What people are told of a layer's codes: "rings", "trellis" or "grid"."""
+    return "grid" if layout.method == "paper" else layout.codes
 
 
 def peak_rss_bytes() -> int:

@@ -17,7 +17,7 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.checkpoint import LayerRecord, Metadata, codebook_digest
 from llava_fa.hub.parts import WorkFolder, disk_errors
 from llava_fa.hub.plan import Plan, PlannedLayer
-from llava_fa.hub.report import LayerReport, Progress, ProgressCallback
+from llava_fa.hub.report import LayerReport, Progress, ProgressCallback, kind_of_codes
 from llava_fa.hub.shards import Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE
 from llava_fa.nn.codebooks import codebook_key
@@ -109,6 +109,7 @@ def compress_layer(
         output_error=result.output_error if measured else None,
         rank=config.rank,
         notes=notes + result.notes,
+        codes=kind_of_codes(layer.layout),
     )
     work.save(layer.name, result.tensors, report)
     tracker.finished(layer)
@@ -143,10 +144,10 @@ def _items(plan: Plan, config: FourierConfig, work: WorkFolder) -> tuple[list[It
         report = work.report(layer.name)
         metadata.layers[layer.name] = LayerRecord(layer.layout, report.weight_error, report.output_error)
         items += [Item.copy(entry, f"{layer.name}.{key}") for key, entry in entries.items() if key != "codebook"]
-        if "codebook" in entries and layer.layout.code_bits not in metadata.codebooks:
+        if "codebook" in entries and layer.layout.codebook not in metadata.codebooks:
             codebook = entries["codebook"].read()
-            metadata.codebooks[layer.layout.code_bits] = codebook_digest(codebook)
-            items.append(Item.of(codebook_key(layer.layout.code_bits), codebook))
+            metadata.codebooks[layer.layout.codebook] = codebook_digest(codebook)
+            items.append(Item.of(codebook_key(layer.layout.codebook), codebook))
         replaced.add(layer.weight.name)
     modules = {key: name for name, key in plan.names.items()}
     for key, entry in plan.source.entries.items():

@@ -9,10 +9,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from llava_fa.config import FactorDtype, FourierConfig, Method
+from llava_fa.config import Codes, FactorDtype, FourierConfig, Method
 from llava_fa.errors import FourierError
 from llava_fa.maths.bitpack import packed_bytes
 from llava_fa.maths.dft import padded
+from llava_fa.maths.trellis import STATE_BITS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Layout:
         rank: of the low-rank part; 0 for none.
         factor_dtype: ``"int8"`` or ``"bf16"`` (``paper``: bf16).
         amplitude_bits, phase_bits: ``paper`` only; their sum is ``code_bits``. 0 otherwise.
+        codes: ``"rings"`` (``paper`` too: one code a coefficient) or ``"trellis"``.
+        state_bits: trellis: bits of one window, that is log2 of the table's points. 0 otherwise.
 
     Raises:
         FourierError: a combination no compressor writes.
@@ -39,6 +42,8 @@ class Layout:
     factor_dtype: FactorDtype = "int8"
     amplitude_bits: int = 0
     phase_bits: int = 0
+    codes: Codes = "rings"
+    state_bits: int = 0
 
     def __post_init__(self) -> None:
         paper = self.method == "paper"
@@ -49,6 +54,10 @@ class Layout:
             and 0 <= self.rank <= min(self.out_features, self.in_features)
             and 2 <= self.code_bits <= (16 if paper else 8)
         )
+        if self.codes == "trellis":
+            valid = valid and not paper and self.code_bits <= self.state_bits <= 16
+        else:
+            valid = valid and self.codes == "rings" and self.state_bits == 0
         split = (self.amplitude_bits, self.phase_bits)
         valid = valid and (min(split) >= 1 and sum(split) == self.code_bits if paper else split == (0, 0))
         if not valid:
@@ -68,6 +77,8 @@ class Layout:
             factor_dtype=config.factor_dtype or ("bf16" if config.method == "paper" else "int8"),
             amplitude_bits=config.amplitude_bits or 0,
             phase_bits=config.phase_bits or 0,
+            codes=config.codes_for(in_features),
+            state_bits=STATE_BITS if config.codes_for(in_features) == "trellis" else 0,
         )
 
     @property
@@ -80,12 +91,30 @@ class Layout:
         """Complex coefficients a row: padded n / 2 (``best``), n // 2 + 1 (``paper``)."""
         return self.padded_features // 2 if self.method == "best" else self.in_features // 2 + 1
 
+    @property
+    def row_bits(self) -> int:
+        """Bits of one row's codes; the rest of its last byte is zero."""
+        return self.coefficients * self.code_bits + (self.state_bits - self.code_bits if self.state_bits else 0)
+
+    @property
+    def codebook(self) -> str:
+        """Name under which layers share their codebook: ``bits_<b>``, or ``trellis_<k>_<L>``."""
+        return f"trellis_{self.code_bits}_{self.state_bits}" if self.state_bits else f"bits_{self.code_bits}"
+
+    @property
+    def points(self) -> int:
+        """Points of the codebook (method ``best``)."""
+        return 1 << (self.state_bits or self.code_bits)
+
+    @property
+    def op_bits(self) -> tuple[int, int, int]:
+        """What `registry.linear` and `registry.dense` are told: amplitude, phase and trellis bits, 0 where not used."""
+        return self.amplitude_bits, self.phase_bits, self.code_bits if self.state_bits else 0
+
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name → (dtype, shape) of every stored tensor, codebook included, bias not."""
         m, n, r = self.out_features, self.in_features, self.rank
-        table: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "codes": (torch.uint8, (m, packed_bytes(self.coefficients, self.code_bits)))
-        }
+        table: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"codes": (torch.uint8, (m, (self.row_bits + 7) // 8))}
         if self.method == "paper":
             table["r_max"] = (torch.float32, (1,))
             if r:
@@ -95,7 +124,7 @@ class Layout:
         table["row_scale"] = (torch.bfloat16, (m,))
         table["input_scale"] = (torch.bfloat16, (n,))
         table["signs"] = (torch.uint8, (packed_bytes(self.padded_features, 1),))
-        table["codebook"] = (torch.bfloat16, (1 << self.code_bits, 2))
+        table["codebook"] = (torch.bfloat16, (self.points, 2))
         if r:
             factor = torch.int8 if self.factor_dtype == "int8" else torch.bfloat16
             table["left"], table["right"] = (factor, (m, r)), (factor, (r, n))
@@ -129,6 +158,8 @@ class Layout:
         }
         if self.method == "paper":
             values |= {"amplitude_bits": self.amplitude_bits, "phase_bits": self.phase_bits}
+        if self.codes == "trellis":
+            values |= {"codes": "trellis", "state_bits": self.state_bits}
         return values
 
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fa.maths.bitpack import packed_bytes, unpack
+from llava_fa.maths.bitpack import packed_bytes, unpack, unpack_windows
 from llava_fa.maths.dft import packed_dft, packed_idft, padded
 from llava_fa.maths.polar import polar_dequant
 
@@ -76,8 +76,49 @@ class RowDecoder:
         return rows[:, : 2 * self.count]
 
 
+class WindowDecoder:
+    """Trellis codes → coefficients, some rows at a time: `RowDecoder` for windows that overlap.
+
+    Args:
+        codes: uint8 [m, ceil((count * code_bits + L - code_bits) / 8)] (see `maths.trellis`).
+        points: [2^L, 2], any float dtype.
+        code_bits: bits a coefficient.
+        count: coefficients a row.
+        dtype: of the decoded coefficients.
+    """
+
+    def __init__(self, codes: Tensor, points: Tensor, code_bits: int, count: int, dtype: torch.dtype) -> None:
+        self.codes, self.points, self.code_bits, self.count = codes, points.to(dtype), code_bits, count
+        self.state_bits = points.shape[0].bit_length() - 1
+        self.rows = max(1, _CHUNK // max(1, 2 * count))
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Row ranges [start, stop) to decode one after the other."""
+        m = self.codes.shape[0]
+        return [(start, min(start + self.rows, m)) for start in range(0, m, self.rows)]
+
+    def decode(self, start: int, stop: int) -> Tensor:
+        """Rows start … stop - 1 as packed reals [stop - start, 2 * count]."""
+        windows = unpack_windows(self.codes[start:stop], self.code_bits, self.state_bits, self.count)
+        return self.points.index_select(0, windows.flatten()).view(stop - start, -1)
+
+
+def _decoder(
+    codes: Tensor, codebook: Tensor, trellis_bits: int, n: int, dtype: torch.dtype
+) -> RowDecoder | WindowDecoder:
+    if trellis_bits:
+        return WindowDecoder(codes, codebook, trellis_bits, padded(n) // 2, dtype)
+    return RowDecoder(codes, codebook, padded(n) // 2, dtype)
+
+
 def best_matmul(
-    x: Tensor, codes: Tensor, row_scale: Tensor, input_scale: Tensor, signs: Tensor, codebook: Tensor
+    x: Tensor,
+    codes: Tensor,
+    row_scale: Tensor,
+    input_scale: Tensor,
+    signs: Tensor,
+    codebook: Tensor,
+    trellis_bits: int = 0,
 ) -> Tensor:
     """y = diag(row_scale) codebook[codes] T (x / s), without ever forming the m×n weight.
 
@@ -87,6 +128,8 @@ def best_matmul(
         row_scale: bf16 [m]. input_scale: bf16 [n] (s).
         signs: uint8 [ceil(N/8)], bit 1 = minus.
         codebook: bf16 [2^b, 2] (re, im).
+        trellis_bits: k for trellis codes: codes are then uint8 [m, ceil((N/2 * k + L - k) / 8)], and the codebook
+            bf16 [2^L, 2]. 0 for ring codes.
 
     Returns:
         [..., m] in `working_dtype(x)`. Source: docs/method.md, method ``best``.
@@ -97,14 +140,20 @@ def best_matmul(
         return out.zero_()
     spectrum = packed_dft(x.to(dtype) / input_scale.to(dtype), unpack_signs(signs, n)).reshape(-1, padded(n))
     flat = out.view(-1, codes.shape[0])
-    decoder = RowDecoder(codes, codebook, padded(n) // 2, dtype)
+    decoder = _decoder(codes, codebook, trellis_bits, n, dtype)
     for start, stop in decoder.chunks():
         flat[:, start:stop] = spectrum @ decoder.decode(start, stop).T
     return flat.mul_(row_scale.to(dtype)).view(out.shape)
 
 
 def best_matmul_transposed(
-    g: Tensor, codes: Tensor, row_scale: Tensor, input_scale: Tensor, signs: Tensor, codebook: Tensor
+    g: Tensor,
+    codes: Tensor,
+    row_scale: Tensor,
+    input_scale: Tensor,
+    signs: Tensor,
+    codebook: Tensor,
+    trellis_bits: int = 0,
 ) -> Tensor:
     """x = diag(1/s) Tᵀ codebook[codes]ᵀ diag(row_scale) g, adjoint of `best_matmul`: [..., m] → [..., n]."""
     dtype, n = working_dtype(g), input_scale.shape[0]
@@ -112,7 +161,7 @@ def best_matmul_transposed(
         return g.new_zeros(*g.shape[:-1], n, dtype=dtype)
     scaled = (g.to(dtype) * row_scale.to(dtype)).reshape(-1, codes.shape[0])
     spectrum = scaled.new_zeros(scaled.shape[0], padded(n))
-    decoder = RowDecoder(codes, codebook, padded(n) // 2, dtype)
+    decoder = _decoder(codes, codebook, trellis_bits, n, dtype)
     for start, stop in decoder.chunks():
         spectrum += scaled[:, start:stop] @ decoder.decode(start, stop)
     x = packed_idft(spectrum, unpack_signs(signs, n), n) / input_scale.to(dtype)
@@ -120,13 +169,19 @@ def best_matmul_transposed(
 
 
 def best_dense(
-    codes: Tensor, row_scale: Tensor, input_scale: Tensor, signs: Tensor, codebook: Tensor, dtype: torch.dtype
+    codes: Tensor,
+    row_scale: Tensor,
+    input_scale: Tensor,
+    signs: Tensor,
+    codebook: Tensor,
+    dtype: torch.dtype,
+    trellis_bits: int = 0,
 ) -> Tensor:
     """The m×n weight `best_matmul` multiplies with."""
     n = input_scale.shape[0]
     out = row_scale.new_empty(codes.shape[0], n, dtype=dtype)
     plus_minus = unpack_signs(signs, n)
-    decoder = RowDecoder(codes, codebook, padded(n) // 2, dtype)
+    decoder = _decoder(codes, codebook, trellis_bits, n, dtype)
     for start, stop in decoder.chunks():
         rows = decoder.decode(start, stop) * row_scale[start:stop, None].to(dtype)
         out[start:stop] = packed_idft(rows, plus_minus, n) / input_scale.to(dtype)

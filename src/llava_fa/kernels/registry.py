@@ -24,7 +24,7 @@ from llava_fa.kernels import reference
 from llava_fa.kernels.reference import working_dtype
 
 _BEST_NAMES = ("codes", "row_scale", "input_scale", "signs", "codebook")
-_BEST = ", ".join(f"Tensor {name}" for name in _BEST_NAMES)
+_BEST = ", ".join(f"Tensor {name}" for name in _BEST_NAMES) + ", int trellis_bits=0"
 _PAPER = "Tensor codes, Tensor r_max, Tensor? left, Tensor? right, int amplitude_bits, int phase_bits"
 _SCHEMAS = {
     "best_matmul": f"(Tensor x, {_BEST}) -> Tensor",
@@ -150,6 +150,7 @@ def linear(
     bias: Tensor | None,
     amplitude_bits: int = 0,
     phase_bits: int = 0,
+    trellis_bits: int = 0,
 ) -> Tensor:
     """y = W x + bias for a packed W: the op, low-rank part, bias, then one rounding to x's dtype.
 
@@ -158,6 +159,7 @@ def linear(
         tensors: those of a `Layout`; ``r_max`` among them means method ``paper``.
         bias: [m] or None.
         amplitude_bits, phase_bits: of method ``paper``.
+        trellis_bits: bits a coefficient of trellis codes, 0 for all others.
 
     Returns:
         [..., m] in x's dtype (after autocast).
@@ -174,7 +176,7 @@ def linear(
     if "r_max" in tensors:
         y = ops.paper_matmul(x, tensors["codes"], tensors["r_max"], left, right, amplitude_bits, phase_bits)
     else:
-        y = ops.best_matmul(x, *(tensors[name] for name in _BEST_NAMES))
+        y = ops.best_matmul(x, *(tensors[name] for name in _BEST_NAMES), trellis_bits)
         if left is not None and right is not None:
             low, high = (
                 _factor(right, tensors.get("right_scale"), y.dtype, 0),
@@ -202,6 +204,7 @@ def dense(
     n: int,
     amplitude_bits: int = 0,
     phase_bits: int = 0,
+    trellis_bits: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The [m, n] weight that `linear` multiplies with."""
@@ -211,7 +214,7 @@ def dense(
             tensors["codes"], tensors["r_max"], left, right, amplitude_bits, phase_bits, n, dtype
         )
     codes, row_scale, input_scale, signs, codebook = (tensors[name] for name in _BEST_NAMES)
-    weight = reference.best_dense(codes, row_scale, input_scale, signs, codebook, dtype)
+    weight = reference.best_dense(codes, row_scale, input_scale, signs, codebook, dtype, trellis_bits)
     if left is not None and right is not None:
         weight += _factor(left, tensors.get("left_scale"), dtype, 1) @ _factor(
             right, tensors.get("right_scale"), dtype, 0

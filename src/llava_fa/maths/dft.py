@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llava_fa.errors import FourierError
+from llava_fa.maths.hashing import splitmix
 
 _ROOT2 = math.sqrt(2.0)
 
@@ -29,16 +30,11 @@ def padded(n: int) -> int:
 def random_signs(n: int, seed: int = 0) -> Tensor:
     """Deterministic ±1 for every slot of the transform of n inputs: float32 [padded(n)].
 
-    A splitmix64 hash of (seed, n, slot) rather than a library generator: the same signs on every machine and
-    torch version, and layers of equal n share them, hence share the transform of their common input.
+    A hash of (seed, n, slot) rather than a library generator: the same signs on every machine and torch
+    version, and layers of equal n share them, hence share the transform of their common input.
     """
-    size = padded(n)
-    state = torch.tensor(_as_int64((seed * 0x9E3779B97F4A7C15 + n * 0xD1342543DE82EF95) & _MASK64))
-    z = state + torch.arange(1, size + 1, dtype=torch.int64) * _as_int64(0x9E3779B97F4A7C15)
-    z = (z ^ _shift_right(z, 30)) * _as_int64(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift_right(z, 27)) * _as_int64(0x94D049BB133111EB)
-    z = z ^ _shift_right(z, 31)
-    return 1.0 - 2.0 * (z & 1).to(torch.float32)
+    hashed = splitmix(padded(n), seed * 0x9E3779B97F4A7C15 + n * 0xD1342543DE82EF95)
+    return 1.0 - 2.0 * (hashed & 1).to(torch.float32)
 
 
 def packed_dft(x: Tensor, signs: Tensor) -> Tensor:
@@ -133,15 +129,3 @@ def frequency_power(moment: Tensor) -> Tensor:
         lag.index_add_(0, index.flatten(), moment[start : start + 1024].to(torch.float64).flatten())
     power: Tensor = torch.fft.rfft(lag).real.div(n).clamp_(min=0).to(torch.float32)
     return power
-
-
-_MASK64 = (1 << 64) - 1
-
-
-def _as_int64(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _shift_right(z: Tensor, count: int) -> Tensor:
-    """Logical shift: torch's >> on int64 carries the sign bit along."""
-    return (z >> count) & ((1 << (64 - count)) - 1)

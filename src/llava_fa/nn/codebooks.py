@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,21 +15,25 @@ MODULE = "fourier_codebooks"
 """Name of the `Codebooks` module at the root of a compressed model."""
 
 
-def codebook_key(code_bits: int) -> str:
-    """Name of the shared codebook in a state dict and in a checkpoint."""
-    return f"{MODULE}.bits_{code_bits}"
+def codebook_key(codebook: str) -> str:
+    """Name of the shared codebook `Layout.codebook` in a state dict and in a checkpoint."""
+    return f"{MODULE}.{codebook}"
 
 
 class Codebooks(Stored):
-    """One bf16 buffer [2^b, 2] per code size b, named ``bits_<b>``; casts leave it alone."""
+    """One bf16 buffer [points, 2] per codebook, named as `Layout.codebook` says; casts leave it alone.
 
-    def __init__(self, code_bits: Iterable[int], device: torch.device | str | None = None) -> None:
+    Args:
+        points: number of points by name.
+    """
+
+    def __init__(self, points: Mapping[str, int], device: torch.device | str | None = None) -> None:
         super().__init__()
-        for bits in sorted(set(code_bits)):
-            self.register_buffer(f"bits_{bits}", torch.zeros(1 << bits, 2, dtype=torch.bfloat16, device=device))
+        for name in sorted(points):
+            self.register_buffer(name, torch.zeros(points[name], 2, dtype=torch.bfloat16, device=device))
 
-    def __getitem__(self, code_bits: int) -> Tensor:
-        return self.get_buffer(f"bits_{code_bits}")
+    def __getitem__(self, codebook: str) -> Tensor:
+        return self.get_buffer(codebook)
 
 
 def share_codebooks(model: nn.Module) -> None:
@@ -39,23 +43,23 @@ def share_codebooks(model: nn.Module) -> None:
     buffer outside the state dict; loading a state dict refreshes it.
 
     Raises:
-        FourierError: two layers of one code size have different codebooks.
+        FourierError: two layers of one kind and size of code have different codebooks.
     """
     layers = _layers(model)
-    found: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, layer in layers:
-        bits = layer.layout.code_bits
-        if not torch.equal(found.setdefault(bits, layer.codebook).cpu(), layer.codebook.cpu()):
+        key = layer.layout.codebook
+        if not torch.equal(found.setdefault(key, layer.codebook).cpu(), layer.codebook.cpu()):
             raise FourierError(
-                f"its codebook of {bits} bits differs from that of other layers",
+                f"its codebook of {layer.layout.code_bits} bits differs from that of other layers",
                 remedy="Compress all layers with one version of llava-fa",
                 where=name,
             )
     if not found:
         return
-    books = Codebooks(found)
-    for bits, codebook in found.items():
-        setattr(books, f"bits_{bits}", codebook)
+    books = Codebooks({key: len(codebook) for key, codebook in found.items()})
+    for key, codebook in found.items():
+        setattr(books, key, codebook)
     attach(model, books)
 
 
@@ -75,7 +79,7 @@ def relink(model: nn.Module) -> None:
     books = getattr(model, MODULE, None)
     if isinstance(books, Codebooks):
         for _, layer in _layers(model):
-            layer.codebook = books[layer.layout.code_bits].to(layer.codes.device)
+            layer.codebook = books[layer.layout.codebook].to(layer.codes.device)
 
 
 def _relink_hook(model: nn.Module, _: Any) -> None:

@@ -34,6 +34,7 @@ class FourierLinear(Stored):
     """y = W x + bias for a W kept as Fourier-domain codes, scales and an optional low-rank part.
 
     ``best``: W = diag(row_scale) codebook[codes] T diag(1/input_scale) + left right.
+    (trellis codes: the windows of codes that overlap take the place of codes.)
     ``paper``: W = irfft2(r_max · grid[codes] + left right).
 
     The packed tensors are buffers under the names of `Layout.tensors`. Their dtypes are part of the format:
@@ -130,12 +131,11 @@ class FourierLinear(Stored):
                 f"FourierLinear got {x.dtype} {list(x.shape)}",
                 remedy=f"Give a floating [..., {self.in_features}]",
             )
-        return registry.linear(x, self.packed(), self.bias, self.layout.amplitude_bits, self.layout.phase_bits)
+        return registry.linear(x, self.packed(), self.bias, *self.layout.op_bits)
 
     def dequantize(self) -> Tensor:
         """The weight W this layer multiplies with, float32 [m, n]."""
-        layout = self.layout
-        return registry.dense(self.packed(), layout.in_features, layout.amplitude_bits, layout.phase_bits)
+        return registry.dense(self.packed(), self.in_features, *self.layout.op_bits)
 
     @property
     def weight(self) -> Tensor:
@@ -166,8 +166,9 @@ class FourierLinear(Stored):
         """What `print(model)` shows."""
         layout = self.layout
         code = f"{layout.amplitude_bits}+{layout.phase_bits}" if layout.method == "paper" else f"{layout.code_bits}"
+        codes = "codes=trellis, " if layout.codes == "trellis" else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, method={layout.method}, code_bits={code}, rank={layout.rank}, "
-            f"bits_per_weight={self.bits_per_weight:.3f}"
+            f"bias={self.bias is not None}, method={layout.method}, {codes}code_bits={code}, "
+            f"rank={layout.rank}, bits_per_weight={self.bits_per_weight:.3f}"
         )

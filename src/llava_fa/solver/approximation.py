@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llava_fa.config import FourierConfig
 from llava_fa.maths import bitpack, dft, metrics, polar
+from llava_fa.maths.trellis import STATE_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def dequantize_best(tensors: dict[str, Tensor], config: FourierConfig, shape: tu
     out = torch.empty(shape, dtype=torch.float32, device=row_scale.device)
     for start in range(0, shape[0], 1024):  # in row blocks: the transform works on copies
         rows = slice(start, start + 1024)
-        codes = bitpack.unpack(tensors["codes"][rows], config.code_bits, size // 2)
+        codes = unpack_codes(tensors["codes"][rows], config, shape)
         points = codebook.index_select(0, codes.flatten()).view(len(codes), size)
         coefficients = points * row_scale[rows, None]
         out[rows] = dft.packed_idft(coefficients, signs, n) * inverse
@@ -63,6 +64,21 @@ def dequantize_best(tensors: dict[str, Tensor], config: FourierConfig, shape: tu
         left, right = factors(tensors)
         out.addmm_(left, right)
     return out
+
+
+def pack_codes(codes: Tensor, config: FourierConfig, shape: tuple[int, int]) -> Tensor:
+    """Which point every coefficient has, int [m, N/2] → the bytes that `best` stores for a weight of this shape."""
+    if config.codes_for(shape[1]) == "trellis":
+        return bitpack.pack_windows(codes, config.code_bits, STATE_BITS)
+    return bitpack.pack(codes, config.code_bits)
+
+
+def unpack_codes(packed: Tensor, config: FourierConfig, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `pack_codes`, for all rows or some."""
+    count = dft.padded(shape[1]) // 2
+    if config.codes_for(shape[1]) == "trellis":
+        return bitpack.unpack_windows(packed, config.code_bits, STATE_BITS, count)
+    return bitpack.unpack(packed, config.code_bits, count)
 
 
 def dequantize_paper(tensors: dict[str, Tensor], config: FourierConfig, shape: tuple[int, int]) -> Tensor:

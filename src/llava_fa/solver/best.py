@@ -1,9 +1,9 @@
 """Method `best`: W ≈ (row_scale ⊙ codebook[codes]) T diag(1/s) + L1 L2 (docs/method.md).
 
 Order of events: input scales s from the diagonal; random signs and the DFT of W diag(s); one scale a row;
-codes, the nearest ones or with error feedback under H' = T diag(1/s) H diag(1/s) Tᵀ. Every quantity is
-rounded to its stored dtype before anything that depends on it is chosen, so that what was optimised is what
-is stored.
+codes (rings or a trellis), the nearest ones or with error feedback under H' = T diag(1/s) H diag(1/s) Tᵀ.
+Every quantity is rounded to its stored dtype before anything that depends on it is chosen, so that what was
+optimised is what is stored.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from llava_fa.config import FourierConfig
-from llava_fa.maths import bitpack, dft
+from llava_fa.maths import dft
 from llava_fa.maths.lowrank import weighted_low_rank
 from llava_fa.maths.nearest import NearestCode, nearest_code
+from llava_fa.maths.trellis import trellis
 from llava_fa.solver import feedback
-from llava_fa.solver.approximation import factors, pack_signs
+from llava_fa.solver.approximation import factors, pack_codes, pack_signs
 from llava_fa.solver.beam import round_with_beam
+from llava_fa.solver.trellis_beam import nearby_windows, round_trellis
 
 # A column or an input that is (almost) never used must not drive its scale to extremes: mean powers are
 # raised to this share of their average first.
@@ -25,6 +27,8 @@ _FLOOR = 1e-4
 # Hypotheses per row in error feedback: 4 lower the output error by 4 % against 1, 8 by another 1 % at twice
 # the time.
 _BEAM_WIDTH = 4
+# Rows that go through the trellis together when only nearness counts.
+_TRELLIS_ROWS = 512
 # Alternation between factors and codes stops when it gains less than this share of the loss.
 _LEAST_GAIN = 2e-3
 
@@ -70,13 +74,13 @@ def solve_best(
     best: dict[str, Tensor] = {}
     if config.rank:
         best, history = _alternate(problem, config)
-    codes, row_scale = problem.quantise(problem.target(best), final=True)
+    codes, row_scale, points = problem.quantise_finally(problem.target(best))
     tensors = {
-        "codes": bitpack.pack(codes, config.code_bits),
+        "codes": pack_codes(codes, config, (weight.shape[0], weight.shape[1])),
         "row_scale": row_scale.to(torch.bfloat16),
         "input_scale": scales.to(torch.bfloat16),
         "signs": pack_signs(problem.signs),
-        "codebook": problem.search.codebook.to(torch.bfloat16),
+        "codebook": points.to(torch.bfloat16),
         **best,
     }
     return tensors, tuple(history), problem.notes
@@ -84,7 +88,7 @@ def solve_best(
 
 def _alternate(problem: _Problem, config: FourierConfig) -> tuple[dict[str, Tensor], list[float]]:
     """Factors for what the codes leave over, codes for what the factors leave over; the best factors are
-    kept.
+    kept. Whatever the codes will be in the end, rings, which are found sooner, stand for them here.
     """
     history: list[float] = []
     best: dict[str, Tensor] = {}
@@ -93,7 +97,7 @@ def _alternate(problem: _Problem, config: FourierConfig) -> tuple[dict[str, Tens
     for _ in range(config.iterations):
         stored = problem.fit_factors(rest)
         part = problem.transformed(stored)
-        codes, row_scale = problem.quantise(target - part, final=False)
+        codes, row_scale = problem.quantise(target - part)
         quantised = problem.decode(codes, row_scale)
         history.append(problem.loss(target - part - quantised))
         if len(history) == 1 or history[-1] < min(history[:-1]):
@@ -131,26 +135,39 @@ class _Problem:
         target = dft.packed_dft_rows(self.weight, self.signs, self.scales)
         return target.sub_(self.transformed(stored)) if stored else target
 
-    def quantise(self, target: Tensor, *, final: bool) -> tuple[Tensor, Tensor]:
-        """Codes int32 [m, N/2] and row scales float32 [m] (bf16 values); a row of zeros has scale 0.
-
-        The last codes (`final`) get the beam and the refinement; those that only lead to better factors do
-        not.
-        """
-        row_scale = target.square().mean(dim=1).sqrt().to(torch.bfloat16).to(torch.float32)
-        inverse = torch.where(row_scale > 0, 1 / row_scale, torch.zeros_like(row_scale))
+    def quantise(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Ring codes int32 [m, N/2], good enough to lead to better factors, and row scales float32 [m]."""
+        row_scale, inverse = _row_scale(target)
         if self.moment is None:
             return self._nearest(target, inverse), row_scale
+        codes, _ = feedback.round_with_feedback((target * inverse[:, None]).T.contiguous(), self.unit, self.search)
+        return codes.T.contiguous(), row_scale
+
+    def quantise_finally(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The points' numbers int32 [m, N/2], row scales float32 [m] (bf16 values), and the points [·, 2]."""
+        row_scale, inverse = _row_scale(target)
+        if self.config.codes_for(self.n) == "trellis":
+            return self._through_the_trellis(target, inverse), row_scale, trellis(self.config.code_bits).points
+        if self.moment is None:
+            return self._nearest(target, inverse), row_scale, self.search.codebook
         rows = (target * inverse[:, None]).T.contiguous()
         del target  # the caller keeps it only if it has a use for it: a copy of W less
-        if final:
-            codes, error = round_with_beam(rows, self.unit, self.root, self.search, _BEAM_WIDTH)
-        else:
-            codes, error = feedback.round_with_feedback(rows, self.unit, self.search)
-        for _ in range(self.config.refine_passes if final else 0):
+        codes, error = round_with_beam(rows, self.unit, self.root, self.search, _BEAM_WIDTH)
+        for _ in range(self.config.refine_passes):
             if feedback.refine(codes, error, self.moment, self.search) == 0:
                 break
-        return codes.T.contiguous(), row_scale
+        return codes.T.contiguous(), row_scale, self.search.codebook
+
+    def _through_the_trellis(self, target: Tensor, inverse: Tensor) -> Tensor:
+        code = trellis(self.config.code_bits)
+        if self.moment is not None:
+            rows = (target * inverse[:, None]).T.contiguous()
+            return round_trellis(rows, self.unit, self.root, nearby_windows(self.config.code_bits))[0].T.contiguous()
+        codes = torch.empty(target.shape[0], target.shape[1] // 2, dtype=torch.int32)
+        for start in range(0, len(codes), _TRELLIS_ROWS):
+            part = slice(start, start + _TRELLIS_ROWS)
+            codes[part] = code.encode((target[part] * inverse[part, None]).T.contiguous()).T
+        return codes
 
     def _nearest(self, target: Tensor, inverse: Tensor) -> Tensor:
         codes = torch.empty(target.shape[0], target.shape[1] // 2, dtype=torch.int32)
@@ -199,6 +216,12 @@ class _Problem:
 
     def _weight_or_one(self) -> Tensor:
         return torch.ones(()) if self.weights is None else self.weights
+
+
+def _row_scale(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's root mean square (a bf16 value in float32) and its reciprocal; 0 for a row of zeros."""
+    row_scale = target.square().mean(dim=1).sqrt().to(torch.bfloat16).to(torch.float32)
+    return row_scale, torch.where(row_scale > 0, 1 / row_scale, torch.zeros_like(row_scale))
 
 
 def _int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
