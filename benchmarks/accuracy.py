@@ -36,6 +36,13 @@ from llava_fa.world.samples import calibration_samples
 
 WHOLE_BITS = (4, 3, 2)
 HALF_BITS = (3.5, 2.5, 1.5, 1.0)
+STYLES = {  # of the families in the picture, in the order of the table's columns
+    "best": ("#1a5fb4", "o-"),
+    "best, data-free": ("#1a5fb4", "o:"),
+    "paper": ("#c01c28", "s-"),
+    "GPTQ g128": ("#e5a50a", "^-"),
+    "RTN g128": ("#77767b", "v-"),
+}
 
 
 def main() -> None:
@@ -52,7 +59,7 @@ def main() -> None:
     rows = [json.loads(line) for line in (args.out / "rows.jsonl").read_text().splitlines()]
     if not any(row["name"] == "original" for row in rows):
         return  # another share has it
-    print(markdown(rows))
+    print(summary(rows), markdown(rows), sep="\n\n")
     if args.plot:
         plot(rows, args.plot)
 
@@ -170,6 +177,24 @@ def second_moments(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) 
     return {name: statistic.value() for name, statistic in statistics.items()}
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """One line a bit width, one column a family: accuracy and what is kept of the original's, true bits in brackets."""
+    original = next(row["accuracy"] for row in rows if row["name"] == "original")
+    families = [family for family in STYLES if any(row["family"] == family for row in rows)]
+    lines = [f"| bits | {' | '.join(families)} |", f"|---|{'---|' * len(families)}"]
+    for bits in sorted({row["bits"] for row in rows if row["family"] in families}, reverse=True):
+        cells = []
+        for family in families:
+            found = [row for row in rows if row["family"] == family and row["bits"] == bits]
+            cells.append(
+                f"{100 * row['accuracy']:.1f} = {100 * row['accuracy'] / original:.1f} % ({row['bits_per_weight']:.2f})"
+                if (row := next(iter(found), None))
+                else ""
+            )
+        lines.append(f"| {bits:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of README and docs/results.md."""
     original = next(row for row in rows if row["name"] == "original")
@@ -196,15 +221,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "llava-fa"  # the same picture has the same bytes
     import matplotlib.pyplot as plt
 
-    styles = {
-        "best": ("#1a5fb4", "o-"),
-        "best, data-free": ("#1a5fb4", "o:"),
-        "paper": ("#c01c28", "s-"),
-        "GPTQ g128": ("#e5a50a", "^-"),
-        "RTN g128": ("#77767b", "v-"),
-    }
     figure, axes = plt.subplots(figsize=(7.2, 4.2))
-    for family, (color, style) in styles.items():
+    for family, (color, style) in STYLES.items():
         points = sorted((row["bits_per_weight"], 100 * row["accuracy"]) for row in rows if row["family"] == family)
         if points:
             axes.plot(*zip(*points, strict=True), style, color=color, label=family, markersize=5)
