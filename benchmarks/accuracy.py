@@ -3,9 +3,11 @@
     .venv/bin/python benchmarks/accuracy.py [--model tiny] [--out DIR] [--share 0/1] [--plot docs/accuracy.svg]
 
 Every row is one model, evaluated by `llava_fa.eval.runner.evaluate_world` on the same held-out questions: the
-original; `best` without data and calibrated; `paper` (at rank 0 its ODC changes nothing); round-to-nearest and GPTQ
-with groups of 128 (both with the search for the best range, GPTQ with activation order and on the inputs that the
-already rounded layers produce). Rows that are already in OUT/rows.jsonl are not measured again, so a stopped run goes
+original; `best` without data, calibrated, and calibrated with trellis codes; `paper` (at rank 0 its ODC changes
+nothing); round-to-nearest and GPTQ with groups of 128 (both with the search for the best range, GPTQ with activation
+order and on the inputs that the already rounded layers produce).
+
+Rows that are already in OUT/rows.jsonl are not measured again, so a stopped run goes
 on; ``--share 0/2`` and ``--share 1/2`` in two processes halve the time. Compressed models are evaluated with their
 weights decoded once (`dequantize()`, the same function of the input up to rounding): all rows then run the same code,
 several times faster.
@@ -36,8 +38,10 @@ from llava_fa.world.samples import calibration_samples
 
 WHOLE_BITS = (4, 3, 2)
 HALF_BITS = (3.5, 2.5, 1.5, 1.0)
+TRELLIS_BITS = (2.0, 1.5, 3.0, 1.0, 4.0)
 STYLES = {  # of the families in the picture, in the order of the table's columns
     "best": ("#1a5fb4", "o-"),
+    "best, trellis": ("#26a269", "o-"),
     "best, data-free": ("#1a5fb4", "o:"),
     "paper": ("#c01c28", "s-"),
     "GPTQ g128": ("#e5a50a", "^-"),
@@ -99,6 +103,9 @@ def measure(args: argparse.Namespace) -> None:
         keep(f"gptq-{bits}", bits, lambda b=bits: peer(args, b, "GPTQ g128", samples))
     for bits in HALF_BITS:
         keep_ours(bits)
+    for bits in TRELLIS_BITS:
+        trellis = FourierConfig(bits=bits, codes="trellis")
+        keep(f"trellis-{bits:g}", bits, lambda c=trellis: ours(args, c, "best, trellis", samples))
 
 
 def ours(args: argparse.Namespace, config: FourierConfig, family: str, samples: Any) -> tuple[Any, Any, dict[str, Any]]:
