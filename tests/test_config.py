@@ -1,11 +1,12 @@
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_fa import FourierConfig, FourierError
+from llava_fa import Budget, FourierConfig, FourierError
 
 
 def test_defaults():
@@ -130,3 +131,40 @@ def test_error_carries_its_place():
         "Mend it",
         "model.safetensors: layer 3",
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (5, 5),
+        ("1.1GB", 1_100_000_000),
+        ("950 mb", 950_000_000),
+        ("2GiB", 2 << 30),
+        (".5kB", 500),
+        ("12", 12),
+        ("7B", 7),
+    ],
+)
+def test_a_budget_reads_sizes(given, size):
+    assert Budget(size=given).size == size
+    assert Budget(size=given).to_dict() == {"size": size}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "a budget is either bits or a size"),
+        ({"bits": 2, "size": 3}, "a budget is either bits or a size"),
+        ({"bits": 0}, "a budget of 0 bits"),
+        ({"bits": math.nan}, "a budget of nan bits"),
+        ({"bits": True}, "a budget of True bits"),
+        ({"bits": "2"}, "a budget of '2' bits"),
+        ({"size": "1.1 GX"}, "Give bytes, or text such as 950MB"),
+        ({"size": "-1"}, "a budget of size '-1'"),
+        ({"size": 0}, "a budget of size 0"),
+        ({"size": [3]}, r"a budget of size \[3\]"),
+    ],
+)
+def test_what_is_no_budget_is_said(arguments, message):
+    with pytest.raises(FourierError, match=message):
+        Budget(**arguments)

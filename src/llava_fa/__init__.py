@@ -6,6 +6,7 @@ The public API, loaded on first use: `import llava_fa` costs milliseconds, and `
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llava_fa.config import Budget as Budget
 from llava_fa.config import FourierConfig as FourierConfig
 from llava_fa.errors import FourierError as FourierError
 from llava_fa.hub import autoload as _autoload
@@ -23,7 +24,7 @@ _LAZY = {
     "approximate": "llava_fa.solver.approximate",
     "Approximation": "llava_fa.solver.approximation",
 }
-__all__ = ["FourierConfig", "FourierError", *_LAZY]
+__all__ = ["Budget", "FourierConfig", "FourierError", *_LAZY]
 
 _autoload.install()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -32,7 +33,7 @@ class FourierConfig:
         method: ``"best"``: y = Ŵ T(x / s) + L1 (L2 x), one DFT along the input axis, optimal codes, error
             feedback (docs/method.md). ``"paper"``: Algorithms 1-3 of LLaVA-FA (arXiv 2602.00135), literally.
         bits: nominal bits per weight of the codes, 1 to 4 in steps of one half. One complex coefficient stands
-            for two weights, so its code has ``2 * bits`` bits.
+            for two weights, so its code has ``2 * bits`` bits. Under a `Budget` the most that a layer may get.
         codes: ``best`` only. ``"rings"``: every coefficient has a code of its own (ring codebook). ``"trellis"``: a
             row is one codeword of overlapping codes (`maths.trellis`): at the same bits 4 to 11 % less output error
             with error feedback (and twice the time to find them), 14 to 19 % less without (some twenty times the
@@ -203,6 +204,54 @@ class FourierConfig:
         if not isinstance(values, dict):
             raise FourierError("the config is not a JSON object", remedy="Give what FourierConfig.to_json wrote")
         return cls.from_dict(values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a whole model may take; `llava_fa.compress` then chooses every layer's bits. Give one of the two.
+
+    Args:
+        bits: stored bits per weight of the compressed layers together, every byte counted: codes, scales, signs,
+            factors, codebooks.
+        size: bytes of the weight files, what is not compressed included; a number, or text such as ``"1.1GB"``
+            (powers of ten; KiB, MiB, GiB are powers of two).
+
+    Raises:
+        FourierError: none or both given, or not a positive number.
+    """
+
+    bits: float | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.size is None):
+            raise FourierError("a budget is either bits or a size", remedy="Give one of the two")
+        if self.size is not None:
+            object.__setattr__(self, "size", _size(self.size))
+            return
+        number = isinstance(self.bits, (int, float)) and not isinstance(self.bits, bool)
+        if not (number and math.isfinite(self.bits) and self.bits > 0):  # type: ignore[arg-type]
+            raise FourierError(f"a budget of {self.bits!r} bits per weight", remedy="Give a number such as 2.25")
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"bits": b}`` or ``{"size": bytes}``."""
+        return {"bits": self.bits} if self.size is None else {"size": self.size}
+
+
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
+_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+
+
+def _size(value: Any) -> int:
+    text = value if isinstance(value, str) else str(value) if type(value) in (int, float) else ""
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
+    if (
+        found is None
+        or found[2].upper() not in _UNITS
+        or not (count := int(float(found[1]) * _UNITS[found[2].upper()]))
+    ):
+        raise FourierError(f"a budget of size {value!r}", remedy="Give bytes, or text such as 950MB or 1.1GB")
+    return count
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -138,7 +138,11 @@ def test_world_calibration(model, tmp_path, monkeypatch):
     ("args", "message"),
     [
         (["--bits", "5"], "bits is 5.0"),
-        (["--bits", "2.3"], "in steps of 0.5"),
+        (["--bits", "0.7"], "in steps of 0.5"),
+        (["--bits", "2.3", "--method", "paper"], "not for method 'paper'"),
+        (["--bits", "2", "--size", "1GB"], "exclude each other"),
+        (["--size", "a lot"], "a budget of size 'a lot'"),
+        (["--mixed"], "--mixed goes with --bits"),
         (["--bits", "two"], "valid"),
         (["--method", "magic"], "method is 'magic'"),
         (["--rank", "-1"], "rank is -1"),
@@ -162,6 +166,30 @@ def test_wrong_usage_is_2(model, tmp_path, args, message):
     assert " ".join(message.split()) in " ".join(result.stderr.replace("│", " ").split())
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--bits", "3.3"], "budget 3.3 bits per weight"),
+        (["--bits", "3.5", "--mixed"], "budget 3.5 bits per weight"),
+        (["--size", "118 kB"], "budget 118.0 kB"),
+    ],
+)
+def test_a_budget_is_spent_and_explained(model, tmp_path, args, told):
+    result = run("compress", model, tmp_path / "out", *args)
+    assert result.exit_code == 0, result.output
+    assert " layers 2.5" in result.stderr.split("\nbits: ")[1]
+    assert "with the same bits everywhere" in result.stderr
+    seen = run("inspect", tmp_path / "out", "--layers")
+    for stdout in (result.stdout, seen.stdout):
+        assert told in stdout
+        assert "relative, without data" in stdout
+        assert "sensitivity" in stdout
+    values = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert values["budget"]["predicted_loss"] <= values["budget"]["uniform_loss"]
+    assert values["bits_per_weight"] <= 3.5
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) <= 124_000
 
 
 def test_arguments_left_out_are_2():

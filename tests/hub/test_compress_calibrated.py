@@ -147,7 +147,7 @@ def test_several_calls_of_a_block_per_sample(samples):
     inputs = [{"x": torch.randn(2, 3, 4)} for _ in range(3)]
     units = [blockwise.Unit(f"layers.{i}", model.layers[i], []) for i in range(2)]
     with torch.no_grad():
-        calls, hidden = blockwise._capture(units, model, inputs)
+        calls, hidden = blockwise.capture(units, model, inputs)
     assert [len(of) for of in calls] == [6, 6]
     assert torch.equal(torch.stack(hidden), torch.cat([sample["x"] for sample in inputs]))
 

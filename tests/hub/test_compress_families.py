@@ -117,12 +117,12 @@ def test_family(family, tmp_path):
     source = open_source(tmp_path / "in")
     plan = make_plan(empty_model(source), source, config)
     units = blockwise.find_units(model, plan.layers)
-    segments, idle = blockwise._segments(model, units, [inputs])
+    segments, idle = blockwise.segments(model, units, [inputs])
     assert [[unit.path.removeprefix("model.") for unit in segment] for segment in segments] == expected
     assert idle == []
     with WorkFolder(tmp_path / "data", {}) as work:
         tracker = Tracker(plan, work, lambda _: None)
         loaded = kind.from_pretrained(tmp_path / "in")
-        blockwise.compress_calibrated(plan, config, work, loaded, [inputs], tracker)
+        blockwise.compress_calibrated(plan, work, loaded, [inputs], tracker)
         assemble(plan, config, work)
     assert error(tmp_path / "data") < 0.8 * error(tmp_path / "free")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava_fa.cli import output
-from llava_fa.config import FourierConfig
+from llava_fa.config import MAX_BITS, MIN_BITS, Budget, FourierConfig
 from llava_fa.errors import FourierError
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ def compress(
     out: Annotated[Path, typer.Argument(help="New folder for the compressed model.")],
     method: Annotated[str, typer.Option(help="`best`, or `paper` (LLaVA-FA literally).")] = "best",
     bits: Annotated[
-        float | None, typer.Option(help="Bits per weight of the codes, 1 to 4 by halves. [default: 4]")
+        float | None,
+        typer.Option(
+            help="Bits per weight: 1 to 4 by halves gives every layer's codes just that; anything between, such as "
+            "2.25, is a budget for all stored bytes, spent where it counts most. [default: 4]"
+        ),
     ] = None,
     codes: Annotated[
         str,
@@ -37,6 +41,12 @@ def compress(
             "size, slower to find and to decode; `auto`: trellis for layers of 64 inputs or more."
         ),
     ] = "rings",
+    size: Annotated[
+        str | None, typer.Option(help="Budget for the size of the whole model, such as `1.1GB`; instead of --bits.")
+    ] = None,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Take --bits as a budget also where it is a half step.")
+    ] = False,
     rank: Annotated[int, typer.Option(help="Rank of the low-rank part; 0 leaves it out.")] = 0,
     amplitude_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each |coefficient|.")] = None,
     phase_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each angle.")] = None,
@@ -69,9 +79,10 @@ def compress(
     if bits is not None and amplitude_bits is not None:
         raise typer.BadParameter("--bits and --amplitude-bits exclude each other: the sum of the two decides")
     try:
+        budget = _budget(method, bits, size, mixed)
         config = FourierConfig(
             method=method,  # type: ignore[arg-type]  # FourierConfig checks it
-            bits=4.0 if bits is None else bits,
+            bits=MAX_BITS if bits is None or budget is not None else bits,
             codes=codes,  # type: ignore[arg-type]  # likewise
             rank=rank,
             amplitude_bits=amplitude_bits,
@@ -96,6 +107,7 @@ def compress(
             out,
             config,
             data,
+            budget=budget,
             device=device,
             fresh=fresh,
             progress=progress,
@@ -105,6 +117,24 @@ def compress(
         output.print_json(report.to_dict())
     else:
         show_report(report)
+
+
+def _budget(method: str, bits: float | None, size: str | None, mixed: bool) -> Budget | None:
+    if size is not None:
+        if bits is not None:
+            raise typer.BadParameter("--bits and --size exclude each other: each is a budget")
+        budget = Budget(size=size)  # type: ignore[arg-type]  # text becomes bytes
+    elif mixed and bits is None:
+        raise typer.BadParameter("--mixed goes with --bits")
+    elif bits is not None and (mixed or (2 * bits != round(2 * bits) and MIN_BITS < bits < MAX_BITS)):
+        budget = Budget(bits=bits)
+    else:
+        return None
+    if method != "best":
+        raise typer.BadParameter(
+            f"a budget (--size, --mixed or --bits between half steps) is not for method {method!r}"
+        )
+    return budget
 
 
 def _samples(source: str, images: Path | None, count: int, seed: int) -> list[Any]:
@@ -122,6 +152,11 @@ def _samples(source: str, images: Path | None, count: int, seed: int) -> list[An
 def show_plan(plan: Plan, config: FourierConfig) -> None:
     """Say on stderr what the patterns came to, before any work."""
     console = output.stderr()
+    if plan.budget is not None:  # told before; now it is settled who gets what
+        counts = Counter(layer.config.bits for layer in plan.layers)
+        shares = ", ".join(f"{count} layers {bits:g}" for bits, count in sorted(counts.items()))
+        console.print(f"bits: {shares}; {_prediction(plan.budget)}", highlight=False)
+        return
     weights = sum(layer.numel for layer in plan.layers)
     console.print(f"compressing {len(plan.layers)} layers, {weights / 1e6:.1f} M weights", highlight=False)
     if config.only:
@@ -149,6 +184,8 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if report.budget is not None:
+        console.print(f"{_given(report.budget)}; {_prediction(report.budget)}", highlight=False, soft_wrap=True)
     if report.layers:
         console.print(_layers(report, all_layers))
     for layer in report.layers:
@@ -159,6 +196,18 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
         names = [skipped.name for skipped in report.not_compressed if skipped.reason == reason]
         more = f" and {count - 1} more" if count > 1 else ""
         console.print(f"not compressed: {names[0]}{more} ({reason})", markup=False, highlight=False, soft_wrap=True)
+
+
+def _given(budget: dict[str, Any]) -> str:
+    if budget.get("bits") is not None:
+        return f"budget {budget['bits']:g} bits per weight"
+    return f"budget {output.size(budget['size'])}"
+
+
+def _prediction(budget: dict[str, Any]) -> str:
+    uniform = budget["uniform_loss"]
+    beside = "no uniform bits fit in" if uniform is None else f"{uniform:.3g} with the same bits everywhere"
+    return f"predicted loss {budget['predicted_loss']:.3g} {budget['unit']} ({beside})"
 
 
 def _layers(report: Report, all_layers: bool) -> Table:
@@ -173,9 +222,11 @@ def _layers(report: Report, all_layers: bool) -> Table:
     title = "layers" if all_layers or len(shown) == len(report.layers) else f"the {_SHOWN} worst layers"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for heading in ("shape", "codes", "bits", "rank", "weight error", "output error"):
+    why = ("sensitivity", "predicted loss") if report.budget is not None else ()
+    for heading in ("shape", "codes", "bits", "rank", "weight error", "output error", *why):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in shown:
+        reasons = (f"{x:.2g}" if x is not None else "-" for x in (layer.sensitivity, layer.predicted_loss)[: len(why)])
         table.add_row(
             escape(layer.name.removeprefix("model.")),
             "×".join(map(str, layer.shape)),
@@ -184,6 +235,7 @@ def _layers(report: Report, all_layers: bool) -> Table:
             str(layer.rank),
             _number(layer.weight_error),
             _number(layer.output_error),
+            *reasons,
         )
     return table
 

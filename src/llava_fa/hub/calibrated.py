@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub.parts import WorkFolder
 from llava_fa.hub.plan import Plan, PlannedLayer
@@ -76,9 +75,7 @@ class _Stop(Exception):  # noqa: N818  no error: it is how a pass ends
 
 
 @torch.no_grad()
-def compress_calibrated(
-    plan: Plan, config: FourierConfig, work: WorkFolder, model: nn.Module, inputs: Inputs, tracker: Tracker
-) -> None:
+def compress_calibrated(plan: Plan, work: WorkFolder, model: nn.Module, inputs: Inputs, tracker: Tracker) -> None:
     """Compress every planned layer that has no part yet.
 
     Args:
@@ -90,9 +87,9 @@ def compress_calibrated(
         FourierError: the model fails on a sample (named), or a layer cannot be approximated (named).
     """
     try:
-        segments, idle = _segments(model, find_units(model, plan.layers), inputs)
-        for segment in segments:
-            _compress_segment(segment, plan, config, work, model, inputs, tracker)
+        chains, idle = segments(model, find_units(model, plan.layers), inputs)
+        for segment in chains:
+            _compress_segment(segment, plan, work, model, inputs, tracker)
     except torch.OutOfMemoryError as error:
         raise FourierError(
             "the device ran out of memory while the model ran on the samples",
@@ -103,7 +100,7 @@ def compress_calibrated(
         for layer in unit.layers:
             if layer.name not in work:
                 note = "no calibration input reached it; compressed without data"
-                compress_layer(layer, plan, config, None, work, tracker, notes=(note,))
+                compress_layer(layer, plan, None, work, tracker, notes=(note,))
 
 
 def find_units(model: nn.Module, layers: Sequence[PlannedLayer]) -> list[Unit]:
@@ -130,7 +127,7 @@ def _block(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _segments(model: nn.Module, units: list[Unit], inputs: Inputs) -> tuple[list[list[Unit]], list[Unit]]:
+def segments(model: nn.Module, units: list[Unit], inputs: Inputs) -> tuple[list[list[Unit]], list[Unit]]:
     """Units in order of execution, joined where one's output is the next one's input; those never run."""
     best: list[tuple[Unit, Tensor, Tensor]] = []
     for index, sample in enumerate(inputs[:_PROBED]):
@@ -143,7 +140,7 @@ def _segments(model: nn.Module, units: list[Unit], inputs: Inputs) -> tuple[list
         with ExitStack() as stack:
             for unit in units:
                 stack.enter_context(_observe(unit, note))
-            _forward(model, sample, index)
+            forward(model, sample, index)
         best = max(best, seen, key=len)
         if len(best) == len(units):
             break
@@ -181,7 +178,6 @@ def _observe(unit: Unit, note: Callable[[Unit, Call, Tensor], None]) -> Iterator
 def _compress_segment(
     segment: list[Unit],
     plan: Plan,
-    config: FourierConfig,
     work: WorkFolder,
     model: nn.Module,
     inputs: Inputs,
@@ -193,20 +189,25 @@ def _compress_segment(
             _use_parts(unit.layers, model, work)
         return
     last = max(index for index, missing in enumerate(pending) if missing)
-    calls, hidden = _capture(segment[: last + 1], model, inputs)
+    calls, hidden = capture(segment[: last + 1], model, inputs)
     for index, unit in enumerate(segment):
         if index > last:
             _use_parts(unit.layers, model, work)
             continue
-        _compress_unit(unit, calls[index], hidden, plan, config, work, model, tracker)
+        _compress_unit(unit, calls[index], hidden, plan, work, model, tracker)
         if index < last:
-            device = next(unit.module.parameters()).device
-            for i, call in enumerate(calls[index]):
-                hidden[i] = call.run(unit.module, hidden[i].to(device)).cpu()
+            advance(unit, calls[index], hidden)
         calls[index] = []
 
 
-def _capture(units: list[Unit], model: nn.Module, inputs: Inputs) -> tuple[list[list[Call]], list[Tensor]]:
+def advance(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> None:
+    """Replace the hidden states of all samples by what the unit makes of them."""
+    device = next(unit.module.parameters()).device
+    for i, call in enumerate(calls):
+        hidden[i] = call.run(unit.module, hidden[i].to(device)).cpu()
+
+
+def capture(units: list[Unit], model: nn.Module, inputs: Inputs) -> tuple[list[list[Call]], list[Tensor]]:
     """Run the samples up to the last unit: calls by unit, and the first unit's hidden states on the CPU."""
     calls: list[list[Call]] = [[] for _ in units]
     hidden: list[Tensor] = []
@@ -233,7 +234,7 @@ def _capture(units: list[Unit], model: nn.Module, inputs: Inputs) -> tuple[list[
         calls[:] = [[] for _ in units]
         hidden.clear()
         for index, sample in enumerate(inputs):
-            _forward(model, sample, index)
+            forward(model, sample, index)
     return calls, hidden
 
 
@@ -246,7 +247,7 @@ def _called_once(unit: Unit, model: nn.Module, sample: Mapping[str, Tensor]) -> 
 
     handle = unit.module.register_forward_pre_hook(hook)
     try:
-        _forward(model, sample, 0)
+        forward(model, sample, 0)
     finally:
         handle.remove()
     return count == 1
@@ -257,27 +258,26 @@ def _compress_unit(
     calls: list[Call],
     hidden: list[Tensor],
     plan: Plan,
-    config: FourierConfig,
     work: WorkFolder,
     model: nn.Module,
     tracker: Tracker,
 ) -> None:
-    for stage in _stages(unit, calls, hidden, model):
+    for stage in stages(unit, calls, hidden, model):
         pending = [layer for group in stage for layer in group if layer.name not in work]
         if pending:
-            moments = _moments(unit, stage, calls, hidden, model)
-            for group, moment in zip(stage, moments, strict=True):
+            found = moments(unit, stage, calls, hidden, model)
+            for group, moment in zip(stage, found, strict=True):
                 for layer in group:
                     if layer.name in work:
                         continue
                     notes: tuple[str, ...] = ()
                     if moment is None:
                         notes = ("no calibration input reached it; compressed without data",)
-                    compress_layer(layer, plan, config, moment, work, tracker, notes=notes)
+                    compress_layer(layer, plan, moment, work, tracker, notes=notes)
         _use_parts([layer for group in stage for layer in group], model, work)
 
 
-def _stages(unit: Unit, calls: list[Call], hidden: list[Tensor], model: nn.Module) -> list[list[list[PlannedLayer]]]:
+def stages(unit: Unit, calls: list[Call], hidden: list[Tensor], model: nn.Module) -> list[list[list[PlannedLayer]]]:
     """Stages in order of execution, each a list of groups, each the layers given the very same input."""
     groups: list[tuple[Tensor, list[PlannedLayer]]] = []
     by_name = {layer.name: layer for layer in unit.layers}
@@ -298,7 +298,7 @@ def _stages(unit: Unit, calls: list[Call], hidden: list[Tensor], model: nn.Modul
     return stages
 
 
-def _moments(
+def moments(
     unit: Unit, stage: list[list[PlannedLayer]], calls: list[Call], hidden: list[Tensor], model: nn.Module
 ) -> list[Tensor | None]:
     """E[x xᵀ] float32 [n, n] of every group's input, over all tokens of all samples; None where none came."""
@@ -351,13 +351,18 @@ def _use_parts(layers: Sequence[PlannedLayer], model: nn.Module, work: WorkFolde
         linear.weight.copy_(packed.dequantize())
 
 
-def _forward(model: nn.Module, sample: Mapping[str, Tensor], index: int) -> None:
+def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int) -> Any:
+    """The model's output on one sample; None where a hook ended the pass.
+
+    Raises:
+        FourierError: the model fails on the sample, which is named.
+    """
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     moved = {key: x.to(device, dtype) if x.is_floating_point() else x.to(device) for key, x in sample.items()}
     try:
-        model(**moved, use_cache=False)
+        return model(**moved, use_cache=False)
     except _Stop:
-        return
+        return None
     except (FourierError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a sample the model cannot take: shapes, token counts

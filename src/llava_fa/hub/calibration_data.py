@@ -204,15 +204,33 @@ def prepare(samples: Iterable[Sample], processor: Any) -> Iterator[dict[str, tor
         yield {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
 
 
-def _render(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+def answer_start(sample: Sample, inputs: Mapping[str, torch.Tensor], processor: Any) -> int:
+    """Position of the first token of the last answer in a prepared sample.
+
+    Found by preparing the sample without it; where the tokens of that are no prefix (a template that rewrites earlier
+    turns) or the sample ends with a question, it is the first token after the images, or else the second token.
+    """
+    ids = inputs["input_ids"][0]
+    messages, images = _messages(sample, "calibration sample")
+    if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        text = _render(processor, messages[:-1], add_generation_prompt=True)
+        prompt = processor(images=images or None, text=[text], return_tensors="pt")["input_ids"][0]
+        if len(prompt) < len(ids) and torch.equal(ids[: len(prompt)], prompt):
+            return len(prompt)
+    images_at = (ids == getattr(processor, "image_token_id", -1)).nonzero()
+    start = int(images_at.max()) + 1 if len(images_at) else 1
+    return start if start < len(ids) else 1
+
+
+def _render(processor: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
     if getattr(processor, "chat_template", None):
-        return processor.apply_chat_template(messages, tokenize=False)
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     mark = getattr(processor, "image_token", "<image>")
     turns = []
     for message in messages:
         parts = [f"{mark}\n" if part["type"] == "image" else part["text"] for part in message["content"]]
         turns.append(f"{message['role'].upper()}: {''.join(parts)}")
-    return " ".join(turns)
+    return " ".join([*turns, "ASSISTANT:"] if add_generation_prompt else turns)
 
 
 def _messages(sample: Any, where: str) -> tuple[list[dict[str, Any]], list[Image.Image]]:

@@ -41,18 +41,23 @@ class LayerRecord:
     layout: Layout
     weight_error: float | None = None
     output_error: float | None = None
+    sensitivity: float | None = None
+    predicted_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        errors = {"weight_error": self.weight_error, "output_error": self.output_error}
-        return {**self.layout.to_dict(), **errors}
+        """Plain JSON types; the last two only where there was a budget."""
+        values = {"weight_error": self.weight_error, "output_error": self.output_error}
+        if self.sensitivity is not None:
+            values |= {"sensitivity": self.sensitivity, "predicted_loss": self.predicted_loss}
+        return {**self.layout.to_dict(), **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:
         """The inverse of `to_dict`."""
         values = dict(values)
-        weight_error, output_error = values.pop("weight_error", None), values.pop("output_error", None)
-        return cls(Layout.from_dict(values), weight_error, output_error)
+        known = ("weight_error", "output_error", "sensitivity", "predicted_loss")
+        measured = [values.pop(name, None) for name in known]
+        return cls(Layout.from_dict(values), *measured)
 
     @classmethod
     def of(cls, layer: FourierLinear) -> LayerRecord:
@@ -69,12 +74,14 @@ class Metadata:
         layers: module name → record, every compressed layer.
         not_compressed: module (or parameter) name → reason.
         codebooks: `Layout.codebook` → SHA-256 of the codebook's bytes.
+        budget: what the whole model was given and what it came to; None where every layer got the same.
     """
 
     config: FourierConfig
     layers: dict[str, LayerRecord] = dataclasses.field(default_factory=dict)
     not_compressed: dict[str, str] = dataclasses.field(default_factory=dict)
     codebooks: dict[str, str] = dataclasses.field(default_factory=dict)
+    budget: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: `FourierConfig.to_dict`, then what this format adds."""
@@ -84,6 +91,7 @@ class Metadata:
             "layers": {name: record.to_dict() for name, record in self.layers.items()},
             "not_compressed": dict(self.not_compressed),
             "codebooks": {name.removeprefix("bits_"): digest for name, digest in self.codebooks.items()},
+            **({} if self.budget is None else {"budget": self.budget}),
         }
 
     @classmethod
@@ -101,7 +109,8 @@ class Metadata:
                 remedy="Update llava-fa, or compress the model again",
             )
         parts = [values.pop(name, {}) for name in ("layers", "not_compressed", "codebooks")]
-        if not all(isinstance(part, Mapping) for part in parts):
+        budget = values.pop("budget", None)
+        if not all(isinstance(part, Mapping) for part in parts) or not isinstance(budget, (Mapping, type(None))):
             raise FourierError("the quantization_config is damaged", remedy=_COMPRESS_AGAIN)
         layers = {}
         for name, record in parts[0].items():
@@ -112,7 +121,8 @@ class Metadata:
         if _version(layers) > version:
             raise FourierError(f"a checkpoint of version {version} has no trellis codes", remedy=_COMPRESS_AGAIN)
         codebooks = {f"bits_{name}" if name.isdigit() else name: digest for name, digest in parts[2].items()}
-        return cls(FourierConfig.from_dict(values), layers, dict(parts[1]), codebooks)
+        budget = None if budget is None else dict(budget)
+        return cls(FourierConfig.from_dict(values), layers, dict(parts[1]), codebooks, budget)
 
 
 def _version(layers: Mapping[str, LayerRecord]) -> int:

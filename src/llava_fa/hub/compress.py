@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_fa.config import FourierConfig
+from llava_fa.config import Budget, FourierConfig
 from llava_fa.errors import FourierError
+from llava_fa.hub import allocation, sensitivity
 from llava_fa.hub.calibrated import compress_calibrated
-from llava_fa.hub.calibration_data import Sample, fingerprint, prepare
+from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
 from llava_fa.hub.checkpoint import account, read_metadata, validate
 from llava_fa.hub.loading import check_device
 from llava_fa.hub.parts import WorkFolder, check_space, refuse_existing
@@ -33,6 +34,7 @@ def compress(
     config: FourierConfig | None = None,
     calibration: Iterable[Sample] | None = None,
     *,
+    budget: Budget | None = None,
     device: str | torch.device = "cpu",
     fresh: bool = False,
     progress: ProgressCallback | None = None,
@@ -51,10 +53,13 @@ def compress(
         out: the new model folder; must not exist. Loads with `from_pretrained` once `llava_fa` is imported.
         config: method, bits, rank, layers to skip; `FourierConfig()` if None.
         calibration: samples ``(image, question, answer)`` or chat messages (see `hub.calibration_data`).
+        budget: what the whole model may take; every layer then gets the bits (and the rank, none or the configured
+            one) that make the predicted loss least (docs/method.md), and ``config.bits`` is the most it may get.
         device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
         fresh: throw away what an interrupted run left, instead of resuming.
         progress: called with a `Progress` before each layer and after the last.
-        on_plan: called with the `Plan` (which layers, which not and why) before any work.
+        on_plan: called with the `Plan` (which layers, which not and why) before any work, and once more, under a
+            budget, when it is settled who gets what.
 
     Returns:
         A `Report`; bits per weight, ratio and each layer's errors, as JSON through ``.to_dict()``.
@@ -72,28 +77,37 @@ def compress(
     callback = progress or (lambda _: None)
     refuse_existing(out)
     _check_calibration(config, calibration)
+    if budget is not None:
+        allocation.check(config)
     place = check_device(device)
     source = open_source(resolve_model(model))
     plan = make_plan(empty_model(source), source, config)
     if on_plan is not None:
         on_plan(plan)
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
-    inputs = None if calibration is None else _prepare(source.folder, calibration)
+    data = None if calibration is None else _Data.prepare(source.folder, calibration)
     manifest = {
         "llava_fa": version("llava-fa"),
         "source": source.fingerprint,
         "config": config.to_dict(),
-        "calibration": None if inputs is None else fingerprint(inputs),
+        "calibration": None if data is None else fingerprint(data.inputs),
+        **({} if budget is None else {"budget": budget.to_dict()}),
     }
     with WorkFolder(out, manifest, fresh) as work:
         tracker = Tracker(plan, work, callback)
-        tracker.tell("compressing")
-        if inputs is None:
-            compress_streaming(plan, config, work, tracker)
-        elif tracker.done < tracker.total:
+        loaded = None
+        if data is not None and tracker.done < tracker.total:
             tracker.tell("loading the model")
             loaded = _load(source.folder, plan, place)
-            compress_calibrated(plan, config, work, loaded, inputs, tracker)
+        if budget is not None:
+            plan = _settled(plan, config, budget, work, loaded, data, tracker)
+            if on_plan is not None:
+                on_plan(plan)
+        tracker.tell("compressing")
+        if data is None:
+            compress_streaming(plan, work, tracker)
+        elif loaded is not None:
+            compress_calibrated(plan, work, loaded, data.inputs, tracker)
             del loaded
         notes = {layer.name: work.report(layer.name).notes for layer in plan.layers}
         tracker.tell("writing")
@@ -126,6 +140,8 @@ def describe(
             weight_error=record.weight_error,
             output_error=record.output_error,
             rank=record.layout.rank,
+            sensitivity=record.sensitivity,
+            predicted_loss=record.predicted_loss,
             notes=(notes or {}).get(name, ()),
             codes=kind_of_codes(record.layout),
         )
@@ -137,7 +153,7 @@ def describe(
     return Report(
         path=str(folder),
         method=metadata.config.method,
-        bits=metadata.config.bits,
+        bits=metadata.config.bits if metadata.budget is None else metadata.budget.get("bits"),
         rank=metadata.config.rank,
         bits_per_weight=accounts.bits_per_weight,
         compression_ratio=original / compressed,
@@ -147,6 +163,7 @@ def describe(
         not_compressed=tuple(Skipped(name, reason) for name, reason in metadata.not_compressed.items()),
         seconds=time.monotonic() - start if seconds is None else seconds,
         peak_rss_bytes=peak_rss_bytes(),
+        budget=metadata.budget,
     )
 
 
@@ -163,11 +180,51 @@ def _check_calibration(config: FourierConfig, calibration: Iterable[Sample] | No
         )
 
 
-def _prepare(folder: Path, calibration: Iterable[Sample]) -> list[dict[str, torch.Tensor]]:
-    inputs = list(prepare(calibration, load_processor(folder)))
-    if not inputs:
-        raise FourierError("there are no calibration samples", remedy="Give some, or None for no calibration")
-    return inputs
+def _settled(
+    plan: Plan,
+    config: FourierConfig,
+    budget: Budget,
+    work: WorkFolder,
+    model: torch.nn.Module | None,
+    data: _Data | None,
+    tracker: Tracker,
+) -> Plan:
+    """The plan under a budget: the one that an interrupted run had settled on, or a new one."""
+    if (found := allocation.load(plan, work)) is not None:
+        return found
+
+    def tell(name: str) -> None:
+        tracker.tell("measuring sensitivity", name)
+
+    if data is None:
+        found = allocation.spend(plan, config, budget, allocation.estimate(plan, config, tell), allocation.BLIND)
+    else:
+        assert model is not None  # it was loaded, since no layer can be finished before this
+        inputs, answers = data.some()
+        measured = allocation.measure(plan, config, model, inputs, answers, tell)
+        found = allocation.spend(plan, config, budget, measured, allocation.NATS)
+    allocation.save(found, work)
+    return found
+
+
+class _Data:
+    """Prepared calibration samples, and where their answers begin."""
+
+    def __init__(self, samples: Sequence[Sample], inputs: Sequence[dict[str, torch.Tensor]], processor: Any) -> None:
+        self.samples, self.inputs, self.processor = samples, inputs, processor
+
+    @classmethod
+    def prepare(cls, folder: Path, calibration: Iterable[Sample]) -> _Data:
+        processor, samples = load_processor(folder), list(calibration)
+        if not samples:
+            raise FourierError("there are no calibration samples", remedy="Give some, or None for no calibration")
+        return cls(samples, list(prepare(samples, processor)), processor)
+
+    def some(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+        """The samples that sensitivity is measured on, with the positions of their answers."""
+        indices = sensitivity.chosen(len(self.inputs))
+        inputs = [self.inputs[i] for i in indices]
+        return inputs, [answer_start(self.samples[i], self.inputs[i], self.processor) for i in indices]
 
 
 def load_processor(folder: Path) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -19,12 +21,17 @@ from llava_fa.nn.surgery import classify
 
 @dataclasses.dataclass(frozen=True)
 class PlannedLayer:
-    """A linear layer to be compressed: module name, weight in the checkpoint, norm in front of it."""
+    """A linear layer to be compressed: module name, weight in the checkpoint, norm in front of it, and how."""
 
     name: str
     weight: Entry
     layout: Layout
     feed: Feed | None
+    config: FourierConfig
+    sensitivity: float | None = None
+    """Under a budget: the predicted loss per unit of the codes' distortion."""
+    predicted_loss: float | None = None
+    """Under a budget: what this layer is predicted to add to the model's loss."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,6 +58,12 @@ class Plan:
     not_compressed: tuple[Skipped, ...]
     names: dict[str, str]
     """Parameter in the model → name in the source checkpoint."""
+    budget: dict[str, Any] | None = None
+    """Under a budget: what it was and what it came to, as stored in the checkpoint (docs/format.md)."""
+
+    def assign(self, layers: Mapping[str, PlannedLayer], budget: dict[str, Any]) -> Plan:
+        """The same plan with layers of other configurations."""
+        return dataclasses.replace(self, layers=tuple(layers[layer.name] for layer in self.layers), budget=budget)
 
     @property
     def part_bytes(self) -> int:
@@ -112,4 +125,4 @@ def _planned(model: nn.Module, name: str, entry: Entry, config: FourierConfig) -
             remedy=f"Give a rank of at most {min(m, n)}, or skip this layer",
             where=name,
         )
-    return PlannedLayer(name, entry, Layout.from_config(config, m, n), feeding_norm(model, name))
+    return PlannedLayer(name, entry, Layout.from_config(config, m, n), feeding_norm(model, name), config)

@@ -17,6 +17,9 @@ class LayerReport:
     """One compressed layer. Errors are relative: ‖W-Ŵ‖/‖W‖, and sqrt(tr(EHEᵀ)/tr(WHWᵀ)) where H was known.
 
     ``codes``: "rings", "trellis" or (method ``paper``) "grid"; None for a layer that is not compressed.
+
+    Under a budget, ``predicted_loss`` is what the layer was expected to add to the model's loss, and ``sensitivity``
+    the same per unit of the codes' distortion: what earned it its bits.
     """
 
     name: str
@@ -27,6 +30,8 @@ class LayerReport:
     rank: int
     notes: tuple[str, ...] = ()
     codes: str | None = None
+    sensitivity: float | None = None
+    predicted_loss: float | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerReport:
@@ -48,13 +53,15 @@ class Report:
 
     Attributes:
         path: the model folder.
-        method, bits, rank: as configured; None for a model that is not compressed.
+        method, bits, rank: as configured; None for a model that is not compressed, and bits under a budget of bytes.
         bits_per_weight: all stored bits of the compressed layers (codes, scales, signs, factors, codebooks;
             not their biases, which stay as they were) over the number of their weights.
         compression_ratio: bytes of all tensors of the original checkpoint over those of this one.
         original_bytes, compressed_bytes: these two numbers.
         layers, not_compressed: every layer.
         seconds, peak_rss_bytes: time, and the largest resident memory of this process so far.
+        budget: under a budget, what it was (``bits`` or ``size``), the predicted loss of the chosen bits and of the
+            best uniform ones in the same budget (None: none fits), and their unit.
     """
 
     path: str
@@ -69,6 +76,7 @@ class Report:
     not_compressed: tuple[Skipped, ...]
     seconds: float
     peak_rss_bytes: int
+    budget: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

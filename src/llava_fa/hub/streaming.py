@@ -63,11 +63,11 @@ class Tracker:
         self.done, self.weights = self.done + 1, self.weights + layer.numel
 
 
-def compress_streaming(plan: Plan, config: FourierConfig, work: WorkFolder, tracker: Tracker) -> None:
+def compress_streaming(plan: Plan, work: WorkFolder, tracker: Tracker) -> None:
     """Compress every planned layer that has no part yet, in the order of the files; one layer in memory."""
     for layer in sorted(plan.layers, key=lambda layer: (layer.weight.file.name, layer.weight.start)):
         if layer.name not in work:
-            compress_layer(layer, plan, config, None, work, tracker)
+            compress_layer(layer, plan, None, work, tracker)
 
 
 def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
@@ -82,7 +82,6 @@ def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
 def compress_layer(
     layer: PlannedLayer,
     plan: Plan,
-    config: FourierConfig,
     second_moment: torch.Tensor | None,
     work: WorkFolder,
     tracker: Tracker,
@@ -96,9 +95,9 @@ def compress_layer(
     tracker.tell("compressing", layer.name)
     measured = second_moment is not None
     try:
-        if not measured and config.calibration != "none":
+        if not measured and layer.config.calibration != "none":
             second_moment = norm_moment(layer, plan)
-        result = approximate(layer.weight.read(), config, second_moment)
+        result = approximate(layer.weight.read(), layer.config, second_moment)
     except FourierError as error:
         raise error.at(layer.name) from error
     report = LayerReport(
@@ -107,7 +106,7 @@ def compress_layer(
         bits_per_weight=result.bits_per_weight,
         weight_error=result.weight_error,
         output_error=result.output_error if measured else None,
-        rank=config.rank,
+        rank=layer.config.rank,
         notes=notes + result.notes,
         codes=kind_of_codes(layer.layout),
     )
@@ -138,11 +137,13 @@ def assemble(plan: Plan, config: FourierConfig, work: WorkFolder) -> Metadata:
 def _items(plan: Plan, config: FourierConfig, work: WorkFolder) -> tuple[list[Item], Metadata]:
     items: list[Item] = []
     replaced = set()
-    metadata = Metadata(config, not_compressed={skipped.name: skipped.reason for skipped in plan.not_compressed})
+    rest = {skipped.name: skipped.reason for skipped in plan.not_compressed}
+    metadata = Metadata(config, not_compressed=rest, budget=plan.budget)
     for layer in plan.layers:
         entries = work.entries(layer.name)
         report = work.report(layer.name)
-        metadata.layers[layer.name] = LayerRecord(layer.layout, report.weight_error, report.output_error)
+        errors = (report.weight_error, report.output_error)
+        metadata.layers[layer.name] = LayerRecord(layer.layout, *errors, layer.sensitivity, layer.predicted_loss)
         items += [Item.copy(entry, f"{layer.name}.{key}") for key, entry in entries.items() if key != "codebook"]
         if "codebook" in entries and layer.layout.codebook not in metadata.codebooks:
             codebook = entries["codebook"].read()

@@ -40,7 +40,7 @@ def approximate(
         FourierError: anything wrong with an argument; the message does not know the layer's name, the caller
             adds it with `FourierError.at`.
     """
-    values = _checked_weight(weight)
+    values = checked_weight(weight)
     shape = (values.shape[0], values.shape[1])
     columns = shape[1] // 2 + 1 if config.method == "paper" else shape[1]
     check_rank(config.rank, (shape[0], columns))
@@ -49,7 +49,7 @@ def approximate(
     if moment is not None and not bool(moment.any()):
         notes = ("the second moment is all zero and was ignored",)
         moment = None
-    usable = _usable(config, moment, given=second_moment)
+    usable = usable_moment(config, moment, given=second_moment)
     unit = _unit(float(values.abs().max()))
     scaled = values if unit == 1 else values / unit
     if config.method == "paper":
@@ -99,7 +99,8 @@ def _measured(
     )
 
 
-def _checked_weight(weight: Tensor) -> Tensor:
+def checked_weight(weight: Tensor) -> Tensor:
+    """The weight in float32; `FourierError` unless it is a finite matrix."""
     if weight.ndim != 2:
         raise FourierError(f"the weight has shape {tuple(weight.shape)}", remedy="Give a matrix, out × in")
     if weight.numel() == 0:
@@ -141,7 +142,7 @@ def _checked_scale(scale: Tensor, n: int) -> Tensor:
     return values
 
 
-def _usable(config: FourierConfig, moment: Tensor | None, given: Tensor | None) -> Tensor | None:
+def usable_moment(config: FourierConfig, moment: Tensor | None, given: Tensor | None) -> Tensor | None:
     """The part of the statistic that the configuration allows the solver to see."""
     if config.calibration == "feedback" and (given is None or given.ndim == 1):
         raise FourierError(

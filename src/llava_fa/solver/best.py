@@ -108,6 +108,30 @@ def _alternate(problem: _Problem, config: FourierConfig) -> tuple[dict[str, Tens
     return best, history
 
 
+def expected_error(weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor) -> Tensor:
+    """E[e_i²] of every output row i, divided by the codes' distortion: float64 [m]; no code is chosen.
+
+    Codes of distortion D (mean squared error per real of unit variance) leave row i, of scale ρ_i, an error of
+    ρ_i² D in every transformed coordinate. Rounded to the nearest, it reaches the output as
+    E[e_i²] = ρ_i² D Σ_j H_jj / s_j². Error feedback with H' = M blkdiag(R_pp R_ppᵀ) Mᵀ leaves ρ_i² D Σ_p ‖R_pp‖²,
+    as long as the corrections do not make the coefficients larger than the codebook is made for. Factors (rank > 0)
+    are fitted to the weight itself, and take their part off ρ_i².
+
+    Args:
+        weight, moment, scales: as for `solve_best`; without a moment H is the identity.
+    """
+    problem = _Problem(weight, config, moment, scales)
+    if config.rank:
+        target = problem.target({})
+        power = (target - problem.transformed(problem.fit_factors(target))).square().mean(dim=1, dtype=torch.float64)
+    else:  # the transform keeps the norm of every row
+        power = (weight * scales).square().sum(dim=1, dtype=torch.float64) / dft.padded(weight.shape[1])
+    if problem.moment is not None:
+        return power * float(feedback.pair_blocks(problem.root).square().sum(dtype=torch.float64))
+    spread = torch.ones_like(scales) if problem.weights is None else problem.weights
+    return power * float((spread / scales).square().sum(dtype=torch.float64))
+
+
 class _Problem:
     """One layer in the transformed domain: A = W diag(s) Tᵀ [m, N] and the norm its error is measured in."""
 
