@@ -28,6 +28,9 @@ _CLOSE = 1e-6
 _MOST_SUMS = 200_000
 """Partial sums kept a layer; beyond it the least promising are dropped, and the result may be a little off the best."""
 
+_SHARED_MATTERS = 1e-3
+"""Share of the budget below which nobody minds what codebooks take."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Option:
@@ -68,8 +71,8 @@ class Allocation:
 def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation:
     """One option for every layer, of least predicted loss within the budget.
 
-    Exact where options share nothing. What they share is paid in advance for all kinds of options, then again for the
-    kinds that were chosen only, so a few kilobytes of codebooks may be spent less than perfectly.
+    Exact where options share nothing. What they share is paid in advance: for all kinds of options, then for the kinds
+    of the best choice found that way or, where it matters, with any run of neighbouring kinds.
 
     Args:
         options: of every layer, at least one each, in any order.
@@ -87,17 +90,13 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation:
     uniform = min((_loss(options, choice) for choice in candidates), default=math.inf)
     if stored(options, least := _least(options)) <= budget:
         candidates.append(least)
-    kinds = {option.shared: option.shared_bytes for layer in options for option in layer}
-    while kinds:
-        found = _solve_with(options, kinds, budget)
-        if found is None:  # the dearest kind may be what does not fit
-            kinds.pop(max(kinds, key=lambda kind: (kinds[kind], kind)))
-            continue
-        candidates.append(found)
-        used = {options[layer][k].shared: options[layer][k].shared_bytes for layer, k in enumerate(found)}
-        if used.keys() == kinds.keys():
-            break
-        kinds = used
+    rough = [_solve_with(options, kinds, budget, exact=False) for kinds in _kinds(options, budget)]
+    candidates += [choice for choice in rough if choice is not None]
+    if candidates:
+        best = min(candidates, key=lambda choice: (_loss(options, choice), stored(options, choice)))
+        used = {options[layer][k].shared: options[layer][k].shared_bytes for layer, k in enumerate(best)}
+        exact = [_solve_with(options, kinds, budget, exact=True) for kinds in (_kinds(options, budget)[-1], used)]
+        candidates += [choice for choice in exact if choice is not None]
     if not candidates:
         raise FourierError(
             f"the budget is {budget} bytes, and the least that the layers take is {smallest(options)}",
@@ -116,6 +115,15 @@ def stored(options: Sequence[Sequence[Option]], choice: Sequence[int]) -> int:
     """Bytes of a choice, shared ones counted once."""
     chosen = [layer[k] for layer, k in zip(options, choice, strict=True)]
     return sum(option.nbytes for option in chosen) + sum({o.shared: o.shared_bytes for o in chosen}.values())
+
+
+def _kinds(options: Sequence[Sequence[Option]], budget: int) -> list[dict[str, int]]:
+    """Sets of kinds worth paying for: where their bytes matter every run of neighbours, and at last all."""
+    kinds = list({option.shared: option.shared_bytes for layer in options for option in layer}.items())
+    if sum(size for _, size in kinds) <= _SHARED_MATTERS * budget:
+        return [dict(kinds)]
+    runs = sorted(itertools.combinations(range(len(kinds) + 1), 2), key=lambda run: run[1] - run[0])
+    return [dict(kinds[start:stop]) for start, stop in runs]
 
 
 def _loss(options: Sequence[Sequence[Option]], choice: Sequence[int]) -> float:
@@ -137,7 +145,9 @@ def _uniform(options: Sequence[Sequence[Option]]) -> list[tuple[int, ...]]:
     return found
 
 
-def _solve_with(options: Sequence[Sequence[Option]], kinds: dict[str, int], budget: int) -> tuple[int, ...] | None:
+def _solve_with(
+    options: Sequence[Sequence[Option]], kinds: dict[str, int], budget: int, *, exact: bool
+) -> tuple[int, ...] | None:
     """The best choice among options of these kinds, all of them paid for; None where nothing fits."""
     allowed = [[k for k, option in enumerate(layer) if option.shared in kinds] for layer in options]
     if not all(allowed):
@@ -150,7 +160,7 @@ def _solve_with(options: Sequence[Sequence[Option]], kinds: dict[str, int], budg
                 keep.append(k)
         pruned.append(keep)
     items = [[(layer[k].nbytes, layer[k].loss) for k in keep] for layer, keep in zip(options, pruned, strict=True)]
-    chosen = _knapsack(items, budget - sum(kinds.values()))
+    chosen = _knapsack(items, budget - sum(kinds.values()), exact=exact)
     return None if chosen is None else tuple(keep[k] for keep, k in zip(pruned, chosen, strict=True))
 
 
@@ -158,10 +168,10 @@ Items = list[list[tuple[int, float]]]
 """Of every layer (bytes, loss), bytes rising and losses falling."""
 
 
-def _knapsack(items: Items, budget: int) -> list[int] | None:
+def _knapsack(items: Items, budget: int, *, exact: bool = True) -> list[int] | None:
     choice, price = _greedy(items, budget)
-    if choice is None:
-        return None
+    if choice is None or not exact:
+        return choice
     least = [min(loss + price * size for size, loss in layer) for layer in items]
     total = math.fsum(layer[k][1] for layer, k in zip(items, choice, strict=True))
     if total - (math.fsum(least) - price * budget) <= _CLOSE * total:

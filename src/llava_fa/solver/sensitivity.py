@@ -35,8 +35,8 @@ def distortion(code_bits: int, codes: Codes = "rings", *, feedback: bool) -> flo
 
     With error feedback, times 0.62 + 1.6 D + 4 D²: beam and refinement take a third off, and corrections widen what is
     rounded beyond what the codebook is made for, the more the coarser it is. Measured on the embedded model's layers,
-    to within a quarter on most of them (benchmarks/budget.py). Trellis codes take off 4 to 11 % of the error with feedback
-    and 14 to 19 % without (`FourierConfig.codes`): the middle of that, squared, stands for all widths.
+    to within a quarter on most of them (benchmarks/budget.py). Trellis codes take off 4 to 11 % of the error with
+    feedback and 14 to 19 % without (`FourierConfig.codes`): the middle of that, squared, stands for all widths.
     """
     points = ring_codebook(code_bits).to(torch.float64)
     plain = codebook.per_real_mse(points, codebook.quadrature(_JUDGE))
@@ -71,9 +71,9 @@ def sensitivity(power: Tensor, fisher: Tensor) -> float:
 def blind_sensitivity(weight: Tensor, power: Tensor, moment: Tensor | None) -> float:
     """Without data: the squared relative output error per unit of distortion, times the layer's number of weights.
 
-    Every weight counts alike, so bits differ by predicted error only. That small layers matter more than their size, which
-    would give them bits because they are cheap there, was tried (square root of the number) and is worse than the
-    same bits everywhere (docs/results.md).
+    Every weight counts alike, so bits differ by predicted error only. That small layers matter more than their
+    size, which would give them bits because they are cheap there, was tried (square root of the number) and is worse
+    than the same bits everywhere (docs/results.md).
     """
     diagonal = torch.ones(weight.shape[1]) if moment is None else moment
     size = metrics.quadratic(weight.to(torch.float32), diagonal)
