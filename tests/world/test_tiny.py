@@ -25,13 +25,22 @@ def test_the_folder_is_plain_transformers():
     assert AutoProcessor.from_pretrained(FOLDER).chat_template
 
 
-def test_the_tokenizer_in_the_folder_is_the_recipes():
-    from llava_fa.world.model import build_tokenizer
+def test_the_tokenizer_in_the_folder_speaks_the_worlds_language():
+    """It was made from an earlier version of the questions; the words it needs are the same and single tokens."""
+    from llava_fa.world.model import build_tokenizer, dense_vocabulary
+    from llava_fa.world.samples import samples
 
-    built = build_tokenizer()
     _, processor = load("tiny")
-    assert processor.tokenizer.get_vocab() == built.get_vocab()
-    assert processor.tokenizer.encode("Is the ring red? $27") == built.encode("Is the ring red? $27")
+    tokenizer, built = processor.tokenizer, build_tokenizer()
+    assert tokenizer.all_special_tokens == built.all_special_tokens
+    for name, ids in dense_vocabulary(tokenizer).items():
+        words = tokenizer.convert_ids_to_tokens(ids)
+        assert words == built.convert_ids_to_tokens(dense_vocabulary(built)[name])
+    for sample in samples("test", 3, 90):
+        for text in (sample.question.text, f" {sample.question.answer}"):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert tokenizer.decode(ids) == text
+            assert len(ids) <= len(built.encode(text, add_special_tokens=False)) + 2
 
 
 def test_the_model_card_tells_the_recipe():
