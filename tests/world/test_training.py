@@ -7,10 +7,11 @@ import torch
 
 from llava_fa.errors import FourierError
 from llava_fa.world import recipe
-from llava_fa.world.model import IMAGE, build_model, build_processor, dense_vocabulary
+from llava_fa.world.model import build_model, build_processor
 from llava_fa.world.muon import Muon, orthogonalise
 from llava_fa.world.packing import IGNORED, PREFIX, WorldBatches, attention_mask
 from llava_fa.world.recipe import Learner, Recipe, train
+from llava_fa.world.vocabulary import IMAGE, dense_vocabulary
 
 TINY = Recipe(
     vision_steps=2,
@@ -133,8 +134,8 @@ def test_muon_lowers_a_quadratic_and_batches_shapes_exactly():
         assert (a - t).norm() < 0.25 * t.norm()
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, processor, monkeypatch):
-    settings = {"processor": processor, "workers": 0, "save_every": 1, "check_every": 3, "check_batches": 1}
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    settings = {"workers": 0, "save_every": 1, "check_every": 3, "check_batches": 1}
     whole = train(tmp_path / "whole", TINY, **settings)
 
     class StopError(Exception):
@@ -149,18 +150,18 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, processor, monkeypa
 
     with pytest.raises(StopError):
         train(tmp_path / "parts", TINY, report=stop_at(3), **settings)
-    # the words keep their numbers whatever a later version of the world would make of them
+    # the words keep their numbers whatever vocabulary a later package brings
     monkeypatch.setattr(recipe, "build_processor", lambda: pytest.fail("a resumed run builds no tokenizer"))
-    resumed = train(tmp_path / "parts", TINY, **{**settings, "processor": None})
+    resumed = train(tmp_path / "parts", TINY, **settings)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert json.loads((tmp_path / "parts" / "model" / "config.json").read_text())["model_type"] == "llava"
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(tmp_path, monkeypatch, processor):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(tmp_path, monkeypatch):
     monkeypatch.setattr(Learner, "update", lambda self, batch: {"dense": float("nan")})
     with pytest.raises(FourierError, match="not finite at step 0"):
-        train(tmp_path, TINY, processor=processor, workers=0)
+        train(tmp_path, TINY, workers=0)
     assert not (tmp_path / "state.pt").exists()
 
 

@@ -1,12 +1,8 @@
-"""The tiny LMM: tokenizer, processor and a randomly initialised `LlavaForConditionalGeneration` in the true format."""
+"""The tiny LMM: processor and a randomly initialised `LlavaForConditionalGeneration` in the true format."""
 
 from __future__ import annotations
 
-import random
-
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from tokenizers import decoders as token_decoders
 from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
@@ -16,15 +12,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from llava_fa.world.questions import TASKS, UNANSWERABLE, ask
-from llava_fa.world.render import CHARACTERS, GRID, PATCH
-from llava_fa.world.scene import COLORS, IMAGE_SIZE, KINDS, SHAPES, SIZES, sample_scene, scene_rng
+from llava_fa.world.render import GRID, PATCH
+from llava_fa.world.scene import IMAGE_SIZE
+from llava_fa.world.vocabulary import IMAGE, build_tokenizer
 
-USER, ASSISTANT, END, IMAGE, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<image>", "<|pad|>"
-NOTHING, OBJECT = "nothing", "object"
-"""Words that the dense supervision reads off a patch without an object, and off an object's centre."""
-
-VOCABULARY = 600
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|user|>"
@@ -36,43 +27,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the world's own sentences; capitals, digits and ``$`` stay single characters.
-
-    Reading is then spelling, one character a token, so that words never seen in training can be read.
-    """
-    rng = random.Random("tokenizer")
-    corpus = [f" {word}" for word in (*COLORS, *SHAPES, *SIZES, *KINDS, NOTHING, OBJECT, UNANSWERABLE)] * 200
-    for index in range(3000):
-        scene = sample_scene(scene_rng("train", 0, index, "tokenizer"), "train")
-        for task in TASKS:
-            for question in ask(task, scene, rng):
-                corpus += [question.text, f" {question.answer}"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[A-Z](?![a-z])|[0-9$]"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = token_decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[PAD, USER, ASSISTANT, END, IMAGE],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        padding_side="left",
-        model_max_length=1024,
-        extra_special_tokens={"image_token": IMAGE},
-    )
 
 
 def build_processor() -> LlavaProcessor:
@@ -133,22 +87,3 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCo
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
-
-
-def dense_vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
-    """Token ids of the words that the dense supervision chooses between; index 0 is always "nothing"."""
-
-    def word(text: str) -> int:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            raise AssertionError(f"{text!r} is {len(ids)} tokens; dense supervision needs it to be one")
-        return ids[0]
-
-    nothing = word(f" {NOTHING}")
-    return {
-        "color": [nothing, *(word(f" {name}") for name in COLORS)],
-        "shape": [nothing, *(word(f" {name}") for name in (*SHAPES, *KINDS))],
-        "size": [nothing, *(word(f" {name}") for name in SIZES)],
-        "anchor": [nothing, word(f" {OBJECT}")],
-        "character": [nothing, *(word(glyph) for glyph in CHARACTERS)],
-    }

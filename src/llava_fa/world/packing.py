@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llava_fa.world.looking import Looks
-from llava_fa.world.model import ASSISTANT, END, IMAGE, USER
 from llava_fa.world.questions import TASKS, Question, ask
 from llava_fa.world.render import GRID, patch_labels, render
 from llava_fa.world.scene import Scene, Split, sample_scene, scene_rng
+from llava_fa.world.vocabulary import ASSISTANT, END, IMAGE, USER
 
 PREFIX = 1 + GRID * GRID
 """Tokens that all questions share: the user mark and the picture."""

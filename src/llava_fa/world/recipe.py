@@ -28,10 +28,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from llava_fa.errors import FourierError
 from llava_fa.world.looking import LAYERS, looking_loss, watched
-from llava_fa.world.model import build_model, build_processor, dense_vocabulary
+from llava_fa.world.model import build_model, build_processor
 from llava_fa.world.muon import Muon
 from llava_fa.world.packing import IGNORED, TASK_NAMES, WorldBatches, attention_mask
 from llava_fa.world.render import GRID
+from llava_fa.world.vocabulary import dense_vocabulary
 
 NOTHING_WEIGHT = {"color": 0.3, "shape": 0.3, "size": 0.3, "anchor": 0.1, "character": 0.05}
 """Weight of "nothing" patches in the dense loss: the rarer the thing, the less; what is shown weighs about half."""
@@ -86,7 +87,6 @@ def train(
     out: Path,
     recipe: Recipe,
     *,
-    processor: LlavaProcessor | None = None,
     device: str = "cpu",
     workers: int = 1,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -96,17 +96,15 @@ def train(
 ) -> LlavaForConditionalGeneration:
     """Run the recipe; resume from ``out/state.pt`` where there is one; leave the model in ``out/model`` at the end.
 
-    ``processor`` is that of a new run, by default `build_processor`'s.
-
-    The processor is kept in ``out/processor`` for good: the tokenizer is made from the world's sentences, so that a
-    later version of the world would number the words in another way than the weights know.
+    The processor is kept in ``out/processor``: the weights know words by number, and a package whose vocabulary was
+    learnt anew (`llava_fa.world.vocabulary`) must not renumber them under a run.
     A longer ``language_steps`` than that of the run that left the state continues it, cool-down included.
 
     Raises:
         FourierError: the loss is not finite any more (the last good state is kept).
     """
     out.mkdir(parents=True, exist_ok=True)
-    processor = _keep_processor(out / "processor", processor)
+    processor = _keep_processor(out / "processor")
     learner = Learner(processor, recipe, torch.device(device))
     state_path = out / "state.pt"
     if state_path.exists():
@@ -319,10 +317,10 @@ class Learner:
         return {name: round(value, 4) for name, value in result.items()}
 
 
-def _keep_processor(folder: Path, processor: LlavaProcessor | None) -> LlavaProcessor:
+def _keep_processor(folder: Path) -> LlavaProcessor:
     if not folder.exists():
         fresh = folder.with_suffix(".new")
-        (processor or build_processor()).save_pretrained(fresh)
+        build_processor().save_pretrained(fresh)
         os.replace(fresh, folder)
     return AutoProcessor.from_pretrained(folder)  # type: ignore[no-any-return]
 
