@@ -32,7 +32,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/layer_parts.py
 	$(BIN)/python benchmarks/accuracy.py --plot docs/accuracy.svg
 
 clean:

