@@ -188,6 +188,8 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
         console.print(f"{_given(report.budget)}; {_prediction(report.budget)}", highlight=False, soft_wrap=True)
     if report.layers:
         console.print(_layers(report, all_layers))
+    if report.attention_density:
+        console.print(_densities(report.attention_density, all_layers))
     for layer in report.layers:
         for note in layer.notes:
             console.print(f"note: {layer.name}: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -238,6 +240,24 @@ def _layers(report: Report, all_layers: bool) -> Table:
             *reasons,
         )
     return table
+
+
+def _densities(found: dict[str, list[float]], all_layers: bool) -> Table | str:
+    """How sparse the original's attention is: every module and head, or one line."""
+    every = [density for heads in found.values() for density in heads]
+    if not all_layers:
+        return f"attention density {min(every):.3f} to {max(every):.3f}, {_share(every)} on average (--layers: by head)"
+    table = Table(title="attention density of the original", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("attention", overflow="fold")
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("heads", overflow="fold")
+    for name, heads in found.items():
+        table.add_row(escape(name.removeprefix("model.")), _share(heads), " ".join(f"{x:.3f}" for x in heads))
+    return table
+
+
+def _share(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.3f}"
 
 
 def _number(value: float | None) -> str:

@@ -75,6 +75,7 @@ class Metadata:
         not_compressed: module (or parameter) name → reason.
         codebooks: `Layout.codebook` → SHA-256 of the codebook's bytes.
         budget: what the whole model was given and what it came to; None where every layer got the same.
+        attention_density: attention module → density of every head in the original; None where not measured.
     """
 
     config: FourierConfig
@@ -82,6 +83,7 @@ class Metadata:
     not_compressed: dict[str, str] = dataclasses.field(default_factory=dict)
     codebooks: dict[str, str] = dataclasses.field(default_factory=dict)
     budget: dict[str, Any] | None = None
+    attention_density: dict[str, list[float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: `FourierConfig.to_dict`, then what this format adds."""
@@ -92,6 +94,7 @@ class Metadata:
             "not_compressed": dict(self.not_compressed),
             "codebooks": {name.removeprefix("bits_"): digest for name, digest in self.codebooks.items()},
             **({} if self.budget is None else {"budget": self.budget}),
+            **({} if self.attention_density is None else {"attention_density": self.attention_density}),
         }
 
     @classmethod
@@ -110,6 +113,7 @@ class Metadata:
             )
         parts = [values.pop(name, {}) for name in ("layers", "not_compressed", "codebooks")]
         budget = values.pop("budget", None)
+        density = values.pop("attention_density", None)
         if not all(isinstance(part, Mapping) for part in parts) or not isinstance(budget, (Mapping, type(None))):
             raise FourierError("the quantization_config is damaged", remedy=_COMPRESS_AGAIN)
         layers = {}
@@ -122,7 +126,16 @@ class Metadata:
             raise FourierError(f"a checkpoint of version {version} has no trellis codes", remedy=_COMPRESS_AGAIN)
         codebooks = {f"bits_{name}" if name.isdigit() else name: digest for name, digest in parts[2].items()}
         budget = None if budget is None else dict(budget)
-        return cls(FourierConfig.from_dict(values), layers, dict(parts[1]), codebooks, budget)
+        return cls(FourierConfig.from_dict(values), layers, dict(parts[1]), codebooks, budget, _densities(density))
+
+
+def _densities(values: Any) -> dict[str, list[float]] | None:
+    if values is None:
+        return None
+    rows = values.values() if isinstance(values, Mapping) else [None]
+    if not all(isinstance(row, list) and all(type(x) in (int, float) and 0 <= x <= 1 for x in row) for row in rows):
+        raise FourierError("attention_density is no table of numbers between 0 and 1", remedy=_COMPRESS_AGAIN)
+    return dict(values)
 
 
 def _version(layers: Mapping[str, LayerRecord]) -> int:

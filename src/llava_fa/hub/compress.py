@@ -12,7 +12,7 @@ import torch
 
 from llava_fa.config import Budget, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub import allocation, sensitivity
+from llava_fa.hub import allocation, attention, sensitivity
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
 from llava_fa.hub.checkpoint import account, read_metadata, validate
@@ -103,6 +103,11 @@ def compress(
             plan = _settled(plan, config, budget, work, loaded, data, tracker)
             if on_plan is not None:
                 on_plan(plan)
+        density = attention.load(work)
+        if density is None and data is not None and loaded is not None:
+            tracker.tell("measuring attention")
+            density = attention.densities(loaded, data.inputs)
+            attention.save(density, work)
         tracker.tell("compressing")
         if data is None:
             compress_streaming(plan, work, tracker)
@@ -111,7 +116,7 @@ def compress(
             del loaded
         notes = {layer.name: work.report(layer.name).notes for layer in plan.layers}
         tracker.tell("writing")
-        assemble(plan, config, work)
+        assemble(plan, config, work, density)
         tracker.tell("done")
     return describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
 
@@ -164,6 +169,7 @@ def describe(
         seconds=time.monotonic() - start if seconds is None else seconds,
         peak_rss_bytes=peak_rss_bytes(),
         budget=metadata.budget,
+        attention_density=metadata.attention_density,
     )
 
 

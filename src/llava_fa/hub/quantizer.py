@@ -281,7 +281,9 @@ def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = Non
         used = {record.layout.codebook for record in layers.values() if record.layout.method == "best"}
         digests = {name: codebook_digest(books[name]) for name in sorted(used)}
     before = quantizer.metadata
-    config = FourierQuantizationConfig(Metadata(before.config, layers, before.not_compressed, digests))
+    config = FourierQuantizationConfig(
+        Metadata(before.config, layers, before.not_compressed, digests, attention_density=before.attention_density)
+    )
     quantizer.quantization_config = config
     model.hf_quantizer = quantizer
     model.config.quantization_config = config

@@ -62,6 +62,8 @@ class Report:
         seconds, peak_rss_bytes: time, and the largest resident memory of this process so far.
         budget: under a budget, what it was (``bits`` or ``size``), the predicted loss of the chosen bits and of the
             best uniform ones in the same budget (None: none fits), and their unit.
+        attention_density: attention module of the original → for every head the share of entries that hold 95 % of
+            its attention (`solver.attention`), measured on calibration samples; None without any.
     """
 
     path: str
@@ -77,6 +79,7 @@ class Report:
     seconds: float
     peak_rss_bytes: int
     budget: dict[str, Any] | None = None
+    attention_density: dict[str, list[float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

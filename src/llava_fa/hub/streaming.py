@@ -6,6 +6,7 @@ folder; `assemble` then writes the new checkpoint from them and from everything 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -114,12 +115,15 @@ def compress_layer(
     tracker.finished(layer)
 
 
-def assemble(plan: Plan, config: FourierConfig, work: WorkFolder) -> Metadata:
+def assemble(
+    plan: Plan, config: FourierConfig, work: WorkFolder, attention_density: dict[str, list[float]] | None = None
+) -> Metadata:
     """Write the new model folder from the parts and the rest of the source, and give it its name.
 
     Weight files hold one tensor in memory at a time. Names are those of the modules.
     """
     items, metadata = _items(plan, config, work)
+    metadata = dataclasses.replace(metadata, attention_density=attention_density)
     with disk_errors(work.path):
         work.result.mkdir()
         _write_shards(work.result, items, {ORIGINAL_BYTES: str(plan.source.nbytes)})

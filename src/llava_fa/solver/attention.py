@@ -81,7 +81,9 @@ def logit_error_bound(query: Tensor, key: Tensor, query_error: Tensor, key_error
     return scaling * (largest(query_error) * largest(key + key_error) + largest(query) * largest(key_error))
 
 
-def attention_error_bound(density: float, logit_error: float, shape: tuple[int, int], epsilon: float = EPSILON) -> float:
+def attention_error_bound(
+    density: float, logit_error: float, shape: tuple[int, int], epsilon: float = EPSILON
+) -> float:
     """CASP's bound: how far an attention map can move, ‖Ŝ - S‖_F, when its logits move by at most Δ.
 
         ‖Ŝ - S‖_F ≤ min( √(D E) tanh(Δ/2) + ε √l min(e^{2Δ} - 1, ε⁻¹),  √(2 l) )

@@ -1,0 +1,95 @@
+"""How sparse a model's attention is, measured on a few calibration samples before anything is compressed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_fa.hub.calibrated import forward
+from llava_fa.hub.parts import WorkFolder, disk_errors
+from llava_fa.hub.shards import write_text
+from llava_fa.solver.attention import EPSILON, attention_density
+
+SAMPLES = 4
+"""Calibration samples whose attention is looked at, evenly spaced among all."""
+FILE = "attention.json"
+
+Densities = dict[str, list[float]]
+"""Attention module → density of every head."""
+
+
+@torch.no_grad()
+def densities(model: nn.Module, inputs: Sequence[Mapping[str, Tensor]], epsilon: float = EPSILON) -> Densities:
+    """`attention_density` of every head of every attention module, mean over samples.
+
+    Seen are modules with a ``q_proj`` and a ``k_proj`` that return their attention map [batch, heads, l, k] beside
+    their output, as the eager attention of transformers does; others have no entry. A causal map is a share of the
+    entries on and below its diagonal. Memory: the maps of one layer at a time.
+
+    Args:
+        model: loaded, in evaluation mode; its attention implementation is "eager" meanwhile.
+        inputs: prepared samples, each a batch of one; at most `SAMPLES` of them are used.
+
+    Raises:
+        FourierError: the model fails on a sample (named).
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    used = min(len(inputs), SAMPLES)
+    with ExitStack() as stack, eager(model):
+        for name, module in model.named_modules():
+            if not {"q_proj", "k_proj"} <= dict(module.named_children()).keys():
+                continue
+
+            def see(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+                if not isinstance(maps, Tensor) or maps.dim() != 4:
+                    return
+                found = attention_density(maps.float(), _causal(maps), epsilon).sum(0).cpu()
+                sums[name] = sums.get(name, torch.zeros_like(found)) + found
+                counts[name] = counts.get(name, 0) + len(maps)
+
+            stack.callback(module.register_forward_hook(see).remove)
+        for index in (i * len(inputs) // used for i in range(used)):
+            forward(model, inputs[index], index)
+    return {name: [round(value, 6) for value in (total / counts[name]).tolist()] for name, total in sums.items()}
+
+
+def _causal(maps: Tensor) -> Tensor | None:
+    """Where a map may have mass: on and below the diagonal if nothing is above it, else (None) everywhere."""
+    rows, columns = maps.shape[-2:]
+    if rows != columns or rows == 1 or bool(maps.triu(1).any()):
+        return None
+    return torch.ones(rows, columns, dtype=torch.bool, device=maps.device).tril()
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers' attention modules compute their maps in the open, and return them."""
+    found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    before = [(config, config._attn_implementation) for config in found.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def save(found: Densities, work: WorkFolder) -> None:
+    """Keep what was measured in the work folder: a resumed run ends with the same."""
+    with disk_errors(work.path):
+        write_text(work.path / FILE, json.dumps(found))
+
+
+def load(work: WorkFolder) -> Densities | None:
+    """What the work folder holds; None where nothing was measured yet."""
+    path = work.path / FILE
+    found: Densities | None = json.loads(path.read_text()) if path.is_file() else None
+    return found
