@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=900, help="questions answered; 0 measures the KL alone")
     parser.add_argument("--questions", type=int, default=180, help="questions of the KL")
     parser.add_argument("--bits", type=float, nargs="*", default=[2.0, 1.5, 3.0, 2.5])
+    parser.add_argument("--codes", choices=("rings", "trellis", "auto"), default="rings")
     parser.add_argument("--data-free", action="store_true", help="without data instead of calibrated")
     parser.add_argument("--layers", action="store_true", help="one layer at a time")
     parser.add_argument("--modalities", action="store_true", help="sensitivity to errors on vision and text tokens")
@@ -78,7 +79,8 @@ def models(args: argparse.Namespace, divergence: Divergence) -> None:
     file = args.out / "rows.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     samples = None if args.data_free else calibration_samples(SAMPLES)
-    kind = "data-free" if args.data_free else "calibrated"
+    kind = f"{'data-free' if args.data_free else 'calibrated'} {args.codes}"
+    codes = FourierConfig(codes=args.codes)
 
     def row(name: str, config: FourierConfig, budget: Budget | None) -> dict[str, Any]:
         if (found := next((r for r in rows if r["name"] == name), None)) is None:
@@ -86,6 +88,7 @@ def models(args: argparse.Namespace, divergence: Divergence) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             report = llava_fa.compress(args.model, folder, config, samples, budget=budget, fresh=True)
             model, processor = load(folder, dtype=torch.float32)
+            model.dequantize()
             found = {"name": name, "bits": report.bits_per_weight, "kl": divergence(model), "budget": report.budget}
             if args.limit:
                 found["accuracy"] = evaluate_world(model, processor, limit=args.limit)["accuracy"]
@@ -98,8 +101,8 @@ def models(args: argparse.Namespace, divergence: Divergence) -> None:
 
     print("| model | bits/weight | KL | accuracy |\n|---|---|---|---|")
     for bits in args.bits:
-        uniform = row(f"{kind}, {bits:g} everywhere", FourierConfig(bits=bits), None)
-        row(f"{kind}, budget of {bits:g}", FourierConfig(), Budget(bits=uniform["bits"]))
+        uniform = row(f"{kind}, {bits:g} everywhere", codes.replace(bits=bits), None)
+        row(f"{kind}, budget of {bits:g}", codes, Budget(bits=uniform["bits"]))
 
 
 def layers(args: argparse.Namespace, divergence: Divergence) -> None:

@@ -42,6 +42,17 @@ def test_codes_round_trip_and_rings_are_written_as_ever(codes):
     assert config.replace(method="paper").codes == "rings"
 
 
+def test_target_is_the_methods_own_unless_given():
+    assert FourierConfig().target == "outputs"
+    assert FourierConfig(method="paper").target == "weights"
+    weights = FourierConfig(target="weights")
+    assert (FourierConfig().follows_outputs, weights.follows_outputs) == (True, False)
+    assert not FourierConfig(calibration="diagonal").follows_outputs
+    assert FourierConfig.from_json(weights.to_json()) == weights
+    assert "target" not in FourierConfig().to_dict()
+    assert FourierConfig().replace(method="paper").target == "weights"
+
+
 def test_auto_gives_small_layers_rings():
     auto = FourierConfig(codes="auto")
     assert [auto.codes_for(n) for n in (16, 63, 64, 4096)] == ["rings", "rings", "trellis", "trellis"]
@@ -88,6 +99,8 @@ def test_paper_shares_its_bits_and_the_phase_takes_the_odd_one():
         ({"damping": 1.5}, "damping is 1.5"),
         ({"damping": float("nan")}, "damping is nan"),
         ({"damping": "x"}, "damping is 'x'"),
+        ({"target": "loss"}, "target is 'loss'"),
+        ({"method": "paper", "target": "outputs"}, "'paper' approximates weights"),
         ({"factor_dtype": "fp8"}, "factor_dtype is 'fp8'"),
         ({"skip": "vision_tower"}, r"skip is 'vision_tower'. Give a list"),
         ({"only": [1]}, r"only is \[1\]"),

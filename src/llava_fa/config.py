@@ -14,6 +14,7 @@ from llava_fa.errors import FourierError
 Method = Literal["best", "paper"]
 Calibration = Literal["auto", "none", "diagonal", "feedback"]
 FactorDtype = Literal["int8", "bf16"]
+Target = Literal["outputs", "weights"]
 Codes = Literal["rings", "trellis"]
 CodesChoice = Literal["rings", "trellis", "auto"]
 
@@ -46,6 +47,10 @@ class FourierConfig:
             (``best``: input scales before the transform; ``paper``: ODC weights in the frequency domain).
             ``"feedback"``: the diagonal, then error feedback on the whole transformed matrix (``best`` only).
             ``"auto"``: the most that the method and the given statistic allow.
+        target: ``best`` with error feedback on calibration samples: what a layer is to give from the inputs that the
+            compressed layers before it produce. ``"outputs"``: what the original layer gave in the original model
+            (`solver.drift`). ``"weights"``: what the original layer would give from these inputs. ``paper`` knows
+            weights only.
         factor_dtype: storage of the low-rank factors; ``paper`` keeps complex bf16 factors.
         iterations: ``paper``: T of Algorithm 1. ``best``: alternations between factors and codes when rank > 0.
         refine_passes: rings: passes of coordinate descent after error feedback.
@@ -65,6 +70,7 @@ class FourierConfig:
     amplitude_bits: int | None = None
     phase_bits: int | None = None
     calibration: Calibration = "auto"
+    target: Target | None = None
     factor_dtype: FactorDtype | None = None
     iterations: int = 10
     refine_passes: int = 2
@@ -93,6 +99,11 @@ class FourierConfig:
         object.__setattr__(self, "bits", _bits(self.bits))
         if self.factor_dtype is None:
             object.__setattr__(self, "factor_dtype", "bf16" if self.method == "paper" else "int8")
+        if self.target is None:
+            object.__setattr__(self, "target", "weights" if self.method == "paper" else "outputs")
+        _one_of("target", self.target, get_args(Target))
+        if self.method == "paper" and self.target != "weights":
+            raise FourierError("method 'paper' approximates weights", remedy="Leave target out, or use method='best'")
         _one_of("factor_dtype", self.factor_dtype, get_args(FactorDtype))
         if self.method == "paper" and self.factor_dtype != "bf16":
             raise FourierError(
@@ -152,12 +163,18 @@ class FourierConfig:
         """The name transformers knows this format by."""
         return QUANT_METHOD
 
+    @property
+    def follows_outputs(self) -> bool:
+        """Whether a calibrated layer makes up for the errors of the layers before it."""
+        return self.target == "outputs" and self.calibration in ("auto", "feedback")
+
     def replace(self, **changes: Any) -> FourierConfig:
         """A copy with some fields changed, checked again; changing ``bits`` re-derives the paper's two numbers."""
         if "bits" in changes:
             changes = {"amplitude_bits": None, "phase_bits": None, **changes}
         if "method" in changes:
-            changes = {"amplitude_bits": None, "phase_bits": None, "factor_dtype": None, "codes": "rings", **changes}
+            own = {"amplitude_bits": None, "phase_bits": None, "factor_dtype": None, "target": None, "codes": "rings"}
+            changes = {**own, **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,6 +183,8 @@ class FourierConfig:
         fields["skip"], fields["only"] = list(self.skip), list(self.only)
         if self.codes == "rings":  # as it was written before there was a choice
             del fields["codes"]
+        if self.target == ("weights" if self.method == "paper" else "outputs"):  # likewise
+            del fields["target"]
         return {"quant_method": QUANT_METHOD, "config_version": CONFIG_VERSION, **fields}
 
     def to_json(self) -> str:

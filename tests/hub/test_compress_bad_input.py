@@ -255,7 +255,7 @@ def test_a_model_in_memory(tmp_path):
 
 def test_a_device_out_of_memory(folder, tmp_path, samples, monkeypatch):
     """Said with the way out, whether the whole model or one block was running."""
-    import llava_fa.hub.calibrated as blockwise
+    import llava_fa.hub.blocks as blockwise
 
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_fa
 from llava_fa import Budget, FourierConfig, FourierError
-from llava_fa.hub import allocation, calibrated, sensitivity
+from llava_fa.hub import allocation, blocks, sensitivity
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.inspect import inspect_model
 from llava_fa.hub.plan import make_plan
@@ -195,7 +195,7 @@ def test_the_fisher_information_predicts_a_small_error(checkpoint, samples):
     @torch.no_grad()
     def logs():
         return [
-            calibrated.forward(model, x, 0).logits[0, start - 1 : -1].log_softmax(-1)
+            blocks.forward(model, x, 0).logits[0, start - 1 : -1].log_softmax(-1)
             for x, start in zip(inputs, answers, strict=True)
         ]
 

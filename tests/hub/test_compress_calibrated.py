@@ -1,6 +1,7 @@
 """Calibrated compression: statistics are those of the inputs that the compressed layers before produce."""
 
 import copy
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -10,7 +11,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_fa
 from llava_fa import FourierConfig, FourierLinear
-from llava_fa.hub import calibrated as blockwise
+from llava_fa.hub import blocks as blockwise
+from llava_fa.hub import calibrated as calibrated_blocks
 from llava_fa.hub.calibration_data import prepare
 from llava_fa.maths import metrics
 
@@ -35,42 +37,88 @@ def stages() -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("reach", [None, "one unit at a time"])
-def test_statistics_against_whole_forward_passes(tmp_path, samples, reach, monkeypatch):
-    """The oracle runs the whole model from the pixels for every stage, with all earlier stages compressed."""
+@pytest.mark.parametrize(("reach", "target"), [(None, "outputs"), ("one unit at a time", "outputs"), (None, "weights")])
+def test_statistics_against_whole_forward_passes(tmp_path, samples, reach, target, monkeypatch):
+    """The oracle runs both whole models from the pixels for every stage, one with all earlier stages compressed."""
     if reach is not None:  # as for a model whose blocks do not feed each other directly
         monkeypatch.setattr(blockwise, "_same", lambda *_: False)
     folder = helpers.save_llava(tmp_path / "in")
-    config = FourierConfig(bits=2, refine_passes=0)
+    config = FourierConfig(bits=2, refine_passes=0, target=target)
     report = llava_fa.compress(folder, tmp_path / "out", config, samples)
     monkeypatch.undo()
     reported = {layer.name: layer for layer in report.layers}
     compressed = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    original = copy.deepcopy(model)
     inputs = list(prepare(samples, AutoProcessor.from_pretrained(folder)))
     assert sorted(name for stage in stages() for name in stage) == sorted(reported)
     for stage in stages():
-        gathered: dict[str, list[torch.Tensor]] = {name: [] for name in stage}
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name, gathered=gathered: gathered[name].append(args[0].flatten(0, -2).double())
-            )
-            for name in stage
-        ]
-        with torch.no_grad():
-            for sample in inputs:
-                model(**sample)
-        for handle in handles:
-            handle.remove()
+        given, known = inputs_of(model, stage, inputs), inputs_of(original, stage, inputs)
         for name in stage:
-            x = torch.cat(gathered[name])
-            linear, packed = model.get_submodule(name), compressed.get_submodule(name)
+            x, before = given[name], known[name]
+            weight, packed = original.get_submodule(name).weight.detach(), compressed.get_submodule(name)
             assert isinstance(packed, FourierLinear)
-            expected = metrics.output_error(linear.weight.detach(), packed.dequantize(), (x.T @ x / len(x)).float())
+            moment, aim = x.T @ x / len(x), weight.double()
+            if target == "outputs":  # ridge regression of W x on what the layer is given, around W
+                ridge = 0.1 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+                aim = torch.linalg.solve(moment + ridge, (x.T @ before / len(x) + ridge) @ aim.T).T
+            expected = metrics.output_error(aim.float(), packed.dequantize(), moment.float())
             assert reported[name].output_error == pytest.approx(expected, rel=2e-3), name
+            assert reported[name].weight_error == pytest.approx(metrics.weight_error(weight, packed.dequantize()))
         with torch.no_grad():
             for name in stage:
                 model.get_submodule(name).weight.copy_(compressed.get_submodule(name).dequantize())
+
+
+def inputs_of(model, names, inputs) -> dict[str, torch.Tensor]:
+    """All inputs of some layers, float64 [tokens, n], by whole forward passes."""
+    gathered: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: gathered[name].append(args[0].flatten(0, -2).double())
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for sample in inputs:
+            model(**sample)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in gathered.items()}
+
+
+def test_making_up_for_earlier_errors_brings_the_answers_nearer(checkpoint, quick, samples, tmp_path):
+    """Judged by the logits on the calibration samples themselves."""
+    original = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    inputs = list(prepare(samples, AutoProcessor.from_pretrained(checkpoint)))
+    distances = {}
+    for target in ("outputs", "weights"):
+        llava_fa.compress(checkpoint, tmp_path / target, quick.replace(target=target), samples)
+        model = LlavaForConditionalGeneration.from_pretrained(tmp_path / target, dtype=torch.float32)
+        with torch.no_grad():
+            distances[target] = sum(float((model(**x).logits - original(**x).logits).square().sum()) for x in inputs)
+    assert distances["outputs"] < 0.95 * distances["weights"]
+
+
+def test_where_the_original_routes_other_tokens_there_is_no_drift():
+    """As many inputs as in the original model, or the layer is fitted to its weights."""
+    linear = nn.Linear(4, 4)
+    layer = SimpleNamespace(name="layers.0", shape=(4, 4))
+    unit = blockwise.Unit("layers.0", linear, [layer])
+    call = blockwise.Call(torch.empty(0), (), {}, None)
+    x = [torch.randn(1, 3, 4), torch.randn(1, 3, 4)]
+    other = [x[0] + 1, torch.randn(1, 2, 4)]
+    with torch.no_grad():
+        [same] = calibrated_blocks.gather(
+            unit, [[layer]], [call] * 2, x, calibrated_blocks.Original(unit.copy(), [v + 1 for v in x])
+        )
+        [routed] = calibrated_blocks.gather(
+            unit, [[layer]], [call] * 2, x, calibrated_blocks.Original(unit.copy(), other)
+        )
+    tokens = torch.cat(x, 1)[0]
+    torch.testing.assert_close(same.drift, torch.ones(4, 6) @ tokens / 6)
+    assert routed.drift is None
+    torch.testing.assert_close(routed.moment, tokens.T @ tokens / 6)
 
 
 def test_data_helps(checkpoint, compressed, calibrated, samples):

@@ -6,7 +6,8 @@ import transformers
 
 import llava_fa
 from llava_fa import FourierConfig
-from llava_fa.hub import calibrated as blockwise
+from llava_fa.hub import blocks as blockwise
+from llava_fa.hub import calibrated
 from llava_fa.hub.parts import WorkFolder
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.source import empty_model, open_source
@@ -123,6 +124,6 @@ def test_family(family, tmp_path):
     with WorkFolder(tmp_path / "data", {}) as work:
         tracker = Tracker(plan, work, lambda _: None)
         loaded = kind.from_pretrained(tmp_path / "in")
-        blockwise.compress_calibrated(plan, work, loaded, [inputs], tracker)
+        calibrated.compress_calibrated(plan, work, loaded, [inputs], tracker)
         assemble(plan, config, work)
     assert error(tmp_path / "data") < 0.8 * error(tmp_path / "free")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_fa.hub.calibrated import forward
+from llava_fa.hub.blocks import forward
 from llava_fa.hub.parts import WorkFolder, disk_errors
 from llava_fa.hub.shards import write_text
 from llava_fa.solver.attention import EPSILON, attention_density

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub import calibrated
+from llava_fa.hub import blocks
+from llava_fa.hub.calibrated import gather
 from llava_fa.hub.plan import PlannedLayer
 from llava_fa.solver.sensitivity import error_power
 
@@ -38,7 +39,7 @@ def chosen(count: int) -> list[int]:
 
 
 def fisher(
-    model: nn.Module, names: Sequence[str], inputs: calibrated.Inputs, answers: Sequence[int], seed: int = 0
+    model: nn.Module, names: Sequence[str], inputs: blocks.Inputs, answers: Sequence[int], seed: int = 0
 ) -> dict[str, Tensor]:
     """G of every layer: E[Σ_tokens (∂ log p / ∂ y_i)²] per answer token, float64 [m].
 
@@ -78,7 +79,7 @@ def fisher(
 
             stack.callback(model.get_submodule(name).register_forward_hook(see).remove)
         for index, (sample, start) in enumerate(zip(inputs, answers, strict=True)):
-            logits = calibrated.forward(model, sample, index).logits[0, start - 1 : -1].float()
+            logits = blocks.forward(model, sample, index).logits[0, start - 1 : -1].float()
             p = logits.detach().softmax(-1)
             for probe in range(_PROBES):
                 noise = torch.randn(p.shape, generator=generator).to(p.device) * p.sqrt()
@@ -96,26 +97,28 @@ def output_powers(
     model: nn.Module,
     layers: Sequence[PlannedLayer],
     configs: Mapping[str, Sequence[FourierConfig]],
-    inputs: calibrated.Inputs,
+    inputs: blocks.Inputs,
     tell: Tell,
 ) -> dict[str, list[Tensor]]:
     """`error_power` of every layer under each of its configurations; a layer that no input reaches is left out."""
     powers: dict[str, list[Tensor]] = {}
-    chains, _ = calibrated.segments(model, calibrated.find_units(model, layers), inputs)
+    chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)
     for segment in chains:
-        calls, hidden = calibrated.capture(segment, model, inputs)
+        calls, hidden = blocks.capture(segment, model, inputs)
         for index, unit in enumerate(segment):
-            for stage in calibrated.stages(unit, calls[index], hidden, model):
-                found = calibrated.moments(unit, stage, calls[index], hidden, model)
-                for group, moment in zip(stage, found, strict=True):
-                    for layer in group if moment is not None else ():
+            for stage in blocks.stages(unit, calls[index], hidden):
+                found = gather(unit, stage, calls[index], hidden)
+                for group, statistics in zip(stage, found, strict=True):
+                    for layer in group if statistics is not None else ():
                         tell(layer.name)
                         try:
                             weight = layer.weight.read()
-                            powers[layer.name] = [error_power(weight, c, moment) for c in configs[layer.name]]
+                            powers[layer.name] = [
+                                error_power(weight, c, statistics.moment) for c in configs[layer.name]
+                            ]
                         except FourierError as error:
                             raise error.at(layer.name) from error
             if index < len(segment) - 1:
-                calibrated.advance(unit, calls[index], hidden)
+                blocks.advance(unit, calls[index], hidden)
             calls[index] = []
     return powers

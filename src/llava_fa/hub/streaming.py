@@ -21,8 +21,10 @@ from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import LayerReport, Progress, ProgressCallback, kind_of_codes
 from llava_fa.hub.shards import Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE
+from llava_fa.maths import metrics
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.approximate import approximate
+from llava_fa.solver.drift import corrected_weight
 
 SHARD_BYTES = 4_000_000_000
 """Largest weight file written (as far as one tensor allows)."""
@@ -87,8 +89,12 @@ def compress_layer(
     work: WorkFolder,
     tracker: Tracker,
     notes: tuple[str, ...] = (),
+    drift: torch.Tensor | None = None,
 ) -> None:
     """Approximate one layer and keep it in the work folder.
+
+    With a drift the codes stand for the weight that makes up for it (`solver.drift`), and the output error is the
+    error against that weight: what rounding does to the layer's output; the weight error is against the original.
 
     Without a second moment from data, what the norm in front promises takes its place, unless calibration is
     off; an output error under that promise would be no measurement, and is not reported.
@@ -98,14 +104,17 @@ def compress_layer(
     try:
         if not measured and layer.config.calibration != "none":
             second_moment = norm_moment(layer, plan)
-        result = approximate(layer.weight.read(), layer.config, second_moment)
-    except FourierError as error:
-        raise error.at(layer.name) from error
+        weight = layer.weight.read()
+        target = weight if drift is None else corrected_weight(weight, second_moment, drift)
+        result = approximate(target, layer.config, second_moment)
+        error = result.weight_error if drift is None else metrics.weight_error(weight, result.dequantize())
+    except FourierError as problem:
+        raise problem.at(layer.name) from problem
     report = LayerReport(
         name=layer.name,
         shape=layer.shape,
         bits_per_weight=result.bits_per_weight,
-        weight_error=result.weight_error,
+        weight_error=error,
         output_error=result.output_error if measured else None,
         rank=layer.config.rank,
         notes=notes + result.notes,

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs, accumulated while calibration samples pass by."""
+"""Second moments of a layer's inputs, and their drift, accumulated while calibration samples pass by."""
 
 from __future__ import annotations
 
@@ -59,3 +59,47 @@ class SecondMoment:
             )
         mean = self._sum / self.count
         return (mean if mean.ndim == 1 else (mean + mean.T) / 2).to(torch.float32)
+
+
+class Drift:
+    """D = E[(x - x̂) x̂ᵀ] over pairs of what the original model gives a layer, x [n], and what it is given, x̂ [n].
+
+    Args:
+        n: length of x.
+        name: the layer, for error messages.
+    """
+
+    def __init__(self, n: int, *, name: str = "") -> None:
+        self.n, self.name, self.count = n, name, 0
+        self._sum = torch.zeros(n, n, dtype=torch.float64)
+
+    def add(self, original: Tensor, given: Tensor) -> None:
+        """Take in x and x̂, both [..., n], any float dtypes; x̂ has been seen, and found finite, by a `SecondMoment`.
+
+        Raises:
+            FourierError: NaN or Inf in x, naming the layer.
+        """
+        original, given = original.detach().reshape(-1, self.n), given.detach().reshape(-1, self.n)
+        for start in range(0, given.shape[0], _SLICE):
+            block = given[start : start + _SLICE].to(torch.float32)
+            part = (original[start : start + _SLICE].to(torch.float32) - block).T @ block
+            if not bool(torch.isfinite(part).all()):
+                raise FourierError(
+                    "the layer's inputs have NaN or infinite values in the original model",
+                    remedy="Check the calibration samples, or run the model in float32",
+                    where=self.name,
+                )
+            self._sum += part.to(self._sum.device)
+            self.count += block.shape[0]
+
+    def value(self) -> Tensor:
+        """D float32 [n, n].
+
+        Raises:
+            FourierError: nothing was added.
+        """
+        if self.count == 0:
+            raise FourierError(
+                "no input reached this layer", remedy="Give calibration samples that use it", where=self.name
+            )
+        return (self._sum / self.count).to(torch.float32)

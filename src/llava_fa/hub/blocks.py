@@ -1,0 +1,278 @@
+"""The blocks of a model, in the order in which it runs them, and the samples that pass through them one at a time.
+
+A unit is an element of a module list (vision layers, language layers) or what linear layers stand alone (the
+projector). Consecutive units whose output is the next one's input form a segment: the model runs once on every sample,
+up to the segment's last unit, everything the units were called with is kept, and the hidden states then move through
+the segment unit by unit.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_fa.errors import FourierError
+from llava_fa.hub.plan import PlannedLayer
+
+Inputs = Sequence[Mapping[str, Tensor]]
+_PROBED = 8
+"""Samples tried until every unit has been seen at work."""
+
+
+@dataclasses.dataclass
+class Unit:
+    """A module that is run as a whole, and the layers in it that are to be compressed."""
+
+    path: str
+    module: nn.Module
+    layers: list[PlannedLayer]
+
+    def linear(self, layer: PlannedLayer) -> nn.Module:
+        """The module of one of its layers."""
+        return self.module.get_submodule(layer.name[len(self.path) + 1 :])
+
+    def copy(self) -> Unit:
+        """The same with weights of its own."""
+        return Unit(self.path, copy.deepcopy(self.module), self.layers)
+
+
+@dataclasses.dataclass
+class Call:
+    """What a unit was called with: ``hidden`` may be replaced, the rest stays."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None
+    """Name of the hidden states' parameter, None when they came first by position."""
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """From what a forward hook is given; a cache is left out, since a block is run more than once."""
+        kwargs = {key: None if key == "past_key_values" else value for key, value in kwargs.items()}
+        if args and isinstance(args[0], Tensor):
+            return cls(args[0], args[1:], kwargs, None)
+        keyword = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        return cls(kwargs.pop(keyword), args, kwargs, keyword)
+
+    def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """The same call with other hidden states."""
+        if self.keyword is None:
+            return _first(module(hidden, *self.args, **self.kwargs))
+        return _first(module(*self.args, **{self.keyword: hidden}, **self.kwargs))
+
+
+class _Stop(Exception):  # noqa: N818  no error: it is how a pass ends
+    """Ends a forward pass that has gone far enough."""
+
+
+def find_units(model: nn.Module, layers: Sequence[PlannedLayer]) -> list[Unit]:
+    """The units of the layers, each layer in exactly one."""
+    paths = {layer.name: _block(model, layer.name) for layer in layers}
+    inside = [path for path in paths.values() if path is not None]
+    units: dict[str, Unit] = {}
+    for layer in layers:
+        path = paths[layer.name]
+        if path is None:  # stands alone: its parent, unless that is a container of whole towers
+            path = layer.name.rpartition(".")[0]
+            if path == "" or any(other.startswith(path + ".") for other in inside):
+                path = layer.name
+        units.setdefault(path, Unit(path, model.get_submodule(path), [])).layers.append(layer)
+    return list(units.values())
+
+
+def _block(model: nn.Module, name: str) -> str | None:
+    """The outermost element of a module list that contains the module."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList):
+            return ".".join(parts[: depth + 1])
+    return None
+
+
+def segments(model: nn.Module, units: list[Unit], inputs: Inputs) -> tuple[list[list[Unit]], list[Unit]]:
+    """Units in order of execution, joined where one's output is the next one's input; those never run."""
+    best: list[tuple[Unit, Tensor, Tensor]] = []
+    for index, sample in enumerate(inputs[:_PROBED]):
+        seen: list[tuple[Unit, Tensor, Tensor]] = []
+
+        def note(unit: Unit, call: Call, output: Tensor, seen: list[tuple[Unit, Tensor, Tensor]] = seen) -> None:
+            if all(unit is not other for other, _, _ in seen):
+                seen.append((unit, call.hidden.clone(), output.clone()))
+
+        with ExitStack() as stack:
+            for unit in units:
+                stack.enter_context(_observe(unit, note))
+            forward(model, sample, index)
+        best = max(best, seen, key=len)
+        if len(best) == len(units):
+            break
+    segments: list[list[Unit]] = []
+    previous: Tensor | None = None
+    for unit, hidden, output in best:
+        if (
+            previous is not None
+            and _same(previous, hidden)
+            and unit.path.rpartition(".")[0] == segments[-1][-1].path.rpartition(".")[0]
+        ):
+            segments[-1].append(unit)
+        else:
+            segments.append([unit])
+        previous = output
+    return segments, [unit for unit in units if all(unit is not other for other, _, _ in best)]
+
+
+def _same(output: Tensor, following: Tensor) -> bool:
+    return output.shape == following.shape and torch.equal(output, following)
+
+
+@contextmanager
+def _observe(unit: Unit, note: Callable[[Unit, Call, Tensor], None]) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        note(unit, Call.of(args, dict(kwargs)), _first(output))
+
+    handle = unit.module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def advance(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> None:
+    """Replace the hidden states of all samples by what the unit makes of them."""
+    for i, call in enumerate(calls):
+        hidden[i] = _run(unit, call, hidden[i]).cpu()
+
+
+def capture(units: list[Unit], model: nn.Module, inputs: Inputs) -> tuple[list[list[Call]], list[Tensor]]:
+    """Run the samples up to the last unit: calls by unit, and the first unit's hidden states on the CPU."""
+    calls: list[list[Call]] = [[] for _ in units]
+    hidden: list[Tensor] = []
+    with ExitStack() as stack:
+        for index, unit in enumerate(units):
+
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                call = Call.of(args, dict(kwargs))
+                if index == 0:
+                    hidden.append(call.hidden.cpu().clone())
+                calls[index].append(dataclasses.replace(call, hidden=torch.empty(0)))
+
+            handle = unit.module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        # After the output, not the input: a unit may be called several times per sample (image tiles) before
+        # the model goes on, and then the whole forward has to run.
+        once = _called_once(units[-1], model, inputs[0])
+        if once:
+            stack.callback(units[-1].module.register_forward_hook(stop).remove)
+        calls[:] = [[] for _ in units]
+        hidden.clear()
+        for index, sample in enumerate(inputs):
+            forward(model, sample, index)
+    return calls, hidden
+
+
+def _called_once(unit: Unit, model: nn.Module, sample: Mapping[str, Tensor]) -> bool:
+    count = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    handle = unit.module.register_forward_pre_hook(hook)
+    try:
+        forward(model, sample, 0)
+    finally:
+        handle.remove()
+    return count == 1
+
+
+def stages(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> list[list[list[PlannedLayer]]]:
+    """Stages in order of execution, each a list of groups, each the layers given the very same input."""
+    groups: list[tuple[Tensor, list[PlannedLayer]]] = []
+    by_name = {layer.name: layer for layer in unit.layers}
+
+    def note(layer: PlannedLayer, x: Tensor) -> None:
+        if by_name.pop(layer.name, None) is None:
+            return
+        for seen, members in groups:
+            if seen is x:
+                members.append(layer)
+                return
+        groups.append((x, [layer]))
+
+    with _shown(unit, unit.layers, note):
+        _run(unit, calls[0], hidden[0])
+    stages = [[members] for _, members in groups]
+    if by_name:  # not reached
+        stages.append([[layer] for layer in by_name.values()])
+    return stages
+
+
+def replay(
+    unit: Unit, calls: list[Call], hidden: list[Tensor], layers: Sequence[PlannedLayer]
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Run the unit on its calls; of every call the inputs of each of the layers, [tokens, n] for each time it ran."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(layer: PlannedLayer, x: Tensor) -> None:
+        seen[layer.name].append(x.reshape(-1, x.shape[-1]))
+
+    with _shown(unit, layers, note):
+        for call, x in zip(calls, hidden, strict=True):
+            seen.clear()
+            seen.update({layer.name: [] for layer in layers})
+            _run(unit, call, x)
+            yield dict(seen)
+
+
+def _run(unit: Unit, call: Call, hidden: Tensor) -> Tensor:
+    return call.run(unit.module, hidden.to(next(unit.module.parameters()).device))
+
+
+@contextmanager
+def _shown(unit: Unit, layers: Sequence[PlannedLayer], see: Callable[[PlannedLayer, Tensor], None]) -> Iterator[None]:
+    """While it lasts ``see`` is shown the input of each of the layers."""
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def hook(_: nn.Module, args: tuple[Any, ...], layer: PlannedLayer = layer) -> None:
+                see(layer, args[0])
+
+            stack.callback(unit.linear(layer).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int) -> Any:
+    """The model's output on one sample; None where a hook ended the pass.
+
+    Raises:
+        FourierError: the model fails on the sample, which is named.
+    """
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    moved = {key: x.to(device, dtype) if x.is_floating_point() else x.to(device) for key, x in sample.items()}
+    try:
+        return model(**moved, use_cache=False)
+    except _Stop:
+        return None
+    except (FourierError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a sample the model cannot take: shapes, token counts
+        raise FourierError(
+            f"the model fails on it ({type(error).__name__}: {error})",
+            remedy="Check the sample, and that the processor files belong to the model",
+            where=f"calibration sample {index}",
+        ) from error
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
