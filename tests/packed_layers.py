@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.layout import FactoredLayout, Layout
 from llava_fa.maths.bitpack import pack, unpack
 from llava_fa.maths.dft import padded, random_signs
 
@@ -156,6 +156,12 @@ def dense_paper(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tenso
     return torch.fft.irfft2(spectrum, s=(layout.out_features, layout.in_features), norm="ortho")
 
 
-def exact_weight(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def exact_weight(layout: Layout | FactoredLayout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """W in float64, from docs/format.md word for word: no FFT, no table, no chunk."""
+    if isinstance(layout, FactoredLayout):
+        left, right = (
+            exact_weight(part, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+            for prefix, part in layout.parts().items()
+        )
+        return left @ right
     return (dense_best if layout.method == "best" else dense_paper)(layout, tensors)

@@ -7,12 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llava_fa.config import Budget as Budget
+from llava_fa.config import Casp as Casp
 from llava_fa.config import FourierConfig as FourierConfig
 from llava_fa.errors import FourierError as FourierError
 from llava_fa.hub import autoload as _autoload
 
 if TYPE_CHECKING:
     from llava_fa.hub.compress import compress as compress
+    from llava_fa.nn.factored_linear import FactoredLinear as FactoredLinear
     from llava_fa.nn.fourier_linear import FourierLinear as FourierLinear
     from llava_fa.solver.approximate import approximate as approximate
     from llava_fa.solver.approximation import Approximation as Approximation
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
 # One line a name, as above: where it comes from.
 _LAZY = {
     "compress": "llava_fa.hub.compress",
+    "FactoredLinear": "llava_fa.nn.factored_linear",
     "FourierLinear": "llava_fa.nn.fourier_linear",
     "approximate": "llava_fa.solver.approximate",
     "Approximation": "llava_fa.solver.approximation",
 }
-__all__ = ["Budget", "FourierConfig", "FourierError", *_LAZY]
+__all__ = ["Budget", "Casp", "FourierConfig", "FourierError", *_LAZY]
 
 _autoload.install()
 

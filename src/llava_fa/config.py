@@ -41,6 +41,8 @@ class FourierConfig:
             time, 4 s of one core a million weights); twice the time to decode. ``"auto"``: trellis for every layer
             with at least 64 inputs.
         rank: rank of the low-rank part; 0 leaves it out.
+        inner_rank: ``best`` only. f > 0 (even): W is stored as a product L R of two narrow matrices, [m, f] and [f, n],
+            each with codes of its own (CASP's factors; `solver.factored`); then there is no low-rank part beside.
         amplitude_bits, phase_bits: ``paper`` only, bits of |coefficient| and of its angle; by default they share
             ``2 * bits``, the phase taking the odd one. Their sum decides; ``bits`` is then (sum / 2).
         calibration: how much of a layer's second moment is used. ``"none"``: nothing. ``"diagonal"``: its diagonal
@@ -67,6 +69,7 @@ class FourierConfig:
     bits: float = 4.0
     codes: CodesChoice = "rings"
     rank: int = 0
+    inner_rank: int = 0
     amplitude_bits: int | None = None
     phase_bits: int | None = None
     calibration: Calibration = "auto"
@@ -83,12 +86,18 @@ class FourierConfig:
         _one_of("method", self.method, get_args(Method))
         _one_of("calibration", self.calibration, get_args(Calibration))
         _one_of("codes", self.codes, get_args(CodesChoice))
-        for name in ("rank", "iterations", "refine_passes", "seed"):
+        for name in ("rank", "inner_rank", "iterations", "refine_passes", "seed"):
             _integer(name, getattr(self, name))
         for name in ("skip", "only"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.rank < 0:
             raise FourierError(f"rank is {self.rank}", remedy="Give 0 for no low-rank part, or a positive rank")
+        if self.inner_rank < 0 or self.inner_rank % 2:
+            raise FourierError(f"inner_rank is {self.inner_rank}", remedy="Give 0 for one matrix, or an even width")
+        if self.inner_rank and (self.rank or self.method == "paper"):
+            raise FourierError(
+                "inner_rank is for method 'best' without a low-rank part", remedy="Leave inner_rank out, or rank"
+            )
         if self.iterations < 1:
             raise FourierError(f"iterations is {self.iterations}", remedy="Give at least 1")
         if self.refine_passes < 0:
@@ -174,17 +183,17 @@ class FourierConfig:
             changes = {"amplitude_bits": None, "phase_bits": None, **changes}
         if "method" in changes:
             own = {"amplitude_bits": None, "phase_bits": None, "factor_dtype": None, "target": None, "codes": "rings"}
-            changes = {**own, **changes}
+            changes = {**own, "inner_rank": 0, **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, with the version and transformers' ``quant_method``."""
         fields = dataclasses.asdict(self)
         fields["skip"], fields["only"] = list(self.skip), list(self.only)
-        if self.codes == "rings":  # as it was written before there was a choice
-            del fields["codes"]
-        if self.target == ("weights" if self.method == "paper" else "outputs"):  # likewise
-            del fields["target"]
+        target = "weights" if self.method == "paper" else "outputs"
+        for name, old in (("codes", "rings"), ("inner_rank", 0), ("target", target)):  # as written before it was there
+            if fields[name] == old:
+                del fields[name]
         return {"quant_method": QUANT_METHOD, "config_version": CONFIG_VERSION, **fields}
 
     def to_json(self) -> str:
@@ -255,6 +264,33 @@ class Budget:
     def to_dict(self) -> dict[str, Any]:
         """``{"bits": b}`` or ``{"size": bytes}``."""
         return {"bits": self.bits} if self.size is None else {"size": self.size}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Casp:
+    """Query and key projections as two narrow factors, after CASP (arXiv 2503.05936); see docs/method.md.
+
+    Args:
+        keep: share of a projection's numbers that its two factors have. Every query and key projection of the
+            language model is factored; what that saves the budget spends on all layers. The paper keeps a quarter.
+        auto: leave it to the budget instead which query and key projections, of the vision tower too, are factored,
+            and how narrow (``keep`` then is the widest that is offered).
+
+    Raises:
+        FourierError: a share that is not above 0 and at most 1.
+    """
+
+    keep: float = 0.25
+    auto: bool = False
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.keep, (int, float)) and not isinstance(self.keep, bool)
+        if not (number and 0 < self.keep <= 1):
+            raise FourierError(f"keep is {self.keep!r}", remedy="Give a share above 0 and at most 1, such as 0.25")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
 
 
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}

@@ -16,7 +16,7 @@ import torch
 from llava_fa import FourierConfig
 from llava_fa.hub.checkpoint import LayerRecord, Metadata, codebook_digest, stored_tensors
 from llava_fa.hub.shards import Item, write_file
-from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.layout import FactoredLayout, Layout
 from llava_fa.maths.bitpack import pack
 from llava_fa.nn.codebooks import codebook_key
 
@@ -33,9 +33,24 @@ def _numbers(name: str, shape: tuple[int, ...], low: int, high: int) -> torch.Te
     return torch.tensor(values).reshape(shape)
 
 
-def versions() -> dict[Path, dict[str, Layout]]:
+def versions() -> dict[Path, dict[str, Layout | FactoredLayout]]:
     """Folder → layers, for every version of the format."""
-    return {HERE: layouts(), HERE / "version2": trellis_layouts()}
+    return {HERE: layouts(), HERE / "version2": trellis_layouts(), HERE / "version3": factored_layouts()}
+
+
+def factored_layouts() -> dict[str, Layout | FactoredLayout]:
+    """Factors of the same codes, and of two kinds; grouped-query attention's shape; an odd n; beside a plain layer."""
+    trellis = Layout(method="best", out_features=4, in_features=9, code_bits=3, codes="trellis", state_bits=12)
+    return {
+        "factored.wide": FactoredLayout(
+            left=Layout(method="best", out_features=3, in_features=4, code_bits=3),
+            right=Layout(method="best", out_features=4, in_features=10, code_bits=3),
+        ),
+        "factored.trellis": FactoredLayout(
+            left=Layout(method="best", out_features=6, in_features=4, code_bits=6), right=trellis
+        ),
+        "best.even": Layout(method="best", out_features=5, in_features=12, code_bits=3),
+    }
 
 
 def trellis_layouts() -> dict[str, Layout]:
@@ -79,8 +94,13 @@ def layouts() -> dict[str, Layout]:
     }
 
 
-def tensors(name: str, layout: Layout) -> dict[str, torch.Tensor]:
+def tensors(name: str, layout: Layout | FactoredLayout) -> dict[str, torch.Tensor]:
     """All tensors of one layer; scales and points are short binary fractions, which bf16 holds exactly."""
+    if isinstance(layout, FactoredLayout):
+        parts = layout.parts().items()
+        return {
+            prefix + key: tensor for prefix, part in parts for key, tensor in tensors(f"{name}.{prefix}", part).items()
+        }
     out = {}
     for key, (dtype, shape) in layout.tensors().items():
         seed = f"{name}.{key}"
@@ -102,19 +122,21 @@ def tensors(name: str, layout: Layout) -> dict[str, torch.Tensor]:
     return out
 
 
-def build(folder: Path, layers: dict[str, Layout]) -> None:
+def build(folder: Path, layers: dict[str, Layout | FactoredLayout]) -> None:
     """Write both golden files to ``folder``."""
     stored: dict[str, torch.Tensor] = {}
     digests: dict[str, str] = {}
     for name, layout in layers.items():
         layer = tensors(name, layout)
         stored |= stored_tensors(name, layer)
-        if "codebook" in layer:
-            stored[codebook_key(layout.codebook)] = layer["codebook"]
-            digests[layout.codebook] = codebook_digest(layer["codebook"])
+        for prefix, part in layout.parts().items():
+            if prefix + "codebook" in layer:
+                stored[codebook_key(part.codebook)] = layer[prefix + "codebook"]
+                digests[part.codebook] = codebook_digest(layer[prefix + "codebook"])
     write_file(folder / "model.safetensors", [Item.of(name, tensor) for name, tensor in stored.items()])
     records = {name: LayerRecord(layout, 0.25, None) for name, layout in layers.items()}
-    codes = "auto" if any(layout.state_bits for layout in layers.values()) else "rings"
+    parts = [part for layout in layers.values() for part in layout.parts().values()]
+    codes = "auto" if any(part.state_bits for part in parts) else "rings"
     metadata = Metadata(FourierConfig(bits=1.5, codes=codes), records, {"lm_head": "output embedding"}, digests)
     text = json.dumps({"quantization_config": metadata.to_dict()}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava_fa.cli import output
-from llava_fa.config import MAX_BITS, MIN_BITS, Budget, FourierConfig
+from llava_fa.config import MAX_BITS, MIN_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
 
 if TYPE_CHECKING:
@@ -48,6 +48,22 @@ def compress(
         bool, typer.Option("--mixed", help="Take --bits as a budget also where it is a half step.")
     ] = False,
     rank: Annotated[int, typer.Option(help="Rank of the low-rank part; 0 leaves it out.")] = 0,
+    casp: Annotated[
+        bool,
+        typer.Option(
+            "--casp",
+            help="Store query and key projections of the language model as two narrow factors, and spend what that "
+            "saves on all layers: the same bytes as without.",
+        ),
+    ] = False,
+    casp_auto: Annotated[
+        bool,
+        typer.Option("--casp-auto", help="Only where that is predicted to pay; in the vision tower too."),
+    ] = False,
+    casp_keep: Annotated[
+        float | None,
+        typer.Option(help="Share of a projection's numbers that its factors have (at most). [default: 0.25]"),
+    ] = None,
     amplitude_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each |coefficient|.")] = None,
     phase_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each angle.")] = None,
     calibration: Annotated[
@@ -78,7 +94,13 @@ def compress(
     """Compress a LLaVA-type model. Killed at any moment, the same command resumes."""
     if bits is not None and amplitude_bits is not None:
         raise typer.BadParameter("--bits and --amplitude-bits exclude each other: the sum of the two decides")
+    if casp_keep is not None and not (casp or casp_auto):
+        raise typer.BadParameter("--casp-keep goes with --casp or --casp-auto")
+    if casp and casp_auto:
+        raise typer.BadParameter("--casp and --casp-auto exclude each other: all projections, or those that pay")
     try:
+        share = Casp.keep if casp_keep is None else casp_keep
+        factored = Casp(keep=share, auto=casp_auto) if casp or casp_auto else None
         budget = _budget(method, bits, size, mixed)
         config = FourierConfig(
             method=method,  # type: ignore[arg-type]  # FourierConfig checks it
@@ -108,6 +130,7 @@ def compress(
             config,
             data,
             budget=budget,
+            casp=factored,
             device=device,
             fresh=fresh,
             progress=progress,
@@ -234,7 +257,7 @@ def _layers(report: Report, all_layers: bool) -> Table:
             "×".join(map(str, layer.shape)),
             layer.codes or "-",
             f"{layer.bits_per_weight:.3f}",
-            str(layer.rank),
+            f"{layer.inner_rank} L R" if layer.inner_rank else str(layer.rank),
             _number(layer.weight_error),
             _number(layer.output_error),
             *reasons,

@@ -15,17 +15,19 @@ from typing import Any
 
 from torch import nn
 
-from llava_fa.config import MIN_BITS, Budget, Codes, FourierConfig
+from llava_fa.config import MIN_BITS, Budget, Casp, Codes, FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub import sensitivity as measured
+from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.parts import WorkFolder, disk_errors, gigabytes
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.shards import write_text
 from llava_fa.hub.streaming import SHARD_BYTES, norm_moment
-from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.layout import layout_of
 from llava_fa.nn.codebooks import codebook_key
+from llava_fa.solver.attention import inner_rank
 from llava_fa.solver.budget import Option, allocate, smallest
-from llava_fa.solver.sensitivity import blind_sensitivity, distortion, error_power, sensitivity
+from llava_fa.solver.sensitivity import blind_sensitivity, distortion, error_powers, sensitivity
 
 FILE = "allocation.json"
 _FILE_BYTES, _TENSOR_BYTES = 200, 85
@@ -34,12 +36,21 @@ _FILE_BYTES, _TENSOR_BYTES = 200, 85
 NATS, BLIND = "nats of KL divergence per answer token", "relative, without data"
 """Units of a predicted loss."""
 
-Sensitivities = Mapping[str, Sequence[float]]
-"""Layer → predicted loss per unit of distortion, for every rank of `ranks`."""
+Prediction = tuple[float, float]
+"""Of a layer's loss: what no codes can mend, and what is added per unit of their distortion."""
+Sensitivities = Mapping[str, Sequence[Prediction]]
+"""Layer → prediction for each of `variants`."""
+
+NARROWER = (1.0, 0.75, 0.5, 0.25)
+"""Widths of factors offered where a budget chooses, as shares of the widest."""
 
 
 def check(config: FourierConfig) -> None:
     """Raise `FourierError` where a configuration cannot be given a budget."""
+    if config.inner_rank:
+        raise FourierError(
+            "inner_rank is one width for all layers, and a budget chooses", remedy="Leave inner_rank out; or give casp"
+        )
     if config.method != "best":
         raise FourierError(
             f"a budget is for method 'best', not {config.method!r}",
@@ -47,9 +58,33 @@ def check(config: FourierConfig) -> None:
         )
 
 
-def ranks(config: FourierConfig) -> tuple[int, ...]:
-    """Ranks a layer may be given: none, and the configured one."""
-    return (0, config.rank) if config.rank else (0,)
+def check_casp(plan: Plan) -> None:
+    """Raise `FourierError` where there is nothing that CASP could factor."""
+    if not any(is_query_or_key(layer.name) for layer in plan.layers):
+        raise FourierError(
+            "none of the layers to compress is a query or key projection (q_proj, k_proj)",
+            remedy="Leave casp out, or skip fewer layers",
+        )
+
+
+def same_bytes(plan: Plan) -> Budget:
+    """The budget that spends what the layers would take as planned: CASP against no CASP at equal stored bits."""
+    parts = [part for layer in plan.layers for part in layer.layout.parts().values()]
+    books = {part.codebook: 4 * part.points for part in parts}
+    own = sum(layer.packed_bytes for layer in plan.layers) - sum(4 * part.points for part in parts)
+    # half a byte more: bits are turned back into whole bytes
+    return Budget(bits=8 * (own + sum(books.values()) + 0.5) / sum(layer.numel for layer in plan.layers))
+
+
+def variants(layer: PlannedLayer, config: FourierConfig, casp: Casp | None) -> list[FourierConfig]:
+    """What a layer may become but for bits and codes: with low rank and without, or as two factors."""
+    plain = [config.replace(bits=MIN_BITS, rank=rank) for rank in ((0, config.rank) if config.rank else (0,))]
+    if casp is None or not is_query_or_key(layer.name) or (is_vision(layer.name) and not casp.auto):
+        return plain
+    shares = NARROWER if casp.auto else (1.0,)
+    wide = dict.fromkeys(inner_rank(layer.shape, share * casp.keep) for share in shares)
+    factored = [config.replace(bits=MIN_BITS, rank=0, inner_rank=width) for width in wide]
+    return plain + factored if casp.auto else factored
 
 
 def widths(config: FourierConfig) -> tuple[float, ...]:
@@ -64,19 +99,26 @@ def kinds(config: FourierConfig, inputs: int) -> tuple[Codes, ...]:
 
 
 def options(
-    layer: PlannedLayer, config: FourierConfig, sensitivities: Sequence[float], *, feedback: bool
+    layer: PlannedLayer,
+    config: FourierConfig,
+    predictions: Sequence[Prediction],
+    casp: Casp | None = None,
+    *,
+    feedback: bool,
 ) -> list[Option]:
-    """What the layer may become; ``sensitivities`` has one entry for each of `ranks`."""
+    """What the layer may become; ``predictions`` has one entry for each of `variants`."""
     found = []
-    for (rank, loss), bits, codes in itertools.product(
-        zip(ranks(config), sensitivities, strict=True), widths(config), kinds(config, layer.shape[1])
+    for (variant, (fixed, slope)), bits in itertools.product(
+        zip(variants(layer, config, casp), predictions, strict=True), widths(config)
     ):
-        option = config.replace(bits=bits, rank=rank, codes=codes)
-        layout = Layout.from_config(option, *layer.shape)
-        sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.tensors().items()}
-        shared = sizes.pop("codebook")
-        predicted = loss * distortion(option.code_bits, codes, feedback=feedback)
-        found.append(Option(option, sum(sizes.values()), predicted, layout.codebook, shared))
+        for codes in kinds(config, variant.inner_rank or layer.shape[1]):  # both factors have the same codebook
+            option = variant.replace(bits=bits, codes=codes)
+            layout = layout_of(option, *layer.shape)
+            sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.tensors().items()}
+            books = [size for name, size in sizes.items() if name.rpartition(".")[2] == "codebook"]
+            loss = fixed + slope * distortion(option.code_bits, codes, feedback=feedback)
+            shared = next(iter(layout.parts().values())).codebook
+            found.append(Option(option, sum(sizes.values()) - sum(books), loss, shared, books[0]))
     return found
 
 
@@ -87,20 +129,23 @@ def measure(
     inputs: Sequence[Mapping[str, Any]],
     answers: Sequence[int],
     tell: Callable[[str], None],
-) -> dict[str, list[float]]:
+    casp: Casp | None = None,
+) -> dict[str, list[Prediction]]:
     """Sensitivities from samples, in nats of KL divergence per answer token; 0 where the answers never depend on it."""
     names = [layer.name for layer in plan.layers]
     tell("")
     minds = measured.fisher(model, names, inputs, answers)
-    configs = {name: [config.replace(bits=MIN_BITS, rank=rank) for rank in ranks(config)] for name in names}
+    configs = {layer.name: variants(layer, config, casp) for layer in plan.layers}
     powers = measured.output_powers(model, plan.layers, configs, inputs, tell)
-    found = {name: [0.0] * len(ranks(config)) for name in names}
+    found: dict[str, list[Prediction]] = {name: [(0.0, 0.0)] * len(configs[name]) for name in names}
     for name in minds.keys() & powers.keys():
-        found[name] = [sensitivity(power, minds[name]) for power in powers[name]]
+        found[name] = [(sensitivity(a, minds[name]), sensitivity(b, minds[name])) for a, b in powers[name]]
     return found
 
 
-def estimate(plan: Plan, config: FourierConfig, tell: Callable[[str], None]) -> dict[str, list[float]]:
+def estimate(
+    plan: Plan, config: FourierConfig, tell: Callable[[str], None], casp: Casp | None = None
+) -> dict[str, list[Prediction]]:
     """Sensitivities without data (`blind_sensitivity`); reads every weight once."""
     found = {}
     for layer in plan.layers:
@@ -108,14 +153,23 @@ def estimate(plan: Plan, config: FourierConfig, tell: Callable[[str], None]) -> 
         try:
             moment = None if config.calibration == "none" else norm_moment(layer, plan)
             weight = layer.weight.read()
-            powers = [error_power(weight, config.replace(bits=MIN_BITS, rank=rank), moment) for rank in ranks(config)]
-            found[layer.name] = [blind_sensitivity(weight, power, moment) for power in powers]
+            powers = [error_powers(weight, variant, moment) for variant in variants(layer, config, casp)]
+            found[layer.name] = [
+                (blind_sensitivity(weight, a, moment), blind_sensitivity(weight, b, moment)) for a, b in powers
+            ]
         except FourierError as error:
             raise error.at(layer.name) from error
     return found
 
 
-def spend(plan: Plan, config: FourierConfig, budget: Budget, sensitivities: Sensitivities, unit: str) -> Plan:
+def spend(
+    plan: Plan,
+    config: FourierConfig,
+    budget: Budget,
+    sensitivities: Sensitivities,
+    unit: str,
+    casp: Casp | None = None,
+) -> Plan:
     """The plan of least predicted loss within the budget.
 
     Args:
@@ -125,7 +179,7 @@ def spend(plan: Plan, config: FourierConfig, budget: Budget, sensitivities: Sens
         FourierError: the budget is less than the model takes with the fewest bits everywhere.
     """
     feedback = unit == NATS and config.calibration in ("auto", "feedback")
-    layers = [options(layer, config, sensitivities[layer.name], feedback=feedback) for layer in plan.layers]
+    layers = [options(layer, config, sensitivities[layer.name], casp, feedback=feedback) for layer in plan.layers]
     allowed = layer_bytes(plan, budget)
     least = smallest(layers)
     if least > allowed:
@@ -133,10 +187,16 @@ def spend(plan: Plan, config: FourierConfig, budget: Budget, sensitivities: Sens
     found = allocate(layers, allowed)
     chosen = {}
     for layer, row, k in zip(plan.layers, layers, found.choice, strict=True):
-        of_rank = dict(zip(ranks(config), sensitivities[layer.name], strict=True))
-        chosen[layer.name] = _with(layer, row[k].config, of_rank[row[k].config.rank], row[k].loss)
+        slopes = {
+            (variant.rank, variant.inner_rank): slope
+            for variant, (_, slope) in zip(variants(layer, config, casp), sensitivities[layer.name], strict=True)
+        }
+        best = row[k].config
+        chosen[layer.name] = _with(layer, best, slopes[best.rank, best.inner_rank], row[k].loss)
     uniform = None if math.isinf(found.uniform) else found.uniform
     summary = {**budget.to_dict(), "unit": unit, "predicted_loss": found.loss, "uniform_loss": uniform}
+    if casp is not None:
+        summary["casp"] = casp.to_dict()
     return plan.assign(chosen, summary)
 
 
@@ -153,6 +213,7 @@ def _others(plan: Plan) -> int:
     modules = {key: name for name, key in plan.names.items()}
     names = [modules.get(key, key) for key in plan.source.entries if key not in dense]
     names += [f"{layer.name}.{key}" for layer in plan.layers for key in layer.layout.tensors() if key != "codebook"]
+    names += [f"{layer.name}.left.input_scale" for layer in plan.layers if is_query_or_key(layer.name)] * 4  # CASP
     names += [codebook_key("trellis_8_12")] * 2 * len(widths(plan.layers[0].config))  # as many as there can be
     headers = sum(_TENSOR_BYTES + len(name) for name in names)
     files = 1 + plan.source.nbytes // (SHARD_BYTES // 2)
@@ -168,7 +229,7 @@ def _too_small(plan: Plan, budget: Budget, least: int) -> str:
 
 
 def _with(layer: PlannedLayer, config: FourierConfig, sensitivity: float, loss: float) -> PlannedLayer:
-    layout = Layout.from_config(config, *layer.shape)
+    layout = layout_of(config, *layer.shape)
     return dataclasses.replace(layer, config=config, layout=layout, sensitivity=sensitivity, predicted_loss=loss)
 
 

@@ -24,7 +24,7 @@ from llava_fa.hub.blocks import Call, Inputs, Unit, advance, capture, find_units
 from llava_fa.hub.parts import WorkFolder
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.streaming import Tracker, compress_layer
-from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.solver.statistics import Drift, SecondMoment
 
 _ROWS = 4096
@@ -196,5 +196,5 @@ def gather(
 def _use_parts(unit: Unit, layers: Sequence[PlannedLayer], work: WorkFolder) -> None:
     """From here on the model computes with the compressed weights, exactly as they are stored."""
     for layer in layers:
-        packed = FourierLinear.from_tensors(layer.layout, work.load(layer.name))
+        packed = layer_from_tensors(layer.layout, work.load(layer.name))
         unit.linear(layer).weight.copy_(packed.dequantize())

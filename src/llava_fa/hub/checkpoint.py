@@ -22,13 +22,13 @@ from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub.shards import Entry, read_header, tensor_bytes
 from llava_fa.hub.source import read_config, weight_files
-from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.layout import FactoredLayout, Layout, layout_from_dict
 from llava_fa.maths.dft import padded
 from llava_fa.nn.codebooks import MODULE, codebook_key
-from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.factored_linear import PackedLinear, layer_from_tensors
 
-FORMAT_VERSION = 2
-"""The newest version; models without trellis codes are written, as before, in version 1."""
+FORMAT_VERSION = 3
+"""The newest version; models without factored layers, or trellis codes, are written, as before, in versions 2 and 1."""
 
 _SAFETENSORS = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
 _COMPRESS_AGAIN = "Compress the model again, or copy the folder again"
@@ -38,7 +38,7 @@ _COMPRESS_AGAIN = "Compress the model again, or copy the folder again"
 class LayerRecord:
     """What config.json says of one layer: how to read it, and how good it is (None: not measured)."""
 
-    layout: Layout
+    layout: Layout | FactoredLayout
     weight_error: float | None = None
     output_error: float | None = None
     sensitivity: float | None = None
@@ -57,10 +57,10 @@ class LayerRecord:
         values = dict(values)
         known = ("weight_error", "output_error", "sensitivity", "predicted_loss")
         measured = [values.pop(name, None) for name in known]
-        return cls(Layout.from_dict(values), *measured)
+        return cls(layout_from_dict(values), *measured)
 
     @classmethod
-    def of(cls, layer: FourierLinear) -> LayerRecord:
+    def of(cls, layer: PackedLinear) -> LayerRecord:
         """The record of a layer in memory."""
         return cls(layer.layout, layer.weight_error, layer.output_error)
 
@@ -123,7 +123,8 @@ class Metadata:
             except FourierError as error:
                 raise error.at(name) from None
         if _version(layers) > version:
-            raise FourierError(f"a checkpoint of version {version} has no trellis codes", remedy=_COMPRESS_AGAIN)
+            newer = "factored layers" if _version(layers) == 3 else "trellis codes"
+            raise FourierError(f"a checkpoint of version {version} has no {newer}", remedy=_COMPRESS_AGAIN)
         codebooks = {f"bits_{name}" if name.isdigit() else name: digest for name, digest in parts[2].items()}
         budget = None if budget is None else dict(budget)
         return cls(FourierConfig.from_dict(values), layers, dict(parts[1]), codebooks, budget, _densities(density))
@@ -140,7 +141,10 @@ def _densities(values: Any) -> dict[str, list[float]] | None:
 
 def _version(layers: Mapping[str, LayerRecord]) -> int:
     """The first format version in which such layers can be told."""
-    return 2 if any(record.layout.codes == "trellis" for record in layers.values()) else 1
+    layouts = [record.layout for record in layers.values()]
+    if any(isinstance(layout, FactoredLayout) for layout in layouts):
+        return 3
+    return 2 if any(part.codes == "trellis" for layout in layouts for part in layout.parts().values()) else 1
 
 
 def codebook_digest(codebook: Tensor) -> str:
@@ -149,8 +153,21 @@ def codebook_digest(codebook: Tensor) -> str:
 
 
 def stored_tensors(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of layer ``name`` under their names in the file; its codebook goes to `codebook_key`."""
-    return {f"{name}.{key}": tensor for key, tensor in tensors.items() if key != "codebook"}
+    """The tensors of layer ``name`` under their names in the file; its codebooks go to `codebook_key`."""
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items() if not _is_codebook(key)}
+
+
+def _is_codebook(key: str) -> bool:
+    return key.rpartition(".")[2] == "codebook"
+
+
+def _file_keys(name: str, layout: Layout | FactoredLayout) -> dict[str, str]:
+    """Tensor of a layer → its name in the file, codebooks included."""
+    return {
+        prefix + key: codebook_key(part.codebook) if key == "codebook" else f"{name}.{prefix}{key}"
+        for prefix, part in layout.parts().items()
+        for key in part.tensors()
+    }
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -188,11 +205,12 @@ def validate(files: Iterable[Path], metadata: Metadata) -> dict[str, Entry]:
     for path in files:
         entries.update(read_header(Path(path))[0])
     for name, record in metadata.layers.items():
-        for key, (dtype, shape) in record.layout.tensors().items():
-            if key == "codebook":
-                _check_codebook(entries, metadata, record.layout, name)
-            else:
-                _check_entry(entries, f"{name}.{key}", dtype, shape)
+        for prefix, part in record.layout.parts().items():
+            for key, (dtype, shape) in part.tensors().items():
+                if key == "codebook":
+                    _check_codebook(entries, metadata, part, name)
+                else:
+                    _check_entry(entries, f"{name}.{prefix}{key}", dtype, shape)
     return entries
 
 
@@ -219,13 +237,19 @@ def _check_codebook(entries: Mapping[str, Entry], metadata: Metadata, layout: La
         )
 
 
-def check_content(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+def check_content(name: str, layout: Layout | FactoredLayout, tensors: Mapping[str, Tensor]) -> None:
     """Check the values of one layer's tensors.
 
     Raises:
         FourierError: bits set behind a row's last code or sign (a code out of range: every value of b bits is
             a code, so this is the only way to be outside), a scale that is NaN, infinite or not positive.
     """
+    for prefix, part in layout.parts().items():
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        _check_part(f"{name}.{prefix}".rstrip("."), part, own)
+
+
+def _check_part(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
     _check_padding(name, "codes", tensors["codes"], layout.row_bits)
     if layout.method == "best":
         _check_padding(name, "signs", tensors["signs"][None], padded(layout.in_features))
@@ -264,7 +288,7 @@ def _check_padding(name: str, key: str, packed: Tensor, bits: int) -> None:
         )
 
 
-def read_layer(folder: Path, name: str) -> FourierLinear:
+def read_layer(folder: Path, name: str) -> PackedLinear:
     """One compressed layer of a folder by itself, without its bias, checked.
 
     Raises:
@@ -275,12 +299,9 @@ def read_layer(folder: Path, name: str) -> FourierLinear:
         raise FourierError(f"no compressed layer {name!r}", remedy="`llava-fa inspect` lists them", where=str(folder))
     record = metadata.layers[name]
     entries = validate(weight_files(folder), dataclasses.replace(metadata, layers={name: record}))
-    tensors = {
-        key: entries[codebook_key(record.layout.codebook) if key == "codebook" else f"{name}.{key}"].read()
-        for key in record.layout.tensors()
-    }
+    tensors = {key: entries[stored].read() for key, stored in _file_keys(name, record.layout).items()}
     check_content(name, record.layout, tensors)
-    layer = FourierLinear.from_tensors(record.layout, tensors)
+    layer = layer_from_tensors(record.layout, tensors)
     layer.weight_error, layer.output_error = record.weight_error, record.output_error
     return layer
 
@@ -311,7 +332,7 @@ def account(entries: Mapping[str, Entry], metadata: Metadata) -> Accounting:
     layers: dict[str, float] = {}
     packed, weights, seen = 0, 0, set()
     for name, record in metadata.layers.items():
-        keys = [f"{name}.{key}" for key in record.layout.tensors() if key != "codebook"]
+        keys = [stored for key, stored in _file_keys(name, record.layout).items() if not _is_codebook(key)]
         nbytes = sum(entries[key].nbytes for key in keys)
         count = record.layout.out_features * record.layout.in_features
         layers[name] = 8 * nbytes / count

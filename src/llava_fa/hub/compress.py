@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llava_fa.config import Budget, FourierConfig
+from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub import allocation, attention, sensitivity
 from llava_fa.hub.calibrated import compress_calibrated
@@ -35,6 +35,7 @@ def compress(
     calibration: Iterable[Sample] | None = None,
     *,
     budget: Budget | None = None,
+    casp: Casp | None = None,
     device: str | torch.device = "cpu",
     fresh: bool = False,
     progress: ProgressCallback | None = None,
@@ -55,6 +56,8 @@ def compress(
         calibration: samples ``(image, question, answer)`` or chat messages (see `hub.calibration_data`).
         budget: what the whole model may take; every layer then gets the bits (and the rank, none or the configured
             one) that make the predicted loss least (docs/method.md), and ``config.bits`` is the most it may get.
+        casp: query and key projections as two narrow factors (arXiv 2503.05936); bits are then chosen under ``budget``,
+            or, without one, within the very bytes that ``config`` would take without ``casp``.
         device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
         fresh: throw away what an interrupted run left, instead of resuming.
         progress: called with a `Progress` before each layer and after the last.
@@ -77,11 +80,15 @@ def compress(
     callback = progress or (lambda _: None)
     refuse_existing(out)
     _check_calibration(config, calibration)
-    if budget is not None:
+    if budget is not None or casp is not None:
         allocation.check(config)
     place = check_device(device)
     source = open_source(resolve_model(model))
     plan = make_plan(empty_model(source), source, config)
+    if casp is not None:
+        allocation.check_casp(plan)
+        if budget is None:
+            budget, config = allocation.same_bytes(plan), config.replace(bits=MAX_BITS)
     if on_plan is not None:
         on_plan(plan)
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
@@ -92,6 +99,7 @@ def compress(
         "config": config.to_dict(),
         "calibration": None if data is None else fingerprint(data.inputs),
         **({} if budget is None else {"budget": budget.to_dict()}),
+        **({} if casp is None else {"casp": casp.to_dict()}),
     }
     with WorkFolder(out, manifest, fresh) as work:
         tracker = Tracker(plan, work, callback)
@@ -100,7 +108,7 @@ def compress(
             tracker.tell("loading the model")
             loaded = _load(source.folder, plan, place)
         if budget is not None:
-            plan = _settled(plan, config, budget, work, loaded, data, tracker)
+            plan = _settled(plan, config, budget, casp, work, loaded, data, tracker)
             if on_plan is not None:
                 on_plan(plan)
         density = attention.load(work)
@@ -144,7 +152,8 @@ def describe(
             bits_per_weight=accounts.layers[name],
             weight_error=record.weight_error,
             output_error=record.output_error,
-            rank=record.layout.rank,
+            rank=getattr(record.layout, "rank", 0),
+            inner_rank=getattr(record.layout, "inner_rank", 0),
             sensitivity=record.sensitivity,
             predicted_loss=record.predicted_loss,
             notes=(notes or {}).get(name, ()),
@@ -190,6 +199,7 @@ def _settled(
     plan: Plan,
     config: FourierConfig,
     budget: Budget,
+    casp: Casp | None,
     work: WorkFolder,
     model: torch.nn.Module | None,
     data: _Data | None,
@@ -203,12 +213,13 @@ def _settled(
         tracker.tell("measuring sensitivity", name)
 
     if data is None:
-        found = allocation.spend(plan, config, budget, allocation.estimate(plan, config, tell), allocation.BLIND)
+        estimated = allocation.estimate(plan, config, tell, casp)
+        found = allocation.spend(plan, config, budget, estimated, allocation.BLIND, casp)
     else:
         assert model is not None  # it was loaded, since no layer can be finished before this
         inputs, answers = data.some()
-        measured = allocation.measure(plan, config, model, inputs, answers, tell)
-        found = allocation.spend(plan, config, budget, measured, allocation.NATS)
+        measured = allocation.measure(plan, config, model, inputs, answers, tell, casp)
+        found = allocation.spend(plan, config, budget, measured, allocation.NATS, casp)
     allocation.save(found, work)
     return found
 

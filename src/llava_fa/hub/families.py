@@ -89,6 +89,16 @@ class Feed:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
+def is_query_or_key(name: str) -> bool:
+    """Whether a layer is the query or the key projection of an attention module."""
+    return name.rpartition(".")[2] in ("q_proj", "k_proj")
+
+
+def is_vision(name: str) -> bool:
+    """Whether a module belongs to a vision tower (of a vision-language model in transformers' naming)."""
+    return any(part.startswith(("vision", "visual")) for part in name.split("."))
+
+
 def feeding_norm(model: nn.Module, name: str) -> Feed | None:
     """The norm that alone produces the inputs of the linear layer ``name``, or None where no rule says so.
 

@@ -15,7 +15,7 @@ from llava_fa.hub.families import Feed, feeding_norm
 from llava_fa.hub.report import Skipped
 from llava_fa.hub.shards import FLOATS, Entry
 from llava_fa.hub.source import Source, match_names
-from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.layout import FactoredLayout, Layout, layout_of
 from llava_fa.nn.surgery import classify
 
 
@@ -25,7 +25,7 @@ class PlannedLayer:
 
     name: str
     weight: Entry
-    layout: Layout
+    layout: Layout | FactoredLayout
     feed: Feed | None
     config: FourierConfig
     sensitivity: float | None = None
@@ -119,10 +119,10 @@ def _planned(model: nn.Module, name: str, entry: Entry, config: FourierConfig) -
             remedy="Give a float16, bfloat16 or float32 checkpoint",
             where=name,
         )
-    if config.rank > min(m, n):
+    if (rank := max(config.rank, config.inner_rank)) > min(m, n):
         raise FourierError(
-            f"rank {config.rank} is larger than min({m}, {n})",
+            f"rank {rank} is larger than min({m}, {n})",
             remedy=f"Give a rank of at most {min(m, n)}, or skip this layer",
             where=name,
         )
-    return PlannedLayer(name, entry, Layout.from_config(config, m, n), feeding_norm(model, name), config)
+    return PlannedLayer(name, entry, layout_of(config, m, n), feeding_norm(model, name), config)

@@ -24,7 +24,7 @@ from llava_fa.hub.families import Feed, feeding_norm
 from llava_fa.hub.shards import Entry, read_header
 from llava_fa.hub.source import Source, match_names
 from llava_fa.nn.codebooks import MODULE, Codebooks, attach, relink, share_codebooks
-from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.factored_linear import PackedLinear, empty_layer, layer_from_approximation, packed_layers
 from llava_fa.nn.surgery import classify, replace_module
 from llava_fa.solver.approximate import approximate
 
@@ -128,12 +128,13 @@ class FourierHfQuantizer(HfQuantizer):
                     where=name,
                 )
             bias, dtype = linear.bias is not None, linear.weight.dtype
-            empty = FourierLinear(layout, bias=bias, dtype=dtype, device="meta")
+            empty = empty_layer(layout, bias=bias, dtype=dtype, device="meta")
             empty.weight_error, empty.output_error = record.weight_error, record.output_error
             _exchange(model, here, empty)
-            self._stored.add(here)
-            if layout.method == "best":
-                books[layout.codebook] = layout.points
+            for prefix, part in layout.parts().items():
+                self._stored.add(f"{here}.{prefix}".rstrip("."))
+                if part.method == "best":
+                    books[part.codebook] = part.points
         if books:
             attach(model, Codebooks(books, device="meta"))
 
@@ -162,13 +163,13 @@ class FourierHfQuantizer(HfQuantizer):
 
     def _dense_targets(self, model: nn.Module) -> list[str]:
         names = [target.removesuffix(".weight") for target in self._targets]
-        return sorted(name for name in names if not isinstance(model.get_submodule(name), FourierLinear))
+        return sorted(name for name in names if not isinstance(model.get_submodule(name), PackedLinear))
 
     def _check_loaded(self, model: nn.Module) -> None:
-        for name, layer in _layers(model):
+        for name, layer in packed_layers(model):
             tensors = layer.packed()
             for key, tensor in tensors.items():
-                loaded = getattr(tensor, "_is_hf_initialized", False) or key == "codebook"
+                loaded = getattr(tensor, "_is_hf_initialized", False) or key.rpartition(".")[2] == "codebook"
                 if not (loaded or self._validated):  # given a state dict instead of files
                     raise FourierError(
                         "this tensor is missing from the weights",
@@ -180,7 +181,7 @@ class FourierHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string
-        for name, layer in _layers(model):
+        for name, layer in packed_layers(model):
             layer.to(dtype)
             _exchange(model, name, layer.to_linear())
         if hasattr(model, MODULE):
@@ -233,7 +234,7 @@ class _Compress(ConversionOps):
         moments = self.quantizer._moments
         moment = moments.of(name, weight) if moments else None
         found = approximate(weight, self.quantizer.metadata.config, moment)
-        layer = FourierLinear.from_approximation(found, linear.bias, weight.dtype)
+        layer = layer_from_approximation(found, linear.bias, weight.dtype)
         layer.output_error = None  # against a norm's γ², not against real inputs: not a measurement
         _exchange(model, name, layer)
 
@@ -274,11 +275,12 @@ def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = Non
         start = Metadata(**metadata)
         quantizer = FourierHfQuantizer(FourierQuantizationConfig(start), pre_quantized=True)
     share_codebooks(model)
-    layers = {name: LayerRecord.of(layer) for name, layer in _layers(model)}
+    layers = {name: LayerRecord.of(layer) for name, layer in packed_layers(model)}
     books = getattr(model, MODULE, None)
     digests = {}
     if books is not None:
-        used = {record.layout.codebook for record in layers.values() if record.layout.method == "best"}
+        parts = [part for record in layers.values() for part in record.layout.parts().values()]
+        used = {part.codebook for part in parts if part.method == "best"}
         digests = {name: codebook_digest(books[name]) for name in sorted(used)}
     before = quantizer.metadata
     config = FourierQuantizationConfig(
@@ -289,10 +291,6 @@ def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = Non
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
     model._weight_conversions = []  # the format's names are the module names
-
-
-def _layers(model: nn.Module) -> list[tuple[str, FourierLinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, FourierLinear)]
 
 
 def _find(model: nn.Module, name: str) -> str:

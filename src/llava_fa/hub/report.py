@@ -6,15 +6,16 @@ import dataclasses
 import resource
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.layout import FactoredLayout, Layout
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
     """One compressed layer. Errors are relative: ‖W-Ŵ‖/‖W‖, and sqrt(tr(EHEᵀ)/tr(WHWᵀ)) where H was known.
+
+    ``inner_rank``: width of the two factors that the layer is stored as (CASP); 0 for one matrix.
 
     ``codes``: "rings", "trellis" or (method ``paper``) "grid"; None for a layer that is not compressed.
 
@@ -32,6 +33,7 @@ class LayerReport:
     codes: str | None = None
     sensitivity: float | None = None
     predicted_loss: float | None = None
+    inner_rank: int = 0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerReport:
@@ -117,9 +119,10 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
-def kind_of_codes(layout: Layout) -> str:
-    """What people are told of a layer's codes: "rings", "trellis" or "grid"."""
-    return "grid" if layout.method == "paper" else layout.codes
+def kind_of_codes(layout: Layout | FactoredLayout) -> str:
+    """What people are told of a layer's codes: "rings", "trellis" or "grid"; of two factors those of the wide one."""
+    part = layout.right if isinstance(layout, FactoredLayout) else layout
+    return "grid" if part.method == "paper" else part.codes
 
 
 def peak_rss_bytes() -> int:

@@ -22,7 +22,7 @@ from llava_fa.errors import FourierError
 from llava_fa.hub import blocks
 from llava_fa.hub.calibrated import gather
 from llava_fa.hub.plan import PlannedLayer
-from llava_fa.solver.sensitivity import error_power
+from llava_fa.solver.sensitivity import error_powers
 
 SAMPLES = 32
 """Calibration samples used, evenly spaced among all."""
@@ -99,9 +99,9 @@ def output_powers(
     configs: Mapping[str, Sequence[FourierConfig]],
     inputs: blocks.Inputs,
     tell: Tell,
-) -> dict[str, list[Tensor]]:
-    """`error_power` of every layer under each of its configurations; a layer that no input reaches is left out."""
-    powers: dict[str, list[Tensor]] = {}
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """`error_powers` of every layer under each of its configurations; a layer that no input reaches is left out."""
+    powers: dict[str, list[tuple[Tensor, Tensor]]] = {}
     chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)
     for segment in chains:
         calls, hidden = blocks.capture(segment, model, inputs)
@@ -114,7 +114,7 @@ def output_powers(
                         try:
                             weight = layer.weight.read()
                             powers[layer.name] = [
-                                error_power(weight, c, statistics.moment) for c in configs[layer.name]
+                                error_powers(weight, c, statistics.moment) for c in configs[layer.name]
                             ]
                         except FourierError as error:
                             raise error.at(layer.name) from error

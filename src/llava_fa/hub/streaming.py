@@ -119,6 +119,7 @@ def compress_layer(
         rank=layer.config.rank,
         notes=notes + result.notes,
         codes=kind_of_codes(layer.layout),
+        inner_rank=layer.config.inner_rank,
     )
     work.save(layer.name, result.tensors, report)
     tracker.finished(layer)
@@ -157,11 +158,13 @@ def _items(plan: Plan, config: FourierConfig, work: WorkFolder) -> tuple[list[It
         report = work.report(layer.name)
         errors = (report.weight_error, report.output_error)
         metadata.layers[layer.name] = LayerRecord(layer.layout, *errors, layer.sensitivity, layer.predicted_loss)
-        items += [Item.copy(entry, f"{layer.name}.{key}") for key, entry in entries.items() if key != "codebook"]
-        if "codebook" in entries and layer.layout.codebook not in metadata.codebooks:
-            codebook = entries["codebook"].read()
-            metadata.codebooks[layer.layout.codebook] = codebook_digest(codebook)
-            items.append(Item.of(codebook_key(layer.layout.codebook), codebook))
+        books = {prefix + "codebook": part.codebook for prefix, part in layer.layout.parts().items()}
+        items += [Item.copy(entry, f"{layer.name}.{key}") for key, entry in entries.items() if key not in books]
+        for key, book in books.items():
+            if key in entries and book not in metadata.codebooks:
+                codebook = entries[key].read()
+                metadata.codebooks[book] = codebook_digest(codebook)
+                items.append(Item.of(codebook_key(book), codebook))
         replaced.add(layer.weight.name)
     modules = {key: name for name, key in plan.names.items()}
     for key, entry in plan.source.entries.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -132,23 +133,16 @@ class Layout:
                 table["left_scale"], table["right_scale"] = (torch.bfloat16, (r,)), (torch.bfloat16, (r,))
         return table
 
+    def parts(self) -> dict[str, Layout]:
+        """Prefix of its tensors → packed matrix, for every one that the layer consists of: itself."""
+        return {"": self}
+
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise `FourierError` unless the tensors are exactly those of this layout."""
-        expected = self.tensors()
-        if missing := sorted(set(expected) - set(tensors)):
-            raise FourierError(f"missing tensor {', '.join(missing)}", remedy="Compress the layer again")
-        if unknown := sorted(set(tensors) - set(expected)):
-            raise FourierError(f"unknown tensor {', '.join(unknown)}", remedy="Compress the layer again")
-        for name, (dtype, shape) in expected.items():
-            got = tensors[name]
-            if got.dtype != dtype or tuple(got.shape) != shape:
-                raise FourierError(
-                    f"{name} is {got.dtype} {list(got.shape)}, not {dtype} {list(shape)}",
-                    remedy="The file does not belong to this configuration; compress the model again",
-                )
+        _check(self.tensors(), tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: what `from_dict` reads, and docs/format.md lists."""
+        """Plain JSON types: what `layout_from_dict` reads, and docs/format.md lists."""
         values: dict[str, Any] = {
             "method": self.method,
             "shape": [self.out_features, self.in_features],
@@ -166,12 +160,111 @@ class Layout:
     def from_dict(cls, values: Mapping[str, Any]) -> Layout:
         """The inverse of `to_dict`; unknown or missing fields are errors."""
         values = dict(values)
-        try:
+        with _damage():
             m, n = values.pop("shape")
             return cls(out_features=m, in_features=n, **values)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, FourierError):
-                raise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactoredLayout:
+    """A layer W = L R of two packed matrices of method ``best``: its tensors are theirs, as left.… and right.….
+
+    Args:
+        left: of L [m, f].
+        right: of R [f, n].
+
+    Raises:
+        FourierError: parts that do not fit, or that no compressor writes.
+    """
+
+    left: Layout
+    right: Layout
+
+    def __post_init__(self) -> None:
+        if self.left.in_features != self.right.out_features or any(
+            part.method != "best" or part.rank for part in (self.left, self.right)
+        ):
             raise FourierError(
-                f"a layer's description is damaged ({error!r})", remedy="Compress the model again"
-            ) from None
+                f"no such layer layout: {self}", remedy="The metadata is damaged; compress the model again"
+            )
+
+    @property
+    def out_features(self) -> int:
+        """m."""
+        return self.left.out_features
+
+    @property
+    def in_features(self) -> int:
+        """n."""
+        return self.right.in_features
+
+    @property
+    def inner_rank(self) -> int:
+        """f, the width of the factors."""
+        return self.left.in_features
+
+    def parts(self) -> dict[str, Layout]:
+        """Prefix of its tensors → packed matrix."""
+        return {"left.": self.left, "right.": self.right}
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name → (dtype, shape) of every stored tensor, codebooks included, bias not."""
+        return {prefix + key: value for prefix, part in self.parts().items() for key, value in part.tensors().items()}
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `FourierError` unless the tensors are exactly those of this layout."""
+        _check(self.tensors(), tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: what `layout_from_dict` reads, and docs/format.md lists."""
+        return {"method": "factored", "left": self.left.to_dict(), "right": self.right.to_dict()}
+
+
+def layout_of(config: FourierConfig, out_features: int, in_features: int) -> Layout | FactoredLayout:
+    """The layout `approximate` gives a weight of this shape."""
+    if not config.inner_rank:
+        return Layout.from_config(config, out_features, in_features)
+    part = config.replace(inner_rank=0)
+    return FactoredLayout(
+        left=Layout.from_config(part, out_features, config.inner_rank),
+        right=Layout.from_config(part, config.inner_rank, in_features),
+    )
+
+
+def layout_from_dict(values: Mapping[str, Any]) -> Layout | FactoredLayout:
+    """The inverse of both `to_dict`.
+
+    Raises:
+        FourierError: unknown or missing fields, a layout that no compressor writes.
+    """
+    values = dict(values)
+    if values.get("method") != "factored":
+        return Layout.from_dict(values)
+    with _damage():
+        del values["method"]
+        left, right = (Layout.from_dict(values.pop(name)) for name in ("left", "right"))
+        return FactoredLayout(left=left, right=right, **values)
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    try:
+        yield
+    except FourierError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FourierError(f"a layer's description is damaged ({error!r})", remedy="Compress the model again") from None
+
+
+def _check(expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Mapping[str, Tensor]) -> None:
+    if missing := sorted(set(expected) - set(tensors)):
+        raise FourierError(f"missing tensor {', '.join(missing)}", remedy="Compress the layer again")
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise FourierError(f"unknown tensor {', '.join(unknown)}", remedy="Compress the layer again")
+    for name, (dtype, shape) in expected.items():
+        got = tensors[name]
+        if got.dtype != dtype or tuple(got.shape) != shape:
+            raise FourierError(
+                f"{name} is {got.dtype} {list(got.shape)}, not {dtype} {list(shape)}",
+                remedy="The file does not belong to this configuration; compress the model again",
+            )

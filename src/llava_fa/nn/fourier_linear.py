@@ -99,7 +99,16 @@ class FourierLinear(Stored):
     def from_approximation(
         cls, approximation: Approximation, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> FourierLinear:
-        """A layer that holds what `llava_fa.approximate` returned; a bias stays the parameter it was."""
+        """A layer that holds what `llava_fa.approximate` returned; a bias stays the parameter it was.
+
+        Raises:
+            FourierError: a weight approximated by two factors, which is a `FactoredLinear`.
+        """
+        if approximation.config.inner_rank:
+            raise FourierError(
+                f"inner_rank {approximation.config.inner_rank} makes two matrices of the weight",
+                remedy="Use llava_fa.nn.factored_linear.layer_from_approximation",
+            )
         layout = Layout.from_config(approximation.config, *approximation.shape)
         layer = cls.from_tensors(layout, approximation.tensors, bias, dtype)
         layer.weight_error, layer.output_error = approximation.weight_error, approximation.output_error

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from llava_fa.errors import FourierError
-from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.factored_linear import FactoredLinear, PackedLinear
 
 SMALLEST_SIDE = 16
 """Layers with fewer rows or columns stay as they are: scales alone would cost a bit a weight per side."""
@@ -60,8 +60,9 @@ def classify(model: nn.Module, skip: Sequence[str] = (), only: Sequence[str] = (
                 layers.append(name)
             else:
                 rest[name] = reason
-        elif isinstance(module, FourierLinear):
-            rest[name] = "compressed already"
+        elif isinstance(module, PackedLinear):
+            if not isinstance(parents.get(name.rpartition(".")[0]), FactoredLinear):
+                rest[name] = "compressed already"
         else:
             rest.update(_other(name, module))
     if not layers:

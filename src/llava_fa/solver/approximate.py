@@ -13,6 +13,7 @@ from llava_fa.maths import metrics
 from llava_fa.maths.lowrank import check_rank
 from llava_fa.solver.approximation import Approximation
 from llava_fa.solver.best import input_scales, solve_best
+from llava_fa.solver.factored import solve_factored
 from llava_fa.solver.paper import solve_paper
 
 
@@ -43,7 +44,7 @@ def approximate(
     values = checked_weight(weight)
     shape = (values.shape[0], values.shape[1])
     columns = shape[1] // 2 + 1 if config.method == "paper" else shape[1]
-    check_rank(config.rank, (shape[0], columns))
+    check_rank(max(config.rank, config.inner_rank), (shape[0], columns))
     moment = None if second_moment is None else _checked_moment(second_moment, shape[1])
     notes: tuple[str, ...] = ()
     if moment is not None and not bool(moment.any()):
@@ -58,6 +59,12 @@ def approximate(
         tensors, history, more = solve_paper(scaled, config, usable)
         tensors["r_max"] = tensors["r_max"] * unit
         _scale_factor(tensors, "left", unit)
+    elif config.inner_rank:
+        tensors, more = solve_factored(
+            scaled, config, usable, None if input_scale is None else _checked_scale(input_scale, shape[1])
+        )
+        history = ()
+        tensors["left.row_scale"] = tensors["left.row_scale"] * unit
     else:
         if input_scale is not None:
             scales = _checked_scale(input_scale, shape[1])

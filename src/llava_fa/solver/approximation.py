@@ -38,11 +38,16 @@ class Approximation:
 
     @property
     def bits_per_weight(self) -> float:
-        """Every stored byte of the layer, its codebook included, in bits / (m n)."""
-        return metrics.bits_per_weight(self.tensors.values(), self.shape)
+        """Every stored byte of the layer, its codebook included (once, if both factors have it), in bits / (m n)."""
+        books = [self.tensors.get(f"{side}.codebook") for side in ("left", "right")]
+        both = books[0] is not None and books[1] is not None and torch.equal(books[0], books[1])
+        counted = (tensor for name, tensor in self.tensors.items() if not (both and name == "left.codebook"))
+        return metrics.bits_per_weight(counted, self.shape)
 
     def dequantize(self) -> Tensor:
         """Ŵ, float32 [m, n], from the stored tensors alone."""
+        if self.config.inner_rank:
+            return dequantize_factored(self.tensors, self.config, self.shape)
         return (dequantize_paper if self.method == "paper" else dequantize_best)(self.tensors, self.config, self.shape)
 
 
@@ -64,6 +69,16 @@ def dequantize_best(tensors: dict[str, Tensor], config: FourierConfig, shape: tu
         left, right = factors(tensors)
         out.addmm_(left, right)
     return out
+
+
+def dequantize_factored(tensors: dict[str, Tensor], config: FourierConfig, shape: tuple[int, int]) -> Tensor:
+    """Ŵ = L R of two matrices that are each stored as by `best`, float32 [m, n]."""
+    part, (m, n) = config.replace(inner_rank=0), shape
+    left, right = (
+        dequantize_best({k.removeprefix(side): t for k, t in tensors.items() if k.startswith(side)}, part, of)
+        for side, of in (("left.", (m, config.inner_rank)), ("right.", (config.inner_rank, n)))
+    )
+    return left @ right
 
 
 def pack_codes(codes: Tensor, config: FourierConfig, shape: tuple[int, int]) -> Tensor:

@@ -22,6 +22,7 @@ from llava_fa.maths import codebook, metrics
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.solver.approximate import checked_weight, usable_moment
 from llava_fa.solver.best import expected_error, input_scales
+from llava_fa.solver.factored import expected_factored_error
 
 _JUDGE = 1 << 15
 """Points of the quadrature that measures a codebook's distortion: good to three digits."""
@@ -61,6 +62,21 @@ def error_power(weight: Tensor, config: FourierConfig, moment: Tensor | None) ->
     usable = usable_moment(config, moment, given=moment)
     scales = torch.ones(values.shape[1]) if config.calibration == "none" else input_scales(values, usable)
     return expected_error(values, config, usable, scales)
+
+
+def error_powers(weight: Tensor, config: FourierConfig, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What no codes can mend, and what codes add per unit of distortion: E[e_i²] = first + D · second, both [m].
+
+    Args and errors as for `error_power`. The first is zero but for a layer stored as two factors (`solver.factored`).
+    """
+    if not config.inner_rank:
+        power = error_power(weight, config, moment)
+        return torch.zeros_like(power), power
+    values = checked_weight(weight)
+    if moment is not None and not bool(moment.any()):
+        nothing = torch.zeros(values.shape[0], dtype=torch.float64)
+        return nothing, nothing
+    return expected_factored_error(values, config, usable_moment(config, moment, given=moment))
 
 
 def sensitivity(power: Tensor, fisher: Tensor) -> float:
