@@ -1,0 +1,260 @@
+"""CASP on X against X, at equal stored bits: X = GPTQ g128, our ring codes, our trellis codes (arXiv 2503.05936).
+
+    .venv/bin/python benchmarks/casp.py [--model tiny] [--out runs/casp] [--bits 2] [--limit 900] [--questions 90]
+    .venv/bin/python benchmarks/casp.py --layers     # one attention module at a time: density against divergence
+    .venv/bin/python benchmarks/casp.py --factors    # what the factors' codes cost, in and out of the frequency domain
+
+Rows: X with the same bits everywhere; X under one budget of the same bytes; CASP on X in the same bytes: all query and
+key projections of the language model as two factors with a share ``keep`` of the numbers, what that saves spent on all
+layers by the same budget (so that the second and the third row differ by CASP alone); and CASP where the budget chooses
+it (ours only). KL: nats per answer token against the original on held-out questions; accuracy: the world suite
+(``--limit 0`` leaves it out). Rows already in OUT/rows.jsonl are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy import blocks, second_moments
+from budget import Divergence
+from peers import gptq, stored_bits
+
+import llava_fa
+from llava_fa import Budget, Casp, FourierConfig, approximate
+from llava_fa.eval.runner import evaluate_world
+from llava_fa.hub import allocation, attention, sensitivity
+from llava_fa.hub.calibration_data import answer_start, prepare
+from llava_fa.hub.families import is_query_or_key, is_vision
+from llava_fa.hub.loading import load
+from llava_fa.hub.plan import make_plan
+from llava_fa.hub.source import empty_model, open_source, resolve_model
+from llava_fa.maths.lowrank import weighted_low_rank
+from llava_fa.nn.surgery import classify
+from llava_fa.solver.attention import inner_product, inner_rank, refit_left, whitened_factors
+from llava_fa.solver.budget import Option, allocate
+from llava_fa.solver.feedback import damped_root
+from llava_fa.world.samples import calibration_samples
+
+SAMPLES = 128
+GPTQ_BITS = {2: 0.1436, 3: 0.0388, 4: 0.0102}
+"""Bits of scalar codes → their relative squared error (round-to-nearest g128, best clipping, docs/results.md)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--out", type=Path, default=Path("runs/casp"))
+    parser.add_argument("--limit", type=int, default=900, help="questions answered; 0 measures the KL alone")
+    parser.add_argument("--questions", type=int, default=90, help="questions of the KL")
+    parser.add_argument("--bits", type=float, nargs="*", default=[2.0])
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.25, 0.5])
+    parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
+    parser.add_argument("--layers", action="store_true", help="one attention module at a time")
+    parser.add_argument("--factors", action="store_true", help="errors of the factors' codes")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.factors:
+        return factors(args)
+    (layers if args.layers else models)(args)
+
+
+def models(args: argparse.Namespace) -> None:
+    file = args.out / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    samples = calibration_samples(SAMPLES)
+    divergence: Divergence | None = None
+
+    def row(name: str, make: Callable[[], tuple[Any, Any, float]]) -> dict[str, Any] | None:
+        nonlocal divergence
+        found = next((r for r in rows if r["name"] == name), None)
+        if found is None:
+            if args.only and not any(part in name for part in args.only):
+                return None
+            divergence = divergence or Divergence(args.model, args.questions)
+            model, processor, bits = make()
+            found = {"name": name, "bits": bits, "kl": divergence(model)}
+            if args.limit:
+                found["accuracy"] = evaluate_world(model, processor, limit=args.limit)["accuracy"]
+            rows.append(found)
+            with file.open("a") as handle:
+                handle.write(json.dumps(found) + "\n")
+        accuracy = f"{100 * found['accuracy']:.1f}" if "accuracy" in found else "-"
+        print(f"| {name} | {found['bits']:.3f} | {found['kl']:.5f} | {accuracy} |", flush=True)
+        return found
+
+    def ours(config: FourierConfig, budget: Budget | None = None, casp: Casp | None = None) -> tuple[Any, Any, float]:
+        folder = args.out / f"model-{'-'.join(args.only or [])}"
+        shutil.rmtree(folder, ignore_errors=True)
+        report = llava_fa.compress(args.model, folder, config, samples, budget=budget, casp=casp, fresh=True)
+        model, processor = load(folder, dtype=torch.float32)
+        model.dequantize()
+        return model, processor, report.bits_per_weight
+
+    print("| model | bits/weight | KL | accuracy |\n|---|---|---|---|")
+    for bits in args.bits:
+        for codes in ("rings", "trellis"):
+            config = FourierConfig(bits=bits, codes=codes)
+            most = config.replace(bits=4.0)
+            uniform = row(f"{codes}, {bits:g} everywhere", lambda c=config: ours(c))
+            if uniform is None:
+                continue
+            same = Budget(bits=uniform["bits"] + 1e-6)
+            row(f"{codes}, budget of {bits:g}", lambda c=most, b=same: ours(c, b))
+            for keep in args.keep:
+                row(f"CASP {keep:g} on {codes}, {bits:g}", lambda c=most, b=same, k=keep: ours(c, b, Casp(keep=k)))
+            row(f"CASP auto on {codes}, {bits:g}", lambda c=most, b=same: ours(c, b, Casp(keep=0.5, auto=True)))
+        if bits in GPTQ_BITS:
+            row(f"GPTQ, {bits:g} everywhere", lambda b=bits: scalar(args, samples, b, None))
+            for keep in args.keep:
+                row(f"CASP {keep:g} on GPTQ, {bits:g}", lambda b=bits, k=keep: scalar(args, samples, b, Casp(keep=k)))
+
+
+def scalar(args: argparse.Namespace, samples: Any, bits: float, casp: Casp | None) -> tuple[Any, Any, float]:
+    """GPTQ g128 block by block, on the inputs that the rounded blocks before produce; query and key projections of the
+    language model factored first under CASP, bits of every matrix then chosen within the bytes of ``bits`` everywhere.
+    """
+    model, processor = load(args.model, dtype=torch.float32)
+    names = classify(model).layers
+    inputs = list(prepare(samples, processor))
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}
+    sizes = {name: _bytes(shapes[name], 0, int(bits)) for name in names}
+    chosen = dict.fromkeys(names, (0, int(bits)))
+    if casp is not None:
+        chosen = _scalar_bits(args, model, processor, samples, inputs, casp, sum(sizes.values()))
+    stored = sum(_bytes(shapes[name], *chosen[name]) for name in names)
+    for block in blocks(names):
+        moments = second_moments(model, {name: model.get_submodule(name) for name in block}, inputs)
+        for name in block:
+            weight, moment, (width, code) = model.get_submodule(name).weight, moments[name], chosen[name]
+            if not width:
+                weight.data = gptq(weight.data, moment, code)
+                continue
+            _, right = whitened_factors(weight.data, width, moment)
+            right = gptq(right, moment, code)
+            left = refit_left(weight.data, right, moment)
+            weight.data = gptq(left, inner_product(right, moment), code) @ right
+    return model, processor, 8 * stored / sum(m * n for m, n in shapes.values())
+
+
+def _bytes(shape: tuple[int, int], width: int, bits: int) -> int:
+    m, n = shape
+    parts = [(m, width), (width, n)] if width else [shape]
+    return round(sum(a * b * stored_bits((a, b), bits) / 8 for a, b in parts))
+
+
+def _scalar_bits(
+    args: argparse.Namespace, model: Any, processor: Any, samples: Any, inputs: Any, casp: Casp, budget: int
+) -> dict[str, tuple[int, int]]:
+    """Layer → (width of its factors or 0, bits), by the sensitivities and the optimiser that our own codes use."""
+    source = open_source(resolve_model(args.model))
+    config = FourierConfig()
+    plan = make_plan(empty_model(source), source, config)
+    used = sensitivity.chosen(len(inputs))
+    starts = [answer_start(samples[i], inputs[i], processor) for i in used]
+    found = allocation.measure(plan, config, model, [inputs[i] for i in used], starts, lambda _: None, casp)
+    options = [
+        [
+            Option(variant.replace(bits=bits), _bytes(layer.shape, variant.inner_rank, bits), fixed + slope * error)
+            for variant, (fixed, slope) in zip(allocation.variants(layer, config, casp), found[layer.name], strict=True)
+            for bits, error in GPTQ_BITS.items()
+        ]
+        for layer in plan.layers
+    ]
+    picked = [row[k].config for row, k in zip(options, allocate(options, budget).choice, strict=True)]
+    return {
+        layer.name: (config.inner_rank, int(config.bits)) for layer, config in zip(plan.layers, picked, strict=True)
+    }
+
+
+def layers(args: argparse.Namespace) -> None:
+    """Queries and keys of one attention module at a time cut to a quarter of their numbers, not quantised."""
+    divergence = Divergence(args.model, args.questions)
+    model = divergence.original
+    _, processor = load(args.model)
+    inputs = list(prepare(calibration_samples(SAMPLES), processor))
+    names = [name for name in classify(model).layers if is_query_or_key(name)]
+    moments = second_moments(model, {name: model.get_submodule(name) for name in names}, inputs)
+    densities = attention.densities(model, inputs)
+    print("| attention | density | KL, q and k cut | KL, q and k at 1 bit |\n|---|---|---|---|")
+    for module, heads in densities.items():
+        found = []
+        for make in (_cut, _one_bit):
+            mine = [name for name in names if name.startswith(f"{module}.")]
+            before = {name: model.get_submodule(name).weight.data for name in mine}
+            for name in mine:
+                model.get_submodule(name).weight.data = make(before[name], moments[name])
+            found.append(divergence(model))
+            for name in mine:
+                model.get_submodule(name).weight.data = before[name]
+        density = sum(heads) / len(heads)
+        print(f"| {module.removeprefix('model.')} | {density:.3f} | {found[0]:.2e} | {found[1]:.2e} |", flush=True)
+
+
+def _cut(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    left, right = whitened_factors(weight, inner_rank(tuple(weight.shape), 0.25), moment)
+    return left @ right
+
+
+def _one_bit(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    return approximate(weight, FourierConfig(bits=1), moment).dequantize()
+
+
+def factors(args: argparse.Namespace) -> None:
+    """Output errors of query and key projections as two factors (keep 0.5): mean over layers, by what codes them."""
+    model, processor = load(args.model, dtype=torch.float32)
+    inputs = list(prepare(calibration_samples(SAMPLES), processor))
+    names = [name for name in classify(model).layers if is_query_or_key(name)]
+    moments = second_moments(model, {name: model.get_submodule(name) for name in names}, inputs)
+
+    def ours(part: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
+        found = approximate(part, FourierConfig(bits=bits), moment)
+        return found.dequantize(), found.bits_per_weight * part.numel()
+
+    def plain(part: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
+        return gptq(part, moment, bits), part.numel() * stored_bits(tuple(part.shape), bits)
+
+    def mixed(weight: torch.Tensor, width: int, moment: torch.Tensor) -> torch.Tensor:
+        return whitened_factors(weight, width, moment)[1]
+
+    def unmixed(weight: torch.Tensor, width: int, moment: torch.Tensor) -> torch.Tensor:
+        return weighted_low_rank(weight, width, damped_root(moment, 0.01)[0])[1]
+
+    ways = {
+        "factors not coded": (mixed, None),
+        "frequency domain, inner side mixed (ours)": (mixed, ours),
+        "frequency domain, singular vectors as they are": (unmixed, ours),
+        "spatial domain (GPTQ g128), inner side mixed": (mixed, plain),
+        "spatial domain (GPTQ g128), singular vectors as they are": (unmixed, plain),
+    }
+    for part in ("language", "vision"):
+        print(f"\n| {part}: factors' codes | 2: bits | out | 3: bits | out | 4: bits | out |\n|{'---|' * 7}")
+        chosen = [name for name in names if is_vision(name) == (part == "vision")]
+        for title, (split, code) in ways.items():
+            cells = []
+            for bits in (2, 3, 4):
+                errors, stored, numbers = [], 0.0, 0
+                for name in chosen:
+                    weight, moment = model.get_submodule(name).weight.data, moments[name]
+                    right = split(weight, inner_rank(tuple(weight.shape), 0.5), moment)
+                    if code is not None:
+                        right, count = code(right, moment, bits)
+                        stored += count
+                    left = refit_left(weight, right, moment)
+                    if code is not None:
+                        left, count = code(left, inner_product(right, moment), bits)
+                        stored += count
+                    rest = weight - left @ right
+                    errors.append(float(((rest @ moment) * rest).sum() / ((weight @ moment) * weight).sum()) ** 0.5)
+                    numbers += weight.numel()
+                cells.append(f"{stored / numbers:.2f} | {sum(errors) / len(errors):.4f}")
+            print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
