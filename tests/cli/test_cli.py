@@ -324,3 +324,15 @@ def test_the_public_names_are_there():
     assert set(llava_fa.__all__) <= set(dir(llava_fa))
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         llava_fa.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("flags", [["--casp", "--casp-keep", "0.5"], ["--casp-auto"]])
+def test_casp_is_told_and_shown(model, tmp_path, flags):
+    result = run("compress", model, tmp_path / "out", *QUICK, "--only", "*.self_attn", *flags, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["budget"]["casp"] == {"keep": 0.5 if "--casp" in flags else 0.25, "auto": "--casp" not in flags}
+    widths = [layer["inner_rank"] for layer in report["layers"] if layer["name"].endswith("q_proj")]
+    if "--casp" in flags:
+        assert sorted(widths) == [0, 0, 12, 12]  # the language model's
+        assert "12 L R" in run("inspect", tmp_path / "out", "--layers").stdout
