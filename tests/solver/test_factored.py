@@ -53,9 +53,10 @@ def test_the_left_factor_knows_the_right_ones_codes():
     together = approximate(weight, config, moment).output_error
     left, right = whitened_factors(weight, 16, moment)
     part = FourierConfig(bits=2)
-    apart = approximate(left, part, inner_product(right, moment)).dequantize() @ approximate(
-        right, part, moment
-    ).dequantize()
+    apart = (
+        approximate(left, part, inner_product(right, moment)).dequantize()
+        @ approximate(right, part, moment).dequantize()
+    )
     assert together < 0.98 * metrics.output_error(weight, apart, moment)
 
 
