@@ -180,10 +180,10 @@ def spend(
     """
     feedback = unit == NATS and config.calibration in ("auto", "feedback")
     layers = [options(layer, config, sensitivities[layer.name], casp, feedback=feedback) for layer in plan.layers]
-    allowed = layer_bytes(plan, budget)
+    allowed = layer_bytes(plan, budget, casp)
     least = smallest(layers)
     if least > allowed:
-        raise FourierError(_too_small(plan, budget, least), remedy="Give more, or skip fewer layers")
+        raise FourierError(_too_small(plan, budget, casp, least), remedy="Give more, or skip fewer layers")
     found = allocate(layers, allowed)
     chosen = {}
     for layer, row, k in zip(plan.layers, layers, found.choice, strict=True):
@@ -200,32 +200,33 @@ def spend(
     return plan.assign(chosen, summary)
 
 
-def layer_bytes(plan: Plan, budget: Budget) -> int:
+def layer_bytes(plan: Plan, budget: Budget, casp: Casp | None = None) -> int:
     """Bytes that the budget leaves for the tensors of the compressed layers, codebooks included."""
     if budget.bits is not None:
         return int(budget.bits * sum(layer.numel for layer in plan.layers) / 8)
-    return budget.size - _others(plan)  # type: ignore[operator]  # one of the two is given
+    return budget.size - _others(plan, casp)  # type: ignore[operator]  # one of the two is given
 
 
-def _others(plan: Plan) -> int:
+def _others(plan: Plan, casp: Casp | None) -> int:
     """Bytes of all that is not compressed, and of the headers of the weight files."""
     dense = {layer.weight.name for layer in plan.layers}
     modules = {key: name for name, key in plan.names.items()}
     names = [modules.get(key, key) for key in plan.source.entries if key not in dense]
     names += [f"{layer.name}.{key}" for layer in plan.layers for key in layer.layout.tensors() if key != "codebook"]
-    names += [f"{layer.name}.left.input_scale" for layer in plan.layers if is_query_or_key(layer.name)] * 4  # CASP
+    if casp is not None:  # two factors have twice the tensors
+        names += [f"{layer.name}.right.input_scale" for layer in plan.layers if is_query_or_key(layer.name)] * 8
     names += [codebook_key("trellis_8_12")] * 2 * len(widths(plan.layers[0].config))  # as many as there can be
     headers = sum(_TENSOR_BYTES + len(name) for name in names)
     files = 1 + plan.source.nbytes // (SHARD_BYTES // 2)
     return plan.source.nbytes - sum(layer.weight.nbytes for layer in plan.layers) + headers + files * _FILE_BYTES
 
 
-def _too_small(plan: Plan, budget: Budget, least: int) -> str:
+def _too_small(plan: Plan, budget: Budget, casp: Casp | None, least: int) -> str:
     if budget.bits is not None:
         need = 8 * least / sum(layer.numel for layer in plan.layers)
         return f"the budget is {budget.bits:g} bits per weight, and {need:.3f} is the least that these layers take"
     size = gigabytes(budget.size or 0)
-    return f"the budget is {size}, and {gigabytes(least + _others(plan))} is the least that this model takes"
+    return f"the budget is {size}, and {gigabytes(least + _others(plan, casp))} is the least that this model takes"
 
 
 def _with(layer: PlannedLayer, config: FourierConfig, sensitivity: float, loss: float) -> PlannedLayer:
