@@ -33,6 +33,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/layer_parts.py
+	$(BIN)/python benchmarks/ablations.py
 	$(BIN)/python benchmarks/accuracy.py --plot docs/accuracy.svg
 
 clean:

@@ -14,6 +14,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peers import gptq, rtn, stored_bits
@@ -26,18 +27,18 @@ from llava_fa.maths.nearest import nearest_code
 from llava_fa.solver import feedback
 from llava_fa.solver.best import input_scales
 
-Method = Callable[[Tensor, Tensor, int], tuple[Tensor, float]]
+Method = Callable[[Tensor, Tensor, Any], tuple[Tensor, float]]
 
 
 def ours(**options: object) -> Method:
-    def solve(W: Tensor, H: Tensor, bits: int) -> tuple[Tensor, float]:
+    def solve(W: Tensor, H: Tensor, bits: float) -> tuple[Tensor, float]:
         result = approximate(W, FourierConfig(bits=float(bits), **options), H)  # type: ignore[arg-type]
         return result.dequantize(), result.bits_per_weight
 
     return solve
 
 
-def with_norm_diagonal(W: Tensor, H: Tensor, bits: int) -> tuple[Tensor, float]:
+def with_norm_diagonal(W: Tensor, H: Tensor, bits: float) -> tuple[Tensor, float]:
     result = approximate(W, FourierConfig(bits=float(bits)), None)
     return result.dequantize(), result.bits_per_weight
 
@@ -139,7 +140,7 @@ ROWS: dict[str, Method] = {
 }
 
 
-def measure(subject: Subject, unseen: dict[str, Tensor], method: Method, bits: int) -> dict[str, float]:
+def measure(subject: Subject, unseen: dict[str, Tensor], method: Method, bits: float) -> dict[str, float]:
     began = time.monotonic()
     found: dict[str, Tensor] = {}
     sums = {"weight": 0.0, "out": 0.0, "unseen": 0.0}
@@ -158,10 +159,15 @@ def measure(subject: Subject, unseen: dict[str, Tensor], method: Method, bits: i
     return {"bits": stored / count, **averages, "e2e": e2e, "seconds": seconds}
 
 
+def bits_of(text: str) -> float:
+    """A whole number for every row; halves for those of the product (`best`, `paper`)."""
+    return int(text) if text.isdecimal() else float(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="minilm", help="minilm, tiny, or a folder with a LLaVA-type model")
-    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
+    parser.add_argument("--bits", nargs="+", type=bits_of, default=[2, 3, 4])
     parser.add_argument("--rows", nargs="+", default=[], help="only rows whose name contains one of these")
     arguments = parser.parse_args()
     subject = minilm() if arguments.model == "minilm" else llava(arguments.model)

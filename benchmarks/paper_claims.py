@@ -76,13 +76,14 @@ def _told(rows: Rows, name: str, *, bits: bool = True) -> str:
 
 
 def _decorrelation(_: Rows, figures: Figures) -> tuple[str, str]:
-    found = figures["layers"]
+    found, noise = figures["layers"], figures["Gaussian"]
     same, equal, plain = (found[f"error at 0.25, {where}"] for where in ("half, same rank", "half, equal numbers", "W"))
     return (
         "no" if equal >= plain else "yes",
         f"full spectrum: singular values equal within {found['singular values differ, full']:.0e} of the largest; "
-        f"half spectrum, truncated at a quarter of the rank: error {same:.3f} against {plain:.3f} at the same rank, "
-        f"{equal:.3f} with as many stored numbers",
+        f"half spectrum, truncated at a quarter of the rank: error {same:.3f} against {plain:.3f} at the same rank "
+        f"(noise: {noise['error at 0.25, half, same rank']:.3f} against {noise['error at 0.25, W']:.3f}: the rank-one "
+        f"terms are larger, nothing else), {equal:.3f} with as many stored numbers",
     )
 
 
@@ -214,8 +215,8 @@ def _stop(rows: Rows, _: Figures) -> tuple[str, str]:
         row, on = rows[f"{bits}, 30 passes"], rows[f"{bits}, 30 passes, no stop"]
         verdicts.append(on["gain"] > 0.98 * row["gain"])
         cells.append(
-            f"{bits}: objective {row['gain']:.3f} with the rule ({row['passes']:.1f} of 30 passes), {on['gain']:.3f} without, "
-            f"KL {row['kl']:.4f} and {on['kl']:.4f}"
+            f"{bits}: objective {row['gain']:.3f} with the rule ({row['passes']:.1f} of 30 passes), {on['gain']:.3f} "
+            f"without, KL {row['kl']:.4f} and {on['kl']:.4f}"
         )
     return "yes" if all(verdicts) else "in part" if any(verdicts) else "no", "; ".join(cells)
 
