@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all lint format bench clean
+.PHONY: setup demo test test-all lint format bench clean native
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/llava_fa/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# The compiled kernels beside the sources, for `PYTHONPATH=src` with another checkout's environment.
+native:
+	cmake -S . -B build && cmake --build build && cmake --install build --prefix src
 
 demo: setup
 	$(BIN)/llava-fa demo --out demo-out
@@ -37,4 +41,4 @@ bench: setup
 	$(BIN)/python benchmarks/accuracy.py --plot docs/accuracy.svg
 
 clean:
-	rm -rf $(VENV) demo-out build dist src/*.egg-info
+	rm -rf $(VENV) demo-out build dist src/llava_fa/*.so

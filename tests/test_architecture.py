@@ -7,7 +7,7 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "llava_fa"
 ORDER = ("maths", "solver", "kernels", "nn", "hub", "world", "eval", "cli")
-TOP = {"config", "errors"}
+TOP = {"config", "errors", "native"}
 FILES = sorted(SRC.rglob("*.py"))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellis_paths import bit_strings, decode, overlap
 
-from llava_fa import FourierError
+from llava_fa import FourierError, native
 from llava_fa.maths.bitpack import pack_windows, unpack_windows, window_bytes
 from llava_fa.maths.codebook import optimal_rings
 from llava_fa.maths.trellis import _RINGS, Trellis, trellis, trellis_points
@@ -19,6 +19,7 @@ def gaussian(steps, rows, seed=0):
 
 
 @pytest.mark.parametrize(("code_bits", "state_bits", "steps"), [(1, 4, 6), (2, 4, 4), (2, 5, 4), (3, 4, 3), (3, 3, 3)])
+@pytest.mark.usefixtures("every_kernel")
 def test_the_search_finds_the_best_of_all_bit_strings(code_bits, state_bits, steps):
     points = torch.randn(1 << state_bits, 2, generator=torch.Generator().manual_seed(1))
     code, target = Trellis(points, code_bits), gaussian(steps, 40)
@@ -33,6 +34,7 @@ def test_the_search_finds_the_best_of_all_bit_strings(code_bits, state_bits, ste
     assert torch.allclose(found, cost.amin(0), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("every_kernel")
 def test_long_rows_many_rows_and_other_batches_give_the_same(monkeypatch):
     code, target = trellis(4), gaussian(70, 37)
     whole = code.encode(target)
@@ -40,6 +42,29 @@ def test_long_rows_many_rows_and_other_batches_give_the_same(monkeypatch):
     monkeypatch.setattr("llava_fa.maths.trellis._HISTORY", 1)
     assert torch.equal(code.encode(target), whole)
     assert torch.equal(code.encode(target[:, 5:6].contiguous())[:, 0], whole[:, 5])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    code_bits=st.integers(1, 8),
+    more=st.integers(0, 4),
+    steps=st.integers(1, 40),
+    rows=st.integers(1, 70),
+    data=st.data(),
+)
+def test_every_compiled_search_finds_paths_as_cheap_as_pytorchs(code_bits, more, steps, rows, data):
+    level = data.draw(st.sampled_from(native.levels()))
+    seed = data.draw(st.integers(0, 9))
+    points = torch.randn(1 << (code_bits + more), 2, generator=torch.Generator().manual_seed(seed))
+    code, target = Trellis(points, code_bits), 3 * gaussian(steps, rows, seed)
+    cost = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel in ("off", level):
+            patch.setenv(native.SWITCH, kernel)
+            states = code.encode(target)
+            assert overlap(states, code)
+            cost[kernel] = (target - decode(code, states)).double().square().sum(0)
+    assert torch.allclose(cost[level], cost["off"], rtol=1e-5)
 
 
 # Issue 3: at most these; 1.5 and 2.5 bits within 12 % of 1.19 · 4^-b.

@@ -22,6 +22,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from llava_fa import native
 from llava_fa.errors import FourierError
 from llava_fa.maths.hashing import splitmix
 
@@ -121,6 +122,10 @@ class Trellis:
         """
         steps, rows = target.shape[0] // 2, target.shape[1]
         states = torch.empty(steps, rows, dtype=torch.int32, device=target.device)
+        if self.code_bits <= MAX_CODE_BITS and native.serves(target, self._table):
+            aims = target.contiguous()
+            native.call("viterbi", aims, steps, rows, self._table, self.state_bits, self.code_bits, states)
+            return states
         batch = max(1, _HISTORY // (4 * steps * self.groups * _ROWS)) * _ROWS
         for first in range(0, rows, batch):
             part = target[:, first : first + batch]

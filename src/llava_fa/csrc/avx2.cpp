@@ -1,0 +1,23 @@
+// The kernels for AVX2 and FMA; which CPU has it is asked in library.cpp.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#include "simd_avx2.h"
+
+namespace llava_fa {
+namespace avx2 {
+#include "viterbi.inl"
+}  // namespace avx2
+
+const Kernels* avx2_kernels() {
+  static const Kernels table{avx2::LANES, avx2::viterbi_scratch, avx2::viterbi};
+  return &table;
+}
+}  // namespace llava_fa
+
+#else
+
+const llava_fa::Kernels* llava_fa::avx2_kernels() { return nullptr; }
+
+#endif

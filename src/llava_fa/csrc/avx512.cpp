@@ -1,0 +1,23 @@
+// The kernels for AVX-512; which CPU has it is asked in library.cpp.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#include "simd_avx512.h"
+
+namespace llava_fa {
+namespace avx512 {
+#include "viterbi.inl"
+}  // namespace avx512
+
+const Kernels* avx512_kernels() {
+  static const Kernels table{avx512::LANES, avx512::viterbi_scratch, avx512::viterbi};
+  return &table;
+}
+}  // namespace llava_fa
+
+#else
+
+const llava_fa::Kernels* llava_fa::avx512_kernels() { return nullptr; }
+
+#endif
