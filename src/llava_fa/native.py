@@ -81,7 +81,7 @@ def serves(*tensors: Tensor) -> bool:
     return ours and choice()[0] is not None
 
 
-def call(kernel: str, *arguments: Tensor | int) -> None:
+def call(kernel: str, *arguments: Tensor | int | float) -> None:
     """Run one kernel of csrc/library.cpp on torch's number of threads.
 
     Tensors are passed by address, as they lie there: the caller answers for their shape, dtype and contiguity. The
@@ -94,7 +94,12 @@ def call(kernel: str, *arguments: Tensor | int) -> None:
     library = _library()[0]
     assert library is not None
     assert level is not None
-    numbers = (LEVELS.index(level), torch.get_num_threads(), *arguments)
-    raw = [ctypes.c_void_p(v.data_ptr()) if isinstance(v, Tensor) else ctypes.c_int64(v) for v in numbers]
-    if getattr(library, f"llava_fa_{kernel}")(*raw):
+    values = (LEVELS.index(level), torch.get_num_threads(), *arguments)
+    if getattr(library, f"llava_fa_{kernel}")(*map(_raw, values)):
         raise MemoryError(f"no memory for the working space of {kernel}")
+
+
+def _raw(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_double(value)

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from llava_fa import FourierError
+from llava_fa import FourierError, native
 from llava_fa.maths.nearest import nearest_code
 from llava_fa.solver import feedback
 from llava_fa.solver.beam import round_with_beam
@@ -54,6 +54,7 @@ def test_damping_is_raised_or_refused():
         feedback.damped_root(torch.ones(4, 4) - 0.9 * torch.eye(4), 0.01)
 
 
+@pytest.mark.usefixtures("every_kernel")
 def test_with_a_white_moment_feedback_is_nearest_rounding():
     A, _ = problem(16, 50)
     search = nearest_code(4)
@@ -65,6 +66,7 @@ def test_with_a_white_moment_feedback_is_nearest_rounding():
     assert torch.equal(codes, again)
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("size", [6, 130, 300])  # below, just above and well above one block
 def test_each_step_lowers_the_loss(size):
     A, H = problem(size, 40)
@@ -90,6 +92,27 @@ def test_each_step_lowers_the_loss(size):
             break
         before = after
     assert before.sum() < 0.999 * loss(A - values(search, round_with_beam(A, unit, root, search, 4)[0]), damped).sum()
+
+
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize(("size", "rows", "code_bits"), [(2, 1, 2), (64, 5, 3), (66, 16, 4), (130, 19, 8)])
+def test_compiled_beam_and_refinement_choose_pytorchs_codes(level, size, rows, code_bits, monkeypatch):
+    A, H = problem(size, rows)
+    A[:, 0] *= 3  # beyond the grid of the nearest-code search
+    search = nearest_code(code_bits)
+    root, _ = feedback.damped_root(H, 0.01)
+    unit, damped = feedback.unit_upper(root), root @ root.T
+    found = {}
+    for kernel in ("off", level):
+        monkeypatch.setenv(native.SWITCH, kernel)
+        codes, error = round_with_beam(A, unit, root, search, 4)
+        beam = codes.clone()
+        changed = feedback.refine(codes, error, damped, search)
+        assert torch.allclose(error, A - values(search, codes), atol=1e-5)
+        assert changed == (codes != beam).sum()
+        found[kernel] = beam, codes
+    for ours, theirs in zip(found[level], found["off"], strict=True):  # a near tie may fall either way
+        assert (ours == theirs).all(dim=0).float().mean() > 0.9
 
 
 def test_feedback_equals_its_recursion_in_float64():
@@ -122,6 +145,7 @@ def test_wide_beam_finds_the_optimum_of_a_tiny_case():
     assert (loss(greedy, damped) >= best * (1 - 1e-6)).all()
 
 
+@pytest.mark.usefixtures("every_kernel")
 def test_refinement_ends_in_a_local_optimum():
     """No single code can be changed to any advantage once a pass changes nothing."""
     A, H = problem(8, 15, seed=5)

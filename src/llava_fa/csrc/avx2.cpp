@@ -8,10 +8,14 @@
 namespace llava_fa {
 namespace avx2 {
 #include "viterbi.inl"
+#include "nearest.inl"
+#include "beam.inl"
+#include "refine.inl"
 }  // namespace avx2
 
 const Kernels* avx2_kernels() {
-  static const Kernels table{avx2::LANES, avx2::viterbi_scratch, avx2::viterbi};
+  using namespace avx2;
+  static const Kernels table{LANES, viterbi_scratch, viterbi, beam_scratch, beam, refine_scratch, refine};
   return &table;
 }
 }  // namespace llava_fa

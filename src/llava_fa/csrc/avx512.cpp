@@ -8,10 +8,14 @@
 namespace llava_fa {
 namespace avx512 {
 #include "viterbi.inl"
+#include "nearest.inl"
+#include "beam.inl"
+#include "refine.inl"
 }  // namespace avx512
 
 const Kernels* avx512_kernels() {
-  static const Kernels table{avx512::LANES, avx512::viterbi_scratch, avx512::viterbi};
+  using namespace avx512;
+  static const Kernels table{LANES, viterbi_scratch, viterbi, beam_scratch, beam, refine_scratch, refine};
   return &table;
 }
 }  // namespace llava_fa

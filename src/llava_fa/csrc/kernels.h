@@ -16,11 +16,47 @@ struct Viterbi {
   int32_t* states;  // [steps, rows]
 };
 
+// maths/nearest.py, NearestCode: its tables.
+struct Nearest {
+  const int32_t* cells;       // [side, side]: a code, or -1 - row of `candidates`
+  const int32_t* candidates;  // [·, width]
+  const float* points;        // [count, 2]
+  const float* half_norm;     // [count]
+  int64_t side, width, count;
+  float reach;
+};
+
+// solver/beam.py, one block of columns; four hypotheses a row, four codes tried for each.
+struct Beam {
+  float *target, *base;  // [columns, rows]: what codes stand for (becomes the errors), and the same corrected
+  int64_t columns, rows;
+  const float* unit;     // [columns, columns]
+  const float* metric;   // [columns / 2, 3]: R_pp = (a b; 0 c)
+  const float* tried;    // [count, 4, 2]: each code's nearest points
+  const int32_t* numbers;  // [count, 4]: their codes
+  Nearest search;
+  int32_t* codes;  // [columns / 2, rows]
+};
+
+// solver/feedback.py, refine, one block of columns.
+struct Refine {
+  float *error, *gradient;  // [columns, rows]: E, and H E (spoilt)
+  int64_t columns, rows;
+  const float* moment;   // [columns, columns]
+  const float* inverse;  // [columns / 2, 2, 2]
+  Nearest search;
+  int32_t *codes, *changed;  // [columns / 2, rows] and [rows]: how many codes of a row
+};
+
 // One instruction set's implementations. Each does `lanes` rows (fewer at the end), from `first` on, in `scratch`.
 struct Kernels {
   int64_t lanes;
   size_t (*viterbi_scratch)(const Viterbi&);
   void (*viterbi)(const Viterbi&, int64_t first, char* scratch);
+  size_t (*beam_scratch)(const Beam&);
+  void (*beam)(const Beam&, int64_t first, char* scratch);
+  size_t (*refine_scratch)(const Refine&);
+  void (*refine)(const Refine&, int64_t first, char* scratch);
 };
 
 const Kernels* portable_kernels();

@@ -72,3 +72,24 @@ EXPORT int64_t llava_fa_viterbi(int64_t level, int64_t threads, const float* tar
   const Viterbi job{target, steps, rows, table, state_bits, code_bits, states};
   return over_rows(threads, k->lanes, rows, k->viterbi_scratch(job), job, k->viterbi);
 }
+
+EXPORT int64_t llava_fa_beam(int64_t level, int64_t threads, float* target, float* base, int64_t columns, int64_t rows,
+                             const float* unit, const float* metric, const float* tried, const int32_t* numbers,
+                             const int32_t* cells, const int32_t* candidates, const float* points,
+                             const float* half_norm, int64_t side, int64_t width, int64_t count, double reach,
+                             int32_t* codes) {
+  const Kernels* k = kernels(level);
+  const Nearest search{cells, candidates, points, half_norm, side, width, count, static_cast<float>(reach)};
+  const Beam job{target, base, columns, rows, unit, metric, tried, numbers, search, codes};
+  return over_rows(threads, k->lanes, rows, k->beam_scratch(job), job, k->beam);
+}
+
+EXPORT int64_t llava_fa_refine(int64_t level, int64_t threads, float* error, float* gradient, int64_t columns,
+                               int64_t rows, const float* moment, const float* inverse, const int32_t* cells,
+                               const int32_t* candidates, const float* points, const float* half_norm, int64_t side,
+                               int64_t width, int64_t count, double reach, int32_t* codes, int32_t* changed) {
+  const Kernels* k = kernels(level);
+  const Nearest search{cells, candidates, points, half_norm, side, width, count, static_cast<float>(reach)};
+  const Refine job{error, gradient, columns, rows, moment, inverse, search, codes, changed};
+  return over_rows(threads, k->lanes, rows, k->refine_scratch(job), job, k->refine);
+}

@@ -5,10 +5,14 @@
 namespace llava_fa {
 namespace portable {
 #include "viterbi.inl"
+#include "nearest.inl"
+#include "beam.inl"
+#include "refine.inl"
 }  // namespace portable
 
 const Kernels* portable_kernels() {
-  static const Kernels table{portable::LANES, portable::viterbi_scratch, portable::viterbi};
+  using namespace portable;
+  static const Kernels table{LANES, viterbi_scratch, viterbi, beam_scratch, beam, refine_scratch, refine};
   return &table;
 }
 }  // namespace llava_fa

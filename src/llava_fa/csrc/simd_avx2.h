@@ -21,10 +21,31 @@ INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 INLINE Floats set1(float v) { return _mm256_set1_ps(v); }
 INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+INLINE Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 INLINE Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+INLINE Floats select(Mask m, Floats yes, Floats no) { return _mm256_blendv_ps(no, yes, m); }
+INLINE Floats gather(const float* p, Ints i) { return _mm256_i32gather_ps(p, i, 4); }
+
+INLINE Ints load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 INLINE Ints set1(int32_t v) { return _mm256_set1_epi32(v); }
+INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+INLINE Ints mul(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+INLINE Ints min(Ints a, Ints b) { return _mm256_min_epi32(a, b); }
+INLINE Ints max(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+INLINE Ints and_(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+INLINE Ints or_(Ints a, Ints b) { return _mm256_or_si256(a, b); }
+INLINE Ints shift_left(Ints a, int by) { return _mm256_slli_epi32(a, by); }
+INLINE Ints shift_right(Ints a, int by) { return _mm256_srli_epi32(a, by); }
+INLINE Mask less(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)); }
+INLINE Mask equal(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
+INLINE Ints truncate(Floats v) { return _mm256_cvttps_epi32(v); }
+INLINE Ints as_ints(Floats v) { return _mm256_castps_si256(v); }
+INLINE Ints gather(const int32_t* p, Ints i) { return _mm256_i32gather_epi32(p, i, 4); }
 INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m)); }
 INLINE void store(int32_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 // The low byte of each lane.
@@ -32,6 +53,15 @@ INLINE void store_bytes(uint8_t* p, Ints v) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
+
+// Quads: four lanes each. p[i] in all lanes of quad i; lane i of a quad from lane which[i] of it; its halves swapped.
+INLINE Floats spread(const float* p) {
+  return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
+}
+INLINE Floats permute_quads(Floats v, Ints which) { return _mm256_permutevar_ps(v, which); }
+INLINE Ints permute_quads(Ints v, Ints which) { return as_ints(_mm256_permutevar_ps(_mm256_castsi256_ps(v), which)); }
+INLINE Ints swap_neighbours(Ints v) { return _mm256_shuffle_epi32(v, _MM_SHUFFLE(2, 3, 0, 1)); }
+INLINE Ints swap_halves(Ints v) { return _mm256_shuffle_epi32(v, _MM_SHUFFLE(1, 0, 3, 2)); }
 
 }  // namespace avx2
 }  // namespace llava_fa

@@ -21,14 +21,45 @@ INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 INLINE Floats set1(float v) { return _mm512_set1_ps(v); }
 INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 INLINE Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+INLINE Mask both(Mask a, Mask b) { return a & b; }
+INLINE uint32_t bits(Mask m) { return m; }
+INLINE Floats select(Mask m, Floats yes, Floats no) { return _mm512_mask_blend_ps(m, no, yes); }
+INLINE Floats gather(const float* p, Ints i) { return _mm512_i32gather_ps(i, p, 4); }
+
+INLINE Ints load(const int32_t* p) { return _mm512_loadu_si512(p); }
 INLINE Ints set1(int32_t v) { return _mm512_set1_epi32(v); }
+INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+INLINE Ints mul(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+INLINE Ints min(Ints a, Ints b) { return _mm512_min_epi32(a, b); }
+INLINE Ints max(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+INLINE Ints and_(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+INLINE Ints or_(Ints a, Ints b) { return _mm512_or_si512(a, b); }
+INLINE Ints shift_left(Ints a, int by) { return _mm512_slli_epi32(a, by); }
+INLINE Ints shift_right(Ints a, int by) { return _mm512_srli_epi32(a, by); }
+INLINE Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a, b); }
+INLINE Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
+INLINE Ints truncate(Floats v) { return _mm512_cvttps_epi32(v); }
+INLINE Ints as_ints(Floats v) { return _mm512_castps_si512(v); }
+INLINE Ints gather(const int32_t* p, Ints i) { return _mm512_i32gather_epi32(i, p, 4); }
 INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm512_mask_blend_epi32(m, no, yes); }
 INLINE void store(int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }
 // The low byte of each lane.
 INLINE void store_bytes(uint8_t* p, Ints v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+
+// Quads: four lanes each. p[i] in all lanes of quad i; lane i of a quad from lane which[i] of it; its halves swapped.
+INLINE Floats spread(const float* p) {
+  const __m512i quad = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_permutexvar_ps(quad, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
+INLINE Floats permute_quads(Floats v, Ints which) { return _mm512_permutevar_ps(v, which); }
+INLINE Ints permute_quads(Ints v, Ints which) { return as_ints(_mm512_permutevar_ps(_mm512_castsi512_ps(v), which)); }
+INLINE Ints swap_neighbours(Ints v) { return _mm512_shuffle_epi32(v, _MM_PERM_CDAB); }
+INLINE Ints swap_halves(Ints v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); }
 
 }  // namespace avx512
 }  // namespace llava_fa

@@ -24,16 +24,48 @@ INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 INLINE Floats set1(float v) { return Floats{v, v, v, v}; }
 INLINE Floats add(Floats a, Floats b) { return a + b; }
 INLINE Floats sub(Floats a, Floats b) { return a - b; }
+INLINE Floats mul(Floats a, Floats b) { return a * b; }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 INLINE Mask less(Floats a, Floats b) { return a < b; }
+INLINE Mask both(Mask a, Mask b) { return a & b; }
+INLINE uint32_t bits(Mask m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
+INLINE Floats select(Mask m, Floats yes, Floats no) { return m ? yes : no; }
+INLINE Floats gather(const float* p, Ints i) { return Floats{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}; }
+
+INLINE Ints load(const int32_t* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 INLINE Ints set1(int32_t v) { return Ints{v, v, v, v}; }
+INLINE Ints add(Ints a, Ints b) { return a + b; }
+INLINE Ints mul(Ints a, Ints b) { return a * b; }
+INLINE Ints min(Ints a, Ints b) { return a < b ? a : b; }
+INLINE Ints max(Ints a, Ints b) { return a > b ? a : b; }
+INLINE Ints and_(Ints a, Ints b) { return a & b; }
+INLINE Ints or_(Ints a, Ints b) { return a | b; }
+INLINE Ints shift_left(Ints a, int by) { return a << by; }
+INLINE Ints shift_right(Ints a, int by) { return a >> by; }
+INLINE Mask less(Ints a, Ints b) { return a < b; }
+INLINE Mask equal(Ints a, Ints b) { return a == b; }
+INLINE Ints truncate(Floats v) { return __builtin_convertvector(v, Ints); }
+INLINE Ints as_ints(Floats v) { return reinterpret_cast<Ints>(v); }
+INLINE Ints gather(const int32_t* p, Ints i) { return Ints{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}; }
 INLINE Ints select(Mask m, Ints yes, Ints no) { return (m & yes) | (~m & no); }
 INLINE void store(int32_t* p, Ints v) { std::memcpy(p, &v, sizeof v); }
 // The low byte of each lane.
 INLINE void store_bytes(uint8_t* p, Ints v) {
   for (int i = 0; i < LANES; i++) p[i] = static_cast<uint8_t>(v[i]);
 }
+
+// Quads: four lanes each. p[i] in all lanes of quad i; lane i of a quad from lane which[i] of it; its halves swapped.
+INLINE Floats spread(const float* p) { return set1(*p); }
+INLINE Floats permute_quads(Floats v, Ints which) { return Floats{v[which[0]], v[which[1]], v[which[2]], v[which[3]]}; }
+INLINE Ints permute_quads(Ints v, Ints which) { return Ints{v[which[0]], v[which[1]], v[which[2]], v[which[3]]}; }
+INLINE Ints swap_neighbours(Ints v) { return Ints{v[1], v[0], v[3], v[2]}; }
+INLINE Ints swap_halves(Ints v) { return Ints{v[2], v[3], v[0], v[1]}; }
 
 }  // namespace portable
 }  // namespace llava_fa

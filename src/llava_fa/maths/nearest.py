@@ -24,7 +24,7 @@ class NearestCode:
     """argmin_c |z - codebook_c|²; ties go to either."""
 
     def __init__(self, codebook: Tensor) -> None:
-        self.codebook = codebook.to(torch.float32)
+        self.codebook = codebook.to(torch.float32).contiguous()
         self._half_norm = self.codebook.square().sum(1) / 2
         self._planes = self.codebook.T.contiguous()
         step = 2 * _REACH / _SIDE
@@ -64,6 +64,11 @@ class NearestCode:
             z = torch.stack([re.flatten()[far], im.flatten()[far]], dim=1)
             code[far] = brute_force(z, self.codebook).to(torch.int32)
         return code.view(re.shape)
+
+    def tables(self) -> tuple[Tensor | int | float, ...]:
+        """All of it, as csrc/nearest.inl takes it."""
+        width, count = self._candidates.shape[1], len(self.codebook)
+        return self._table, self._candidates, self.codebook, self._half_norm, _SIDE, width, count, _REACH
 
     def points(self, codes: Tensor) -> Tensor:
         """The codebook's values, planes first: int32 [...] → float32 [2, ...]."""

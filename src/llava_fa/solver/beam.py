@@ -7,13 +7,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_fa import native
 from llava_fa.maths.nearest import NearestCode
+from llava_fa.solver.feedback import pair_blocks
 
 # Columns per block. The hypotheses of a row differ within one block only: at its end the best one is kept,
 # and the correction from all earlier blocks is one GEMM for one history.
 _BLOCK = 64
 # Codes tried for each hypothesis: the nearest and its neighbours. More gains nothing measurable.
 _TRIED = 4
+# The width that the compiled search is written for.
+_COMPILED_WIDTH = 4
 
 
 def round_with_beam(
@@ -34,34 +38,67 @@ def round_with_beam(
     size, rows = target.shape
     error = torch.empty_like(target)
     codes = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
-    row_index = torch.arange(rows, device=target.device)
-    points = len(search.codebook)
-    tried = min(_TRIED, points)
-    neighbours = torch.cdist(search.codebook, search.codebook).topk(tried, largest=False).indices.T
-    near_re, near_im = search.codebook[neighbours].permute(2, 0, 1).contiguous()  # [tried, points]
-    neighbours = neighbours.to(torch.int32).flatten()
+    beam = _Beam(search, width)
+    compiled = native.serves(target, unit, root) and width == _COMPILED_WIDTH
     for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        base = target[start:stop]
+        block = slice(start, min(start + _BLOCK, size))
+        base = target[block]
         if start:
-            base = torch.addmm(base, unit[:start, start:stop].T, error[:start])
-        # One line of `block` errors per (hypothesis, row): choosing parents then copies whole lines.
-        history = target.new_zeros(rows, _BLOCK)
+            base = torch.addmm(base, unit[:start, block].T, error[:start])
+        here = target[block], base, unit[block, block], pair_blocks(root[block, block])
+        error[block], codes[start // 2 : block.stop // 2] = beam.compiled(*here) if compiled else beam.run(*here)
+    return codes, error
+
+
+class _Beam:
+    """The search through one block of columns after the other. `run` defines it, `compiled` is csrc/beam.inl."""
+
+    def __init__(self, search: NearestCode, width: int) -> None:
+        self.search, self.width = search, width
+        tried = min(_TRIED, len(search.codebook))
+        self.neighbours = torch.cdist(search.codebook, search.codebook).topk(tried, largest=False).indices
+        self.near = search.codebook[self.neighbours]  # [points, tried, 2]
+        self.neighbours = self.neighbours.to(torch.int32)
+
+    def compiled(self, target: Tensor, base: Tensor, unit: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """As `run`, up to rounding: of costs within 2^-19 of each other either may be kept."""
+        columns, rows = target.shape
+        error, metric = target.clone(), blocks.flatten(1)[:, [0, 1, 3]].contiguous()
+        codes = torch.empty(columns // 2, rows, dtype=torch.int32)
+        tables = self.near, self.neighbours, *self.search.tables()
+        native.call("beam", error, base, columns, rows, unit.contiguous(), metric, *tables, codes)
+        return error, codes
+
+    def run(self, target: Tensor, base: Tensor, unit: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors [columns, m] and codes [columns / 2, m] of one block.
+
+        Args:
+            target: its columns of A [columns, m].
+            base: the same, corrected for the errors of all earlier blocks.
+            unit: its part of M [columns, columns].
+            blocks: its R_pp [columns / 2, 2, 2].
+        """
+        columns, rows = target.shape
+        points, tried = self.neighbours.shape
+        near_re, near_im = self.near.permute(2, 1, 0).contiguous()  # [tried, points]
+        neighbours = self.neighbours.T.flatten()
+        row_index = torch.arange(rows, device=target.device)
+        # One line of errors per (hypothesis, row): choosing parents then copies whole lines.
+        history = target.new_zeros(rows, columns)
         cost = target.new_zeros(1, rows)
         steps: list[tuple[Tensor, Tensor]] = []
-        for at in range(start, stop, 2):
-            local = at - start
-            aim = base[local : local + 2, None, :]
+        for at in range(0, columns, 2):
+            aim = base[at : at + 2, None, :]
             alive = cost.shape[0]
-            if local:
-                pull = history[:, :local] @ unit[start:at, at : at + 2]
+            if at:
+                pull = history[:, :at] @ unit[:at, at : at + 2]
                 aim = aim + pull.T.view(2, alive, rows)
-            first = search(aim[0], aim[1]).flatten()
+            first = self.search(aim[0], aim[1]).flatten()
             x = aim[0] - near_re.index_select(1, first).view(tried, alive, rows)
             y = aim[1] - near_im.index_select(1, first).view(tried, alive, rows)
-            a, b, c = root[at, at], root[at, at + 1], float(root[at + 1, at + 1])
-            total = (a * x).square_().add_((b * x).add_(y, alpha=c).square_()).add_(cost)
-            kept = min(width, tried * alive)
+            (a, b), (_, c) = blocks[at // 2]
+            total = (a * x).square_().add_((b * x).add_(c * y).square_()).add_(cost)
+            kept = min(self.width, tried * alive)
             # Everything here is a power of two: shifts and masks divide.
             cost, choice = total.view(-1, rows).topk(kept, dim=0, largest=False, sorted=False)
             parent = choice & (alive - 1)
@@ -70,12 +107,13 @@ def round_with_beam(
             code = neighbours.index_select(0, flat).view(kept, rows)
             steps.append((parent, code))
             history = history.index_select(0, line)
-            fresh = target[at : at + 2, None, :] - search.points(code)
-            history[:, local : local + 2] = fresh.flatten(1).T
+            fresh = target[at : at + 2, None, :] - self.search.points(code)
+            history[:, at : at + 2] = fresh.flatten(1).T
         final = cost.argmin(0)
-        error[start:stop] = history.index_select(0, final * rows + row_index)[:, : stop - start].T
+        error = history.index_select(0, final * rows + row_index).T
+        codes = torch.empty(columns // 2, rows, dtype=torch.int32, device=target.device)
         for index in range(len(steps) - 1, -1, -1):
             parent, code = steps[index]
-            codes[start // 2 + index] = code.gather(0, final[None])[0]
+            codes[index] = code.gather(0, final[None])[0]
             final = parent.gather(0, final[None])[0]
-    return codes, error
+        return error, codes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_fa import native
 from llava_fa.errors import FourierError
 from llava_fa.maths.nearest import NearestCode
 
@@ -98,30 +99,50 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
     size = error.shape[0]
     changed = 0
     inverse = torch.linalg.inv(pair_blocks(moment))
+    compiled = native.serves(error, moment)
     for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        gradient = moment[start:stop] @ error
-        moved = torch.zeros_like(gradient)
-        for at in range(start, stop, 2):
-            here = slice(at, at + 2)
-            block = moment[here, here]
-            old = error[here].clone()
-            old_points = search.points(codes[at // 2])
-            pull = gradient[at - start : at - start + 2]
-            if at > start:
-                pull = torch.addmm(pull, moment[here, start:at], moved[: at - start])
-            shift = inverse[at // 2] @ pull  # H_pp⁻¹ (Σ_{j≠p} H_pj E_j) + E_p
-            aim = old_points + shift
-            code = search(aim[0], aim[1])
-            points = search.points(code)
-            before, after = shift, aim - points
-            better = (after * (block @ after)).sum(0) < (before * (block @ before)).sum(0)
-            better &= code != codes[at // 2]  # else rounding could call the same code better, for ever
-            step = torch.where(better, old_points - points, torch.zeros_like(old_points))
-            codes[at // 2] = torch.where(better, code, codes[at // 2])
-            torch.add(old, step, out=error[here])
-            moved[at - start : at - start + 2] = step
-            changed += int(better.sum())
+        block, pairs = slice(start, min(start + _BLOCK, size)), slice(start // 2, min(start + _BLOCK, size) // 2)
+        gradient = moment[block] @ error
+        here = codes[pairs], error[block], gradient, moment[block, block].contiguous(), inverse[pairs].contiguous()
+        changed += _refine_compiled(*here, search) if compiled else _refine_block(*here, search)
+    return changed
+
+
+def _refine_compiled(
+    codes: Tensor, error: Tensor, gradient: Tensor, moment: Tensor, inverse: Tensor, search: NearestCode
+) -> int:
+    """As `_refine_block`, up to rounding; csrc/refine.inl."""
+    columns, rows = error.shape
+    changed = torch.empty(rows, dtype=torch.int32)
+    native.call("refine", error, gradient, columns, rows, moment, inverse, *search.tables(), codes, changed)
+    return int(changed.sum())
+
+
+def _refine_block(
+    codes: Tensor, error: Tensor, gradient: Tensor, moment: Tensor, inverse: Tensor, search: NearestCode
+) -> int:
+    """The pass over one block's pairs: its part of codes, of E (both in place), of H E, of H, and its H_pp⁻¹."""
+    changed = 0
+    moved = torch.zeros_like(gradient)
+    for at in range(0, error.shape[0], 2):
+        here = slice(at, at + 2)
+        metric = moment[here, here]
+        old_points = search.points(codes[at // 2])
+        pull = gradient[here]
+        if at:
+            pull = torch.addmm(pull, moment[here, :at], moved[:at])
+        shift = inverse[at // 2] @ pull  # H_pp⁻¹ (Σ_{j≠p} H_pj E_j) + E_p
+        aim = old_points + shift
+        code = search(aim[0], aim[1])
+        points = search.points(code)
+        before, after = shift, aim - points
+        better = (after * (metric @ after)).sum(0) < (before * (metric @ before)).sum(0)
+        better &= code != codes[at // 2]  # else rounding could call the same code better, for ever
+        step = torch.where(better, old_points - points, torch.zeros_like(old_points))
+        codes[at // 2] = torch.where(better, code, codes[at // 2])
+        error[here] += step
+        moved[here] = step
+        changed += int(better.sum())
     return changed
 
 

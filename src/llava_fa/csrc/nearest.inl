@@ -1,0 +1,45 @@
+// The nearest codebook point of LANES complex numbers at a time, as maths/nearest.py: the cell of a grid says it, or which
+// few it can be; beyond the grid it can be any.
+
+namespace {
+
+ISA inline int32_t nearest_of(const Nearest& s, float re, float im, const int32_t* among, int64_t count) {
+  int32_t best = 0;
+  float highest = -__builtin_inff();
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t code = among ? among[i] : static_cast<int32_t>(i);
+    const float score = s.points[2 * code] * re + s.points[2 * code + 1] * im - s.half_norm[code];
+    if (score > highest) {
+      highest = score;
+      best = code;
+    }
+  }
+  return best;
+}
+
+ISA inline Ints nearest(const Nearest& s, Floats re, Floats im) {
+  const Floats reach = set1(s.reach), scale = set1(static_cast<float>(s.side) / (2 * s.reach));
+  const Floats first = set1(0.0f), last = set1(static_cast<float>(s.side - 1));
+  const Floats row = mul(add(re, reach), scale), column = mul(add(im, reach), scale);
+  const Ints cell = add(mul(truncate(min(max(row, first), last)), set1(static_cast<int32_t>(s.side))),
+                        truncate(min(max(column, first), last)));
+  const Ints codes = gather(s.cells, cell);
+  const uint32_t within = bits(both(less(set1(-1e-6f), min(row, column)), less(max(row, column), set1(static_cast<float>(s.side)))));
+  const uint32_t open = (((1u << LANES) - 1) & ~within) | bits(less(codes, set1(int32_t{0})));
+  if (!open) return codes;
+  float x[LANES], y[LANES];
+  int32_t code[LANES];
+  store(x, re);
+  store(y, im);
+  store(code, codes);
+  for (uint32_t left = open; left; left &= left - 1) {
+    const int i = __builtin_ctz(left);
+    if (within >> i & 1)
+      code[i] = nearest_of(s, x[i], y[i], s.candidates - (1 + code[i]) * s.width, s.width);
+    else
+      code[i] = nearest_of(s, x[i], y[i], nullptr, s.count);
+  }
+  return load(code);
+}
+
+}  // namespace
