@@ -99,6 +99,13 @@ def call(kernel: str, *arguments: Tensor | int | float) -> None:
         raise MemoryError(f"no memory for the working space of {kernel}")
 
 
+def trellis_row_bytes() -> int:
+    """What the kernel `trellis_beam` keeps of every row between two blocks."""
+    library = _library()[0]
+    assert library is not None
+    return int(library.llava_fa_trellis_row_bytes())
+
+
 def _raw(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())

@@ -11,11 +11,13 @@ namespace avx2 {
 #include "nearest.inl"
 #include "beam.inl"
 #include "refine.inl"
+#include "trellis_beam.inl"
 }  // namespace avx2
 
 const Kernels* avx2_kernels() {
   using namespace avx2;
-  static const Kernels table{LANES, viterbi_scratch, viterbi, beam_scratch, beam, refine_scratch, refine};
+  static const Kernels table{
+      LANES, viterbi_scratch, viterbi, beam_scratch, beam, refine_scratch, refine, trellis_beam_scratch, trellis_beam};
   return &table;
 }
 }  // namespace llava_fa

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace llava_fa {
 
@@ -48,6 +49,26 @@ struct Refine {
   int32_t *codes, *changed;  // [columns / 2, rows] and [rows]: how many codes of a row
 };
 
+// solver/trellis_beam.py, one block of columns of all rows.
+struct TrellisBeam {
+  const float *target, *base;  // [size, rows]; [columns, rows]: its columns, corrected for what is settled
+  int64_t start, columns, size, rows;
+  const float* unit;    // [columns, ahead], ahead = columns of this block and the next
+  int64_t ahead;
+  const float* metric;  // [columns / 2, 3]: a, b, c of D_p = (a b; b c)
+  const float* points;  // [2^state_bits, 2]
+  int64_t state_bits, code_bits;
+  const int16_t* lists;  // [groups, side, side, tried] and two bytes more
+  const int16_t* first;  // [side, side, tried_first] and two bytes more
+  int64_t side, tried, tried_first;
+  float reach;
+  char* paths;      // [rows] of trellis_row_bytes, kept from block to block
+  float* error;     // [size, rows]
+  int32_t* states;  // [size / 2, rows]
+};
+
+int64_t trellis_row_bytes();
+
 // One instruction set's implementations. Each does `lanes` rows (fewer at the end), from `first` on, in `scratch`.
 struct Kernels {
   int64_t lanes;
@@ -57,6 +78,8 @@ struct Kernels {
   void (*beam)(const Beam&, int64_t first, char* scratch);
   size_t (*refine_scratch)(const Refine&);
   void (*refine)(const Refine&, int64_t first, char* scratch);
+  size_t (*trellis_beam_scratch)(const TrellisBeam&);
+  void (*trellis_beam)(const TrellisBeam&, int64_t first, char* scratch);
 };
 
 const Kernels* portable_kernels();

@@ -8,11 +8,15 @@ namespace portable {
 #include "nearest.inl"
 #include "beam.inl"
 #include "refine.inl"
+#include "trellis_beam.inl"
 }  // namespace portable
+
+int64_t trellis_row_bytes() { return sizeof(portable::TrellisRow); }
 
 const Kernels* portable_kernels() {
   using namespace portable;
-  static const Kernels table{LANES, viterbi_scratch, viterbi, beam_scratch, beam, refine_scratch, refine};
+  static const Kernels table{
+      LANES, viterbi_scratch, viterbi, beam_scratch, beam, refine_scratch, refine, trellis_beam_scratch, trellis_beam};
   return &table;
 }
 }  // namespace llava_fa

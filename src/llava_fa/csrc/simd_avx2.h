@@ -53,6 +53,10 @@ INLINE void store_bytes(uint8_t* p, Ints v) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
+// Of numbers that are not negative; two bytes beyond the last may be read.
+INLINE Ints gather(const int16_t* p, Ints i) { return _mm256_and_si256(_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), i, 2), _mm256_set1_epi32(0xffff)); }
+// As gather, from 32 floats.
+INLINE Floats pick32(const float* p, Ints i) { return gather(p, i); }
 
 // Quads: four lanes each. p[i] in all lanes of quad i; lane i of a quad from lane which[i] of it; its halves swapped.
 INLINE Floats spread(const float* p) {

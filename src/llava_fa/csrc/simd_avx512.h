@@ -50,6 +50,10 @@ INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm512_mask_blend_epi32(m
 INLINE void store(int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }
 // The low byte of each lane.
 INLINE void store_bytes(uint8_t* p, Ints v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+// Of numbers that are not negative; two bytes beyond the last may be read.
+INLINE Ints gather(const int16_t* p, Ints i) { return _mm512_and_si512(_mm512_i32gather_epi32(i, p, 2), _mm512_set1_epi32(0xffff)); }
+// As gather, from 32 floats.
+INLINE Floats pick32(const float* p, Ints i) { return _mm512_permutex2var_ps(load(p), i, load(p + 16)); }
 
 // Quads: four lanes each. p[i] in all lanes of quad i; lane i of a quad from lane which[i] of it; its halves swapped.
 INLINE Floats spread(const float* p) {

@@ -59,6 +59,10 @@ INLINE void store(int32_t* p, Ints v) { std::memcpy(p, &v, sizeof v); }
 INLINE void store_bytes(uint8_t* p, Ints v) {
   for (int i = 0; i < LANES; i++) p[i] = static_cast<uint8_t>(v[i]);
 }
+// Of numbers that are not negative; two bytes beyond the last may be read.
+INLINE Ints gather(const int16_t* p, Ints i) { return Ints{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}; }
+// As gather, from 32 floats.
+INLINE Floats pick32(const float* p, Ints i) { return gather(p, i); }
 
 // Quads: four lanes each. p[i] in all lanes of quad i; lane i of a quad from lane which[i] of it; its halves swapped.
 INLINE Floats spread(const float* p) { return set1(*p); }
