@@ -7,6 +7,7 @@ import torch
 from test_feedback import loss, problem
 from trellis_paths import bit_strings, decode, overlap
 
+from llava_fa import native
 from llava_fa.maths.trellis import Trellis, trellis
 from llava_fa.solver import feedback, trellis_beam
 from llava_fa.solver.trellis_beam import NearbyWindows, nearby_windows, round_trellis
@@ -26,6 +27,7 @@ def test_a_wide_beam_finds_the_best_of_all_bit_strings(monkeypatch):
     assert torch.allclose(loss(error, damped), every.amin(0), rtol=1e-4)
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("size", [2, 32, 34, 64, 100])  # one coefficient, one block, just above, two, four
 def test_feedback_pays_and_the_errors_are_those_of_the_windows(size):
     A, H = problem(size, 40)
@@ -40,7 +42,32 @@ def test_feedback_pays_and_the_errors_are_those_of_the_windows(size):
         assert loss(error, damped).sum() < 0.8 * loss(nearest, damped).sum()
 
 
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize(("size", "rows", "code_bits"), [(2, 3, 4), (70, 21, 2), (96, 5, 4), (130, 17, 8)])
+def test_the_compiled_beam_finds_pytorchs_windows(level, size, rows, code_bits, monkeypatch):
+    A, H = problem(size, rows)
+    A[:, 0] *= 3  # beyond the grid of lists
+    root, _ = feedback.damped_root(H, 0.01)
+    unit, found = feedback.unit_upper(root), {}
+    for kernel in ("off", level):
+        monkeypatch.setenv(native.SWITCH, kernel)
+        found[kernel], error = round_trellis(A, unit, root, nearby_windows(code_bits))
+        assert torch.allclose(error, A - decode(trellis(code_bits), found[kernel]), atol=1e-5)
+    # A near tie may fall either way, and all that follows with it.
+    assert (found[level] == found["off"]).all(dim=0).float().mean() > 0.75
+
+
+def test_points_that_are_not_bf16_are_left_to_pytorch(monkeypatch):
+    A, H = problem(34, 6)
+    root, _ = feedback.damped_root(H, 0.01)
+    near = NearbyWindows(Trellis(torch.randn(64, 2, generator=torch.Generator().manual_seed(1)), 2))
+    states, _ = round_trellis(A, feedback.unit_upper(root), root, near)
+    monkeypatch.setenv(native.SWITCH, "off")
+    assert torch.equal(states, round_trellis(A, feedback.unit_upper(root), root, near)[0])
+
+
 def test_rows_in_other_batches_give_the_same(monkeypatch):
+    monkeypatch.setenv(native.SWITCH, "off")
     A, H = problem(70, 21)
     root, _ = feedback.damped_root(H, 0.01)
     unit = feedback.unit_upper(root)

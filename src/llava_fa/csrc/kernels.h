@@ -56,8 +56,8 @@ struct TrellisBeam {
   const float* unit;    // [columns, ahead], ahead = columns of this block and the next
   int64_t ahead;
   const float* metric;  // [columns / 2, 3]: a, b, c of D_p = (a b; b c)
-  const float* points;  // [2^state_bits, 2]
-  int64_t state_bits, code_bits;
+  const int32_t* points;  // [2^state_bits]: (re, im), bf16
+  int64_t code_bits;
   const int16_t* lists;  // [groups, side, side, tried] and two bytes more
   const int16_t* first;  // [side, side, tried_first] and two bytes more
   int64_t side, tried, tried_first;

@@ -99,13 +99,12 @@ EXPORT int64_t llava_fa_trellis_row_bytes() { return trellis_row_bytes(); }
 
 EXPORT int64_t llava_fa_trellis_beam(int64_t level, int64_t threads, const float* target, const float* base,
                                      int64_t start, int64_t columns, int64_t size, int64_t rows, const float* unit,
-                                     int64_t ahead, const float* metric, const float* points, int64_t state_bits,
-                                     int64_t code_bits, const int16_t* lists, const int16_t* first, int64_t side,
-                                     int64_t tried, int64_t tried_first, double reach, char* paths, float* error,
-                                     int32_t* states) {
+                                     int64_t ahead, const float* metric, const int32_t* points, int64_t code_bits,
+                                     const int16_t* lists, const int16_t* first, int64_t side, int64_t tried,
+                                     int64_t tried_first, double reach, char* paths, float* error, int32_t* states) {
   const Kernels* k = kernels(level);
-  const TrellisBeam job{target,    base,  start, columns, size,  rows,        unit,
-                        ahead,     metric, points, state_bits, code_bits, lists, first,
-                        side,      tried, tried_first, static_cast<float>(reach), paths, error, states};
+  const TrellisBeam job{target, base,  start, columns, size,  rows,        unit,
+                        ahead,  metric, points, code_bits, lists, first,   side,
+                        tried,  tried_first, static_cast<float>(reach), paths, error, states};
   return over_rows(threads, k->lanes, rows, k->trellis_beam_scratch(job), job, k->trellis_beam);
 }

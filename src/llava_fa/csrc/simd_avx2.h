@@ -45,6 +45,7 @@ INLINE Mask less(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32
 INLINE Mask equal(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
 INLINE Ints truncate(Floats v) { return _mm256_cvttps_epi32(v); }
 INLINE Ints as_ints(Floats v) { return _mm256_castps_si256(v); }
+INLINE Floats as_floats(Ints v) { return _mm256_castsi256_ps(v); }
 INLINE Ints gather(const int32_t* p, Ints i) { return _mm256_i32gather_epi32(p, i, 4); }
 INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m)); }
 INLINE void store(int32_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }

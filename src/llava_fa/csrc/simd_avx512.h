@@ -45,6 +45,7 @@ INLINE Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a, b); }
 INLINE Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
 INLINE Ints truncate(Floats v) { return _mm512_cvttps_epi32(v); }
 INLINE Ints as_ints(Floats v) { return _mm512_castps_si512(v); }
+INLINE Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }
 INLINE Ints gather(const int32_t* p, Ints i) { return _mm512_i32gather_epi32(i, p, 4); }
 INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm512_mask_blend_epi32(m, no, yes); }
 INLINE void store(int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }

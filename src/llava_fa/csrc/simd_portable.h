@@ -52,6 +52,7 @@ INLINE Mask less(Ints a, Ints b) { return a < b; }
 INLINE Mask equal(Ints a, Ints b) { return a == b; }
 INLINE Ints truncate(Floats v) { return __builtin_convertvector(v, Ints); }
 INLINE Ints as_ints(Floats v) { return reinterpret_cast<Ints>(v); }
+INLINE Floats as_floats(Ints v) { return reinterpret_cast<Floats>(v); }
 INLINE Ints gather(const int32_t* p, Ints i) { return Ints{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}; }
 INLINE Ints select(Mask m, Ints yes, Ints no) { return (m & yes) | (~m & no); }
 INLINE void store(int32_t* p, Ints v) { std::memcpy(p, &v, sizeof v); }

@@ -21,6 +21,7 @@ struct TrellisScratch {
   int32_t origin[PATHS];  // which path of the last block each continues
   // Continuation j of path p at j * PATHS + p: its cost's bits, which keep its order as it is not negative.
   int32_t key[MOST], window[MOST], chosen[PATHS];
+  int32_t list[PATHS];  // where each path's continuations are listed
 };
 
 size_t trellis_beam_scratch(const TrellisBeam&) { return sizeof(TrellisScratch); }
@@ -59,19 +60,44 @@ ISA int32_t least_keys(const int32_t* key, int count, int32_t enough, int32_t* p
   return taken;
 }
 
+// A point, two bf16 numbers in one int.
+INLINE Floats re_of(Ints point) { return as_floats(shift_left(point, 16)); }
+INLINE Floats im_of(Ints point) { return as_floats(and_(point, set1(static_cast<int32_t>(0xffff0000)))); }
+
 // The windows of a block and their errors, from the last step's path back; returns the path it started from.
 ISA int32_t settle(const TrellisBeam& job, int64_t row, int64_t start, int64_t columns, const uint16_t (*windows)[PATHS],
                    const uint16_t (*parents)[PATHS], int32_t path) {
   for (int64_t c = columns - 2; c >= 0; c -= 2) {
     const int32_t window = windows[c / 2][path];
     job.states[(start + c) / 2 * job.rows + row] = window;
-    for (int64_t i = 0; i < 2; i++) {
-      const int64_t at = (start + c + i) * job.rows + row;
-      job.error[at] = job.target[at] - job.points[2 * window + i];
-    }
+    float re[LANES], im[LANES];
+    store(re, re_of(set1(job.points[window])));
+    store(im, im_of(set1(job.points[window])));
+    const int64_t at = (start + c) * job.rows + row;
+    job.error[at] = job.target[at] - re[0];
+    job.error[at + job.rows] = job.target[at + job.rows] - im[0];
     path = parents[c / 2][path];
   }
   return path;
+}
+
+// The cell of the grid of lists that an aim lies in.
+INLINE Ints cell_of(const TrellisBeam& job, Floats re, Floats im) {
+  const Floats reach = set1(job.reach), scale = set1(static_cast<float>(job.side) / (2 * job.reach));
+  const Floats zero = set1(0.0f), last = set1(static_cast<float>(job.side - 1));
+  return add(mul(truncate(min(max(mul(add(re, reach), scale), zero), last)), set1(static_cast<int32_t>(job.side))),
+             truncate(min(max(mul(add(im, reach), scale), zero), last)));
+}
+
+// Finds the lists of the paths at column c, and asks for them: they are megabytes, read at random.
+ISA void find_lists(const TrellisBeam& job, int64_t c, const TrellisRow& r, TrellisScratch& s) {
+  const Ints cells = set1(static_cast<int32_t>(job.side * job.side)), tried = set1(static_cast<int32_t>(job.tried));
+  for (int p = 0; p < PATHS; p += LANES) {
+    const Ints group = shift_right(load(r.window + p), static_cast<int>(job.code_bits));
+    const Ints cell = cell_of(job, load(s.aim[c] + p), load(s.aim[c + 1] + p));
+    store(s.list + p, mul(add(mul(group, cells), cell), tried));
+  }
+  for (int p = 0; p < PATHS; p++) __builtin_prefetch(job.lists + s.list[p]);
 }
 
 // All continuations of the `alive` paths of column c, then the best of them as the new paths.
@@ -79,39 +105,32 @@ ISA int32_t extend(const TrellisBeam& job, int64_t row, int64_t c, int32_t alive
   const bool opening = job.start + c == 0;  // no window before: any can be
   const float* metric = job.metric + c / 2 * 3;
   const Floats a = set1(metric[0]), b = set1(2 * metric[1]), d = set1(metric[2]), zero = set1(0.0f);
-  const Floats reach = set1(job.reach), scale = set1(static_cast<float>(job.side) / (2 * job.reach));
-  const Floats last = set1(static_cast<float>(job.side - 1));
-  const Ints side = set1(static_cast<int32_t>(job.side)), never = set1(INT32_MAX);
+  const Ints never = set1(INT32_MAX);
   int32_t number[LANES], least[PATHS];
   for (int i = 0; i < LANES; i++) number[i] = i;
   const int count = static_cast<int>(opening ? job.tried_first : job.tried * PATHS);
   if (opening) {
-    const float re = s.aim[c][0], im = s.aim[c + 1][0];
     int32_t cell[LANES];
-    store(cell, add(mul(truncate(min(max(mul(add(set1(re), reach), scale), zero), last)), side),
-                    truncate(min(max(mul(add(set1(im), reach), scale), zero), last))));
-    for (int i = 0; i < (count + LANES - 1) / LANES * LANES; i++) {
-      s.key[i] = INT32_MAX;
-      if (i >= count) continue;
-      s.window[i] = job.first[cell[0] * job.tried_first + i];
-      const float x = re - job.points[2 * s.window[i]], y = im - job.points[2 * s.window[i] + 1];
-      const float total = metric[0] * x * x + 2 * metric[1] * x * y + metric[2] * y * y, cost = total > 0 ? total : 0;
-      std::memcpy(&s.key[i], &cost, sizeof cost);
+    store(cell, cell_of(job, load(s.aim[c]), load(s.aim[c + 1])));
+    for (int i = 0; i < count; i += LANES) {
+      const Ints at = min(add(load(number), set1(i)), set1(count - 1));
+      const Ints window = gather(job.first, add(at, set1(static_cast<int32_t>(cell[0] * job.tried_first))));
+      const Ints point = gather(job.points, window);
+      const Floats x = sub(set1(s.aim[c][0]), re_of(point)), y = sub(set1(s.aim[c + 1][0]), im_of(point));
+      const Floats total = fma(x, fma(a, x, mul(b, y)), mul(d, mul(y, y)));
+      store(s.key + i, select(less(add(load(number), set1(i)), set1(count)), as_ints(max(total, zero)), never));
+      store(s.window + i, window);
     }
   } else {
     for (int v = 0; v < VECTORS; v++) {
       const int p = v * LANES;
       const Mask there = less(add(load(number), set1(p)), set1(alive));
       const Floats re = load(s.aim[c] + p), im = load(s.aim[c + 1] + p), cost = load(r.cost + p);
-      const Ints cell = add(mul(truncate(min(max(mul(add(re, reach), scale), zero), last)), side),
-                            truncate(min(max(mul(add(im, reach), scale), zero), last)));
-      const Ints group = shift_right(load(r.window + p), static_cast<int>(job.code_bits));
-      const Ints list = mul(add(mul(group, mul(side, side)), cell), set1(static_cast<int32_t>(job.tried)));
+      const Ints list = load(s.list + p);
       Ints best = never;
       for (int j = 0; j < job.tried; j++) {
-        const Ints window = gather(job.lists, select(there, add(list, set1(j)), set1(int32_t{0})));
-        const Ints point = shift_left(window, 1);
-        const Floats x = sub(re, gather(job.points, point)), y = sub(im, gather(job.points + 1, point));
+        const Ints window = gather(job.lists, add(list, set1(j))), point = gather(job.points, window);
+        const Floats x = sub(re, re_of(point)), y = sub(im, im_of(point));
         const Floats total = fma(x, fma(a, x, mul(b, y)), fma(d, mul(y, y), cost));
         const Ints total_key = select(there, as_ints(max(total, zero)), never);
         best = min(best, total_key);
@@ -128,7 +147,7 @@ ISA int32_t extend(const TrellisBeam& job, int64_t row, int64_t c, int32_t alive
   }
   const int32_t kept = least_keys(s.key, (count + LANES - 1) / LANES * LANES, enough, s.chosen);
   int32_t parent[PATHS], origin[PATHS];
-  float error[2][PATHS] = {};
+  float error[2][PATHS];
   for (int p = 0; p < PATHS; p++) {
     const int from = s.chosen[p < kept ? p : 0];  // beyond the paths: anything that is there
     parent[p] = opening ? 0 : from % PATHS;
@@ -137,8 +156,12 @@ ISA int32_t extend(const TrellisBeam& job, int64_t row, int64_t c, int32_t alive
     origin[p] = s.origin[parent[p]];
     s.windows[c / 2][p] = static_cast<uint16_t>(s.window[from]);
     s.parents[c / 2][p] = static_cast<uint16_t>(parent[p]);
-    for (int i = 0; i < 2; i++)
-      error[i][p] = job.target[(job.start + c + i) * job.rows + row] - job.points[2 * s.window[from] + i];
+  }
+  for (int p = 0; p < PATHS; p += LANES) {
+    const Ints point = gather(job.points, load(r.window + p));
+    const float* target = job.target + (job.start + c) * job.rows + row;
+    store(error[0] + p, sub(set1(target[0]), re_of(point)));
+    store(error[1] + p, sub(set1(target[job.rows]), im_of(point)));
   }
   for (int p = 0; p < PATHS; p++) s.origin[p] = origin[p];
   const float* unit = job.unit + c * job.ahead;
@@ -149,6 +172,7 @@ ISA int32_t extend(const TrellisBeam& job, int64_t row, int64_t c, int32_t alive
       next[i] = fma(load(error[0] + i * LANES), u,
                     fma(load(error[1] + i * LANES), v, pick32(s.aim[later], load(parent + i * LANES))));
     for (int i = 0; i < VECTORS; i++) store(s.aim[later] + i * LANES, next[i]);
+    if (later == c + 3 && later < job.columns) find_lists(job, c + 2, r, s);
   }
   return kept;
 }
@@ -165,6 +189,7 @@ ISA void trellis_row(const TrellisBeam& job, int64_t row, TrellisScratch& s) {
     for (int p = 0; p < PATHS; p++) s.aim[c][p] = 0;
   for (int p = 0; p < PATHS; p++) s.origin[p] = p;
   int32_t alive = r.alive;
+  find_lists(job, 0, r, s);
   for (int64_t c = 0; c < job.columns; c += 2) alive = extend(job, row, c, alive, r, s);
   int32_t best = 0;
   for (int p = 1; p < alive; p++)

@@ -49,7 +49,7 @@ def round_trellis(target: Tensor, unit: Tensor, root: Tensor, near: NearbyWindow
     states = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
     blocks = pair_blocks(root)
     metric = blocks @ blocks.transpose(1, 2)
-    if native.serves(target, unit, root) and (_BLOCK, _PATHS) == _COMPILED:
+    if near.packed is not None and native.serves(target, unit, root) and (_BLOCK, _PATHS) == _COMPILED:
         _round_compiled(target, unit, metric, near, error, states)
         return states, error
     for first in range(0, rows, _ROWS):
@@ -62,8 +62,8 @@ def _round_compiled(
     target: Tensor, unit: Tensor, metric: Tensor, near: NearbyWindows, error: Tensor, states: Tensor
 ) -> None:
     """As `_Beam.run` for all rows, up to rounding; csrc/trellis_beam.inl."""
+    assert near.packed is not None
     size, rows = target.shape
-    code, points = near.trellis, near.trellis.points.contiguous()
     metric = metric.flatten(1)[:, [0, 1, 3]].contiguous()
     paths = torch.empty(rows, native.trellis_row_bytes(), dtype=torch.uint8)
     lists = near.lists, near.first, _SIDE, near.tried, near.first.shape[1], _REACH
@@ -76,8 +76,8 @@ def _round_compiled(
         native.call(
             "trellis_beam",
             *(target, base, start, stop - start, size, rows),
-            *(unit[start:stop, start:ahead].contiguous(), ahead - start, metric[start // 2 :], points),
-            *(code.state_bits, code.code_bits, *lists, paths, error, states),
+            *(unit[start:stop, start:ahead].contiguous(), ahead - start, metric[start // 2 :], near.packed),
+            *(near.trellis.code_bits, *lists, paths, error, states),
         )
 
 
@@ -160,6 +160,9 @@ class NearbyWindows:
     def __init__(self, trellis: Trellis) -> None:
         branches, groups = 1 << trellis.code_bits, trellis.groups
         self.trellis = trellis
+        halves = trellis.points.to(torch.bfloat16)
+        # (re, im) in one int, for the compiled beam; points that are not stored exactly it leaves to PyTorch.
+        self.packed = halves.view(torch.int32).flatten() if torch.equal(halves.float(), trellis.points) else None
         self.tried = min(_TRIED, branches)
         edge = (torch.arange(_SIDE, dtype=torch.float32) + 0.5) * (2 * _REACH / _SIDE) - _REACH
         centre = torch.cartesian_prod(edge, edge)
