@@ -1,0 +1,115 @@
+"""How long compressing one layer takes, in what, and in how much memory.
+
+    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/compress_speed.py [--shapes 18944x3584] [--bits 2] [--codes rings]
+    LLAVA_FA_NATIVE=off …                                                                     # PyTorch alone
+
+Random weights, a fresh process for each row. *calibrated*: feedback under the second moment of 8192 correlated
+samples. *drift*: `solver.drift.corrected_weight`, which `compress --calibration` calls before each layer. *peak*: the
+most memory over what the process held before weight and moment were made, in float32 sizes of the weight (Linux).
+Shares are of wall time. Prints the table of docs/results.md, "Speed of compression".
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from llava_fa import FourierConfig, approximate, native
+from llava_fa.solver.drift import corrected_weight
+
+DATA = ("data-free", "calibrated", "drift")
+# What a function that does not call another of these is doing.
+PHASES = {
+    "factor": ("damped_root", "unit_upper"),
+    "transform": ("transform_moment", "target"),
+    "codes": ("round_with_beam", "round_trellis", "encode", "_nearest", "nearby_windows"),
+    "refine": ("refine",),
+    "report": ("_measured",),
+}
+
+
+def resident(what: str) -> int:
+    """Bytes of memory that the process holds (VmRSS), or the most since `forget_peak` (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return 1024 * int(line.split()[1])
+
+
+def forget_peak() -> None:
+    """From now on VmHWM counts anew: what making tables and the moment took is no part of the layer."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def second_moment(n: int) -> torch.Tensor:
+    """H of 8192 samples, a few at a time: what is measured is the layer's memory, not the samples'."""
+    mixing = torch.eye(n).add_(torch.randn(n, n), alpha=0.02)
+    total = torch.zeros(n, n)
+    for _ in range(16):
+        x = torch.randn(512, n) @ mixing
+        total.addmm_(x.T, x)
+    return total.div_(8192)
+
+
+def measure(m: int, n: int, bits: float, data: str, codes: str) -> str:
+    """One row of the table."""
+    torch.manual_seed(0)
+    config = FourierConfig(bits=bits, codes=codes)  # type: ignore[arg-type]
+    approximate(torch.randn(8, 64), config, torch.eye(64))  # tables that every process makes once
+    moment = None if data == "data-free" else second_moment(n)
+    forget_peak()
+    before = resident("VmRSS") - (0 if moment is None else 4 * n * n)
+    weight = torch.randn(m, n).mul_(0.02)
+    profile = cProfile.Profile()
+    wall, cpu = time.perf_counter(), time.process_time()
+    profile.enable()
+    if data == "drift":
+        assert moment is not None
+        corrected_weight(weight, moment, 0.1 * moment)
+    else:
+        approximate(weight, config, moment)
+    profile.disable()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = (resident("VmHWM") - before) / (4 * m * n)
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    cells = [f"{m}×{n}", data, "" if data == "drift" else f"{codes}, {bits:g}"]
+    cells += [f"{wall:.1f}", f"{cpu:.1f}", f"{m * n / wall / 1e6:.1f}", f"{peak:.1f}"]
+    for names in PHASES.values():
+        seconds = sum(entry[3] for (_, _, name), entry in stats.items() if name in names)
+        cells.append(f"{100 * seconds / wall:.0f}" if seconds else "")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "18944x3584"])
+    parser.add_argument("--bits", nargs="+", type=float, default=[2.0])
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--codes", nargs="+", default=["rings", "trellis"])
+    parser.add_argument("--row", action="store_true", help="measure in this process (the first of each list)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.row:
+        m, n = (int(side) for side in arguments.shapes[0].split("x"))
+        print(measure(m, n, arguments.bits[0], arguments.data[0], arguments.codes[0]), flush=True)
+        return
+    print(f"{arguments.threads} threads, kernels: {native.choice()[0] or 'PyTorch'}\n")
+    print(f"| layer | data | codes, bits | s | CPU s | M weights/s | peak | {' % | '.join(PHASES)} % |")
+    print("|---" * (7 + len(PHASES)) + "|", flush=True)
+    for shape in arguments.shapes:
+        for data in arguments.data:
+            kinds = [(bits, codes) for bits in arguments.bits for codes in arguments.codes]
+            for bits, codes in kinds[:1] if data == "drift" else kinds:
+                row = ["--row", "--threads", arguments.threads, "--shapes", shape]
+                row += ["--bits", bits, "--data", data, "--codes", codes]
+                subprocess.run([sys.executable, __file__, *map(str, row)], check=True)
+
+
+if __name__ == "__main__":
+    main()
