@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from llava_fa.kernels.layout import FactoredLayout, Layout
@@ -56,15 +58,7 @@ def best(m: int, n: int, code_bits: int = 4, rank: int = 0, factor_dtype: str = 
 
 
 def trellis(m: int, n: int, code_bits: int = 4, state_bits: int = 12, rank: int = 0) -> Layout:
-    return Layout(
-        method="best",
-        out_features=m,
-        in_features=n,
-        code_bits=code_bits,
-        rank=rank,
-        codes="trellis",
-        state_bits=state_bits,
-    )
+    return dataclasses.replace(best(m, n, code_bits, rank), codes="trellis", state_bits=state_bits)
 
 
 def paper(m: int, n: int, amplitude_bits: int = 2, phase_bits: int = 3, rank: int = 0) -> Layout:

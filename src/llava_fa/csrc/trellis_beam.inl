@@ -20,7 +20,7 @@ struct TrellisScratch {
   uint16_t windows[BLOCK / 2][PATHS], parents[BLOCK / 2][PATHS];
   int32_t origin[PATHS];  // which path of the last block each continues
   // Continuation j of path p at j * PATHS + p: its cost's bits, which keep its order as it is not negative.
-  int32_t key[MOST], window[MOST], chosen[PATHS];
+  int32_t key[MOST], point[MOST], chosen[PATHS];
   int32_t list[PATHS];  // where each path's continuations are listed
 };
 
@@ -34,19 +34,21 @@ ISA int32_t count_up_to(const int32_t* key, int count, int32_t limit) {
 }
 
 // The places of the PATHS least of `count` keys that are not negative (INT32_MAX: not there), of all when there are
-// fewer; how many. `enough`: a key that at least PATHS reach, or INT32_MAX - 1.
-ISA int32_t least_keys(const int32_t* key, int count, int32_t enough, int32_t* place) {
-  int32_t below = -1, limit = enough, found = count_up_to(key, count, limit);
-  if (found > PATHS) {
-    while (limit - below > 1) {
-      const int32_t middle = below + (limit - below) / 2, reached = count_up_to(key, count, middle);
-      if (reached < PATHS) {
-        below = middle;
-      } else {
-        limit = middle;
-        found = reached;
-        if (reached == PATHS) break;
-      }
+// fewer; how many. Every key is above `below`, and at least PATHS, or all, are at most `limit` < INT32_MAX.
+ISA int32_t least_keys(const int32_t* key, int count, int32_t below, int32_t limit, int32_t* place) {
+  int32_t fewer = 0, found = count_up_to(key, count, limit);
+  for (int round = 0; found > PATHS && limit - below > 1; round++) {
+    // Between their extremes costs are spread about evenly: halving is for when they are not.
+    const double share = round % 4 == 3 ? 0.5 : (PATHS + 0.5 - fewer) / (found - fewer + 1);
+    int32_t middle = below + static_cast<int32_t>(share * (limit - below));
+    middle = middle <= below ? below + 1 : middle >= limit ? limit - 1 : middle;
+    const int32_t reached = count_up_to(key, count, middle);
+    if (reached < PATHS) {
+      below = middle;
+      fewer = reached;
+    } else {
+      limit = middle;
+      found = reached;
     }
   }
   const bool ties = found > PATHS;  // all up to `below`, and as many that are `limit` as there is room for
@@ -114,54 +116,58 @@ ISA int32_t extend(const TrellisBeam& job, int64_t row, int64_t c, int32_t alive
     store(cell, cell_of(job, load(s.aim[c]), load(s.aim[c + 1])));
     for (int i = 0; i < count; i += LANES) {
       const Ints at = min(add(load(number), set1(i)), set1(count - 1));
-      const Ints window = gather(job.first, add(at, set1(static_cast<int32_t>(cell[0] * job.tried_first))));
-      const Ints point = gather(job.points, window);
+      s.list[0] = static_cast<int32_t>(cell[0] * job.tried_first);
+      const Ints point = gather(job.points, gather(job.first, add(at, set1(s.list[0]))));
       const Floats x = sub(set1(s.aim[c][0]), re_of(point)), y = sub(set1(s.aim[c + 1][0]), im_of(point));
       const Floats total = fma(x, fma(a, x, mul(b, y)), mul(d, mul(y, y)));
       store(s.key + i, select(less(add(load(number), set1(i)), set1(count)), as_ints(max(total, zero)), never));
-      store(s.window + i, window);
     }
   } else {
-    for (int v = 0; v < VECTORS; v++) {
-      const int p = v * LANES;
+    // One by one: the gather instructions of today's CPUs are slower.
+    for (int p = 0; p < PATHS; p++)
+      for (int64_t j = 0; j < job.tried; j++) s.point[j * PATHS + p] = job.points[job.lists[s.list[p] + j]];
+    for (int p = 0; p < PATHS; p += LANES) {
       const Mask there = less(add(load(number), set1(p)), set1(alive));
       const Floats re = load(s.aim[c] + p), im = load(s.aim[c + 1] + p), cost = load(r.cost + p);
-      const Ints list = load(s.list + p);
       Ints best = never;
       for (int j = 0; j < job.tried; j++) {
-        const Ints window = gather(job.lists, add(list, set1(j))), point = gather(job.points, window);
+        const Ints point = load(s.point + j * PATHS + p);
         const Floats x = sub(re, re_of(point)), y = sub(im, im_of(point));
         const Floats total = fma(x, fma(a, x, mul(b, y)), fma(d, mul(y, y), cost));
         const Ints total_key = select(there, as_ints(max(total, zero)), never);
         best = min(best, total_key);
         store(s.key + j * PATHS + p, total_key);
-        store(s.window + j * PATHS + p, window);
       }
       store(least + p, best);
     }
   }
-  int32_t enough = INT32_MAX - 1;
+  int32_t below = -1, limit = INT32_MAX - 1;
   if (!opening && alive == PATHS) {  // each path's best continuation alone makes PATHS
-    enough = 0;
-    for (int p = 0; p < PATHS; p++) enough = least[p] > enough ? least[p] : enough;
+    below = limit;
+    limit = 0;
+    for (int p = 0; p < PATHS; p++) {
+      limit = least[p] > limit ? least[p] : limit;
+      below = least[p] <= below ? least[p] - 1 : below;
+    }
   }
-  const int32_t kept = least_keys(s.key, (count + LANES - 1) / LANES * LANES, enough, s.chosen);
-  int32_t parent[PATHS], origin[PATHS];
-  float error[2][PATHS];
+  const int32_t kept = least_keys(s.key, (count + LANES - 1) / LANES * LANES, below, limit, s.chosen);
+  int32_t parent[PATHS], origin[PATHS], point[PATHS];
   for (int p = 0; p < PATHS; p++) {
     const int from = s.chosen[p < kept ? p : 0];  // beyond the paths: anything that is there
     parent[p] = opening ? 0 : from % PATHS;
+    const int32_t window = opening ? job.first[s.list[0] + from] : job.lists[s.list[parent[p]] + from / PATHS];
     std::memcpy(&r.cost[p], &s.key[from], sizeof(float));
-    r.window[p] = s.window[from];
+    r.window[p] = window;
+    point[p] = job.points[window];
     origin[p] = s.origin[parent[p]];
-    s.windows[c / 2][p] = static_cast<uint16_t>(s.window[from]);
+    s.windows[c / 2][p] = static_cast<uint16_t>(window);
     s.parents[c / 2][p] = static_cast<uint16_t>(parent[p]);
   }
+  float error[2][PATHS];
+  const float* target = job.target + (job.start + c) * job.rows + row;
   for (int p = 0; p < PATHS; p += LANES) {
-    const Ints point = gather(job.points, load(r.window + p));
-    const float* target = job.target + (job.start + c) * job.rows + row;
-    store(error[0] + p, sub(set1(target[0]), re_of(point)));
-    store(error[1] + p, sub(set1(target[job.rows]), im_of(point)));
+    store(error[0] + p, sub(set1(target[0]), re_of(load(point + p))));
+    store(error[1] + p, sub(set1(target[job.rows]), im_of(load(point + p))));
   }
   for (int p = 0; p < PATHS; p++) s.origin[p] = origin[p];
   const float* unit = job.unit + c * job.ahead;
@@ -183,10 +189,11 @@ ISA void trellis_row(const TrellisBeam& job, int64_t row, TrellisScratch& s) {
     std::memset(&r, 0, sizeof r);
     r.alive = 1;
   }
-  for (int64_t c = 0; c < job.columns; c++)
-    for (int p = 0; p < PATHS; p++) s.aim[c][p] = job.base[c * job.rows + row] + r.ahead[c][p];
-  for (int64_t c = job.columns; c < job.ahead; c++)
-    for (int p = 0; p < PATHS; p++) s.aim[c][p] = 0;
+  for (int64_t c = 0; c < job.ahead; c++)
+    for (int p = 0; p < PATHS; p += LANES) {
+      const bool here = c < job.columns;
+      store(s.aim[c] + p, here ? add(set1(job.base[c * job.rows + row]), load(r.ahead[c] + p)) : set1(0.0f));
+    }
   for (int p = 0; p < PATHS; p++) s.origin[p] = p;
   int32_t alive = r.alive;
   find_lists(job, 0, r, s);
@@ -203,7 +210,7 @@ ISA void trellis_row(const TrellisBeam& job, int64_t row, TrellisScratch& s) {
   // Paths that differ before this block contradict what has just been settled.
   const float least = r.cost[best];
   const int64_t end = job.columns / 2 - 1;
-  int32_t kept = 0, place[PATHS];
+  int32_t kept = 0, place[PATHS] = {};
   for (int p = 0; p < alive; p++)
     if (!job.start || s.origin[p] == origin) place[kept++] = p;
   for (int p = 0; p < kept; p++) {
@@ -213,7 +220,8 @@ ISA void trellis_row(const TrellisBeam& job, int64_t row, TrellisScratch& s) {
     s.parents[end][p] = s.parents[end][place[p]];
   }
   for (int64_t c = job.columns; c < job.ahead; c++)
-    for (int p = 0; p < kept; p++) r.ahead[c - job.columns][p] = s.aim[c][place[p]];
+    for (int p = 0; p < PATHS; p += LANES)
+      store(r.ahead[c - job.columns] + p, pick32(s.aim[c], load(place + p)));
   r.alive = kept;
   std::memcpy(r.windows, s.windows, sizeof r.windows);
   std::memcpy(r.parents, s.parents, sizeof r.parents);

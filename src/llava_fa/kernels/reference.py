@@ -35,7 +35,20 @@ def paper_points(amplitude_bits: int, phase_bits: int, device: torch.device | No
     return torch.view_as_real(polar_dequant(codes, 1.0, amplitude_bits, phase_bits))
 
 
-class RowDecoder:
+class _Decoder:
+    """Codes [m, bytes] of `count` coefficients a row, to be decoded some rows at a time."""
+
+    def __init__(self, codes: Tensor, count: int) -> None:
+        self.codes, self.count = codes, count
+        self.rows = max(1, _CHUNK // max(1, 2 * count))
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Row ranges [start, stop) to decode one after the other."""
+        m = self.codes.shape[0]
+        return [(start, min(start + self.rows, m)) for start in range(0, m, self.rows)]
+
+
+class RowDecoder(_Decoder):
     """Codes → coefficients, some rows at a time, by table lookup of several codes at once.
 
     Args:
@@ -56,14 +69,9 @@ class RowDecoder:
             for i in range(group):
                 table[..., i, :] = points.view(*(1,) * (group - 1 - i), -1, *(1,) * i, 2)
             points = table.view(-1, 2 * group)
-        self.codes, self.points, self.count, self.bits = codes, points, count, group * bits
+        super().__init__(codes, count)
+        self.points, self.bits = points, group * bits
         self.fields = -(-count // group)
-        self.rows = max(1, _CHUNK // max(1, 2 * count))
-
-    def chunks(self) -> list[tuple[int, int]]:
-        """Row ranges [start, stop) to decode one after the other."""
-        m = self.codes.shape[0]
-        return [(start, min(start + self.rows, m)) for start in range(0, m, self.rows)]
 
     def decode(self, start: int, stop: int) -> Tensor:
         """Rows start … stop - 1 as packed reals [stop - start, 2 * count]."""
@@ -76,7 +84,7 @@ class RowDecoder:
         return rows[:, : 2 * self.count]
 
 
-class WindowDecoder:
+class WindowDecoder(_Decoder):
     """Trellis codes → coefficients, some rows at a time: `RowDecoder` for windows that overlap.
 
     Args:
@@ -88,14 +96,9 @@ class WindowDecoder:
     """
 
     def __init__(self, codes: Tensor, points: Tensor, code_bits: int, count: int, dtype: torch.dtype) -> None:
-        self.codes, self.points, self.code_bits, self.count = codes, points.to(dtype), code_bits, count
+        super().__init__(codes, count)
+        self.points, self.code_bits = points.to(dtype), code_bits
         self.state_bits = points.shape[0].bit_length() - 1
-        self.rows = max(1, _CHUNK // max(1, 2 * count))
-
-    def chunks(self) -> list[tuple[int, int]]:
-        """Row ranges [start, stop) to decode one after the other."""
-        m = self.codes.shape[0]
-        return [(start, min(start + self.rows, m)) for start in range(0, m, self.rows)]
 
     def decode(self, start: int, stop: int) -> Tensor:
         """Rows start … stop - 1 as packed reals [stop - start, 2 * count]."""
