@@ -96,7 +96,7 @@ def test_each_step_lowers_the_loss(size):
 
 @pytest.mark.parametrize("level", native.levels())
 @pytest.mark.parametrize(("size", "rows", "code_bits"), [(2, 1, 2), (64, 5, 3), (66, 16, 4), (130, 19, 8)])
-def test_compiled_beam_and_refinement_choose_pytorchs_codes(level, size, rows, code_bits, monkeypatch):
+def test_compiled_rounding_and_refinement_choose_pytorchs_codes(level, size, rows, code_bits, monkeypatch):
     A, H = problem(size, rows)
     A[:, 0] *= 3  # beyond the grid of the nearest-code search
     search = nearest_code(code_bits)
@@ -105,16 +105,19 @@ def test_compiled_beam_and_refinement_choose_pytorchs_codes(level, size, rows, c
     found = {}
     for kernel in ("off", level):
         monkeypatch.setenv(native.SWITCH, kernel)
+        greedy, error = feedback.round_with_feedback(A, unit, search)
+        assert torch.allclose(error, A - values(search, greedy), atol=1e-5)
         codes, error = round_with_beam(A, unit, root, search, 4)
         beam = codes.clone()
         changed = feedback.refine(codes, error, damped, search)
         assert torch.allclose(error, A - values(search, codes), atol=1e-5)
         assert changed == (codes != beam).sum()
-        found[kernel] = beam, codes
+        found[kernel] = greedy, beam, codes
     for ours, theirs in zip(found[level], found["off"], strict=True):  # a near tie may fall either way
         assert (ours == theirs).all(dim=0).float().mean() > 0.9
 
 
+@pytest.mark.usefixtures("every_kernel")
 def test_feedback_equals_its_recursion_in_float64():
     """Pair by pair from the definition, no blocks: the blocked form must choose the same codes."""
     A, H = problem(140, 12)

@@ -7,17 +7,20 @@
 
 namespace llava_fa {
 namespace avx512 {
+#include "some.inl"
 #include "viterbi.inl"
 #include "nearest.inl"
 #include "beam.inl"
+#include "greedy.inl"
 #include "refine.inl"
 #include "trellis_beam.inl"
 }  // namespace avx512
 
 const Kernels* avx512_kernels() {
   using namespace avx512;
-  static const Kernels table{
-      LANES, viterbi_scratch, viterbi, beam_scratch, beam, refine_scratch, refine, trellis_beam_scratch, trellis_beam};
+  static const Kernels table{LANES,  viterbi_scratch, viterbi,        beam_scratch, beam,
+                             greedy_scratch, greedy, refine_scratch, refine,       trellis_beam_scratch,
+                             trellis_beam};
   return &table;
 }
 }  // namespace llava_fa

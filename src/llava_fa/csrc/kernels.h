@@ -39,6 +39,15 @@ struct Beam {
   int32_t* codes;  // [columns / 2, rows]
 };
 
+// solver/feedback.py, round_with_feedback, one block of columns.
+struct Greedy {
+  float *target, *base;  // as for Beam
+  int64_t columns, rows;
+  const float* unit;  // [columns, columns]
+  Nearest search;
+  int32_t* codes;  // [columns / 2, rows]
+};
+
 // solver/feedback.py, refine, one block of columns.
 struct Refine {
   float *error, *gradient;  // [columns, rows]: E, and H E (spoilt)
@@ -76,6 +85,8 @@ struct Kernels {
   void (*viterbi)(const Viterbi&, int64_t first, char* scratch);
   size_t (*beam_scratch)(const Beam&);
   void (*beam)(const Beam&, int64_t first, char* scratch);
+  size_t (*greedy_scratch)(const Greedy&);
+  void (*greedy)(const Greedy&, int64_t first, char* scratch);
   size_t (*refine_scratch)(const Refine&);
   void (*refine)(const Refine&, int64_t first, char* scratch);
   size_t (*trellis_beam_scratch)(const TrellisBeam&);

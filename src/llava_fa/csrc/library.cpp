@@ -52,7 +52,7 @@ int64_t over_rows(int64_t threads, int64_t lanes, int64_t rows, size_t scratch_b
 }  // namespace
 
 // Raised whenever an exported function changes, so that a library of older sources is not called.
-EXPORT int64_t llava_fa_abi() { return 1; }
+EXPORT int64_t llava_fa_abi() { return 2; }
 
 // The best level that this CPU and this build have.
 EXPORT int64_t llava_fa_level() {
@@ -82,6 +82,16 @@ EXPORT int64_t llava_fa_beam(int64_t level, int64_t threads, float* target, floa
   const Nearest search{cells, candidates, points, half_norm, side, width, count, static_cast<float>(reach)};
   const Beam job{target, base, columns, rows, unit, metric, tried, numbers, search, codes};
   return over_rows(threads, k->lanes, rows, k->beam_scratch(job), job, k->beam);
+}
+
+EXPORT int64_t llava_fa_greedy(int64_t level, int64_t threads, float* target, float* base, int64_t columns, int64_t rows,
+                               const float* unit, const int32_t* cells, const int32_t* candidates, const float* points,
+                               const float* half_norm, int64_t side, int64_t width, int64_t count, double reach,
+                               int32_t* codes) {
+  const Kernels* k = kernels(level);
+  const Nearest search{cells, candidates, points, half_norm, side, width, count, static_cast<float>(reach)};
+  const Greedy job{target, base, columns, rows, unit, search, codes};
+  return over_rows(threads, k->lanes, rows, k->greedy_scratch(job), job, k->greedy);
 }
 
 EXPORT int64_t llava_fa_refine(int64_t level, int64_t threads, float* error, float* gradient, int64_t columns,

@@ -4,9 +4,11 @@
 
 namespace llava_fa {
 namespace portable {
+#include "some.inl"
 #include "viterbi.inl"
 #include "nearest.inl"
 #include "beam.inl"
+#include "greedy.inl"
 #include "refine.inl"
 #include "trellis_beam.inl"
 }  // namespace portable
@@ -15,8 +17,9 @@ int64_t trellis_row_bytes() { return sizeof(portable::TrellisRow); }
 
 const Kernels* portable_kernels() {
   using namespace portable;
-  static const Kernels table{
-      LANES, viterbi_scratch, viterbi, beam_scratch, beam, refine_scratch, refine, trellis_beam_scratch, trellis_beam};
+  static const Kernels table{LANES,  viterbi_scratch, viterbi,        beam_scratch, beam,
+                             greedy_scratch, greedy, refine_scratch, refine,       trellis_beam_scratch,
+                             trellis_beam};
   return &table;
 }
 }  // namespace llava_fa

@@ -4,12 +4,6 @@ namespace {
 
 size_t refine_scratch(const Refine& job) { return job.columns * LANES * sizeof(float); }
 
-ISA void store_some(float* p, Floats v, int64_t count) {
-  float all[LANES];
-  store(all, v);
-  for (int64_t i = 0; i < count; i++) p[i] = all[i];
-}
-
 // xᵀ (a b; b d) x
 INLINE Floats quadratic(Floats x, Floats y, Floats a, Floats b, Floats d) {
   return fma(x, fma(a, x, mul(b, y)), mul(y, fma(b, x, mul(d, y))));

@@ -22,14 +22,6 @@ size_t viterbi_scratch(const Viterbi& job) {
   return cells * (2 * sizeof(float) + job.steps);
 }
 
-// `count` ≤ LANES columns of a row of a matrix, zeros after them.
-INLINE Floats load_some(const float* p, int64_t count) {
-  if (count >= LANES) return load(p);
-  float padded[LANES] = {};
-  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
-  return load(padded);
-}
-
 // One window more of a group: what the path through it costs, and whether it is the best so far.
 INLINE void viterbi_window(const float* table, const float* before, Floats re, Floats im, int32_t low, Floats& best,
                            Ints& winner) {

@@ -34,5 +34,7 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
     damped.diagonal().add_(damping * mean)
     lower = torch.linalg.cholesky(damped)
     del damped
-    shift = (values @ drift.to(torch.float32)).to(torch.float64)
-    return values + torch.cholesky_solve(shift.T, lower).T.to(torch.float32)
+    few = values.shape[0] <= values.shape[1]  # rows of W to solve for, else those of D: float64 is slow and large
+    rows = values @ drift.to(torch.float32) if few else drift
+    solved = torch.cholesky_solve(rows.T.to(torch.float64), lower).T.to(torch.float32)
+    return values + solved if few else torch.addmm(values, values, solved)

@@ -74,20 +74,30 @@ def round_with_feedback(target: Tensor, unit: Tensor, search: NearestCode) -> tu
     size, rows = target.shape
     error = torch.empty_like(target)
     codes = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
-    transposed = unit.T.contiguous()
+    compiled = native.serves(target, unit)
     for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        work = target[start:stop]
+        block, pairs = slice(start, min(start + _BLOCK, size)), slice(start // 2, min(start + _BLOCK, size) // 2)
+        error[block] = work = target[block]
         if start:
-            work = torch.addmm(work, transposed[start:stop, :start], error[:start])
-        for at in range(start, stop, 2):
-            aim = work[at - start : at - start + 2]
-            if at > start:
-                aim = torch.addmm(aim, transposed[at : at + 2, start:at], error[start:at])
-            code = search(aim[0], aim[1])
-            codes[at // 2] = code
-            torch.sub(target[at : at + 2], search.points(code), out=error[at : at + 2])
+            work = torch.addmm(work, unit[:start, block].T, error[:start])
+        within = unit[block, block].contiguous()
+        if compiled:
+            columns, tables = block.stop - start, search.tables()
+            native.call("greedy", error[block], work, columns, rows, within, *tables, codes[pairs])
+        else:
+            _round_block(error[block], codes[pairs], work, within, search)
     return codes, error
+
+
+def _round_block(error: Tensor, codes: Tensor, work: Tensor, unit: Tensor, search: NearestCode) -> None:
+    """The codes of one block and, in place, its targets less their points; csrc/greedy.inl up to rounding."""
+    for at in range(0, error.shape[0], 2):
+        here = slice(at, at + 2)
+        aim = work[here]
+        if at:
+            aim = torch.addmm(aim, unit[:at, here].T, error[:at])
+        codes[at // 2] = search(aim[0], aim[1])
+        error[here] -= search.points(codes[at // 2])
 
 
 def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) -> int:
