@@ -105,10 +105,11 @@ def test_it_answers_more_like_the_original_than_uniform(checkpoint, samples, tmp
     ("name", "at"),
     [
         ("fsync", 1),  # the manifest
-        ("fsync", 2),  # the allocation is being written
-        ("replace", 2),  # it has its name; no layer is compressed
-        ("replace", 9),
-        ("fsync", 31),  # the result's weights
+        ("fsync", 2),  # the dtype that the model runs in
+        ("fsync", 3),  # the allocation is being written
+        ("replace", 3),  # it has its name; no layer is compressed
+        ("replace", 10),
+        ("fsync", 32),  # the result's weights
     ],
 )
 def test_killed_under_a_budget(checkpoint, samples, settled, tmp_path, digest, monkeypatch, name, at):
@@ -118,7 +119,7 @@ def test_killed_under_a_budget(checkpoint, samples, settled, tmp_path, digest, m
     assert die_at(name, at, *run) == signal.SIGKILL
     partial = tmp_path / "out.partial" / allocation.FILE
     settled_on = partial.read_text() if partial.exists() else None
-    assert (settled_on is not None) == ((name, at) not in (("fsync", 1), ("fsync", 2)))
+    assert (settled_on is not None) == ((name, at) not in (("fsync", 1), ("fsync", 2), ("fsync", 3)))
     if settled_on is not None:  # what was settled is not measured again
         monkeypatch.setattr(allocation, "measure", None)
     llava_fa.compress(*run)

@@ -206,3 +206,52 @@ def test_the_loaded_model_does_not_leak_into_the_weights(checkpoint, calibrated,
     half = helpers.save_llava(tmp_path / "in", model=copy.deepcopy(model), dtype=torch.float16)
     report = llava_fa.compress(half, tmp_path / "out", quick, samples[:1])
     assert report.bits_per_weight == pytest.approx(calibrated[1].bits_per_weight)
+
+
+def test_a_block_is_run_no_further_than_it_must_be(samples):
+    """Inputs of the first of two layers: the second runs in the first call only, to learn that once is enough."""
+    runs = []
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.one(x)
+            runs.append(len(runs))
+            return self.two(y)
+
+    layer = SimpleNamespace(name="blocks.0.one", shape=(4, 4))
+    unit = blockwise.Unit("blocks.0", Block(), [layer])
+    hidden = [torch.randn(1, 3, 4) for _ in range(4)]
+    found = list(blockwise.replay(unit, [blockwise.Call(torch.empty(0), (), {}, None)] * 4, hidden, [layer]))
+    assert len(runs) == 1
+    for seen, x in zip(found, hidden, strict=True):
+        assert torch.equal(seen[layer.name][0], x[0])
+
+
+def test_the_running_dtype_is_chosen_once(checkpoint, quick, samples, tmp_path, monkeypatch):
+    """float32 where the CPU emulates 16-bit floats and there is room; what an interrupted run chose is kept."""
+    from llava_fa.hub import compress as module
+    from llava_fa.hub.parts import WorkFolder
+    from llava_fa.hub.plan import make_plan
+    from llava_fa.hub.source import empty_model, open_source
+
+    source = open_source(helpers.save_llava(tmp_path / "in", dtype=torch.bfloat16))
+    plan = make_plan(empty_model(source), source, quick)
+    cpu = torch.device("cpu")
+    memory = SimpleNamespace(available=0)
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: memory)
+    for fast, room, expected in (
+        (torch.float32, 1 << 40, torch.float32),
+        (torch.float32, 0, "auto"),
+        (torch.bfloat16, 1 << 40, "auto"),
+    ):
+        monkeypatch.setattr(module, "fast_dtype", lambda _, fast=fast: fast)
+        memory.available = room
+        with WorkFolder(tmp_path / f"{expected}{room}", {}) as work:
+            assert module._running_dtype(plan, cpu, work) == expected
+            memory.available = (1 << 40) - room
+            assert module._running_dtype(plan, cpu, work) == expected
+            assert module._running_dtype(plan, torch.device("meta"), work) == expected

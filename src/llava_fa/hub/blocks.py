@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -221,18 +221,26 @@ def stages(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> list[list[lis
 def replay(
     unit: Unit, calls: list[Call], hidden: list[Tensor], layers: Sequence[PlannedLayer]
 ) -> Iterator[dict[str, list[Tensor]]]:
-    """Run the unit on its calls; of every call the inputs of each of the layers, [tokens, n] for each time it ran."""
+    """Run the unit on its calls; of every call the inputs of each of the layers, [tokens, n] for each time it ran.
+
+    Once a call has run every layer just once, what comes after the layers is no longer run.
+    """
     seen: dict[str, list[Tensor]] = {}
+    once = False
 
     def note(layer: PlannedLayer, x: Tensor) -> None:
         seen[layer.name].append(x.reshape(-1, x.shape[-1]))
+        if once and all(seen.values()):
+            raise _Stop
 
     with _shown(unit, layers, note):
         for call, x in zip(calls, hidden, strict=True):
             seen.clear()
             seen.update({layer.name: [] for layer in layers})
-            _run(unit, call, x)
+            with suppress(_Stop):
+                _run(unit, call, x)
             yield dict(seen)
+            once = once or all(len(inputs) == 1 for inputs in seen.values())
 
 
 def _run(unit: Unit, call: Call, hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
@@ -16,14 +17,16 @@ from llava_fa.hub import allocation, attention, sensitivity
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
 from llava_fa.hub.checkpoint import account, read_metadata, validate
-from llava_fa.hub.loading import check_device
-from llava_fa.hub.parts import WorkFolder, check_space, refuse_existing
+from llava_fa.hub.loading import check_device, fast_dtype
+from llava_fa.hub.parts import WorkFolder, check_space, disk_errors, refuse_existing
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.report import LayerReport, ProgressCallback, Report, Skipped, kind_of_codes, peak_rss_bytes
 from llava_fa.hub.shards import read_metadata as read_metadata_of
+from llava_fa.hub.shards import write_text
 from llava_fa.hub.source import empty_model, open_source, quiet_transformers, resolve_model, weight_files
 from llava_fa.hub.streaming import ORIGINAL_BYTES, Tracker, assemble, compress_streaming
 
+_DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 _SPARE = 64_000_000
 """Bytes of disk asked for beyond the estimate."""
 
@@ -106,7 +109,7 @@ def compress(
         loaded = None
         if data is not None and tracker.done < tracker.total:
             tracker.tell("loading the model")
-            loaded = _load(source.folder, plan, place)
+            loaded = _load(source.folder, _running_dtype(plan, place, work), place)
         if budget is not None:
             plan = _settled(plan, config, budget, casp, work, loaded, data, tracker)
             if on_plan is not None:
@@ -259,15 +262,34 @@ def load_processor(folder: Path) -> Any:
             ) from error
 
 
-def _load(folder: Path, plan: Plan, device: torch.device) -> torch.nn.Module:
+def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.dtype | str:
+    """What the model computes with on the samples; the weights that are compressed are the checkpoint's, exactly.
+
+    As it is stored (``"auto"``), but on CPUs float32 where they would emulate 16-bit floats, several times slower, and
+    there is memory for it; float16 otherwise becomes bf16, since it overflows and is slow there too. What an
+    interrupted run had chosen is kept, so that all layers see the same arithmetic.
+    """
+    kept = work.path / "dtype"
+    if kept.is_file():
+        return _DTYPES[kept.read_text()]
+    name = "auto"
+    if device.type == "cpu":
+        size = 4 * sum(entry.numel for entry in plan.source.entries.values())
+        if fast_dtype(device) == torch.float32 and size <= psutil.virtual_memory().available / 2:
+            name = "float32"
+        elif any(layer.weight.dtype == "F16" for layer in plan.layers):
+            name = "bfloat16"
+    with disk_errors(work.path):
+        write_text(kept, name)
+    return _DTYPES[name]
+
+
+def _load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> torch.nn.Module:
     from transformers import AutoModelForImageTextToText
 
-    # float16 overflows and is slow on CPUs; the weights that are compressed come from the checkpoint,
-    # exactly.
-    half = any(layer.weight.dtype == "F16" for layer in plan.layers) and device.type == "cpu"
     try:
         with quiet_transformers():
-            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if half else "auto")
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch says a missing or full device in both ways
         raise FourierError(
