@@ -155,7 +155,13 @@ def main() -> None:
             with file.open("a") as handle:
                 handle.write(json.dumps(known[name]) + "\n")
             print(json.dumps(known[name]), flush=True)
-    print(report(known, json.loads(numbers.read_text()) if numbers.exists() else {}))
+    order = ["original", *(name for ways in rows().values() for name in ways)]
+    print(
+        report(
+            {name: known[name] for name in order if name in known},
+            json.loads(numbers.read_text()) if numbers.exists() else {},
+        )
+    )
 
 
 def needs(row: dict[str, Any], limit: int) -> bool:
