@@ -20,9 +20,12 @@ def test_output_error_is_that_of_outputs():
     assert diagonal == pytest.approx(metrics.output_error(W, Q, torch.diag(H.diagonal())), rel=1e-5)
 
 
-def test_more_rows_than_a_block():
-    W = torch.randn(2500, 4)
-    assert metrics.quadratic(W, torch.eye(4)) == pytest.approx(float(W.square().sum()), rel=1e-5)
+@pytest.mark.parametrize("shape", [(2500, 4), (7, 1200)])
+def test_more_rows_or_columns_than_a_block(shape):
+    W, x = torch.randn(shape), torch.randn(50, shape[1])
+    H = x.T @ x / 50
+    exact = (W.double() @ H.double() * W.double()).sum()
+    assert metrics.quadratic(W, H) == pytest.approx(float(exact), rel=1e-5)
 
 
 def test_bits_per_weight_counts_every_byte():

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+_COLUMNS = 512
+
 
 def weight_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W - Ŵ‖_F / ‖W‖_F, both [m, n]; 0 when W and Ŵ are both zero, infinity when only W is."""
@@ -24,12 +26,22 @@ def output_error(weight: Tensor, approximation: Tensor, moment: Tensor) -> float
 
 
 def quadratic(matrix: Tensor, moment: Tensor) -> float:
-    """tr(A H Aᵀ) for A [m, n] and H [n, n] or diagonal [n]; row blocks, so memory stays a fraction of A."""
+    """tr(A H Aᵀ) for A [m, n] and symmetric H [n, n], of which the upper half is read, or diagonal [n].
+
+    In row blocks, so memory stays a fraction of A; and H = U + Uᵀ + blocks on the diagonal: half the products.
+    """
     total = 0.0
     moment = moment.to(torch.float32)
     for block in _row_blocks(matrix):
-        weighted = block * moment if moment.ndim == 1 else block @ moment
-        total += float((weighted * block).sum(dtype=torch.float64))
+        if moment.ndim == 1:
+            total += float((block.square() * moment).sum(dtype=torch.float64))
+            continue
+        for start in range(0, moment.shape[0], _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            part = block[:, columns]
+            total += float((part @ moment[columns, columns] * part).sum(dtype=torch.float64))
+            if start:
+                total += 2 * float((block[:, :start] @ moment[:start, columns] * part).sum(dtype=torch.float64))
     return max(total, 0.0)
 
 
