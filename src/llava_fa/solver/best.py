@@ -168,29 +168,32 @@ class _Problem:
         return codes.T.contiguous(), row_scale
 
     def quantise_finally(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The points' numbers int32 [m, N/2], row scales float32 [m] (bf16 values), and the points [·, 2]."""
+        """The points' numbers int32 [m, N/2], row scales float32 [m] (bf16 values), and the points [·, 2].
+
+        Spoils the target: a layer's memory is counted in copies of W.
+        """
         row_scale, inverse = _row_scale(target)
-        if self.config.codes_for(self.n) == "trellis":
-            return self._through_the_trellis(target, inverse), row_scale, trellis(self.config.code_bits).points
+        through = self.config.codes_for(self.n) == "trellis"
+        points = trellis(self.config.code_bits).points if through else self.search.codebook
         if self.moment is None:
-            return self._nearest(target, inverse), row_scale, self.search.codebook
-        rows = (target * inverse[:, None]).T.contiguous()
-        del target  # the caller keeps it only if it has a use for it: a copy of W less
+            return (self._viterbi if through else self._nearest)(target, inverse), row_scale, points
+        rows = target.mul_(inverse[:, None]).T.contiguous()
+        del target
+        if through:
+            codes, _ = round_trellis(rows, self.unit, self.root, nearby_windows(self.config.code_bits))
+            return codes.T.contiguous(), row_scale, points
         codes, error = round_with_beam(rows, self.unit, self.root, self.search, _BEAM_WIDTH)
         for _ in range(self.config.refine_passes):
             if feedback.refine(codes, error, self.moment, self.search) == 0:
                 break
-        return codes.T.contiguous(), row_scale, self.search.codebook
+        return codes.T.contiguous(), row_scale, points
 
-    def _through_the_trellis(self, target: Tensor, inverse: Tensor) -> Tensor:
-        code = trellis(self.config.code_bits)
-        if self.moment is not None:
-            rows = (target * inverse[:, None]).T.contiguous()
-            return round_trellis(rows, self.unit, self.root, nearby_windows(self.config.code_bits))[0].T.contiguous()
+    def _viterbi(self, target: Tensor, inverse: Tensor) -> Tensor:
         codes = torch.empty(target.shape[0], target.shape[1] // 2, dtype=torch.int32)
         for start in range(0, len(codes), _TRELLIS_ROWS):
             part = slice(start, start + _TRELLIS_ROWS)
-            codes[part] = code.encode((target[part] * inverse[part, None]).T.contiguous()).T
+            rows = (target[part] * inverse[part, None]).T.contiguous()
+            codes[part] = trellis(self.config.code_bits).encode(rows).T
         return codes
 
     def _nearest(self, target: Tensor, inverse: Tensor) -> Tensor:

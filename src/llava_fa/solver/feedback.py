@@ -32,14 +32,17 @@ def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, float]:
         FourierError: not positive semi-definite even with damping 1.
     """
     size = moment.shape[0]
-    mean = float(moment.diagonal().mean(dtype=torch.float64))
+    mean, info = float(moment.diagonal().mean(dtype=torch.float64)), torch.empty((), dtype=torch.int32)
     while True:
         flipped = moment.flip(0, 1).to(torch.float64)
         flipped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(flipped)
-        del flipped
+        # Symmetric, so the same matrix column by column, as LAPACK has it: factored where it lies.
+        lower = flipped.mT
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            return lower.to(torch.float32).flip(0, 1), damping
+            root = lower.to(torch.float32)
+            del flipped, lower
+            return root.flip(0, 1), damping
         if damping >= 1:
             raise FourierError(
                 f"the second moment [{size}, {size}] is not positive semi-definite",
