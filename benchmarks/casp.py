@@ -173,7 +173,9 @@ def _scalar_bits(
 
 
 def layers(args: argparse.Namespace) -> None:
-    """Queries and keys of one attention module at a time cut to a quarter of their numbers, not quantised."""
+    """KL with queries and keys of one attention module cut to a quarter of their numbers, not quantised: in the norm
+    of their inputs alone, and weighed by the other side too; beside that, all of their numbers at 1 bit.
+    """
     divergence = Divergence(args.model, args.questions)
     model = divergence.original
     _, processor = load(args.model)
@@ -181,28 +183,77 @@ def layers(args: argparse.Namespace) -> None:
     names = [name for name in classify(model).layers if is_query_or_key(name)]
     moments = second_moments(model, {name: model.get_submodule(name) for name in names}, inputs)
     densities = attention.densities(model, inputs)
-    print("| attention | density | KL, q and k cut | KL, q and k at 1 bit |\n|---|---|---|---|")
+    seen = other_side(model, names, inputs[:32])
+    print("| attention | density | cut | cut, weighed by the other side | at 1 bit |\n|---|---|---|---|---|")
     for module, heads in densities.items():
         found = []
-        for make in (_cut, _one_bit):
+        for make in (_cut, _cut_weighed, _one_bit):
             mine = [name for name in names if name.startswith(f"{module}.")]
             before = {name: model.get_submodule(name).weight.data for name in mine}
             for name in mine:
-                model.get_submodule(name).weight.data = make(before[name], moments[name])
+                model.get_submodule(name).weight.data = make(before[name], moments[name], seen[name])
             found.append(divergence(model))
             for name in mine:
                 model.get_submodule(name).weight.data = before[name]
-        density = sum(heads) / len(heads)
-        print(f"| {module.removeprefix('model.')} | {density:.3f} | {found[0]:.2e} | {found[1]:.2e} |", flush=True)
+        cells = " | ".join(f"{value:.2e}" for value in found)
+        print(f"| {module.removeprefix('model.')} | {sum(heads) / len(heads):.3f} | {cells} |", flush=True)
 
 
-def _cut(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+def _cut(weight: torch.Tensor, moment: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     left, right = whitened_factors(weight, inner_rank(tuple(weight.shape), 0.25), moment)
     return left @ right
 
 
-def _one_bit(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+def _cut_weighed(weight: torch.Tensor, moment: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    root, _ = damped_root(seen, 0.1)
+    left, right = whitened_factors(root.T @ weight, inner_rank(tuple(weight.shape), 0.25), moment)
+    return torch.linalg.solve_triangular(root.T, left, upper=False) @ right
+
+
+def _one_bit(weight: torch.Tensor, moment: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return approximate(weight, FourierConfig(bits=1), moment).dequantize()
+
+
+def other_side(model: Any, names: list[str], inputs: Any) -> dict[str, torch.Tensor]:
+    """How much its attention minds an error of each projection's outputs, [m, m], one block a head: the Fisher
+    information of the attention's rows, whose logits see a query's error through the keys, and a key's through the
+    queries. With ε ~ N(0, 1) it is E[g gᵀ] of the gradient of Σ ε s / √s̄, s̄ being s held fixed; rotary embedding and
+    grouped queries are part of what is differentiated.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sums = {name: torch.zeros(()) for name in names}
+    given: dict[str, torch.Tensor] = {}
+    handles = []
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in names:
+
+        def keep(_: Any, __: Any, output: torch.Tensor, name: str = name) -> torch.Tensor:
+            given[name] = output.detach().requires_grad_()
+            return given[name]
+
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        mine = [name for name in names if name.startswith(f"{module}.")]
+
+        def see(_: Any, __: Any, output: Any, mine: list[str] = mine) -> Any:
+            maps = output[1]
+            scale = maps.detach().clamp(min=1e-12).rsqrt() * (maps.detach() > 1e-12)
+            noise = torch.randn(maps.shape, generator=generator) * scale
+            gradients = torch.autograd.grad((noise * maps).sum(), [given[name] for name in mine])
+            width = max(given[name].shape[-1] for name in mine) // maps.shape[1]  # queries have all heads
+            for name, gradient in zip(mine, gradients, strict=True):
+                heads = gradient[0].unflatten(-1, (-1, width))
+                sums[name] = sums[name] + torch.block_diag(*torch.einsum("tha,thb->hab", heads, heads))
+            return (output[0].detach(), *output[1:])
+
+        handles.append(model.get_submodule(module).register_forward_hook(see))
+    with torch.enable_grad(), attention.eager(model):
+        for sample in inputs:
+            model(**sample, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return sums
 
 
 def factors(args: argparse.Namespace) -> None:
