@@ -244,3 +244,47 @@ def test_another_casp_is_other_work(checkpoint, tmp_path):
     with pytest.raises(FourierError, match=r"another casp\.keep is there"):
         llava_fa.compress(checkpoint, tmp_path / "out", CONFIG, casp=Casp(keep=0.5))
     llava_fa.compress(checkpoint, tmp_path / "out", CONFIG, casp=Casp())  # resumes
+
+
+def test_a_cut_that_breaks_the_answers_is_seen(checkpoint, samples):
+    """Where a cut does more than second order says, what was measured counts; small divergences are rounding."""
+    from llava_fa.hub import allocation, sensitivity
+    from llava_fa.hub.calibration_data import answer_start, prepare
+    from llava_fa.hub.plan import make_plan
+    from llava_fa.hub.source import empty_model, open_source
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    inputs = list(prepare(samples, processor))
+    answers = [answer_start(sample, x, processor) for sample, x in zip(samples, inputs, strict=True)]
+    reference = sensitivity.Reference(model, inputs, answers)
+    weight = model.get_submodule(Q).weight
+    before = weight.detach().clone()
+    assert reference.divergence() == 0
+    with torch.no_grad():
+        p, q = [], []
+        for rows in (p, q):
+            for x, start in zip(inputs, answers, strict=True):
+                rows.append(model(**x).logits[0, start - 1 : -1].log_softmax(-1))
+            weight.zero_()
+    expected = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)) / sum(len(a) for a in p)
+    with torch.no_grad():
+        weight.copy_(before)
+    found = reference.divergence_with(Q, torch.zeros_like(before))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found > 0
+    assert torch.equal(weight, before)
+
+    source = open_source(checkpoint)
+    plan = make_plan(empty_model(source), source, FourierConfig(only=("*.self_attn",)))
+    casp = Casp(keep=0.1, auto=True)
+    config = FourierConfig()
+    predicted = allocation.measure(plan, config, model, inputs, answers, lambda _: None, casp)
+    for name, values in predicted.items():
+        if len(values) > 1 and "encoder.layers.1" not in name:  # nothing of the last vision block is used
+            assert values[0][0] == 0
+            assert all(fixed > 0 for fixed, _ in values[1:])
+    powers = sensitivity.Powers(torch.ones(2), torch.ones(2), 0.5)
+    assert allocation._predicted(powers, torch.full((2,), 0.1)) == pytest.approx((0.5, 0.1))
+    powers = sensitivity.Powers(torch.ones(2), torch.ones(2), 1e-5)
+    assert allocation._predicted(powers, torch.full((2,), 0.1)) == pytest.approx((0.1, 0.1))

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llava_fa.config import MIN_BITS, Budget, Casp, Codes, FourierConfig
 from llava_fa.errors import FourierError
@@ -40,6 +40,10 @@ Prediction = tuple[float, float]
 """Of a layer's loss: what no codes can mend, and what is added per unit of their distortion."""
 Sensitivities = Mapping[str, Sequence[Prediction]]
 """Layer → prediction for each of `variants`."""
+
+_NOISE, _WORST = 1e-3, 1e3
+"""Measured divergences, in nats: below the first a bf16 model's own rounding may be all that is seen; none is taken for
+more than the second."""
 
 NARROWER = (1.0, 0.75, 0.5, 0.25)
 """Widths of factors offered where a budget chooses, as shares of the widest."""
@@ -136,11 +140,20 @@ def measure(
     tell("")
     minds = measured.fisher(model, names, inputs, answers)
     configs = {layer.name: variants(layer, config, casp) for layer in plan.layers}
-    powers = measured.output_powers(model, plan.layers, configs, inputs, tell)
+    choice = casp is not None and casp.auto  # else all are factored alike, whatever that costs
+    reference = measured.Reference(model, inputs, answers) if choice else None
+    powers = measured.output_powers(model, plan.layers, configs, inputs, tell, reference)
     found: dict[str, list[Prediction]] = {name: [(0.0, 0.0)] * len(configs[name]) for name in names}
     for name in minds.keys() & powers.keys():
-        found[name] = [(sensitivity(a, minds[name]), sensitivity(b, minds[name])) for a, b in powers[name]]
+        found[name] = [_predicted(of, minds[name]) for of in powers[name]]
     return found
+
+
+def _predicted(powers: measured.Powers, minds: Tensor) -> Prediction:
+    fixed = sensitivity(powers.outside, minds)
+    if powers.truncated is not None and powers.truncated > _NOISE:
+        fixed = max(fixed, min(powers.truncated, _WORST))
+    return fixed, sensitivity(powers.slope, minds)
 
 
 def estimate(

@@ -10,6 +10,8 @@ calibrated compression takes.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -22,10 +24,13 @@ from llava_fa.errors import FourierError
 from llava_fa.hub import blocks
 from llava_fa.hub.calibrated import gather
 from llava_fa.hub.plan import PlannedLayer
+from llava_fa.solver.attention import whitened_factors
 from llava_fa.solver.sensitivity import error_powers
 
 SAMPLES = 32
 """Calibration samples used, evenly spaced among all."""
+_CHECKED = 8
+"""Samples on which factors are tried out."""
 _PROBES = 2
 """Random directions a sample in which the Fisher information is looked at."""
 
@@ -92,6 +97,59 @@ def fisher(
     return {name: power / (_PROBES * tokens) for name, power in found.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Powers:
+    """What one configuration of a layer is expected to do.
+
+    Attributes:
+        outside, slope: `error_powers`, float64 [m] each.
+        truncated: of two factors, the divergence that was measured with them, not quantised, in the layer's place.
+    """
+
+    outside: Tensor
+    slope: Tensor
+    truncated: float | None = None
+
+
+class Reference:
+    """The answers' distributions of a model as it is, from which those of an altered one diverge.
+
+    Args:
+        model, inputs, answers: as for `fisher`; at most `_CHECKED` samples are used.
+    """
+
+    def __init__(self, model: nn.Module, inputs: blocks.Inputs, answers: Sequence[int]) -> None:
+        used = min(len(inputs), _CHECKED)
+        self.model = model
+        self.samples = [(inputs[i], answers[i], i) for i in (k * len(inputs) // used for k in range(used))]
+        self.original = self._logs()
+
+    @torch.no_grad()
+    def _logs(self) -> list[Tensor]:
+        found = []
+        for sample, start, index in self.samples:
+            logits = blocks.forward(self.model, sample, index).logits[0, start - 1 : -1]
+            found.append(logits.float().log_softmax(-1))
+        return found
+
+    def divergence(self) -> float:
+        """KL(as it was ‖ as it is now) in nats per answer token; infinite where that is no number."""
+        pairs = list(zip(self.original, self._logs(), strict=True))
+        total = sum(float((p.exp() * (p - q)).sum()) for p, q in pairs) / sum(len(p) for p, _ in pairs)
+        return total if math.isfinite(total) else math.inf
+
+    @torch.no_grad()
+    def divergence_with(self, name: str, weight: Tensor) -> float:
+        """The same with another weight in one layer."""
+        place = self.model.get_submodule(name).weight
+        before = place.detach().clone()
+        try:
+            place.copy_(weight)
+            return self.divergence()
+        finally:
+            place.copy_(before)
+
+
 @torch.no_grad()
 def output_powers(
     model: nn.Module,
@@ -99,9 +157,14 @@ def output_powers(
     configs: Mapping[str, Sequence[FourierConfig]],
     inputs: blocks.Inputs,
     tell: Tell,
-) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """`error_powers` of every layer under each of its configurations; a layer that no input reaches is left out."""
-    powers: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    reference: Reference | None = None,
+) -> dict[str, list[Powers]]:
+    """`Powers` of every layer under each of its configurations; a layer that no input reaches is left out.
+
+    With a ``reference`` factors are tried out in the layer's place, too: a cut is no small error, and an attention
+    whose softmax has saturated minds no small error and may break on a large one (docs/results.md).
+    """
+    powers: dict[str, list[Powers]] = {}
     chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)
     for segment in chains:
         calls, hidden = blocks.capture(segment, model, inputs)
@@ -114,7 +177,8 @@ def output_powers(
                         try:
                             weight = layer.weight.read()
                             powers[layer.name] = [
-                                error_powers(weight, c, statistics.moment) for c in configs[layer.name]
+                                _powers(layer.name, weight, c, statistics.moment, reference)
+                                for c in configs[layer.name]
                             ]
                         except FourierError as error:
                             raise error.at(layer.name) from error
@@ -122,3 +186,12 @@ def output_powers(
                 blocks.advance(unit, calls[index], hidden)
             calls[index] = []
     return powers
+
+
+def _powers(name: str, weight: Tensor, config: FourierConfig, moment: Tensor, reference: Reference | None) -> Powers:
+    truncated = None
+    if config.inner_rank and reference is not None and bool(moment.any()):
+        values = weight.to(torch.float32)
+        left, right = whitened_factors(values, config.inner_rank, moment, damping=config.damping, seed=config.seed)
+        truncated = reference.divergence_with(name, left @ right)
+    return Powers(*error_powers(weight, config, moment), truncated)
