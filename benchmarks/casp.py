@@ -160,8 +160,8 @@ def _scalar_bits(
     found = allocation.measure(plan, config, model, [inputs[i] for i in used], starts, lambda _: None, casp)
     options = [
         [
-            Option(variant.replace(bits=bits), _bytes(layer.shape, variant.inner_rank, bits), fixed + slope * error)
-            for variant, (fixed, slope) in zip(allocation.variants(layer, config, casp), found[layer.name], strict=True)
+            Option(variant.replace(bits=bits), _bytes(layer.shape, variant.inner_rank, bits), of.loss(bits, error))
+            for variant, of in zip(allocation.variants(layer, config, casp), found[layer.name], strict=True)
             for bits, error in GPTQ_BITS.items()
         ]
         for layer in plan.layers

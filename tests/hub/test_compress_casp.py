@@ -13,9 +13,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_fa
 from llava_fa import Budget, Casp, FactoredLinear, FourierConfig, FourierError, FourierLinear
+from llava_fa.hub import allocation, sensitivity
+from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.checkpoint import account, read_layer, read_metadata, validate
 from llava_fa.hub.inspect import inspect_model
-from llava_fa.hub.source import weight_files
+from llava_fa.hub.plan import PlannedLayer, make_plan
+from llava_fa.hub.source import empty_model, open_source, weight_files
+from llava_fa.kernels.layout import layout_of
 
 Q = "model.language_model.layers.0.self_attn.q_proj"
 K = "model.language_model.layers.1.self_attn.k_proj"
@@ -248,11 +252,6 @@ def test_another_casp_is_other_work(checkpoint, tmp_path):
 
 def test_a_cut_that_breaks_the_answers_is_seen(checkpoint, samples):
     """Where a cut does more than second order says, what was measured counts; small divergences are rounding."""
-    from llava_fa.hub import allocation, sensitivity
-    from llava_fa.hub.calibration_data import answer_start, prepare
-    from llava_fa.hub.plan import make_plan
-    from llava_fa.hub.source import empty_model, open_source
-
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     inputs = list(prepare(samples, processor))
@@ -281,10 +280,29 @@ def test_a_cut_that_breaks_the_answers_is_seen(checkpoint, samples):
     config = FourierConfig()
     predicted = allocation.measure(plan, config, model, inputs, answers, lambda _: None, casp)
     for name, values in predicted.items():
-        if len(values) > 1 and "encoder.layers.1" not in name:  # nothing of the last vision block is used
-            assert values[0][0] == 0
-            assert all(fixed > 0 for fixed, _ in values[1:])
-    powers = sensitivity.Powers(torch.ones(2), torch.ones(2), 0.5)
-    assert allocation._predicted(powers, torch.full((2,), 0.1)) == pytest.approx((0.5, 0.1))
-    powers = sensitivity.Powers(torch.ones(2), torch.ones(2), 1e-5)
-    assert allocation._predicted(powers, torch.full((2,), 0.1)) == pytest.approx((0.1, 0.1))
+        if "encoder.layers.1" in name:  # nothing of the last vision block is used
+            continue
+        assert values[0].fixed == 0
+        assert all(value.fixed > 0 for value in values[1:])
+        assert (len(values) > 1) == name.endswith(("q_proj", "k_proj"))
+    minds = torch.full((2,), 0.1)
+    assert allocation._predicted(sensitivity.Powers(torch.ones(2), torch.ones(2), 0.5), minds).fixed == 0.5
+    assert allocation._predicted(sensitivity.Powers(torch.ones(2), torch.ones(2), 1e-5), minds).fixed == pytest.approx(
+        0.1
+    )
+
+
+def test_bits_that_break_the_answers_are_seen():
+    """An attention that minds no small error: what its real codes did is believed where it is the larger."""
+    powers = sensitivity.Powers(torch.zeros(2), torch.full((2,), 1e-4), rounded={1.0: 0.7, 1.5: 1e-5, 2.0: 1e9})
+    found = allocation._predicted(powers, torch.ones(2))
+    assert found.loss(1.0, 0.4) == 0.7
+    assert found.loss(1.0, 1e5) == pytest.approx(10)
+    assert found.loss(1.5, 0.2) == pytest.approx(2e-5)  # rounding of the model itself is no news
+    assert found.loss(2.0, 0.1) == 1e3
+    assert found.loss(2.5, 0.05) == pytest.approx(5e-6)
+    layer = PlannedLayer("x.q_proj", None, layout_of(FourierConfig(), 64, 64), None, FourierConfig())
+    row = allocation.options(layer, FourierConfig(), [found], feedback=True)
+    by_bits = {option.config.bits: option.loss for option in row}
+    assert by_bits[1.0] == 0.7
+    assert by_bits[3.0] < by_bits[2.5] < 1e-4

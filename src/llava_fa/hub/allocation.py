@@ -11,7 +11,8 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -36,8 +37,21 @@ _FILE_BYTES, _TENSOR_BYTES = 200, 85
 NATS, BLIND = "nats of KL divergence per answer token", "relative, without data"
 """Units of a predicted loss."""
 
-Prediction = tuple[float, float]
-"""Of a layer's loss: what no codes can mend, and what is added per unit of their distortion."""
+
+class Prediction(NamedTuple):
+    """Of a layer's loss: what no codes can mend, what is added per unit of their distortion; and, by bits, what was
+    measured to be no less than.
+    """
+
+    fixed: float
+    slope: float
+    measured: Mapping[float, float] = MappingProxyType({})
+
+    def loss(self, bits: float, distortion: float) -> float:
+        """At so many bits of this distortion."""
+        return max(self.fixed + self.slope * distortion, self.measured.get(bits, 0.0))
+
+
 Sensitivities = Mapping[str, Sequence[Prediction]]
 """Layer → prediction for each of `variants`."""
 
@@ -112,7 +126,7 @@ def options(
 ) -> list[Option]:
     """What the layer may become; ``predictions`` has one entry for each of `variants`."""
     found = []
-    for (variant, (fixed, slope)), bits in itertools.product(
+    for (variant, prediction), bits in itertools.product(
         zip(variants(layer, config, casp), predictions, strict=True), widths(config)
     ):
         for codes in kinds(config, variant.inner_rank or layer.shape[1]):  # both factors have the same codebook
@@ -120,7 +134,7 @@ def options(
             layout = layout_of(option, *layer.shape)
             sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.tensors().items()}
             books = [size for name, size in sizes.items() if name.rpartition(".")[2] == "codebook"]
-            loss = fixed + slope * distortion(option.code_bits, codes, feedback=feedback)
+            loss = prediction.loss(bits, distortion(option.code_bits, codes, feedback=feedback))
             shared = next(iter(layout.parts().values())).codebook
             found.append(Option(option, sum(sizes.values()) - sum(books), loss, shared, books[0]))
     return found
@@ -140,10 +154,9 @@ def measure(
     tell("")
     minds = measured.fisher(model, names, inputs, answers)
     configs = {layer.name: variants(layer, config, casp) for layer in plan.layers}
-    choice = casp is not None and casp.auto  # else all are factored alike, whatever that costs
-    reference = measured.Reference(model, inputs, answers) if choice else None
+    reference = measured.Reference(model, inputs, answers)
     powers = measured.output_powers(model, plan.layers, configs, inputs, tell, reference)
-    found: dict[str, list[Prediction]] = {name: [(0.0, 0.0)] * len(configs[name]) for name in names}
+    found = {name: [Prediction(0.0, 0.0)] * len(configs[name]) for name in names}
     for name in minds.keys() & powers.keys():
         found[name] = [_predicted(of, minds[name]) for of in powers[name]]
     return found
@@ -153,7 +166,8 @@ def _predicted(powers: measured.Powers, minds: Tensor) -> Prediction:
     fixed = sensitivity(powers.outside, minds)
     if powers.truncated is not None and powers.truncated > _NOISE:
         fixed = max(fixed, min(powers.truncated, _WORST))
-    return fixed, sensitivity(powers.slope, minds)
+    seen = {bits: min(found, _WORST) for bits, found in powers.rounded.items() if found > _NOISE}
+    return Prediction(fixed, sensitivity(powers.slope, minds), seen)
 
 
 def estimate(
@@ -168,7 +182,8 @@ def estimate(
             weight = layer.weight.read()
             powers = [error_powers(weight, variant, moment) for variant in variants(layer, config, casp)]
             found[layer.name] = [
-                (blind_sensitivity(weight, a, moment), blind_sensitivity(weight, b, moment)) for a, b in powers
+                Prediction(blind_sensitivity(weight, a, moment), blind_sensitivity(weight, b, moment))
+                for a, b in powers
             ]
         except FourierError as error:
             raise error.at(layer.name) from error
@@ -201,8 +216,8 @@ def spend(
     chosen = {}
     for layer, row, k in zip(plan.layers, layers, found.choice, strict=True):
         slopes = {
-            (variant.rank, variant.inner_rank): slope
-            for variant, (_, slope) in zip(variants(layer, config, casp), sensitivities[layer.name], strict=True)
+            (variant.rank, variant.inner_rank): prediction.slope
+            for variant, prediction in zip(variants(layer, config, casp), sensitivities[layer.name], strict=True)
         }
         best = row[k].config
         chosen[layer.name] = _with(layer, best, slopes[best.rank, best.inner_rank], row[k].loss)

@@ -23,7 +23,9 @@ from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub import blocks
 from llava_fa.hub.calibrated import gather
+from llava_fa.hub.families import is_query_or_key
 from llava_fa.hub.plan import PlannedLayer
+from llava_fa.solver.approximate import approximate
 from llava_fa.solver.attention import whitened_factors
 from llava_fa.solver.sensitivity import error_powers
 
@@ -31,6 +33,8 @@ SAMPLES = 32
 """Calibration samples used, evenly spaced among all."""
 _CHECKED = 8
 """Samples on which factors are tried out."""
+TRIED_BITS = (1.0, 1.5, 2.0)
+"""Bits at which query and key projections are tried out."""
 _PROBES = 2
 """Random directions a sample in which the Fisher information is looked at."""
 
@@ -104,11 +108,13 @@ class Powers:
     Attributes:
         outside, slope: `error_powers`, float64 [m] each.
         truncated: of two factors, the divergence that was measured with them, not quantised, in the layer's place.
+        rounded: of a query or key projection, bits → the divergence that was measured with its real codes in its place.
     """
 
     outside: Tensor
     slope: Tensor
     truncated: float | None = None
+    rounded: Mapping[float, float] = dataclasses.field(default_factory=dict)
 
 
 class Reference:
@@ -161,8 +167,9 @@ def output_powers(
 ) -> dict[str, list[Powers]]:
     """`Powers` of every layer under each of its configurations; a layer that no input reaches is left out.
 
-    With a ``reference`` factors are tried out in the layer's place, too: a cut is no small error, and an attention
-    whose softmax has saturated minds no small error and may break on a large one (docs/results.md).
+    With a ``reference`` the coarsest options of query and key projections are tried out in the model, too: an attention
+    whose softmax has saturated minds no small error, so that its sensitivity is next to nothing, and breaks on a large
+    one (docs/results.md).
     """
     powers: dict[str, list[Powers]] = {}
     chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)
@@ -189,9 +196,15 @@ def output_powers(
 
 
 def _powers(name: str, weight: Tensor, config: FourierConfig, moment: Tensor, reference: Reference | None) -> Powers:
-    truncated = None
-    if config.inner_rank and reference is not None and bool(moment.any()):
+    truncated, rounded = None, {}
+    if reference is not None and is_query_or_key(name) and bool(moment.any()):
         values = weight.to(torch.float32)
-        left, right = whitened_factors(values, config.inner_rank, moment, damping=config.damping, seed=config.seed)
-        truncated = reference.divergence_with(name, left @ right)
-    return Powers(*error_powers(weight, config, moment), truncated)
+        if config.inner_rank:
+            left, right = whitened_factors(values, config.inner_rank, moment, damping=config.damping, seed=config.seed)
+            truncated = reference.divergence_with(name, left @ right)
+        elif not config.rank:
+            rings = config.replace(codes="rings")  # found soonest, and no finer than any other
+            for bits in TRIED_BITS:
+                coded = approximate(values, rings.replace(bits=bits), moment).dequantize()
+                rounded[bits] = reference.divergence_with(name, coded)
+    return Powers(*error_powers(weight, config, moment), truncated, rounded)
