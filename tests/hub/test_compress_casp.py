@@ -269,7 +269,7 @@ def test_a_cut_that_breaks_the_answers_is_seen(checkpoint, samples):
     expected = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)) / sum(len(a) for a in p)
     with torch.no_grad():
         weight.copy_(before)
-    found = reference.divergence_with(Q, torch.zeros_like(before))
+    found = reference.divergence_with({Q: torch.zeros_like(before)})
     assert found == pytest.approx(expected, rel=1e-4)
     assert found > 0
     assert torch.equal(weight, before)

@@ -109,6 +109,7 @@ class Powers:
         outside, slope: `error_powers`, float64 [m] each.
         truncated: of two factors, the divergence that was measured with them, not quantised, in the layer's place.
         rounded: of a query or key projection, bits → the divergence that was measured with its real codes in its place.
+            Both are a projection's share of what query and key projection of one attention did together.
     """
 
     outside: Tensor
@@ -145,15 +146,17 @@ class Reference:
         return total if math.isfinite(total) else math.inf
 
     @torch.no_grad()
-    def divergence_with(self, name: str, weight: Tensor) -> float:
-        """The same with another weight in one layer."""
-        place = self.model.get_submodule(name).weight
-        before = place.detach().clone()
+    def divergence_with(self, weights: Mapping[str, Tensor]) -> float:
+        """The same with other weights in some layers."""
+        places = {name: self.model.get_submodule(name).weight for name in weights}
+        before = {name: place.detach().clone() for name, place in places.items()}
         try:
-            place.copy_(weight)
+            for name, place in places.items():
+                place.copy_(weights[name])
             return self.divergence()
         finally:
-            place.copy_(before)
+            for name, place in places.items():
+                place.copy_(before[name])
 
 
 @torch.no_grad()
@@ -169,7 +172,7 @@ def output_powers(
 
     With a ``reference`` the coarsest options of query and key projections are tried out in the model, too: an attention
     whose softmax has saturated minds no small error, so that its sensitivity is next to nothing, and breaks on a large
-    one (docs/results.md).
+    one (docs/results.md). Query and key are tried out together, since either alone may break nothing.
     """
     powers: dict[str, list[Powers]] = {}
     chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)
@@ -184,27 +187,52 @@ def output_powers(
                         try:
                             weight = layer.weight.read()
                             powers[layer.name] = [
-                                _powers(layer.name, weight, c, statistics.moment, reference)
-                                for c in configs[layer.name]
+                                Powers(*error_powers(weight, c, statistics.moment)) for c in configs[layer.name]
                             ]
                         except FourierError as error:
                             raise error.at(layer.name) from error
+                    if reference is not None and statistics is not None and bool(statistics.moment.any()):
+                        powers |= _tried_out(group, configs, statistics.moment, reference, powers)
             if index < len(segment) - 1:
                 blocks.advance(unit, calls[index], hidden)
             calls[index] = []
     return powers
 
 
-def _powers(name: str, weight: Tensor, config: FourierConfig, moment: Tensor, reference: Reference | None) -> Powers:
-    truncated, rounded = None, {}
-    if reference is not None and is_query_or_key(name) and bool(moment.any()):
-        values = weight.to(torch.float32)
-        if config.inner_rank:
-            left, right = whitened_factors(values, config.inner_rank, moment, damping=config.damping, seed=config.seed)
-            truncated = reference.divergence_with(name, left @ right)
-        elif not config.rank:
-            rings = config.replace(codes="rings")  # found soonest, and no finer than any other
-            for bits in TRIED_BITS:
-                coded = approximate(values, rings.replace(bits=bits), moment).dequantize()
-                rounded[bits] = reference.divergence_with(name, coded)
-    return Powers(*error_powers(weight, config, moment), truncated, rounded)
+def _tried_out(
+    group: Sequence[PlannedLayer],
+    configs: Mapping[str, Sequence[FourierConfig]],
+    moment: Tensor,
+    reference: Reference,
+    powers: Mapping[str, list[Powers]],
+) -> dict[str, list[Powers]]:
+    """The powers of query and key projections, with what their coarsest options did to the answers."""
+    found: dict[str, list[Powers]] = {}
+    attentions: dict[str, list[PlannedLayer]] = {}
+    for layer in group:
+        if is_query_or_key(layer.name):
+            attentions.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+    for pair in attentions.values():
+        weights = {layer.name: layer.weight.read().to(torch.float32) for layer in pair}
+        for index in range(max(len(configs[name]) for name in weights)):
+            of = {name: configs[name][min(index, len(configs[name]) - 1)] for name in weights}
+            config = of[pair[0].name]
+            truncated, rounded = None, {}
+            if config.inner_rank:
+                cut = {name: _cut(weight, of[name], moment) for name, weight in weights.items()}
+                truncated = reference.divergence_with(cut) / len(cut)
+            elif not config.rank:
+                for bits in TRIED_BITS:
+                    coarse = config.replace(bits=bits, codes="rings")  # found soonest, and no finer than others
+                    coded = {name: approximate(w, coarse, moment).dequantize() for name, w in weights.items()}
+                    rounded[bits] = reference.divergence_with(coded) / len(coded)
+            for name in weights:
+                if index < len(configs[name]):
+                    one = powers[name][index]
+                    found.setdefault(name, []).append(Powers(one.outside, one.slope, truncated, rounded))
+    return found
+
+
+def _cut(weight: Tensor, config: FourierConfig, moment: Tensor) -> Tensor:
+    left, right = whitened_factors(weight, config.inner_rank, moment, damping=config.damping, seed=config.seed)
+    return left @ right
