@@ -31,9 +31,9 @@ from llava_fa.solver.sensitivity import error_powers
 
 SAMPLES = 32
 """Calibration samples used, evenly spaced among all."""
-_CHECKED = 8
+_CHECKED = 6
 """Samples on which factors are tried out."""
-TRIED_BITS = (1.0, 1.5, 2.0)
+TRIED_BITS = (1.0, 1.5)
 """Bits at which query and key projections are tried out."""
 _PROBES = 2
 """Random directions a sample in which the Fisher information is looked at."""
