@@ -41,7 +41,6 @@ from llava_fa.solver.budget import Option, allocate
 from llava_fa.solver.feedback import damped_root
 from llava_fa.world.samples import calibration_samples
 
-SAMPLES = 128
 GPTQ_BITS = {2: 0.1436, 3: 0.0388, 4: 0.0102}
 """Bits of scalar codes → their relative squared error (round-to-nearest g128, best clipping, docs/results.md)."""
 
@@ -52,6 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/casp"))
     parser.add_argument("--limit", type=int, default=900, help="questions answered; 0 measures the KL alone")
     parser.add_argument("--questions", type=int, default=90, help="questions of the KL")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--bits", type=float, nargs="*", default=[2.0])
     parser.add_argument("--keep", type=float, nargs="*", default=[0.25, 0.5])
     parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
@@ -67,7 +67,7 @@ def main() -> None:
 def models(args: argparse.Namespace) -> None:
     file = args.out / "rows.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    samples = calibration_samples(SAMPLES)
+    samples = calibration_samples(args.samples)
     divergence: Divergence | None = None
 
     def row(name: str, make: Callable[[], tuple[Any, Any, float]]) -> dict[str, Any] | None:
@@ -179,7 +179,7 @@ def layers(args: argparse.Namespace) -> None:
     divergence = Divergence(args.model, args.questions)
     model = divergence.original
     _, processor = load(args.model)
-    inputs = list(prepare(calibration_samples(SAMPLES), processor))
+    inputs = list(prepare(calibration_samples(args.samples), processor))
     names = [name for name in classify(model).layers if is_query_or_key(name)]
     moments = second_moments(model, {name: model.get_submodule(name) for name in names}, inputs)
     densities = attention.densities(model, inputs)
@@ -259,7 +259,7 @@ def other_side(model: Any, names: list[str], inputs: Any) -> dict[str, torch.Ten
 def factors(args: argparse.Namespace) -> None:
     """Output errors of query and key projections as two factors (keep 0.5): mean over layers, by what codes them."""
     model, processor = load(args.model, dtype=torch.float32)
-    inputs = list(prepare(calibration_samples(SAMPLES), processor))
+    inputs = list(prepare(calibration_samples(args.samples), processor))
     names = [name for name in classify(model).layers if is_query_or_key(name)]
     moments = second_moments(model, {name: model.get_submodule(name) for name in names}, inputs)
 
