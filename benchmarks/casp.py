@@ -160,7 +160,7 @@ def _scalar_bits(
     found = allocation.measure(plan, config, model, [inputs[i] for i in used], starts, lambda _: None, casp)
     options = [
         [
-            Option(variant.replace(bits=bits), _bytes(layer.shape, variant.inner_rank, bits), of.loss(bits, error))
+            Option(variant.replace(bits=bits), _bytes(layer.shape, variant.inner_rank, bits), of.loss(error))
             for variant, of in zip(allocation.variants(layer, config, casp), found[layer.name], strict=True)
             for bits, error in GPTQ_BITS.items()
         ]

@@ -17,9 +17,8 @@ from llava_fa.hub import allocation, sensitivity
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.checkpoint import account, read_layer, read_metadata, validate
 from llava_fa.hub.inspect import inspect_model
-from llava_fa.hub.plan import PlannedLayer, make_plan
+from llava_fa.hub.plan import make_plan
 from llava_fa.hub.source import empty_model, open_source, weight_files
-from llava_fa.kernels.layout import layout_of
 
 Q = "model.language_model.layers.0.self_attn.q_proj"
 K = "model.language_model.layers.1.self_attn.k_proj"
@@ -290,19 +289,3 @@ def test_a_cut_that_breaks_the_answers_is_seen(checkpoint, samples):
     assert allocation._predicted(sensitivity.Powers(torch.ones(2), torch.ones(2), 1e-5), minds).fixed == pytest.approx(
         0.1
     )
-
-
-def test_bits_that_break_the_answers_are_seen():
-    """An attention that minds no small error: what its real codes did is believed where it is the larger."""
-    powers = sensitivity.Powers(torch.zeros(2), torch.full((2,), 1e-4), rounded={1.0: 0.7, 1.5: 1e-5, 2.0: 1e9})
-    found = allocation._predicted(powers, torch.ones(2))
-    assert found.loss(1.0, 0.4) == 0.7
-    assert found.loss(1.0, 1e5) == pytest.approx(10)
-    assert found.loss(1.5, 0.2) == pytest.approx(2e-5)  # rounding of the model itself is no news
-    assert found.loss(2.0, 0.1) == 1e3
-    assert found.loss(2.5, 0.05) == pytest.approx(5e-6)
-    layer = PlannedLayer("x.q_proj", None, layout_of(FourierConfig(), 64, 64), None, FourierConfig())
-    row = allocation.options(layer, FourierConfig(), [found], feedback=True)
-    by_bits = {option.config.bits: option.loss for option in row}
-    assert by_bits[1.0] == 0.7
-    assert by_bits[3.0] < by_bits[2.5] < 1e-4

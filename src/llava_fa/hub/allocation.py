@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -39,17 +38,14 @@ NATS, BLIND = "nats of KL divergence per answer token", "relative, without data"
 
 
 class Prediction(NamedTuple):
-    """Of a layer's loss: what no codes can mend, what is added per unit of their distortion; and, by bits, what was
-    measured to be no less than.
-    """
+    """Of a layer's loss: what no codes can mend, and what is added per unit of their distortion."""
 
     fixed: float
     slope: float
-    measured: Mapping[float, float] = MappingProxyType({})
 
-    def loss(self, bits: float, distortion: float) -> float:
-        """At so many bits of this distortion."""
-        return max(self.fixed + self.slope * distortion, self.measured.get(bits, 0.0))
+    def loss(self, distortion: float) -> float:
+        """With codes of this distortion."""
+        return self.fixed + self.slope * distortion
 
 
 Sensitivities = Mapping[str, Sequence[Prediction]]
@@ -134,7 +130,7 @@ def options(
             layout = layout_of(option, *layer.shape)
             sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.tensors().items()}
             books = [size for name, size in sizes.items() if name.rpartition(".")[2] == "codebook"]
-            loss = prediction.loss(bits, distortion(option.code_bits, codes, feedback=feedback))
+            loss = prediction.loss(distortion(option.code_bits, codes, feedback=feedback))
             shared = next(iter(layout.parts().values())).codebook
             found.append(Option(option, sum(sizes.values()) - sum(books), loss, shared, books[0]))
     return found
@@ -154,7 +150,8 @@ def measure(
     tell("")
     minds = measured.fisher(model, names, inputs, answers)
     configs = {layer.name: variants(layer, config, casp) for layer in plan.layers}
-    reference = measured.Reference(model, inputs, answers)
+    choice = casp is not None and casp.auto  # else all are factored alike, whatever that costs
+    reference = measured.Reference(model, inputs, answers) if choice else None
     powers = measured.output_powers(model, plan.layers, configs, inputs, tell, reference)
     found = {name: [Prediction(0.0, 0.0)] * len(configs[name]) for name in names}
     for name in minds.keys() & powers.keys():
@@ -166,8 +163,7 @@ def _predicted(powers: measured.Powers, minds: Tensor) -> Prediction:
     fixed = sensitivity(powers.outside, minds)
     if powers.truncated is not None and powers.truncated > _NOISE:
         fixed = max(fixed, min(powers.truncated, _WORST))
-    seen = {bits: min(found, _WORST) for bits, found in powers.rounded.items() if found > _NOISE}
-    return Prediction(fixed, sensitivity(powers.slope, minds), seen)
+    return Prediction(fixed, sensitivity(powers.slope, minds))
 
 
 def estimate(

@@ -25,7 +25,6 @@ from llava_fa.hub import blocks
 from llava_fa.hub.calibrated import gather
 from llava_fa.hub.families import is_query_or_key
 from llava_fa.hub.plan import PlannedLayer
-from llava_fa.solver.approximate import approximate
 from llava_fa.solver.attention import whitened_factors
 from llava_fa.solver.sensitivity import error_powers
 
@@ -33,8 +32,6 @@ SAMPLES = 32
 """Calibration samples used, evenly spaced among all."""
 _CHECKED = 6
 """Samples on which factors are tried out."""
-TRIED_BITS = (1.0, 1.5)
-"""Bits at which query and key projections are tried out."""
 _PROBES = 2
 """Random directions a sample in which the Fisher information is looked at."""
 
@@ -107,15 +104,13 @@ class Powers:
 
     Attributes:
         outside, slope: `error_powers`, float64 [m] each.
-        truncated: of two factors, the divergence that was measured with them, not quantised, in the layer's place.
-        rounded: of a query or key projection, bits → the divergence that was measured with its real codes in its place.
-            Both are a projection's share of what query and key projection of one attention did together.
+        truncated: of two factors, the divergence that was measured with them, not quantised, in the layer's place: a
+            projection's share of what query and key projection of one attention did together.
     """
 
     outside: Tensor
     slope: Tensor
     truncated: float | None = None
-    rounded: Mapping[float, float] = dataclasses.field(default_factory=dict)
 
 
 class Reference:
@@ -170,9 +165,9 @@ def output_powers(
 ) -> dict[str, list[Powers]]:
     """`Powers` of every layer under each of its configurations; a layer that no input reaches is left out.
 
-    With a ``reference`` the coarsest options of query and key projections are tried out in the model, too: an attention
-    whose softmax has saturated minds no small error, so that its sensitivity is next to nothing, and breaks on a large
-    one (docs/results.md). Query and key are tried out together, since either alone may break nothing.
+    With a ``reference`` factors of query and key projections are tried out in the model, too: an attention whose
+    softmax has saturated minds no small error, so that its sensitivity is next to nothing, and breaks on a cut
+    (docs/results.md). Query and key are tried out together, since either alone may break nothing.
     """
     powers: dict[str, list[Powers]] = {}
     chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)
@@ -206,8 +201,8 @@ def _tried_out(
     reference: Reference,
     powers: Mapping[str, list[Powers]],
 ) -> dict[str, list[Powers]]:
-    """The powers of query and key projections, with what their coarsest options did to the answers."""
-    found: dict[str, list[Powers]] = {}
+    """The powers of query and key projections, with what their factors did to the answers."""
+    found = {layer.name: list(powers[layer.name]) for layer in group if is_query_or_key(layer.name)}
     attentions: dict[str, list[PlannedLayer]] = {}
     for layer in group:
         if is_query_or_key(layer.name):
@@ -216,20 +211,13 @@ def _tried_out(
         weights = {layer.name: layer.weight.read().to(torch.float32) for layer in pair}
         for index in range(max(len(configs[name]) for name in weights)):
             of = {name: configs[name][min(index, len(configs[name]) - 1)] for name in weights}
-            config = of[pair[0].name]
-            truncated, rounded = None, {}
-            if config.inner_rank:
-                cut = {name: _cut(weight, of[name], moment) for name, weight in weights.items()}
-                truncated = reference.divergence_with(cut) / len(cut)
-            elif not config.rank:
-                for bits in TRIED_BITS:
-                    coarse = config.replace(bits=bits, codes="rings")  # found soonest, and no finer than others
-                    coded = {name: approximate(w, coarse, moment).dequantize() for name, w in weights.items()}
-                    rounded[bits] = reference.divergence_with(coded) / len(coded)
+            if not of[pair[0].name].inner_rank:
+                continue
+            cut = {name: _cut(weight, of[name], moment) for name, weight in weights.items()}
+            truncated = reference.divergence_with(cut) / len(cut)
             for name in weights:
                 if index < len(configs[name]):
-                    one = powers[name][index]
-                    found.setdefault(name, []).append(Powers(one.outside, one.slope, truncated, rounded))
+                    found[name][index] = dataclasses.replace(found[name][index], truncated=truncated)
     return found
 
 
