@@ -34,7 +34,7 @@ from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.loading import load
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.source import empty_model, open_source, resolve_model
-from llava_fa.maths.lowrank import weighted_low_rank
+from llava_fa.maths import dft
 from llava_fa.nn.surgery import classify
 from llava_fa.solver.attention import inner_product, inner_rank, refit_left, whitened_factors
 from llava_fa.solver.budget import Option, allocate
@@ -135,11 +135,22 @@ def scalar(args: argparse.Namespace, samples: Any, bits: float, casp: Casp | Non
             if not width:
                 weight.data = gptq(weight.data, moment, code)
                 continue
-            _, right = whitened_factors(weight.data, width, moment)
+            right = mixed(weight.data, width, moment)  # which scalar codes need (--factors)
             right = gptq(right, moment, code)
             left = refit_left(weight.data, right, moment)
             weight.data = gptq(left, inner_product(right, moment), code) @ right
     return model, processor, 8 * stored / sum(m * n for m, n in shapes.values())
+
+
+def unmixed(weight: torch.Tensor, width: int, moment: torch.Tensor) -> torch.Tensor:
+    """R of the two factors, a row for every singular direction."""
+    return whitened_factors(weight, width, moment)[1]
+
+
+def mixed(weight: torch.Tensor, width: int, moment: torch.Tensor) -> torch.Tensor:
+    """R with its rows mixed evenly by an orthogonal matrix, the packed DFT after random signs."""
+    right = unmixed(weight, width, moment)
+    return dft.packed_dft(right.T, dft.random_signs(width, 1)).T.contiguous()
 
 
 def _bytes(shape: tuple[int, int], width: int, bits: int) -> int:
@@ -202,6 +213,12 @@ def layers(args: argparse.Namespace) -> None:
 def _cut(weight: torch.Tensor, moment: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     left, right = whitened_factors(weight, inner_rank(tuple(weight.shape), 0.25), moment)
     return left @ right
+
+
+def _out(model: Any, name: str, make: Callable[..., torch.Tensor], moment: torch.Tensor) -> float:
+    weight = model.get_submodule(name).weight.data
+    rest = weight - make(weight, moment, moment)
+    return float(((rest @ moment) * rest).sum() / ((weight @ moment) * weight).sum()) ** 0.5
 
 
 def _cut_weighed(weight: torch.Tensor, moment: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -270,22 +287,19 @@ def factors(args: argparse.Namespace) -> None:
     def plain(part: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
         return gptq(part, moment, bits), part.numel() * stored_bits(tuple(part.shape), bits)
 
-    def mixed(weight: torch.Tensor, width: int, moment: torch.Tensor) -> torch.Tensor:
-        return whitened_factors(weight, width, moment)[1]
-
-    def unmixed(weight: torch.Tensor, width: int, moment: torch.Tensor) -> torch.Tensor:
-        return weighted_low_rank(weight, width, damped_root(moment, 0.01)[0])[1]
-
     ways = {
-        "factors not coded": (mixed, None),
-        "frequency domain, inner side mixed (ours)": (mixed, ours),
-        "frequency domain, singular vectors as they are": (unmixed, ours),
+        "factors not coded": (unmixed, None),
+        "frequency domain, inner side mixed": (mixed, ours),
+        "frequency domain, singular vectors as they are (ours)": (unmixed, ours),
         "spatial domain (GPTQ g128), inner side mixed": (mixed, plain),
         "spatial domain (GPTQ g128), singular vectors as they are": (unmixed, plain),
     }
     for part in ("language", "vision"):
         print(f"\n| {part}: factors' codes | 2: bits | out | 3: bits | out | 4: bits | out |\n|{'---|' * 7}")
         chosen = [name for name in names if is_vision(name) == (part == "vision")]
+        for title, make in {"cut to a quarter, not coded": _cut, "one matrix at 1 bit": _one_bit}.items():
+            found = [_out(model, name, make, moments[name]) for name in chosen]
+            print(f"| {title}: {min(found):.3f} to {max(found):.3f} |{' |' * 6}", flush=True)
         for title, (split, code) in ways.items():
             cells = []
             for bits in (2, 3, 4):

@@ -128,14 +128,15 @@ def test_factors_are_optimal_in_the_whitened_norm(shape, kind):
     assert kind == "none" or measured < 0.9 * float(((cut @ moment) * cut).sum())
 
 
-def test_inner_coordinates_are_mixed():
-    """Strong and weak directions share the rows of R evenly: errors meet columns of L at their mean."""
-    weight = random(32, 32) * torch.logspace(0, -2, 32, dtype=torch.float64)
-    left, right = attention.whitened_factors(weight.float(), 16, None)
-    apart = left.square().sum(0) * right.square().sum(1)
-    values = torch.linalg.svdvals(weight)[:16]
-    assert float(apart.sum()) < 1.25 * float(values.sum() ** 2) / 16
-    assert float(apart.sum()) < 0.75 * float(values.square().sum())
+def test_both_factors_have_their_share():
+    """‖l_j‖² = S_j of the whitened weight: neither factor is left with all of the spectrum."""
+    weight, moment = random(12, 16), moment_of(16)
+    left, right = attention.whitened_factors(weight.float(), 4, moment.float(), damping=1e-6)
+    root = torch.linalg.cholesky(moment + 1e-6 * moment.diagonal().mean() * torch.eye(16))
+    values = torch.linalg.svdvals(weight @ root)[:4]
+    assert left.square().sum(0).tolist() == pytest.approx(values.tolist(), rel=1e-3)
+    shared = (right.double() @ moment @ right.double().T).diagonal()
+    assert shared.tolist() == pytest.approx(values.tolist(), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["full", "diagonal", "none"])
