@@ -130,7 +130,7 @@ def whitened_factors(
 
     W G = U S Vᵀ with H + δI = G Gᵀ (Cholesky), L R = U_f S_f V_fᵀ G⁻¹ (Eckart-Young in the whitened norm: CASP's
     data-aware decomposition), shared evenly: L = U √S, R = √S Vᵀ G⁻¹. Between the two any invertible f×f matrix is
-    free; mixing the singular directions by an orthogonal one spares scalar codes a lot and costs ours 8 to 13 % of the
+    free; mixing the singular directions by an orthogonal one spares scalar codes a lot and costs ours 7 to 12 % of the
     output error at 2 bits (docs/results.md), so they stay apart.
 
     Args:
