@@ -4,7 +4,10 @@ here.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from stagewise import Rounded
 from torch import Tensor
 
 GROUP_OVERHEAD = 32  # bits per group: float16 scale and a zero point kept as float16, the usual "+0.25 b" at 128
@@ -100,3 +103,28 @@ def stored_bits(shape: tuple[int, int], bits: int, group: int = 128) -> float:
     """Bits per weight: codes, and scale and zero of every group."""
     groups = -(-shape[1] // group)
     return bits + GROUP_OVERHEAD * groups / shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class RTN:
+    """Round to nearest, groups of 128, the best of 40 clippings each."""
+
+    bits: int
+
+    def __call__(self, weight: Tensor, moment: Tensor | None) -> Rounded:
+        return Rounded(rtn(weight, self.bits, search=True), total_bits(weight, self.bits))
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ:
+    """GPTQ, groups of 128, activation order with static groups, the best of 40 clippings each."""
+
+    bits: int
+
+    def __call__(self, weight: Tensor, moment: Tensor | None) -> Rounded:
+        assert moment is not None
+        return Rounded(gptq(weight, moment, self.bits), total_bits(weight, self.bits))
+
+
+def total_bits(weight: Tensor, bits: int) -> float:
+    return stored_bits((weight.shape[0], weight.shape[1]), bits) * weight.numel()

