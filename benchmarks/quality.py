@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,9 @@ from typing import Any
 
 import report
 import torch
-from libraries import LIBRARIES, Absent
+from autoround import STEPS, autoround
+from e8p import QuIP
+from libraries import Absent, variants
 from peers import GPTQ, RTN
 from stagewise import Rounder, round_layers
 from subjects import LMM, Encoder
@@ -33,7 +36,7 @@ from torch import nn
 from llava_fa import Budget, FourierConfig
 
 Subject = LMM | Encoder
-Made = tuple[nn.Module, float]
+Made = tuple[nn.Module, float, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,42 +52,63 @@ class Row:
 
 def rows(subject: Subject, folder: Path) -> Iterator[Row]:
     """All rows, what matters most first."""
-    yield Row("original", "original", 16, False, lambda s: (s.dense(), 16.0))
+    lmm = isinstance(subject, LMM)  # the budget is `llava_fa.compress`'s, which is for LLaVA-type models
 
-    def ours(name: str, family: str, bits: float, config: FourierConfig, *, data: bool, budget: bool = False) -> Row:
+    def ours(name: str, family: str, bits: float, *, data: bool, budget: bool = False, **options: Any) -> Row:
+        config = FourierConfig(**options) if budget else FourierConfig(bits=bits, **options)
         spend = Budget(bits=bits) if budget else None
-        return Row(name, family, bits, data, lambda s: s.ours(folder, config, spend, data=data))
+        return Row(name, family, bits, data, lambda s: (*s.ours(folder, config, spend, data=data), ""))
 
-    def peer(family: str, name: str, bits: float, rounder: Rounder, *, data: bool) -> Row:
-        def make(s: Subject) -> Made:
-            model = s.dense()
-            return model, round_layers(model, s.names, rounder, s.inputs if data else None)
+    def budget(bits: float) -> Row:
+        return ours(f"budget-{bits:g}", "best, budget", bits, data=True, budget=True, codes="auto")
 
-        return Row(name, family, bits, data, make)
+    def trellis(bits: float) -> Row:
+        return ours(f"trellis-{bits:g}", "best, trellis", bits, data=True, codes="trellis")
 
+    yield Row("original", "original", 16, False, lambda s: (s.dense(), 16.0, ""))
     for bits in (2.0, 3.0, 4.0):
-        if isinstance(subject, LMM):
-            yield ours(f"budget-{bits:g}", "best, budget", bits, FourierConfig(codes="auto"), data=True, budget=True)
-        yield ours(f"best-{bits:g}", "best", bits, FourierConfig(bits=bits), data=True)
-        yield ours(f"best-data-free-{bits:g}", "best, data-free", bits, FourierConfig(bits=bits), data=False)
-        yield peer("GPTQ g128", f"gptq-{bits:g}", bits, GPTQ(int(bits)), data=True)
-        yield peer("RTN g128", f"rtn-{bits:g}", bits, RTN(int(bits)), data=False)
-        yield ours(f"paper-{bits:g}", "paper", bits, FourierConfig(method="paper", bits=bits), data=False)
-    for bits in (2.0, 1.5, 3.0, 4.0):
-        trellis = FourierConfig(bits=bits, codes="trellis")
-        yield ours(f"trellis-{bits:g}", "best, trellis", bits, trellis, data=True)
-    for bits in (1.5, 2.5, 3.5):
-        if isinstance(subject, LMM):
-            yield ours(f"budget-{bits:g}", "best, budget", bits, FourierConfig(codes="auto"), data=True, budget=True)
-    for family, name, bits, data, rounder in LIBRARIES:
-        yield peer(family, name, bits, rounder, data=data)
+        if lmm:
+            yield budget(bits)
+        yield trellis(bits)
+        yield ours(f"best-data-free-{bits:g}", "best, data-free", bits, data=False)
+        yield peer("GPTQ g128", f"gptq-{bits:g}", bits, {"": GPTQ(int(bits))}, data=True)
+        yield peer("QuIP#, E8P", f"quip-{bits:g}", bits, {"": QuIP(int(bits))}, data=True)
+        yield peer("RTN g128", f"rtn-{bits:g}", bits, {"": RTN(int(bits))}, data=False)
+    for family, name, bits, settings in variants():
+        yield peer(family, name, bits, settings, data=False)
+    for bits in (2.5, 1.5, 3.5):
+        if lmm:
+            yield budget(bits)
+    for bits in (2, 3, 4):
+        yield Row(f"autoround-{bits}", "AutoRound g128", bits, True, functools.partial(tuned, bits=bits))
+    for bits in (2.0, 3.0, 4.0):
+        yield ours(f"best-{bits:g}", "best", bits, data=True)
+        yield ours(f"paper-{bits:g}", "paper", bits, data=False, method="paper")
+    yield trellis(1.5)
     for bits in (3.0, 2.0, 4.0):
-        trellis = FourierConfig(bits=bits, codes="trellis")
-        yield ours(f"trellis-data-free-{bits:g}", "best, trellis, data-free", bits, trellis, data=False)
-    for bits in (2.5, 1.5, 3.5, 1.0):
-        yield ours(f"best-{bits:g}", "best", bits, FourierConfig(bits=bits), data=True)
-        yield ours(f"best-data-free-{bits:g}", "best, data-free", bits, FourierConfig(bits=bits), data=False)
-    yield ours("trellis-1", "best, trellis", 1.0, FourierConfig(bits=1.0, codes="trellis"), data=True)
+        yield ours(f"trellis-data-free-{bits:g}", "best, trellis, data-free", bits, data=False, codes="trellis")
+    for bits in (2.5, 1.5, 3.5):
+        yield ours(f"best-data-free-{bits:g}", "best, data-free", bits, data=False)
+        yield ours(f"best-{bits:g}", "best", bits, data=True)
+    yield trellis(1.0)
+
+
+def peer(family: str, name: str, bits: float, settings: dict[str, Rounder], *, data: bool) -> Row:
+    """A peer at its best setting: that of the least KL divergence."""
+
+    def make(subject: Subject) -> Made:
+        made = []
+        for setting, rounder in settings.items():
+            model = subject.dense()
+            made.append((model, round_layers(model, subject.names, rounder, subject.inputs if data else None), setting))
+        return min(made, key=lambda m: subject.kl(m[0])) if len(made) > 1 else made[0]
+
+    return Row(name, family, bits, data, make)
+
+
+def tuned(subject: Subject, *, bits: int) -> Made:
+    model = subject.dense()
+    return model, autoround(model, subject.names, subject.inputs, bits), f"{STEPS} steps"
 
 
 def main() -> None:
@@ -128,7 +152,7 @@ def measure(args: argparse.Namespace) -> None:
         found = {"name": row.name, "family": row.family, "bits": row.bits, "data": row.data}
         start = time.monotonic()
         try:
-            model, found["bits_per_weight"] = row.make(subject)
+            model, found["bits_per_weight"], found["setting"] = row.make(subject)
         except Absent as reason:
             found["skipped"] = str(reason)
         else:

@@ -57,7 +57,9 @@ def round_layers(model: nn.Module, names: list[str], rounder: Rounder, inputs: l
 
 
 @torch.no_grad()
-def units(model: nn.Module, names: list[str], inputs: list[Any]) -> Iterator[tuple[calibrated.Unit, list, list[Tensor]]]:
+def units(
+    model: nn.Module, names: list[str], inputs: list[Any]
+) -> Iterator[tuple[calibrated.Unit, list, list[Tensor]]]:
     """Every block with its calls and hidden states, the blocks before it as they are by then."""
     layers = [Layer(name, tuple(model.get_submodule(name).weight.shape)) for name in names]
     chains, idle = calibrated.segments(model, calibrated.find_units(model, layers), inputs)  # type: ignore[arg-type]
@@ -74,4 +76,3 @@ def bits_per_weight(model: nn.Module, found: dict[str, Rounded]) -> float:
     weights = sum(model.get_submodule(name).weight.numel() for name in found)
     tables = {key: bits for rounded in found.values() for key, bits in rounded.tables.items()}
     return (sum(rounded.bits for rounded in found.values()) + sum(tables.values())) / weights
-
