@@ -1,12 +1,37 @@
-"""Tables, verdicts and the picture from the rows of quality.py."""
+"""Tables, verdicts, goals and the picture, from the rows of quality.py alone."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
+Found = dict[str, Any]
 
-def line(row: dict[str, Any]) -> str:
+STYLES = {  # families in the order of the tables: color, line
+    "best, budget": ("#1a5fb4", "o-"),
+    "best, trellis": ("#26a269", "o-"),
+    "best": ("#62a0ea", "o-"),
+    "best, trellis, data-free": ("#26a269", "o:"),
+    "best, data-free": ("#62a0ea", "o:"),
+    "QuIP#, E8P": ("#a51d2d", "^-"),
+    "AutoRound g128": ("#9141ac", "^-"),
+    "GPTQ g128": ("#e5a50a", "^-"),
+    "HQQ": ("#c64600", "v:"),
+    "torchao": ("#813d9c", "v:"),
+    "quanto": ("#63452c", "v:"),
+    "bitsandbytes": ("#000000", "D:"),
+    "RTN g128": ("#77767b", "v:"),
+    "paper": ("#f66151", "s:"),
+}
+GOALS = ((True, 4, 99.5), (True, 3, 99.0), (True, 2, 95.0), (True, 1.5, 80.0), (False, 4, 99.3), (False, 3, 97.0))
+"""Data or none, nominal bits, % of the original's accuracy that are to be kept."""
+ROOM = 0.25
+"""Stored bits beyond the nominal ones with which a row still counts as one of that many bits: GPTQ's 4.25 is 4 bits."""
+
+
+def line(row: Found) -> str:
     """One row in one line, for the log."""
     if "skipped" in row:
         return f"{row['name']:24s} skipped: {row['skipped']}"
@@ -16,5 +41,161 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def write(out: Path, plot: Path | None) -> None:
-    raise NotImplementedError
+def write(out: Path, picture: Path | None) -> None:
+    """Print everything for every model in the folder; draw the picture if asked."""
+    models = {}
+    for path in sorted(out.glob("*.jsonl"), reverse=True):  # tiny before minilm
+        rows = [json.loads(text) for text in path.read_text().splitlines()]
+        models[path.stem] = {row["name"]: row for row in rows if "skipped" not in row}
+        parts = [f"## {path.stem}", overview(models[path.stem]), table(models[path.stem]), verdicts(models[path.stem])]
+        if "tasks" in models[path.stem]["original"]:
+            parts.append(goals(models[path.stem]))
+        print("\n\n".join(parts), end="\n\n")
+        for row in rows:
+            if "skipped" in row:
+                print(line(row))
+    if picture:
+        plot(models, picture)
+
+
+def ours(row: Found) -> bool:
+    return row["family"].startswith("best")
+
+
+def kept(row: Found, rows: dict[str, Found]) -> float:
+    return 100 * row["accuracy"] / rows["original"]["accuracy"]
+
+
+def overview(rows: dict[str, Found]) -> str:
+    """Families against nominal bits: % of the accuracy kept, KL, and in brackets the true bits."""
+    widths = (4, 3, 2, 1.5)
+    lines = [f"| method | {' | '.join(f'{bits:g} bits' for bits in widths)} |", f"|---|{'---|' * len(widths)}"]
+    for family in STYLES:
+        cells = []
+        for bits in widths:
+            found = [row for row in rows.values() if row["family"] == family and row["bits"] == bits]
+            best = min(found, key=lambda row: row["kl"], default=None)
+            cells.append("" if best is None else cell(best, rows))
+        if any(cells):
+            lines.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(row: Found, rows: dict[str, Found]) -> str:
+    return f"{kept(row, rows):.1f} %, {row['kl']:.4f} ({row['bits_per_weight']:.2f})"
+
+
+def table(rows: dict[str, Found]) -> str:
+    """Every row with everything measured."""
+    tasks = list(rows["original"].get("tasks", {}))
+    extra = [] if tasks else ["final states"]
+    columns = ["row", "bits/weight", "output error", *extra, "KL", "accuracy" if tasks else "agreement", "kept", *tasks]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for row in sorted(rows.values(), key=lambda row: (-math.ceil(2 * row["bits"]) / 2, row["kl"])):
+        cells = [row["name"], f"{row['bits_per_weight']:.2f}", f"{row['output_error']:.4f}"]
+        cells += [] if tasks else [f"{row['state_error']:.3f}"]
+        cells += [f"{row['kl']:.5f}", f"{100 * row['accuracy']:.1f}", f"{kept(row, rows):.1f} %"]
+        cells += [f"{100 * row['tasks'][task]:.1f}" for task in tasks]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdicts(rows: dict[str, Found]) -> str:
+    """For every peer the row of ours with at most its bits that has the least KL, and, where the peer had no data, the
+    same among ours without data; won or lost by KL, and by accuracy, where two standard errors are called even.
+    """
+    lines = [
+        "| peer | bits | KL | accuracy | ours with at most its bits | bits | KL | accuracy | by KL | by accuracy |",
+        f"|{'---|' * 10}",
+    ]
+    tally = {"won": 0, "even": 0, "lost": 0}
+    for peer in sorted(rows.values(), key=lambda row: (-row["bits"], row["kl"])):
+        if ours(peer) or peer["family"] == "original":
+            continue
+        for data in (True, False):
+            if not data and peer["data"]:
+                continue
+            rivals = [row for row in rows.values() if ours(row) and (data or not row["data"])]
+            rivals = [row for row in rivals if row["bits_per_weight"] <= peer["bits_per_weight"] + 1e-3]
+            left = (
+                f"| {peer['name']} | {peer['bits_per_weight']:.2f} | {peer['kl']:.5f} | {100 * peer['accuracy']:.1f} |"
+            )
+            if not rivals:
+                lines.append(f"{left} none{'' if data else ' without data'} | | | | | |")
+                continue
+            mine = min(rivals, key=lambda row: row["kl"])
+            by_kl = "won" if mine["kl"] < peer["kl"] else "lost"
+            by_accuracy, gap = compare(mine, peer)
+            tally[by_accuracy] += 1
+            lines.append(f"{left} {mine['name']} | {figures(mine)} | {by_kl} | {by_accuracy} ({gap}) |")
+    return "\n".join([*lines, "", "By accuracy: " + ", ".join(f"{count} {what}" for what, count in tally.items())])
+
+
+def figures(row: Found) -> str:
+    return f"{row['bits_per_weight']:.2f} | {row['kl']:.5f} | {100 * row['accuracy']:.1f}"
+
+
+def compare(mine: Found, peer: Found) -> tuple[str, str]:
+    """won, even or lost, and the difference in points with its standard error from the questions answered unequally."""
+    unequal = sum(a != b for a, b in zip(mine["hits"], peer["hits"], strict=True))
+    error = 100 * math.sqrt(unequal) / len(mine["hits"])
+    difference = 100 * (mine["accuracy"] - peer["accuracy"])
+    verdict = "even" if abs(difference) <= 2 * error else "won" if difference > 0 else "lost"
+    return verdict, f"{difference:+.1f} ± {error:.1f}"
+
+
+def goals(rows: dict[str, Found]) -> str:
+    """Met or missed, by the row of ours of least KL within the nominal bits and `ROOM`, and by one within the bits."""
+    lines = ["| goal | row | bits | kept | | within the very bits | kept | |", f"|{'---|' * 8}"]
+    for data, bits, least in GOALS:
+        cells = [f"{'calibrated' if data else 'data-free'}, {bits:g} bits: ≥ {least} %"]
+        for room in (ROOM, 1e-3):
+            found = [row for row in rows.values() if ours(row) and row["data"] == data]
+            found = [row for row in found if row["bits_per_weight"] <= bits + room]
+            best = min(found, key=lambda row: row["kl"], default=None)
+            if best is None:
+                cells += ["none", "", "", ""] if room == ROOM else ["none", "", ""]
+                continue
+            share = kept(best, rows)
+            name = [best["name"], f"{best['bits_per_weight']:.2f}"]
+            cells += name if room == ROOM else [f"{name[0]} ({name[1]})"]
+            cells += [f"{share:.1f} %", "met" if share >= least else "missed"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(models: dict[str, dict[str, Found]], path: Path) -> None:
+    """Accuracy and KL against true bits of the first model, KL of the second, one line a family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "llava-fa"  # the same picture has the same bytes
+    import matplotlib.pyplot as plt
+
+    wanted = [("tiny", "accuracy"), ("tiny", "kl"), ("minilm", "kl")]
+    panels = [(model, key) for model, key in wanted if model in models]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4))
+    for (model, key), place in zip(panels, axes, strict=True):
+        for family, (color, style) in STYLES.items():
+            points = sorted(
+                (row["bits_per_weight"], (100 if key == "accuracy" else 1) * row[key])
+                for row in models[model].values()
+                if row["family"] == family
+            )
+            if points:
+                wide = 2.0 if family.startswith("best") else 1.0
+                place.plot(*zip(*points, strict=True), style, color=color, label=family, markersize=4, linewidth=wide)
+        if key == "accuracy":
+            place.axhline(100 * models[model]["original"]["accuracy"], color="black", linewidth=0.8, linestyle="--")
+            place.set_ylim(0, 100)
+            place.set_ylabel("accuracy, mean of nine tasks (%)")
+        else:
+            place.set_yscale("log")
+            place.set_ylabel("KL to the original (nats)")
+        place.set_title("embedded LMM" if model == "tiny" else "all-MiniLM-L6-v2 (retrieval)", fontsize=10)
+        place.set_xlabel("bits per weight, every stored byte counted")
+        place.grid(alpha=0.25)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.savefig(path, metadata={"Date": None})
