@@ -8,7 +8,6 @@ the best step kept. Asymmetric, groups of 128, scales in float16, zeros in as ma
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -25,10 +24,10 @@ def autoround(model: nn.Module, names: list[str], inputs: list[Any], bits: int) 
     wrapper = library("auto_round.wrapper")
     optimiser = library("auto_round.algorithms.quantization.sign_round.sign_sgd")
     found: dict[str, Rounded] = {}
-    pairs = zip(units(model, names, inputs), units(copy.deepcopy(model), names, inputs), strict=True)
-    for (unit, calls, hidden), (original, _, given) in pairs:
+    for unit, calls, hidden, original in units(model, names, inputs):
         with torch.no_grad():
-            targets = [call.run(original.module, x) for call, x in zip(calls, given, strict=True)]
+            runs = zip(calls, original.hidden, strict=True)
+            targets = [call.run(original.unit.module, x) for call, x in runs]
         inside = [layer.name.removeprefix(unit.path).lstrip(".") for layer in unit.layers]
         with torch.enable_grad():
             wrapped = {name: wrap(unit.module.get_submodule(name), bits, wrapper) for name in inside if name}

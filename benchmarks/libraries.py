@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -129,20 +130,18 @@ TORCHAO = {
 
 
 def variants() -> Iterator[tuple[str, str, float, dict[str, Rounder]]]:
-    """Family, row, nominal bits, and the settings among which the best is chosen; what matters most first."""
-    yield "bitsandbytes", "bnb-nf4", 4, {"blocks of 64": bitsandbytes("nf4", 64)}
-    for group, widths in ((64, (2, 3, 4)), (128, (2, 3, 4)), (64, (1,))):
-        for bits in widths:
-            # 3-bit codes are packed ten to 32 bits along the groups' axis: 64 along axis 0 would be padded to 70
-            axes = (1,) if (bits, group) == (3, 64) else (0, 1)
-            yield "HQQ", f"hqq-{bits}-g{group}", bits, {f"axis {axis}": hqq(bits, group, axis) for axis in axes}
-        if group == 64 and len(widths) > 1:
-            for bits in (2, 4):
-                optimizers = ("MaxOptimizer", "HqqOptimizer")
-                yield "quanto", f"quanto-{bits}", bits, {name: quanto(bits, name) for name in optimizers}
-            for bits in (2, 3, 4):
-                yield "torchao", f"torchao-{bits}", bits, {name: torchao(bits, *how) for name, how in TORCHAO.items()}
-    yield "bitsandbytes", "bnb-fp4", 4, {"blocks of 64": bitsandbytes("fp4", 64)}
+    """Family, row, nominal bits, and the settings among which the best is chosen."""
+    for kind in ("nf4", "fp4"):
+        yield "bitsandbytes", f"bnb-{kind}", 4, {"blocks of 64": bitsandbytes(kind, 64)}
+    for bits, group in itertools.product((2, 3, 4, 1), (64, 128)):
+        # 3-bit codes are packed ten to 32 bits along the groups' axis: 64 along axis 0 would be padded to 70
+        axes = (1,) if (bits, group) == (3, 64) else (0, 1)
+        yield "HQQ", f"hqq-{bits}-g{group}", bits, {f"axis {axis}": hqq(bits, group, axis) for axis in axes}
+    for bits in (2, 4):
+        optimizers = ("MaxOptimizer", "HqqOptimizer")
+        yield "quanto", f"quanto-{bits}", bits, {name: quanto(bits, name) for name in optimizers}
+    for bits in (2, 3, 4):
+        yield "torchao", f"torchao-{bits}", bits, {name: torchao(bits, *how) for name, how in TORCHAO.items()}
 
 
 @torch.no_grad()

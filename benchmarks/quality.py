@@ -50,8 +50,21 @@ class Row:
     make: Callable[[Subject], Made]
 
 
-def rows(subject: Subject, folder: Path) -> Iterator[Row]:
+FIRST = """
+original budget-2 bnb-nf4 gptq-2 budget-3 hqq-2-g64 quanto-2 torchao-2 quip-2 budget-4 gptq-3 hqq-3-g64 gptq-4
+hqq-4-g64 torchao-3 torchao-4 quanto-4 budget-1.5 best-data-free-3 best-data-free-4 autoround-2 trellis-2 rtn-3
+rtn-4 best-data-free-2 rtn-2 budget-2.5 quip-3 quip-4 paper-2 paper-3 paper-4 autoround-3 autoround-4 hqq-1-g64
+""".split()  # noqa: SIM905
+"""Measured before all others, so that a run that is cut short has one row of every kind."""
+
+
+def rows(subject: Subject, folder: Path) -> list[Row]:
     """All rows, what matters most first."""
+    rank = {name: index for index, name in enumerate(FIRST)}
+    return sorted(all_rows(subject, folder), key=lambda row: rank.get(row.name, len(rank)))
+
+
+def all_rows(subject: Subject, folder: Path) -> Iterator[Row]:
     lmm = isinstance(subject, LMM)  # the budget is `llava_fa.compress`'s, which is for LLaVA-type models
 
     def ours(name: str, family: str, bits: float, *, data: bool, budget: bool = False, **options: Any) -> Row:
@@ -59,38 +72,22 @@ def rows(subject: Subject, folder: Path) -> Iterator[Row]:
         spend = Budget(bits=bits) if budget else None
         return Row(name, family, bits, data, lambda s: (*s.ours(folder, config, spend, data=data), ""))
 
-    def budget(bits: float) -> Row:
-        return ours(f"budget-{bits:g}", "best, budget", bits, data=True, budget=True, codes="auto")
-
-    def trellis(bits: float) -> Row:
-        return ours(f"trellis-{bits:g}", "best, trellis", bits, data=True, codes="trellis")
-
     yield Row("original", "original", 16, False, lambda s: (s.dense(), 16.0, ""))
-    for bits in (2.0, 3.0, 4.0):
+    for bits in (2, 1.5, 3, 4, 2.5, 3.5):
         if lmm:
-            yield budget(bits)
-        yield trellis(bits)
+            yield ours(f"budget-{bits:g}", "best, budget", bits, data=True, budget=True, codes="auto")
+        yield ours(f"trellis-{bits:g}", "best, trellis", bits, data=True, codes="trellis")
+        yield ours(f"best-{bits:g}", "best", bits, data=True)
         yield ours(f"best-data-free-{bits:g}", "best, data-free", bits, data=False)
-        yield peer("GPTQ g128", f"gptq-{bits:g}", bits, {"": GPTQ(int(bits))}, data=True)
-        yield peer("QuIP#, E8P", f"quip-{bits:g}", bits, {"": QuIP(int(bits))}, data=True)
-        yield peer("RTN g128", f"rtn-{bits:g}", bits, {"": RTN(int(bits))}, data=False)
+        yield ours(f"trellis-data-free-{bits:g}", "best, trellis, data-free", bits, data=False, codes="trellis")
+    for bits in (2, 3, 4):
+        yield peer("RTN g128", f"rtn-{bits}", bits, {"": RTN(bits)}, data=False)
+        yield peer("GPTQ g128", f"gptq-{bits}", bits, {"": GPTQ(bits)}, data=True)
+        yield peer("QuIP#, E8P", f"quip-{bits}", bits, {"": QuIP(bits)}, data=True)
+        yield Row(f"autoround-{bits}", "AutoRound g128", bits, True, functools.partial(tuned, bits=bits))
+        yield ours(f"paper-{bits}", "paper", bits, data=False, method="paper")
     for family, name, bits, settings in variants():
         yield peer(family, name, bits, settings, data=False)
-    for bits in (2.5, 1.5, 3.5):
-        if lmm:
-            yield budget(bits)
-    for bits in (2, 3, 4):
-        yield Row(f"autoround-{bits}", "AutoRound g128", bits, True, functools.partial(tuned, bits=bits))
-    for bits in (2.0, 3.0, 4.0):
-        yield ours(f"best-{bits:g}", "best", bits, data=True)
-        yield ours(f"paper-{bits:g}", "paper", bits, data=False, method="paper")
-    yield trellis(1.5)
-    for bits in (3.0, 2.0, 4.0):
-        yield ours(f"trellis-data-free-{bits:g}", "best, trellis, data-free", bits, data=False, codes="trellis")
-    for bits in (2.5, 1.5, 3.5):
-        yield ours(f"best-data-free-{bits:g}", "best, data-free", bits, data=False)
-        yield ours(f"best-{bits:g}", "best", bits, data=True)
-    yield trellis(1.0)
 
 
 def peer(family: str, name: str, bits: float, settings: dict[str, Rounder], *, data: bool) -> Row:

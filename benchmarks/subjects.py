@@ -113,7 +113,7 @@ class Encoder:
             shared = {} if codebook is None else {"codebook": 8.0 * stored_bytes([codebook])}
             return Rounded(result.dequantize(), 8.0 * stored_bytes(tensors.values()), shared)
 
-        return model, round_layers(model, self.names, rounder, self.inputs if data else None)
+        return model, round_layers(model, self.names, rounder, self.inputs if data else None, follow=True)
 
     @torch.no_grad()
     def _states(self, model: nn.Module) -> Tensor:
