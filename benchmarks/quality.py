@@ -140,8 +140,8 @@ def measure(args: argparse.Namespace) -> None:
     folder = args.out / f"model-{share}-of-{shares}-{file.stem}"
     for number, row in enumerate(rows(subject, folder)):
         chosen = not args.only or row.name.startswith(tuple(args.only))
-        known = {json.loads(line)["name"] for line in file.read_text().splitlines()}
-        if number % shares != share or not chosen or row.name in known:
+        known = {found["name"]: "skipped" in found for found in map(json.loads, file.read_text().splitlines())}
+        if number % shares != share or not chosen or known.get(row.name) is False:
             continue
         if time.monotonic() - began > 60 * args.minutes:
             print("time is up", flush=True)
@@ -151,6 +151,8 @@ def measure(args: argparse.Namespace) -> None:
         try:
             model, found["bits_per_weight"], found["setting"] = row.make(subject)
         except Absent as reason:
+            if row.name in known:
+                continue
             found["skipped"] = str(reason)
         else:
             found["make_seconds"] = time.monotonic() - start

@@ -52,7 +52,7 @@ def write(out: Path, picture: Path | None) -> None:
             parts.append(goals(models[path.stem]))
         print("\n\n".join(parts), end="\n\n")
         for row in rows:
-            if "skipped" in row:
+            if "skipped" in row and row["name"] not in models[path.stem]:
                 print(line(row))
     if picture:
         plot(models, picture)
