@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from budget import Divergence
+from divergence import Divergence
 from paper_claims import report
 from paper_variants import Variant, check, solve
 from real_layers import Subject, llava

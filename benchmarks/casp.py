@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accuracy import blocks, second_moments
-from budget import Divergence
+from divergence import Divergence
 from peers import gptq, stored_bits
 
 import llava_fa

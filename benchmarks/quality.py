@@ -52,8 +52,8 @@ class Row:
 
 FIRST = """
 original budget-2 bnb-nf4 gptq-2 budget-3 hqq-2-g64 quanto-2 torchao-2 quip-2 budget-4 gptq-3 hqq-3-g64 gptq-4
-hqq-4-g64 torchao-3 torchao-4 quanto-4 budget-1.5 best-data-free-3 best-data-free-4 autoround-2 trellis-2 rtn-3
-rtn-4 best-data-free-2 rtn-2 budget-2.5 quip-3 quip-4 paper-2 paper-3 paper-4 autoround-3 autoround-4 hqq-1-g64
+hqq-4-g64 torchao-3 torchao-4 quanto-4 budget-1.5 best-data-free-3 best-data-free-4 autoround-2 trellis-2 best-2 best-2-weights
+rtn-3 rtn-4 best-data-free-2 rtn-2 budget-2.5 quip-3 quip-4 paper-2 paper-3 paper-4 autoround-3 autoround-4 hqq-1-g64
 """.split()  # noqa: SIM905
 """Measured before all others, so that a run that is cut short has one row of every kind."""
 
@@ -80,6 +80,7 @@ def all_rows(subject: Subject, folder: Path) -> Iterator[Row]:
         yield ours(f"best-{bits:g}", "best", bits, data=True)
         yield ours(f"best-data-free-{bits:g}", "best, data-free", bits, data=False)
         yield ours(f"trellis-data-free-{bits:g}", "best, trellis, data-free", bits, data=False, codes="trellis")
+    yield ours("best-2-weights", "best, target=weights", 2, data=True, target="weights")
     for bits in (2, 3, 4):
         yield peer("RTN g128", f"rtn-{bits}", bits, {"": RTN(bits)}, data=False)
         yield peer("GPTQ g128", f"gptq-{bits}", bits, {"": GPTQ(bits)}, data=True)

@@ -13,6 +13,7 @@ STYLES = {  # families in the order of the tables: color, line
     "best, budget": ("#1a5fb4", "o-"),
     "best, trellis": ("#26a269", "o-"),
     "best": ("#62a0ea", "o-"),
+    "best, target=weights": ("#62a0ea", "x"),
     "best, trellis, data-free": ("#26a269", "o:"),
     "best, data-free": ("#62a0ea", "o:"),
     "QuIP#, E8P": ("#a51d2d", "^-"),
