@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="tiny, a LLaVA-type folder, or minilm")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples (minilm: windows of 128 tokens)")
     parser.add_argument("--questions", type=int, default=180, help="held-out questions of KL and output error")
-    parser.add_argument("--limit", type=int, default=2250, help="held-out questions of the accuracy")
+    parser.add_argument("--limit", type=int, default=2250, help="held-out questions of the accuracy; 0 leaves it out")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--share", default="0/1", help="I/N: measure every N-th row, beginning with the I-th")
     parser.add_argument("--minutes", type=float, default=600, help="begin no row after so many minutes")
@@ -142,8 +142,9 @@ def measure(args: argparse.Namespace) -> None:
     folder = args.out / f"model-{share}-of-{shares}-{file.stem}"
     for number, row in enumerate(rows(subject, folder)):
         chosen = not args.only or row.name.startswith(tuple(args.only))
-        known = {found["name"]: "skipped" in found for found in map(json.loads, file.read_text().splitlines())}
-        if number % shares != share or not chosen or known.get(row.name) is False:
+        known = {found["name"]: found for found in map(json.loads, file.read_text().splitlines())}
+        wanted = "accuracy" if args.limit else "kl"
+        if number % shares != share or not chosen or wanted in known.get(row.name, {}):
             continue
         if time.monotonic() - began > 60 * args.minutes:
             print("time is up", flush=True)
