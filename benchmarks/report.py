@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def line(row: Found) -> str:
         return f"{row['name']:24s} skipped: {row['skipped']}"
     return (
         f"{row['name']:24s} {row['bits_per_weight']:.3f} bits  out {row['output_error']:.4f}  KL {row['kl']:.5f}  "
-        f"accuracy {100 * row['accuracy']:.2f}  made in {row['make_seconds']:.0f} s"
+        f"accuracy {percent(row)}  made in {row['make_seconds']:.0f} s"
     )
 
 
@@ -47,7 +48,8 @@ def write(out: Path, picture: Path | None) -> None:
     models = {}
     for path in sorted(out.glob("*.jsonl"), reverse=True):  # tiny before minilm
         rows = [json.loads(text) for text in path.read_text().splitlines()]
-        models[path.stem] = {row["name"]: row for row in rows if "skipped" not in row}
+        found = [row for row in rows if "skipped" not in row]  # a later row of a name has more than an earlier one
+        models[path.stem] = {row["name"]: row for row in found}
         parts = [f"## {path.stem}", overview(models[path.stem]), table(models[path.stem]), verdicts(models[path.stem])]
         if "tasks" in models[path.stem]["original"]:
             parts.append(goals(models[path.stem]))
@@ -61,6 +63,10 @@ def write(out: Path, picture: Path | None) -> None:
 
 def ours(row: Found) -> bool:
     return row["family"].startswith("best")
+
+
+def percent(row: Found) -> str:
+    return f"{100 * row['accuracy']:.1f}" if "accuracy" in row else ""
 
 
 def kept(row: Found, rows: dict[str, Found]) -> float:
@@ -83,7 +89,8 @@ def overview(rows: dict[str, Found]) -> str:
 
 
 def cell(row: Found, rows: dict[str, Found]) -> str:
-    return f"{kept(row, rows):.1f} %, {row['kl']:.4f} ({row['bits_per_weight']:.2f})"
+    share = f"{kept(row, rows):.1f} %, " if "accuracy" in row else ""
+    return f"{share}{row['kl']:.4f} ({row['bits_per_weight']:.2f})"
 
 
 def table(rows: dict[str, Found]) -> str:
@@ -95,8 +102,8 @@ def table(rows: dict[str, Found]) -> str:
     for row in sorted(rows.values(), key=lambda row: (-math.ceil(2 * row["bits"]) / 2, row["kl"])):
         cells = [row["name"], f"{row['bits_per_weight']:.2f}", f"{row['output_error']:.4f}"]
         cells += [] if tasks else [f"{row['state_error']:.3f}"]
-        cells += [f"{row['kl']:.5f}", f"{100 * row['accuracy']:.1f}", f"{kept(row, rows):.1f} %"]
-        cells += [f"{100 * row['tasks'][task]:.1f}" for task in tasks]
+        cells += [f"{row['kl']:.5f}", percent(row), f"{kept(row, rows):.1f} %" if "accuracy" in row else ""]
+        cells += [f"{100 * row['tasks'][task]:.1f}" if "tasks" in row else "" for task in tasks]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -105,11 +112,9 @@ def verdicts(rows: dict[str, Found]) -> str:
     """For every peer the row of ours with at most its bits that has the least KL, and, where the peer had no data, the
     same among ours without data; won or lost by KL, and by accuracy, where two standard errors are called even.
     """
-    lines = [
-        "| peer | bits | KL | accuracy | ours with at most its bits | bits | KL | accuracy | by KL | by accuracy |",
-        f"|{'---|' * 10}",
-    ]
-    tally = {"won": 0, "even": 0, "lost": 0}
+    head = ["peer", "bits", "KL", "accuracy", "ours with at most its bits", "bits", "KL", "accuracy"]
+    lines = [f"| {' | '.join([*head, 'by KL', 'by accuracy'])} |", f"|{'---|' * (len(head) + 2)}"]
+    tally: dict[str, Counter[str]] = {"KL": Counter(), "accuracy": Counter()}
     for peer in sorted(rows.values(), key=lambda row: (-row["bits"], row["kl"])):
         if ours(peer) or peer["family"] == "original":
             continue
@@ -118,22 +123,26 @@ def verdicts(rows: dict[str, Found]) -> str:
                 continue
             rivals = [row for row in rows.values() if ours(row) and (data or not row["data"])]
             rivals = [row for row in rivals if row["bits_per_weight"] <= peer["bits_per_weight"] + 1e-3]
-            left = (
-                f"| {peer['name']} | {peer['bits_per_weight']:.2f} | {peer['kl']:.5f} | {100 * peer['accuracy']:.1f} |"
-            )
+            left = f"| {peer['name']} | {figures(peer)}"
             if not rivals:
-                lines.append(f"{left} none{'' if data else ' without data'} | | | | | |")
+                lines.append(f"{left} | none{'' if data else ' without data'} | | | | | |")
                 continue
             mine = min(rivals, key=lambda row: row["kl"])
             by_kl = "won" if mine["kl"] < peer["kl"] else "lost"
-            by_accuracy, gap = compare(mine, peer)
-            tally[by_accuracy] += 1
-            lines.append(f"{left} {mine['name']} | {figures(mine)} | {by_kl} | {by_accuracy} ({gap}) |")
-    return "\n".join([*lines, "", "By accuracy: " + ", ".join(f"{count} {what}" for what, count in tally.items())])
+            tally["KL"][by_kl] += 1
+            answered = min((row for row in rivals if "accuracy" in row), key=lambda row: row["kl"], default=None)
+            by_accuracy = ""
+            if answered is not None and "accuracy" in peer:
+                verdict, gap = compare(answered, peer)
+                tally["accuracy"][verdict] += 1
+                by_accuracy = f"{verdict} ({gap}{'' if answered is mine else ', ' + answered['name']})"
+            lines.append(f"{left} | {mine['name']} | {figures(mine)} | {by_kl} | {by_accuracy} |")
+    counts = [f"by {what}: {', '.join(f'{n} {v}' for v, n in sorted(found.items()))}" for what, found in tally.items()]
+    return "\n".join([*lines, "", "; ".join(counts)])
 
 
 def figures(row: Found) -> str:
-    return f"{row['bits_per_weight']:.2f} | {row['kl']:.5f} | {100 * row['accuracy']:.1f}"
+    return f"{row['bits_per_weight']:.2f} | {row['kl']:.5f} | {percent(row)}"
 
 
 def compare(mine: Found, peer: Found) -> tuple[str, str]:
@@ -151,7 +160,7 @@ def goals(rows: dict[str, Found]) -> str:
     for data, bits, least in GOALS:
         cells = [f"{'calibrated' if data else 'data-free'}, {bits:g} bits: ≥ {least} %"]
         for room in (ROOM, 1e-3):
-            found = [row for row in rows.values() if ours(row) and row["data"] == data]
+            found = [row for row in rows.values() if ours(row) and row["data"] == data and "accuracy" in row]
             found = [row for row in found if row["bits_per_weight"] <= bits + room]
             best = min(found, key=lambda row: row["kl"], default=None)
             if best is None:
@@ -181,7 +190,7 @@ def plot(models: dict[str, dict[str, Found]], path: Path) -> None:
             points = sorted(
                 (row["bits_per_weight"], (100 if key == "accuracy" else 1) * row[key])
                 for row in models[model].values()
-                if row["family"] == family
+                if row["family"] == family and key in row
             )
             if points:
                 wide = 2.0 if family.startswith("best") else 1.0
