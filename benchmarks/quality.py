@@ -1,7 +1,7 @@
 """Our compressed models and every peer's side by side: README's table and picture, and the verdicts of docs/results.md.
 
     make .venv-peers/.ready
-    .venv-peers/bin/python benchmarks/quality.py [--model tiny|minilm|FOLDER] [--share 0/1] [--only best gptq]
+    .venv-peers/bin/python benchmarks/quality.py [--model tiny|minilm|FOLDER] [--share 0/1] [--only 'budget-*']
     .venv-peers/bin/python benchmarks/quality.py --report [--plot docs/quality.svg]    # from the rows alone
 
 Every row is one model at one budget: true bits per weight over the same layers (every tensor that the format stores;
@@ -20,6 +20,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--share", default="0/1", help="I/N: measure every N-th row, beginning with the I-th")
     parser.add_argument("--minutes", type=float, default=600, help="begin no row after so many minutes")
-    parser.add_argument("--only", nargs="*", default=[], help="rows whose name begins with one of these")
+    parser.add_argument("--only", nargs="*", default=[], help="rows of these names or patterns, such as 'budget-*'")
     parser.add_argument("--report", action="store_true", help="measure nothing, print the tables")
     parser.add_argument("--plot", type=Path, default=None, help="with --report: the picture, SVG")
     args = parser.parse_args()
@@ -141,7 +142,7 @@ def measure(args: argparse.Namespace) -> None:
         subject = LMM(args.model, args.samples, args.questions, args.limit)
     folder = args.out / f"model-{share}-of-{shares}-{file.stem}"
     for number, row in enumerate(rows(subject, folder)):
-        chosen = not args.only or row.name.startswith(tuple(args.only))
+        chosen = not args.only or any(fnmatchcase(row.name, pattern) for pattern in args.only)
         known = {found["name"]: found for found in map(json.loads, file.read_text().splitlines())}
         wanted = "accuracy" if args.limit else "kl"
         if number % shares != share or not chosen or wanted in known.get(row.name, {}):
