@@ -205,7 +205,8 @@ def plot(models: dict[str, dict[str, Found]], path: Path) -> None:
         place.set_title("embedded LMM" if model == "tiny" else "all-MiniLM-L6-v2 (retrieval)", fontsize=10)
         place.set_xlabel("bits per weight, every stored byte counted")
         place.grid(alpha=0.25)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=8)
+    drawn = {label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)}
+    known = [family for family in STYLES if family in drawn]
+    figure.legend([drawn[family] for family in known], known, loc="lower center", ncols=5, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, metadata={"Date": None})
