@@ -130,12 +130,11 @@ def verdicts(rows: dict[str, Found]) -> str:
             mine = min(rivals, key=lambda row: row["kl"])
             by_kl = "won" if mine["kl"] < peer["kl"] else "lost"
             tally["KL"][by_kl] += 1
-            answered = min((row for row in rivals if "accuracy" in row), key=lambda row: row["kl"], default=None)
             by_accuracy = ""
-            if answered is not None and "accuracy" in peer:
-                verdict, gap = compare(answered, peer)
+            if "accuracy" in mine and "accuracy" in peer:
+                verdict, gap = compare(mine, peer)
                 tally["accuracy"][verdict] += 1
-                by_accuracy = f"{verdict} ({gap}{'' if answered is mine else ', ' + answered['name']})"
+                by_accuracy = f"{verdict} ({gap})"
             lines.append(f"{left} | {mine['name']} | {figures(mine)} | {by_kl} | {by_accuracy} |")
     counts = [f"by {what}: {', '.join(f'{n} {v}' for v, n in sorted(found.items()))}" for what, found in tally.items()]
     return "\n".join([*lines, "", "; ".join(counts)])
@@ -160,11 +159,11 @@ def goals(rows: dict[str, Found]) -> str:
     for data, bits, least in GOALS:
         cells = [f"{'calibrated' if data else 'data-free'}, {bits:g} bits: ≥ {least} %"]
         for room in (ROOM, 1e-3):
-            found = [row for row in rows.values() if ours(row) and row["data"] == data and "accuracy" in row]
-            found = [row for row in found if row["bits_per_weight"] <= bits + room]
+            found = [row for row in rows.values() if ours(row) and (row["data"], row["bits"]) == (data, bits)]
+            found = [row for row in found if row["bits_per_weight"] <= bits + room and "accuracy" in row]
             best = min(found, key=lambda row: row["kl"], default=None)
             if best is None:
-                cells += ["none", "", "", ""] if room == ROOM else ["none", "", ""]
+                cells += ["not measured", "", "", ""] if room == ROOM else ["none", "", ""]
                 continue
             share = kept(best, rows)
             name = [best["name"], f"{best['bits_per_weight']:.2f}"]
