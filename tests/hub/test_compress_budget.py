@@ -196,7 +196,7 @@ def test_the_fisher_information_predicts_a_small_error(checkpoint, samples):
     @torch.no_grad()
     def logs():
         return [
-            blocks.forward(model, x, 0).logits[0, start - 1 : -1].log_softmax(-1)
+            (blocks.forward(model, x, 0).logits[0, start - 1 : -1] / sensitivity.TEMPERATURE).log_softmax(-1)
             for x, start in zip(inputs, answers, strict=True)
         ]
 
@@ -209,6 +209,15 @@ def test_the_fisher_information_predicts_a_small_error(checkpoint, samples):
     ]
     measured = sum(divergences) / len(divergences)
     assert 0.5 * power * float(found.sum()) == pytest.approx(measured, rel=0.25)
+
+
+def test_queries_and_keys_keep_what_the_budget_buys_for_all(settled):
+    """Their sensitivity says next to nothing of where an attention breaks."""
+    both = [layer for layer in settled[1].layers if layer.name.endswith(("q_proj", "k_proj"))]
+    rows = [layer.bits_per_weight for layer in both if layer.sensitivity]
+    assert (len(both), len(rows)) == (8, 6)
+    assert min(rows) > 3.5  # settled under 3.6 bits: 3.5 of codes, and scales
+    assert min(layer.bits_per_weight for layer in settled[1].layers) < 3.5
 
 
 def test_a_layer_that_nothing_reaches_has_no_sensitivity(checkpoint, samples):

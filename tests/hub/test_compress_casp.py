@@ -263,7 +263,8 @@ def test_a_cut_that_breaks_the_answers_is_seen(checkpoint, samples):
         p, q = [], []
         for rows in (p, q):
             for x, start in zip(inputs, answers, strict=True):
-                rows.append(model(**x).logits[0, start - 1 : -1].log_softmax(-1))
+                logits = model(**x).logits[0, start - 1 : -1]
+                rows.append((logits / sensitivity.TEMPERATURE).log_softmax(-1))
             weight.zero_()
     expected = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)) / sum(len(a) for a in p)
     with torch.no_grad():

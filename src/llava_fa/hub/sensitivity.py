@@ -32,6 +32,9 @@ SAMPLES = 32
 """Calibration samples used, evenly spaced among all."""
 _CHECKED = 6
 """Samples on which factors are tried out."""
+TEMPERATURE = 3.0
+"""By which logits are divided before anything is asked of them. A sure answer has next to no gradient and divergence up
+to the error that turns it over; the softened one says how near that is (docs/results.md)."""
 _PROBES = 2
 """Random directions a sample in which the Fisher information is looked at."""
 
@@ -49,9 +52,9 @@ def fisher(
 ) -> dict[str, Tensor]:
     """G of every layer: E[Σ_tokens (∂ log p / ∂ y_i)²] per answer token, float64 [m].
 
-    With logits z and p = softmax(z), the expectation over answers that the model itself would give is the mean square
-    of the gradient of vᵀz, where v = √p ⊙ ε - p (√p · ε), ε ~ N(0, 1), since E[v vᵀ] = diag(p) - p pᵀ. That is the
-    Fisher information without drawing an answer, and less noisy.
+    With logits z and p = softmax(z / `TEMPERATURE`), the expectation over answers that the model itself would give is
+    the mean square of the gradient of vᵀz / `TEMPERATURE`, where v = √p ⊙ ε - p (√p · ε), ε ~ N(0, 1), since
+    E[v vᵀ] = diag(p) - p pᵀ. That is the Fisher information without drawing an answer, and less noisy.
 
     Args:
         model: loaded, in evaluation mode.
@@ -85,7 +88,7 @@ def fisher(
 
             stack.callback(model.get_submodule(name).register_forward_hook(see).remove)
         for index, (sample, start) in enumerate(zip(inputs, answers, strict=True)):
-            logits = blocks.forward(model, sample, index).logits[0, start - 1 : -1].float()
+            logits = blocks.forward(model, sample, index).logits[0, start - 1 : -1].float() / TEMPERATURE
             p = logits.detach().softmax(-1)
             for probe in range(_PROBES):
                 noise = torch.randn(p.shape, generator=generator).to(p.device) * p.sqrt()
@@ -131,7 +134,7 @@ class Reference:
         found = []
         for sample, start, index in self.samples:
             logits = blocks.forward(self.model, sample, index).logits[0, start - 1 : -1]
-            found.append(logits.float().log_softmax(-1))
+            found.append((logits.float() / TEMPERATURE).log_softmax(-1))
         return found
 
     def divergence(self) -> float:
