@@ -24,7 +24,7 @@ def die_at(name: str, at: int, *args) -> int:
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    # A fork leaves torch's thread pool to be made anew by the first who asks; threads loading weights would race for it.
+    # A fork leaves torch's thread pool to be made anew by who asks first; threads loading weights would race for it.
     torch.set_num_threads(torch.get_num_threads())
     true, calls = getattr(os, name), 0
 
