@@ -53,11 +53,7 @@ class SecondMoment:
         Raises:
             FourierError: nothing was added.
         """
-        if self.count == 0:
-            raise FourierError(
-                "no input reached this layer", remedy="Give calibration samples that use it", where=self.name
-            )
-        mean = self._sum / self.count
+        mean = _mean(self._sum, self.count, self.name)
         return (mean if mean.ndim == 1 else (mean + mean.T) / 2).to(torch.float32)
 
 
@@ -98,8 +94,10 @@ class Drift:
         Raises:
             FourierError: nothing was added.
         """
-        if self.count == 0:
-            raise FourierError(
-                "no input reached this layer", remedy="Give calibration samples that use it", where=self.name
-            )
-        return (self._sum / self.count).to(torch.float32)
+        return _mean(self._sum, self.count, self.name).to(torch.float32)
+
+
+def _mean(total: Tensor, count: int, name: str) -> Tensor:
+    if count == 0:
+        raise FourierError("no input reached this layer", remedy="Give calibration samples that use it", where=name)
+    return total / count
