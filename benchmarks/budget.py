@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/budget.py [--model tiny] [--out runs/budget] [--limit 900] [--questions 180]
     .venv/bin/python benchmarks/budget.py --layers      # how well the predicted loss of a single layer is met
+    .venv/bin/python benchmarks/budget.py --curve       # distortion of either kind of codes at every width
     .venv/bin/python benchmarks/budget.py --modalities  # errors on vision tokens against errors on text tokens
 
 Every uniform model is followed by one compressed to a budget of exactly its bytes. KL: nats per answer token, of the
@@ -12,6 +13,7 @@ next-token distribution against the original's, on held-out questions with their
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -20,14 +22,16 @@ from typing import Any
 
 import torch
 from divergence import Divergence
+from real_layers import collect
 
 import llava_fa
 import llava_fa.hub.inspect
-from llava_fa import Budget, FourierConfig, FourierLinear
+from llava_fa import Budget, FourierConfig, FourierLinear, approximate
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.loading import load
 from llava_fa.nn.surgery import classify
+from llava_fa.solver.sensitivity import distortion, error_power
 from llava_fa.world.samples import calibration_samples
 
 SAMPLES = 128
@@ -43,9 +47,12 @@ def main() -> None:
     parser.add_argument("--codes", choices=("rings", "trellis", "auto"), default="rings")
     parser.add_argument("--data-free", action="store_true", help="without data instead of calibrated")
     parser.add_argument("--layers", action="store_true", help="one layer at a time")
+    parser.add_argument("--curve", action="store_true", help="distortion of codes on every seventh layer")
     parser.add_argument("--modalities", action="store_true", help="sensitivity to errors on vision and text tokens")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.curve:
+        return curve(args)
     if args.modalities:
         return modalities(args)
     (layers if args.layers else models)(args, Divergence(args.model, args.questions))
@@ -79,6 +86,29 @@ def models(args: argparse.Namespace, divergence: Divergence) -> None:
     for bits in args.bits:
         uniform = row(f"{kind}, {bits:g} everywhere", codes.replace(bits=bits), None)
         row(f"{kind}, budget of {bits:g}", codes, Budget(bits=uniform["bits"]))
+
+
+def curve(args: argparse.Namespace) -> None:
+    """What `solver.sensitivity.distortion` is told: output error over what is expected of codes of distortion 1."""
+    model, processor = load(args.model, dtype=torch.float32)
+    chosen = {name: model.get_submodule(name) for name in list(classify(model).layers)[::7]}
+    inputs = list(prepare(calibration_samples(SAMPLES), processor))
+    moments = collect(chosen, lambda: [model(**x) for x in inputs])
+    print("| bits | codes | feedback | measured | spread | in use |\n|---|---|---|---|---|---|")
+    kinds = itertools.product((True, False), [half / 2 for half in range(2, 9)], ("rings", "trellis"))
+    for feedback, bits, codes in kinds:
+        config = FourierConfig(bits=bits, codes=codes)  # type: ignore[arg-type]
+        logs = []
+        for name, linear in chosen.items():
+            moment = moments[name] if feedback else moments[name].diagonal().contiguous()
+            result = approximate(linear.weight, config, moment)
+            error = result.dequantize() - linear.weight
+            real = (error @ moment * error).sum() if feedback else (error.square() * moment).sum()
+            logs.append((real / error_power(linear.weight, config, moment).sum()).log())
+        found = torch.stack(logs)
+        used = distortion(config.code_bits, config.codes_for(1 << 20), feedback=feedback)
+        figures = f"{float(found.mean().exp()):.5f} | {float(found.std()):.2f} | {used:.5f}"
+        print(f"| {bits:g} | {codes} | {'yes' if feedback else 'no'} | {figures} |", flush=True)
 
 
 def layers(args: argparse.Namespace, divergence: Divergence) -> None:

@@ -286,7 +286,10 @@ def test_a_cut_that_breaks_the_answers_is_seen(checkpoint, samples):
         assert all(value.fixed > 0 for value in values[1:])
         assert (len(values) > 1) == name.endswith(("q_proj", "k_proj"))
     minds = torch.full((2,), 0.1)
-    assert allocation._predicted(sensitivity.Powers(torch.ones(2), torch.ones(2), 0.5), minds).fixed == 0.5
-    assert allocation._predicted(sensitivity.Powers(torch.ones(2), torch.ones(2), 1e-5), minds).fixed == pytest.approx(
-        0.1
+    assert (
+        allocation._predicted(sensitivity.Powers(torch.ones(2), torch.ones(2), torch.ones(2, 1), 0.5), minds).fixed
+        == 0.5
     )
+    assert allocation._predicted(
+        sensitivity.Powers(torch.ones(2), torch.ones(2), torch.ones(2, 1), 1e-5), minds
+    ).fixed == pytest.approx(0.1)

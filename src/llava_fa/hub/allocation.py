@@ -146,14 +146,14 @@ def measure(
     casp: Casp | None = None,
 ) -> dict[str, list[Prediction]]:
     """Sensitivities from samples, in nats of KL divergence per softened answer token; 0 where none depends on it."""
-    names = [layer.name for layer in plan.layers]
     tell("")
-    minds = measured.fisher(model, names, inputs, answers)
     configs = {layer.name: variants(layer, config, casp) for layer in plan.layers}
     choice = casp is not None and casp.auto  # else all are factored alike, whatever that costs
     reference = measured.Reference(model, inputs, answers) if choice else None
     powers = measured.output_powers(model, plan.layers, configs, inputs, tell, reference)
-    found = {name: [Prediction(0.0, 0.0)] * len(configs[name]) for name in names}
+    tell("")
+    minds = measured.fisher(model, {name: of[0].directions for name, of in powers.items()}, inputs, answers)
+    found = {name: [Prediction(0.0, 0.0)] * len(of) for name, of in configs.items()}
     for name in minds.keys() & powers.keys():
         found[name] = [_predicted(of, minds[name]) for of in powers[name]]
     return found

@@ -1,11 +1,11 @@
 """How sensitive a model is to the errors of each of its layers, measured on a few calibration samples.
 
-Two passes over the samples, both with the original weights. In the first, gradients say how much the answers'
-distribution minds an error of every layer's every output (the diagonal of its Fisher information). In the second,
-block by block as in `calibrated`, second moments say how large the error per unit of the codes' distortion will be.
+Two passes over the samples, both with the original weights. In the first, block by block as in `calibrated`, second
+moments say how large the error per unit of the codes' distortion will be, and which way it will lie. In the second,
+gradients say how much the answers' distribution minds such an error in every layer's every output.
 
-Memory: the model, the activations of one sample for its backward pass (no gradients of weights), and what one block of
-calibrated compression takes.
+Memory: the model, the activations of one sample for its backward pass (of weights' gradients a sketch of `SKETCH`
+columns), and what one block of calibrated compression takes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llava_fa.hub.calibrated import gather
 from llava_fa.hub.families import is_query_or_key
 from llava_fa.hub.plan import PlannedLayer
 from llava_fa.solver.attention import whitened_factors
-from llava_fa.solver.sensitivity import error_powers
+from llava_fa.solver.sensitivity import error_directions, error_powers
 
 SAMPLES = 32
 """Calibration samples used, evenly spaced among all."""
@@ -35,6 +35,9 @@ _CHECKED = 6
 TEMPERATURE = 3.0
 """By which logits are divided before anything is asked of them. A sure answer has next to no gradient and divergence up
 to the error that turns it over; the softened one says how near that is (docs/results.md)."""
+SKETCH = 32
+"""Columns of the sketch of an error's covariance: a row's information is sure to a quarter, a layer's to a few
+percent."""
 _PROBES = 2
 """Random directions a sample in which the Fisher information is looked at."""
 
@@ -48,9 +51,9 @@ def chosen(count: int) -> list[int]:
 
 
 def fisher(
-    model: nn.Module, names: Sequence[str], inputs: blocks.Inputs, answers: Sequence[int], seed: int = 0
+    model: nn.Module, directions: Mapping[str, Tensor], inputs: blocks.Inputs, answers: Sequence[int], seed: int = 0
 ) -> dict[str, Tensor]:
-    """G of every layer: E[Σ_tokens (∂ log p / ∂ y_i)²] per answer token, float64 [m].
+    """G of every layer: E[|Pᵀ m_i|²] per answer token, float64 [m], with m_i = Σ_tokens (∂ log p / ∂ y_i) x.
 
     With logits z and p = softmax(z / `TEMPERATURE`), the expectation over answers that the model itself would give is
     the mean square of the gradient of vᵀz / `TEMPERATURE`, where v = √p ⊙ ε - p (√p · ε), ε ~ N(0, 1), since
@@ -58,7 +61,8 @@ def fisher(
 
     Args:
         model: loaded, in evaluation mode.
-        names: layers; one that a gradient never reaches is left out of the result.
+        directions: P [n, sketch] of every layer (`solver.sensitivity.error_directions`); a layer that a gradient never
+            reaches is left out of the result.
         inputs: prepared samples, each a batch of one.
         answers: of every sample the position of its answer's first token.
 
@@ -66,6 +70,7 @@ def fisher(
         FourierError: the model fails on a sample, or its gradient is not finite.
     """
     found: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}  # m Pᵀ [m, sketch] of one sample and probe
     tokens = 0
     generator = torch.Generator().manual_seed(seed)
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -73,15 +78,17 @@ def fisher(
         for parameter in wanted:
             stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
-        for name in names:
+        for name, sketch in directions.items():
 
-            def see(_: nn.Module, __: Any, output: Tensor, name: str = name) -> Tensor:
+            def see(_: nn.Module, given: Any, output: Tensor, name: str = name, sketch: Tensor = sketch) -> Tensor:
                 if not output.requires_grad:  # a copy of the leaf: the model may work in place
                     output = output.detach().requires_grad_().clone()
+                x = given[0].detach().reshape(-1, given[0].shape[-1])
+                projected = x.float() @ sketch.to(x.device)
 
                 def add(gradient: Tensor) -> None:
-                    power = gradient.float().reshape(-1, gradient.shape[-1]).square().sum(0, dtype=torch.float64)
-                    found[name] = found.get(name, torch.zeros_like(power, device="cpu")) + power.cpu()
+                    part = gradient.float().reshape(-1, gradient.shape[-1]).T @ projected
+                    sums[name] = sums[name] + part if name in sums else part
 
                 output.register_hook(add)
                 return output
@@ -94,6 +101,10 @@ def fisher(
                 noise = torch.randn(p.shape, generator=generator).to(p.device) * p.sqrt()
                 direction = noise - p * noise.sum(-1, keepdim=True)
                 (logits * direction).sum().backward(retain_graph=probe < _PROBES - 1)
+                for name, gradient in sums.items():
+                    power = gradient.square().sum(1, dtype=torch.float64).cpu()
+                    found[name] = found[name] + power if name in found else power
+                sums.clear()
             tokens += len(p)
     for name, power in found.items():
         if not bool(power.isfinite().all()):
@@ -107,12 +118,14 @@ class Powers:
 
     Attributes:
         outside, slope: `error_powers`, float64 [m] each.
+        directions: which way its errors lie, [n, `SKETCH`] (`error_directions`).
         truncated: of two factors, the divergence that was measured with them, not quantised, in the layer's place: a
             projection's share of what query and key projection of one attention did together.
     """
 
     outside: Tensor
     slope: Tensor
+    directions: Tensor
     truncated: float | None = None
 
 
@@ -184,9 +197,10 @@ def output_powers(
                         tell(layer.name)
                         try:
                             weight = layer.weight.read()
-                            powers[layer.name] = [
-                                Powers(*error_powers(weight, c, statistics.moment)) for c in configs[layer.name]
-                            ]
+                            of, moment = configs[layer.name], statistics.moment
+                            if layer is group[0]:  # the others of the group have the same inputs
+                                sketch = error_directions(weight, of[0], moment, SKETCH)
+                            powers[layer.name] = [Powers(*error_powers(weight, c, moment), sketch) for c in of]
                         except FourierError as error:
                             raise error.at(layer.name) from error
                     if reference is not None and statistics is not None and bool(statistics.moment.any()):

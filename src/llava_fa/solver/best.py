@@ -132,6 +132,31 @@ def expected_error(weight: Tensor, config: FourierConfig, moment: Tensor | None,
     return power * float((spread / scales).square().sum(dtype=torch.float64))
 
 
+def error_directions(
+    weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor, count: int
+) -> Tensor:
+    """P [n, count], random, with E[P Pᵀ] ∝ E[eᵢᵀ eᵢ], the covariance of the error of one row of W, for every row.
+
+    Rounding leaves errors that are white in the coordinates it is done in: E = ρ √D z T diag(1/s), and with error
+    feedback, of H' = M blkdiag(R_pp R_ppᵀ) Mᵀ, E = ρ √D z M⁻¹ T diag(1/s), z white. Scaled so that tr(Pᵀ H P) = 1.
+
+    Args:
+        weight, moment, scales: as for `expected_error`.
+        count: columns, the more the surer; the same ones for the same configuration.
+    """
+    problem = _Problem(weight, config, moment, scales)
+    generator = torch.Generator().manual_seed(config.seed)
+    white = torch.randn(count, dft.padded(weight.shape[1]), generator=generator)
+    if problem.moment is not None:
+        white = torch.linalg.solve_triangular(problem.unit, white, upper=True, left=False, unitriangular=True)
+    rows = dft.packed_idft(white, problem.signs, problem.n) / scales
+    if moment is None:
+        power = rows.square().sum()
+    else:
+        power = (rows.square() @ moment).sum() if moment.ndim == 1 else (rows @ moment * rows).sum()
+    return rows.T / power.sqrt() if power > 0 else torch.zeros_like(rows.T)
+
+
 class _Problem:
     """One layer in the transformed domain: A = W diag(s) Tᵀ [m, N] and the norm its error is measured in."""
 

@@ -1,12 +1,15 @@
 """What one layer's error will cost the model: how large the error will be, times how much the model minds.
 
 The loss of a compressed model is the divergence of its next-token distribution from the original's,
-E[KL(p ‖ p̂)] per answer token. To second order, with errors of different layers and rows independent,
+E[KL(p ‖ p̂)] per answer token. To second order, with the errors E_l of different layers and rows independent,
 
-    KL ≈ ½ Σ_l Σ_i G_li E[e_li²],    G_li = E_answers[Σ_tokens (∂ log p / ∂ y_li)²] / answer tokens
+    KL ≈ ½ Σ_l Σ_i E[(Σ_t g_lti E_li x_lt)²] = ½ Σ_l Σ_i G_li E[e_li²],    g = ∂ log p / ∂ y, summed over tokens t
 
-where e_li is the error of output i of layer l and G the diagonal of the Fisher information of the layer's outputs.
-`expected_error` gives E[e²] = D(bits) · (what the layer's weight and inputs are), so one number a layer, its
+where e_li is the error of output i of layer l. G is Fisher information *along the error*: rounding makes one error
+matrix for all tokens, so that what it does to tokens with like inputs adds up. With the covariance C of a row of the
+error (`error_directions`), G_i = E[m_iᵀ C m_i] / tr(H C) per answer token, m_i = Σ_t g_ti x_t. (The information of the
+outputs, as if every token had an error of its own, predicts 2 to 4 times less, and not alike in all layers.)
+`error_powers` gives E[e²] = D(bits) · (what the layer's weight and inputs are), so one number a layer, its
 sensitivity, predicts the loss of every bit width: loss = sensitivity · D(bits).
 """
 
@@ -20,6 +23,7 @@ from torch import Tensor
 from llava_fa.config import Codes, FourierConfig
 from llava_fa.maths import codebook, metrics
 from llava_fa.maths.polar import ring_codebook
+from llava_fa.solver import best
 from llava_fa.solver.approximate import checked_weight, usable_moment
 from llava_fa.solver.best import expected_error, input_scales
 from llava_fa.solver.factored import expected_factored_error
@@ -27,7 +31,12 @@ from llava_fa.solver.factored import expected_factored_error
 _JUDGE = 1 << 15
 """Points of the quadrature that measures a codebook's distortion: good to three digits."""
 
-_TRELLIS_FEEDBACK, _TRELLIS_NEAREST = 0.925**2, 0.835**2
+_TRELLIS = {
+    True: (0.85, 0.80, 0.79, 0.79, 0.79, 0.82, 0.85),
+    False: (0.71, 0.66, 0.65, 0.64, 0.65, 0.68, 0.74),
+}
+"""With error feedback or without → what trellis codes leave of the squared error of rings at 2 to 8 bits a coefficient:
+geometric mean over the embedded model's layers, which spread by a few percent (benchmarks/budget.py --curve)."""
 
 
 @functools.cache
@@ -36,13 +45,14 @@ def distortion(code_bits: int, codes: Codes = "rings", *, feedback: bool) -> flo
 
     With error feedback, times 0.62 + 1.6 D + 4 D²: beam and refinement take a third off, and corrections widen what is
     rounded beyond what the codebook is made for, the more the coarser it is. Measured on the embedded model's layers,
-    to within a quarter on most of them (benchmarks/budget.py). Trellis codes take off 4 to 11 % of the error with
-    feedback and 14 to 19 % without (`FourierConfig.codes`): the middle of that, squared, stands for all widths.
+    to within a tenth on most of them (benchmarks/budget.py --curve), but for 1 bit, which is asked a third more than
+    wide layers need: narrow ones need it, and what so large an error does, second order does not say. Trellis codes
+    leave a measured share of that.
     """
     points = ring_codebook(code_bits).to(torch.float64)
     plain = codebook.per_real_mse(points, codebook.quadrature(_JUDGE))
-    trellis = (_TRELLIS_FEEDBACK if feedback else _TRELLIS_NEAREST) if codes == "trellis" else 1.0
-    return trellis * plain * (0.62 + 1.6 * plain + 4 * plain**2 if feedback else 1.0)
+    share = _TRELLIS[feedback][code_bits - 2] if codes == "trellis" else 1.0
+    return share * plain * (0.62 + 1.6 * plain + 4 * plain**2 if feedback else 1.0)
 
 
 def error_power(weight: Tensor, config: FourierConfig, moment: Tensor | None) -> Tensor:
@@ -62,6 +72,21 @@ def error_power(weight: Tensor, config: FourierConfig, moment: Tensor | None) ->
     usable = usable_moment(config, moment, given=moment)
     scales = torch.ones(values.shape[1]) if config.calibration == "none" else input_scales(values, usable)
     return expected_error(values, config, usable, scales)
+
+
+def error_directions(weight: Tensor, config: FourierConfig, moment: Tensor, count: int) -> Tensor:
+    """P [n, count]: a sketch of the covariance of the errors of W's rows, C ∝ E[P Pᵀ], with tr(Pᵀ H P) = 1.
+
+    Args and errors as for `error_power`; ranks and widths of factors do not matter.
+    """
+    values = checked_weight(weight)
+    if not bool(moment.any()):
+        return torch.zeros(values.shape[1], count)
+    usable = usable_moment(config, moment, given=moment)
+    scales = torch.ones(values.shape[1]) if config.calibration == "none" else input_scales(values, usable)
+    found = best.error_directions(values, config, usable, scales, count)
+    power = (found.T @ moment * found.T).sum()  # under all of H, whatever of it the calibration may see
+    return found / power.sqrt() if power > 0 else torch.zeros_like(found)
 
 
 def error_powers(weight: Tensor, config: FourierConfig, moment: Tensor | None) -> tuple[Tensor, Tensor]:
