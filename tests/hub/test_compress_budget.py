@@ -98,7 +98,7 @@ def test_it_answers_more_like_the_original_than_uniform(checkpoint, samples, tmp
                 total += float((p.exp() * (p - model(**inputs).logits[0, 20:].log_softmax(-1))).sum(-1).mean())
         return total
 
-    assert divergence(tmp_path / "mixed") < 0.7 * divergence(tmp_path / "uniform")
+    assert divergence(tmp_path / "mixed") < 0.8 * divergence(tmp_path / "uniform")
 
 
 @pytest.mark.parametrize(

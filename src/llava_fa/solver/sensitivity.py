@@ -10,7 +10,7 @@ matrix for all tokens, so that what it does to tokens with like inputs adds up. 
 error (`error_directions`), G_i = E[m_iᵀ C m_i] / tr(H C) per answer token, m_i = Σ_t g_ti x_t. (The information of the
 outputs, as if every token had an error of its own, predicts 2 to 4 times less, and not alike in all layers.)
 `error_powers` gives E[e²] = D(bits) · (what the layer's weight and inputs are), so one number a layer, its
-sensitivity, predicts the loss of every bit width: loss = sensitivity · D(bits).
+sensitivity, predicts the loss of every bit width: loss = sensitivity · D(bits), as long as D is small.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ def distortion(code_bits: int, codes: Codes = "rings", *, feedback: bool) -> flo
 
     With error feedback, times 0.62 + 1.6 D + 4 D²: beam and refinement take a third off, and corrections widen what is
     rounded beyond what the codebook is made for, the more the coarser it is. Measured on the embedded model's layers,
-    to within a tenth on most of them (benchmarks/budget.py --curve), but for 1 bit, which is asked a third more than
-    wide layers need: narrow ones need it, and what so large an error does, second order does not say. Trellis codes
-    leave a measured share of that.
+    to within a tenth on most of them (benchmarks/budget.py --curve), but for 1 bit, of which wide layers need a quarter
+    less, narrow ones not. Trellis codes leave a measured share of that.
     """
     points = ring_codebook(code_bits).to(torch.float64)
     plain = codebook.per_real_mse(points, codebook.quadrature(_JUDGE))
