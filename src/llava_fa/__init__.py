@@ -14,6 +14,8 @@ from llava_fa.hub import autoload as _autoload
 
 if TYPE_CHECKING:
     from llava_fa.hub.compress import compress as compress
+    from llava_fa.hub.visual_tokens import attach_visual_tokens as attach_visual_tokens
+    from llava_fa.hub.visual_tokens import set_visual_tokens as set_visual_tokens
     from llava_fa.nn.factored_linear import FactoredLinear as FactoredLinear
     from llava_fa.nn.fourier_linear import FourierLinear as FourierLinear
     from llava_fa.solver.approximate import approximate as approximate
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 # One line a name, as above: where it comes from.
 _LAZY = {
     "compress": "llava_fa.hub.compress",
+    "attach_visual_tokens": "llava_fa.hub.visual_tokens",
+    "set_visual_tokens": "llava_fa.hub.visual_tokens",
     "FactoredLinear": "llava_fa.nn.factored_linear",
     "FourierLinear": "llava_fa.nn.fourier_linear",
     "approximate": "llava_fa.solver.approximate",

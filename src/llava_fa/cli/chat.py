@@ -16,36 +16,51 @@ from llava_fa.errors import FourierError
 def chat(
     model: Annotated[str, typer.Argument(help="`tiny`, a folder (compressed or not), or a hub id.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    image: Annotated[Path, typer.Option(help="The picture to ask about.")],
+    image: Annotated[list[Path], typer.Option(help="The picture to ask about; given more than once, frames in order.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    visual_tokens: Annotated[str | None, typer.Option(help=output.VISUAL_TOKENS)] = None,
     device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, …")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
 ) -> None:
-    """Ask a model one question about a picture; the answer streams."""
+    """Ask a model one question about a picture, or about several; the answer streams."""
+    count, elastic = output.visual_tokens_option(visual_tokens)
     from llava_fa.hub.calibration_data import open_image
+    from llava_fa.hub.loading import load
 
-    picture = open_image(image.expanduser(), "--image")
+    pictures = [open_image(path.expanduser(), "--image") for path in image]
     start = time.monotonic()
-    answer, tokens = _answer(model, device, picture, question, max_new_tokens, stream=not json_output)
+    loaded, processor = load(model, device, visual_tokens=count)
+    if not getattr(processor, "chat_template", None):
+        raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja", where=model)
+    if elastic:
+        from llava_fa.eval.runner import answer_elastic
+
+        (answer,), (enough,), cost = answer_elastic(
+            loaded, processor, [(pictures, question)], max_new_tokens=max_new_tokens
+        )
+        result = {"answer": answer, "visual_tokens": enough, "flops_share": cost["flops_share"]}
+        if not json_output:
+            typer.echo(answer)
+            output.stderr().print(
+                f"[dim]{enough} visual tokens a picture were enough; asking took {100 * cost['flops_share']:.0f} % "
+                "of the operations of asking with all[/]"
+            )
+    else:
+        answer, tokens = _answer(loaded, processor, pictures, question, max_new_tokens, stream=not json_output)
+        result = {"answer": answer, "tokens": tokens}
     if json_output:
-        seconds = time.monotonic() - start
-        output.print_json({"answer": answer, "tokens": tokens, "seconds": seconds})
+        output.print_json({**result, "seconds": time.monotonic() - start})
 
 
 def _answer(
-    model: str, device: str, picture: Any, question: str, max_new_tokens: int, *, stream: bool
+    loaded: Any, processor: Any, pictures: list[Any], question: str, max_new_tokens: int, *, stream: bool
 ) -> tuple[str, int]:
     import torch
     from transformers import TextStreamer
 
-    from llava_fa.hub.loading import load
-
-    loaded, processor = load(model, device)
-    if not getattr(processor, "chat_template", None):
-        raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja", where=model)
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=[picture], text=[text], return_tensors="pt").to(loaded.device, loaded.dtype)
+    inputs = processor(images=[pictures], text=[text], return_tensors="pt").to(loaded.device, loaded.dtype)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with torch.inference_mode():
         ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)

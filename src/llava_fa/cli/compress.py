@@ -85,6 +85,10 @@ def compress(
     only: Annotated[
         list[str] | None, typer.Option(help="Compress only these layers (name or pattern; repeatable).")
     ] = None,
+    visual_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens per picture that the new model starts with: trained sets, or plain pooling."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs on calibration samples.")] = "cpu",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Throw an interrupted run's work away, do not resume.")
@@ -131,6 +135,7 @@ def compress(
             data,
             budget=budget,
             casp=factored,
+            visual_tokens=visual_tokens,
             device=device,
             fresh=fresh,
             progress=progress,

@@ -10,18 +10,21 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fa.cli.output import print_json, stderr, stdout
+from llava_fa.cli.output import VISUAL_TOKENS, print_json, stderr, stdout, visual_tokens_option
 from llava_fa.errors import FourierError
 
-SUITES = ("world",)
+SUITES = ("world", "video")
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="`tiny`, a folder, or a hub id; original or compressed.")],
     suite: Annotated[str, typer.Option(help=f"Which questions: {', '.join(SUITES)}.")] = "world",
-    limit: Annotated[int, typer.Option(min=9, help="About how many questions, shared equally by the tasks.")] = 2250,
+    limit: Annotated[
+        int, typer.Option(min=9, help="About how many questions (of clips a seventh), shared equally by the tasks.")
+    ] = 2250,
     seed: Annotated[int, typer.Option(help="Of the test pictures.")] = 0,
     blank: Annotated[bool, typer.Option(help="Show a grey picture instead: what is known without looking.")] = False,
+    visual_tokens: Annotated[str | None, typer.Option(help=VISUAL_TOKENS)] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     answers: Annotated[Path | None, typer.Option(help="Also write every answer to this JSON file.")] = None,
@@ -30,13 +33,21 @@ def evaluate(
     """Answer held-out questions and score each task with its namesake's metric."""
     if suite not in SUITES:
         raise typer.BadParameter(f"{suite!r} is not one of {', '.join(SUITES)}", param_hint="--suite")
-    from llava_fa.eval.runner import evaluate_world
+    count, elastic = visual_tokens_option(visual_tokens)
+    from llava_fa.eval.runner import evaluate_video, evaluate_world
     from llava_fa.hub.loading import load
 
-    loaded, processor = load(model, device)
+    loaded, processor = load(model, device, visual_tokens=count)
     with counting("answering") as progress:
-        result = evaluate_world(
-            loaded, processor, limit=limit, seed=seed, blank=blank, batch_size=batch_size, progress=progress
+        result = (evaluate_world if suite == "world" else evaluate_video)(
+            loaded,
+            processor,
+            limit=limit if suite == "world" else max(9, limit // 7),
+            seed=seed,
+            blank=blank,
+            batch_size=batch_size,
+            elastic=elastic,
+            progress=progress,
         )
     rows = result.pop("answers")
     if answers is not None:
@@ -49,6 +60,17 @@ def evaluate(
         print_json(result)
     else:
         stdout().print(task_table(model, result))
+        if elastic:
+            stdout().print(cost_line(result["visual_tokens"]))
+
+
+def cost_line(cost: dict[str, Any]) -> str:
+    """What choosing the number of visual tokens came to."""
+    sets = ", ".join(f"{questions} questions {count}" for count, questions in cost["enough"].items())
+    return (
+        f"visual tokens: {cost['mean_tokens']:.1f} were enough on average ({sets}); {cost['tokens_spent']:.1f} were "
+        f"read, and {100 * cost['flops_share']:.0f} % of the operations of asking once with all of them"
+    )
 
 
 def task_table(title: str, result: dict[str, Any]) -> Any:

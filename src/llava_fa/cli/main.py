@@ -11,6 +11,7 @@ from llava_fa.cli.chat import chat
 from llava_fa.cli.compress import compress
 from llava_fa.cli.demo import demo
 from llava_fa.cli.eval import evaluate
+from llava_fa.cli.explain import explain, flops
 from llava_fa.cli.inspect import inspect
 from llava_fa.cli.output import command
 from llava_fa.cli.world import world
@@ -28,6 +29,8 @@ app.command()(command(compress))
 app.command()(command(inspect))
 app.command("eval")(command(evaluate))
 app.command()(command(chat))
+app.command()(command(explain))
+app.command()(command(flops))
 app.command()(command(demo))
 app.add_typer(world, name="world")
 

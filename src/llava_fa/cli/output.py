@@ -55,6 +55,18 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+VISUAL_TOKENS = "Tokens per picture, or `auto`: as few as each question needs. [default: as the model was saved]"
+
+
+def visual_tokens_option(value: str | None) -> tuple[int | None, bool]:
+    """``--visual-tokens``: (number or None, whether it is to be chosen for every question)."""
+    if value is None or value == "auto":
+        return None, value == "auto"
+    if not value.isdecimal():
+        raise typer.BadParameter(f"{value!r} is neither a number nor auto", param_hint="--visual-tokens")
+    return int(value), False
+
+
 def usage_error(error: FourierError) -> typer.BadParameter:
     """A configuration that cannot be is wrong usage: exit code 2."""
     return typer.BadParameter(str(error))

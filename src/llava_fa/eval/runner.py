@@ -9,21 +9,30 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava_fa.eval.world import score
-from llava_fa.world.samples import Sample, held_out_samples
+from llava_fa.errors import FourierError
+from llava_fa.eval.metrics import normalise
+from llava_fa.eval.world import score, score_video
+from llava_fa.hub.flops import count_flops
+from llava_fa.hub.visual_tokens import set_visual_tokens, visual_tokens_of
+from llava_fa.world.samples import held_out_samples
+from llava_fa.world.video import TASKS as VIDEO_TASKS
+from llava_fa.world.video import VideoSample, video_samples
+
+_MARKS = 2
+"""Tokens that a chat template adds at least."""
 
 
 @torch.inference_mode()
 def answer(
     model: Any,
     processor: Any,
-    questions: Sequence[tuple[Image.Image, str]],
+    questions: Sequence[tuple[Image.Image | Sequence[Image.Image], str]],
     *,
     batch_size: int = 64,
     max_new_tokens: int = 48,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Greedy answers to (picture, question) pairs, in their order.
+    """Greedy answers to (picture or frames, question) pairs, in their order.
 
     Args:
         model: any image-text-to-text model of transformers, original or compressed.
@@ -35,19 +44,14 @@ def answer(
     """
     order = sorted(range(len(questions)), key=lambda i: len(questions[i][1]))
     answers = [""] * len(questions)
+    shown = [[seen] if isinstance(seen, Image.Image) else list(seen) for seen, _ in questions]
     processor.tokenizer.padding_side = "left"
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        prompts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": questions[i][1]}]}],
-                add_generation_prompt=True,
-            )
-            for i in chosen
-        ]
-        inputs = processor(
-            images=[[questions[i][0]] for i in chosen], text=prompts, padding=True, return_tensors="pt"
-        ).to(model.device, model.dtype)
+        prompts = [_prompt(processor, len(shown[i]), questions[i][1]) for i in chosen]
+        inputs = processor(images=[shown[i] for i in chosen], text=prompts, padding=True, return_tensors="pt").to(
+            model.device, model.dtype
+        )
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
@@ -56,15 +60,80 @@ def answer(
     return answers
 
 
-def evaluate_world(
+def _prompt(processor: Any, pictures: int, question: str) -> str:
+    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
+    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return text
+
+
+def answer_elastic(
     model: Any,
     processor: Any,
+    questions: Sequence[tuple[Image.Image | Sequence[Image.Image], str]],
     *,
-    limit: int = 2250,
-    seed: int = 0,
-    blank: bool = False,
-    batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> tuple[list[str], list[int], dict[str, Any]]:
+    """Greedy answers, each from as few visual tokens as the question needs by the model's own judgement.
+
+    A question is asked with the smallest set of tokens, then with the next, until two answers running agree (or all
+    tokens are used): the smaller of these two sets was enough.
+
+    Returns:
+        answers; for each question the set that was enough; and the cost: ``mean_tokens`` of those sets,
+        ``tokens_spent`` (mean over the questions of all sets tried, the one that confirmed included), ``flops_share``,
+        the operations of everything tried as a share of asking once with all tokens (generated tokens apart; the
+        vision tower counted once, as if its grid were kept), and ``enough``, how many questions each set sufficed for.
+
+    Raises:
+        FourierError: nothing is attached to the model that could give fewer tokens.
+    """
+    module = visual_tokens_of(model)
+    if module is None:
+        raise FourierError(
+            "the model always uses all its visual tokens", remedy="Train it with --matryoshka, or give a number"
+        )
+    before, counts = module.tokens, sorted(module.counts)
+    answers, enough = [""] * len(questions), [counts[-1]] * len(questions)
+    tried: list[list[int]] = [[] for _ in questions]
+    waiting = list(range(len(questions)))
+    try:
+        for index, count in enumerate(counts):
+            set_visual_tokens(model, count, processor)
+            found = answer(model, processor, [questions[i] for i in waiting], **options)
+            agreed = set()
+            for i, text in zip(waiting, found, strict=True):
+                if index and normalise(text) == normalise(answers[i]):
+                    agreed.add(i)
+                    enough[i] = counts[index - 1]
+                answers[i] = text
+                tried[i].append(count)
+            waiting = [i for i in waiting if i not in agreed]
+            progress(len(questions) - len(waiting), len(questions))
+            if not waiting:
+                break
+    finally:
+        set_visual_tokens(model, before, processor)
+    progress(len(questions), len(questions))
+    shares = []
+    for (seen, question), sets in zip(questions, tried, strict=True):
+        pictures = 1 if isinstance(seen, Image.Image) else len(seen)
+        size = {"text": len(processor.tokenizer.encode(question)) + _MARKS, "pictures": pictures}
+        full = count_flops(model.config, visual_tokens=counts[-1], **size)
+        spent = sum(count_flops(model.config, visual_tokens=count, **size).language_model for count in sets)
+        shares.append((full.vision_tower + full.projector + spent) / full.total)
+    many = max(1, len(questions))
+    cost = {
+        "mean_tokens": sum(enough) / many,
+        "tokens_spent": sum(map(sum, tried)) / many,
+        "flops_share": sum(shares) / many,
+        "enough": {str(count): enough.count(count) for count in counts},
+    }
+    return answers, enough, cost
+
+
+def evaluate_world(
+    model: Any, processor: Any, *, limit: int = 2250, seed: int = 0, blank: bool = False, **options: Any
 ) -> dict[str, Any]:
     """Score a model on held-out questions of the world.
 
@@ -73,23 +142,51 @@ def evaluate_world(
         limit: about how many questions, shared equally by the tasks.
         seed: of the test pictures.
         blank: show a grey picture instead of each: what the model knows without looking.
-        batch_size, progress: as for `answer`.
+        options: ``elastic=True`` chooses the number of visual tokens for every question (`answer_elastic`); the others
+            are those of `answer`.
 
     Returns:
         ``accuracy`` (mean of the tasks' scores), ``tasks`` (task → score, metric, ...), ``questions``, ``seconds``,
-        and ``answers``: one row per question, for comparing models.
+        and ``answers``: one row per question, for comparing models; with ``elastic`` also ``visual_tokens``, the cost.
     """
+    return _evaluate(model, processor, held_out_samples(limit, seed), score, blank, **options)
+
+
+def evaluate_video(
+    model: Any, processor: Any, *, limit: int = 300, seed: int = 0, blank: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Score a model on held-out clips of the world, each shown as its frames; arguments and result as above."""
+    samples = video_samples("test", seed, max(1, limit // len(VIDEO_TASKS)))
+    return _evaluate(model, processor, samples, score_video, blank, **options)
+
+
+def _evaluate(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Any],
+    scorer: Callable[[Any, Sequence[str]], dict[str, dict[str, Any]]],
+    blank: bool,
+    *,
+    elastic: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
     began = time.monotonic()
-    samples: list[Sample] = held_out_samples(limit, seed)
-    grey = Image.new("RGB", samples[0].image.size, (128, 128, 128))
-    pairs = [(grey if blank else s.image, s.question.text) for s in samples]
-    predictions = answer(model, processor, pairs, batch_size=batch_size, progress=progress)
-    tasks = score(samples, predictions)
+    shown = [list(s.frames) if isinstance(s, VideoSample) else [s.image] for s in samples]
+    if blank:
+        shown = [[Image.new("RGB", picture.size, (128, 128, 128)) for picture in seen] for seen in shown]
+    pairs = [(seen, s.question.text) for seen, s in zip(shown, samples, strict=True)]
+    cost: dict[str, Any] = {}
+    if elastic:
+        predictions, _, cost = answer_elastic(model, processor, pairs, **options)
+    else:
+        predictions = answer(model, processor, pairs, **options)
+    tasks = scorer(samples, predictions)
     return {
         "accuracy": sum(task["score"] for task in tasks.values()) / len(tasks),
         "tasks": tasks,
         "questions": len(samples),
         "seconds": time.monotonic() - began,
+        **({"visual_tokens": cost} if elastic else {}),
         "answers": [
             {"task": s.question.task, "question": s.question.text, "expected": s.question.answer, "answer": p}
             for s, p in zip(samples, predictions, strict=True)

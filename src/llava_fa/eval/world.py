@@ -10,6 +10,7 @@ from llava_fa.eval.metrics import chair, exact_match, grouped_accuracy, vqa_accu
 from llava_fa.world.questions import TASKS
 from llava_fa.world.samples import Sample
 from llava_fa.world.scene import COLORS, KINDS, SHAPES
+from llava_fa.world.video import VideoSample
 
 MENTION = re.compile(rf"\b(?:({'|'.join(COLORS)}) ({'|'.join(SHAPES)})|({'|'.join(KINDS)}))\b")
 ANNOTATORS = 10
@@ -23,6 +24,16 @@ def score(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[str, di
         rows = [(s, p) for s, p in zip(samples, predictions, strict=True) if s.question.task == task]
         if rows:
             report[task] = {**SCORERS.get(task, _exact)(rows), "questions": len(rows)}
+    return report
+
+
+def score_video(samples: Sequence[VideoSample], predictions: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The same for clips: exact match for every task."""
+    report = {}
+    for task in dict.fromkeys(s.question.task for s in samples):
+        rows = [(p, s.question.answer) for s, p in zip(samples, predictions, strict=True) if s.question.task == task]
+        told, true = (list(column) for column in zip(*rows, strict=True))
+        report[task] = {"score": exact_match(told, true), "metric": "exact match", "questions": len(rows)}
     return report
 
 

@@ -28,6 +28,8 @@ def install() -> None:
 
 def _register() -> None:
     importlib.import_module("llava_fa.hub.quantizer")
+    visual_tokens = importlib.import_module("llava_fa.hub.visual_tokens")
+    visual_tokens.extend_post_init(sys.modules[_AWAITED].PreTrainedModel)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -23,8 +23,9 @@ from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.report import LayerReport, ProgressCallback, Report, Skipped, kind_of_codes, peak_rss_bytes
 from llava_fa.hub.shards import read_metadata as read_metadata_of
 from llava_fa.hub.shards import write_text
-from llava_fa.hub.source import empty_model, open_source, quiet_transformers, resolve_model, weight_files
+from llava_fa.hub.source import Source, empty_model, open_source, quiet_transformers, resolve_model, weight_files
 from llava_fa.hub.streaming import ORIGINAL_BYTES, Tracker, assemble, compress_streaming
+from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
 
 _DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 _SPARE = 64_000_000
@@ -39,6 +40,7 @@ def compress(
     *,
     budget: Budget | None = None,
     casp: Casp | None = None,
+    visual_tokens: int | None = None,
     device: str | torch.device = "cpu",
     fresh: bool = False,
     progress: ProgressCallback | None = None,
@@ -61,6 +63,8 @@ def compress(
             one) that make the predicted loss least (docs/method.md), and ``config.bits`` is the most it may get.
         casp: query and key projections as two narrow factors (arXiv 2503.05936); bits are then chosen under ``budget``,
             or, without one, within the very bytes that ``config`` would take without ``casp``.
+        visual_tokens: how many tokens the new model is told a picture in (and is calibrated with): what is trained into
+            it (`llava-fa train --matryoshka`), or plain pooling; whoever loads it can choose another number.
         device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
         fresh: throw away what an interrupted run left, instead of resuming.
         progress: called with a `Progress` before each layer and after the last.
@@ -87,6 +91,8 @@ def compress(
         allocation.check(config)
     place = check_device(device)
     source = open_source(resolve_model(model))
+    if visual_tokens is not None:
+        source = with_visual_tokens(source, visual_tokens)
     plan = make_plan(empty_model(source), source, config)
     if casp is not None:
         allocation.check_casp(plan)
@@ -95,7 +101,7 @@ def compress(
     if on_plan is not None:
         on_plan(plan)
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
-    data = None if calibration is None else _Data.prepare(source.folder, calibration)
+    data = None if calibration is None else _Data.prepare(source, calibration)
     manifest = {
         "llava_fa": version("llava-fa"),
         "source": source.fingerprint,
@@ -103,6 +109,7 @@ def compress(
         "calibration": None if data is None else fingerprint(data.inputs),
         **({} if budget is None else {"budget": budget.to_dict()}),
         **({} if casp is None else {"casp": casp.to_dict()}),
+        **({} if visual_tokens is None else {"visual_tokens": visual_tokens}),
     }
     with WorkFolder(out, manifest, fresh) as work:
         tracker = Tracker(plan, work, callback)
@@ -110,6 +117,8 @@ def compress(
         if data is not None and tracker.done < tracker.total:
             tracker.tell("loading the model")
             loaded = _load(source.folder, _running_dtype(plan, place, work), place)
+            if visual_tokens is not None:
+                set_visual_tokens(loaded, visual_tokens)
         if budget is not None:
             plan = _settled(plan, config, budget, casp, work, loaded, data, tracker)
             if on_plan is not None:
@@ -234,8 +243,10 @@ class _Data:
         self.samples, self.inputs, self.processor = samples, inputs, processor
 
     @classmethod
-    def prepare(cls, folder: Path, calibration: Iterable[Sample]) -> _Data:
-        processor, samples = load_processor(folder), list(calibration)
+    def prepare(cls, source: Source, calibration: Iterable[Sample]) -> _Data:
+        processor, samples = load_processor(source.folder), list(calibration)
+        for key, value in source.processor.items():
+            setattr(processor, key, value)
         if not samples:
             raise FourierError("there are no calibration samples", remedy="Give some, or None for no calibration")
         return cls(samples, list(prepare(samples, processor)), processor)

@@ -11,15 +11,19 @@ import llava_fa.hub.quantizer  # noqa: F401  registers the format with transform
 from llava_fa.errors import FourierError
 from llava_fa.hub.shards import read_header
 from llava_fa.hub.source import quiet_transformers, read_config, resolve_model, weight_files
+from llava_fa.hub.visual_tokens import set_visual_tokens
 
 
-def load(model: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(
+    model: str | Path, device: str = "auto", dtype: torch.dtype | None = None, visual_tokens: int | None = None
+) -> tuple[Any, Any]:
     """(model in eval mode, processor) of ``tiny``, a folder or a hub id, original or compressed.
 
     Args:
         model: which one.
         device: a torch device, or ``"auto"`` for a GPU where there is one, else the CPU.
         dtype: of what is computed; by default bf16 where the device is fast at it, else float32.
+        visual_tokens: how many tokens a picture is told in (`hub.visual_tokens`); by default as the model was saved.
 
     Raises:
         FourierError: there is no such model, or it cannot be loaded or has no processor.
@@ -43,6 +47,8 @@ def load(model: str | Path, device: str = "auto", dtype: torch.dtype | None = No
                 remedy="Give a folder or hub id with an image-text-to-text model and its processor",
                 where=str(model),
             ) from error
+    if visual_tokens is not None:
+        set_visual_tokens(loaded, visual_tokens, processor)
     return loaded.eval().to(place), processor
 
 

@@ -89,6 +89,8 @@ class Source:
     config: dict[str, Any]
     entries: dict[str, Entry]
     fingerprint: str
+    processor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of processor_config.json that a copy of this checkpoint has to change."""
 
     @property
     def nbytes(self) -> int:

@@ -144,6 +144,10 @@ def assemble(
                 shutil.copyfile(path, work.result / path.name)
             elif path.is_dir() and path.name == "additional_chat_templates":
                 shutil.copytree(path, work.result / path.name)
+        if plan.source.processor:
+            path = work.result / "processor_config.json"
+            fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            write_text(path, json.dumps({**fields, **plan.source.processor}, indent=2) + "\n")
     work.finish()
     return metadata
 

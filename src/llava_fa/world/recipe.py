@@ -27,6 +27,8 @@ from torch.nn import functional
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_fa.errors import FourierError
+from llava_fa.hub.source import resolve_model
+from llava_fa.hub.visual_tokens import FIELD
 from llava_fa.world.looking import LAYERS, looking_loss, watched
 from llava_fa.world.model import build_model, build_processor
 from llava_fa.world.muon import Muon
@@ -36,6 +38,9 @@ from llava_fa.world.vocabulary import dense_vocabulary
 
 NOTHING_WEIGHT = {"color": 0.3, "shape": 0.3, "size": 0.3, "anchor": 0.1, "character": 0.05}
 """Weight of "nothing" patches in the dense loss: the rarer the thing, the less; what is shown weighs about half."""
+
+GAIN_SCALE = 5.0
+"""FMVR's gains, which are of the size of 1, learn so much faster than other parameters."""
 
 LEARNED_LAST = ("relations", "counting", "choice")
 """Asked twice as often as the others."""
@@ -47,10 +52,13 @@ class Recipe:
 
     ``muon_rate`` and ``adam_rate`` are those of the vision stage; in the language stage everything learns at
     ``language_scale`` of them, and the vision tower, after ``frozen_steps`` of rest, at ``vision_scale``.
+    ``start`` is a model to go on from instead of nothing, ``visual_tokens`` the kind of elastic visual tokens to attach
+    and train over all scales (`llava_fa.world.elastic`).
     """
 
     vision_steps: int = 1200
     language_steps: int = 8000
+    warmup_steps: int = 100
     cooldown_steps: int = 1500
     frozen_steps: int = 4000
     vision_batch: int = 64
@@ -65,6 +73,8 @@ class Recipe:
     looking_weight: float = 0.2
     weight_decay: float = 0.01
     seed: int = 1
+    start: str | None = None
+    visual_tokens: str | None = None
 
     @property
     def steps(self) -> int:
@@ -78,7 +88,7 @@ class Recipe:
     def rate(self, step: int) -> float:
         """Progress of the learning rates: warm-up in each stage, constant, cool-down to 2 % at the very end."""
         since = step if step < self.vision_steps else step - self.vision_steps
-        warm = min(1.0, (since + 1) / 100)
+        warm = min(1.0, (since + 1) / self.warmup_steps)
         left = (self.steps - step) / max(1, self.cooldown_steps)
         return warm * max(0.02, min(1.0, left))
 
@@ -104,8 +114,8 @@ def train(
         FourierError: the loss is not finite any more (the last good state is kept).
     """
     out.mkdir(parents=True, exist_ok=True)
-    processor = _keep_processor(out / "processor")
-    learner = Learner(processor, recipe, torch.device(device))
+    processor = _keep_processor(out / "processor", recipe.start)
+    learner = new_learner(processor, recipe, torch.device(device))
     state_path = out / "state.pt"
     if state_path.exists():
         learner.load(torch.load(state_path, map_location=device, weights_only=True))
@@ -148,12 +158,30 @@ def train(
     return learner.model
 
 
+def new_learner(processor: LlavaProcessor, recipe: Recipe, device: torch.device) -> Learner:
+    """The learner that a recipe asks for."""
+    if recipe.visual_tokens is None:
+        return Learner(processor, recipe, device)
+    from llava_fa.world.elastic import ElasticLearner
+
+    return ElasticLearner(processor, recipe, device)
+
+
+def first_model(processor: LlavaProcessor, recipe: Recipe) -> LlavaForConditionalGeneration:
+    """What training starts from: a random model, or the one that the recipe goes on from."""
+    if recipe.start is None:
+        return build_model(processor.tokenizer, recipe.seed)
+    return LlavaForConditionalGeneration.from_pretrained(resolve_model(recipe.start), dtype=torch.float32)
+
+
 class Learner:
     """Model, optimisers and the losses of one step."""
 
     def __init__(self, processor: LlavaProcessor, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device, self.processor = recipe, device, processor
-        self.model = build_model(processor.tokenizer, recipe.seed).to(device)
+        self.model = first_model(processor, recipe)
+        self._prepare()
+        self.model.to(device)
         width = self.model.config.text_config.hidden_size
         self.center_head = torch.nn.Linear(width, 2).to(device)
         self.words = {
@@ -163,16 +191,23 @@ class Learner:
         self.step = 0
         self.autocast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
+    def _prepare(self) -> None:
+        """What a subclass changes of the model before its parameters are shared out."""
+
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         vision, matrices, rest = [], [], list(self.center_head.parameters())
+        gains = []
         for name, parameter in self.model.named_parameters():
-            if parameter.ndim != 2 or "embed" in name:
+            if FIELD in name and parameter.ndim == 1:
+                gains.append(parameter)
+            elif parameter.ndim != 2 or "embed" in name:
                 rest.append(parameter)
             else:
                 (vision if "vision_tower" in name else matrices).append(parameter)
         groups = [{"params": matrices}, {"params": vision}]
         muon = Muon(groups, lr=self.recipe.muon_rate, weight_decay=self.recipe.weight_decay)
-        adam = torch.optim.AdamW(rest, lr=self.recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        adam_groups = [{"params": rest, "scale": 1.0}] + [{"params": gains, "scale": GAIN_SCALE}] * bool(gains)
+        adam = torch.optim.AdamW(adam_groups, lr=self.recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
         return [muon, adam]
 
     def state(self) -> dict[str, Any]:
@@ -201,20 +236,23 @@ class Learner:
         for group, base in zip(muon.param_groups, (scale, vision_scale), strict=True):
             group["lr"] = rate * base * self.recipe.muon_rate
         for group in adam.param_groups:
-            group["lr"] = rate * scale * self.recipe.adam_rate
+            group["lr"] = rate * scale * group["scale"] * self.recipe.adam_rate
         self.model.train()
         self.model.model.vision_tower.requires_grad_(not self.frozen)
         losses = self.losses(batch)
-        total = losses["dense"] * (1.0 if "answer" not in losses else self.recipe.dense_weight)
-        looking = sum(loss for name, loss in losses.items() if name.startswith("looking"))
-        total = total + losses.get("answer", 0.0) + self.recipe.looking_weight * looking
-        total.backward()
+        self.total(losses).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return {name: loss.item() for name, loss in losses.items()}
+
+    def total(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What is minimised."""
+        dense = losses["dense"] * (1.0 if "answer" not in losses else self.recipe.dense_weight)
+        looking = sum(loss for name, loss in losses.items() if name.startswith("looking"))
+        return dense + losses.get("answer", 0.0) + self.recipe.looking_weight * looking
 
     @property
     def frozen(self) -> bool:
@@ -228,17 +266,22 @@ class Learner:
             patches = self._patches(batch["pixels"])
             losses = {"dense": self._dense_loss(patches.float(), batch)}
             if "ids" in batch:
-                layers = self.model.model.language_model.layers
-                attentions = [layers[number].self_attn for number in LAYERS]
-                with watched(attentions) as seen:
-                    hidden = self._answer_states(patches[: len(batch["ids"])], batch)
-                for index, (attention, note) in enumerate(zip(attentions, seen, strict=True)):
-                    losses[f"looking {LAYERS[index]}"] = looking_loss(
-                        attention, note, batch["look_from"][:, index], batch["look_to"][:, index]
-                    )
-                wanted = batch["target"] != IGNORED
-                logits = self.model.lm_head(hidden[wanted])
-                losses["answer"] = functional.cross_entropy(logits.float(), batch["target"][wanted])
+                losses |= self._answer_losses(patches[: len(batch["ids"])], batch)
+        return losses
+
+    def _answer_losses(self, patches: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        losses = {}
+        attentions = [self.model.model.language_model.layers[number].self_attn for number in LAYERS]
+        with watched(attentions) as seen:
+            hidden = self._answer_states(patches, batch)
+        for index, (attention, note) in enumerate(zip(attentions, seen, strict=True)):
+            losses[f"looking {LAYERS[index]}"] = looking_loss(
+                attention, note, batch["look_from"][:, index], batch["look_to"][:, index]
+            )
+        wanted = batch["target"] != IGNORED
+        logits = self.model.lm_head(hidden[wanted])
+        total = functional.cross_entropy(logits.float(), batch["target"][wanted], reduction="sum")
+        losses["answer"] = total / wanted.sum().clamp(min=1)  # a share of few pictures may have nothing to ask about
         return losses
 
     def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -302,25 +345,31 @@ class Learner:
                 dense[name][1] += int(shown.sum())
             if self.step <= self.recipe.vision_steps:
                 continue
-            guess = self.model.lm_head(self._answer_states(patches, batch)).argmax(-1)
-            wanted = batch["target"] != IGNORED
-            wrong = wanted & (guess != batch["target"])
-            for row in range(len(guess)):
-                for number in range(1, int(batch["segment"][row].max()) + 1):
-                    inside = batch["segment"][row] == number
-                    task = int(batch["task"][row][inside][0])
-                    asked[task] += 1
-                    right[task] += not bool(wrong[row][inside].any())
+            self._tally(patches, batch, right, asked)
         result = {f"patch {name}": hits / max(1, total) for name, (hits, total) in dense.items()}
         if asked.sum():
             result |= {name: float(r / a) for name, r, a in zip(TASK_NAMES, right, asked, strict=True) if a}
         return {name: round(value, 4) for name, value in result.items()}
 
+    def _tally(
+        self, patches: torch.Tensor, batch: dict[str, torch.Tensor], right: torch.Tensor, asked: torch.Tensor
+    ) -> None:
+        """Count the questions of every task, and those that are answered rightly, into ``asked`` and ``right``."""
+        guess = self.model.lm_head(self._answer_states(patches, batch)).argmax(-1)
+        wrong = (batch["target"] != IGNORED) & (guess != batch["target"])
+        for row in range(len(guess)):
+            for number in range(1, int(batch["segment"][row].max()) + 1):
+                inside = batch["segment"][row] == number
+                task = int(batch["task"][row][inside][0])
+                asked[task] += 1
+                right[task] += not bool(wrong[row][inside].any())
 
-def _keep_processor(folder: Path) -> LlavaProcessor:
+
+def _keep_processor(folder: Path, start: str | None) -> LlavaProcessor:
     if not folder.exists():
         fresh = folder.with_suffix(".new")
-        build_processor().save_pretrained(fresh)
+        processor = build_processor() if start is None else AutoProcessor.from_pretrained(resolve_model(start))
+        processor.save_pretrained(fresh)
         os.replace(fresh, folder)
     return AutoProcessor.from_pretrained(folder)  # type: ignore[no-any-return]
 

@@ -1,0 +1,97 @@
+"""`llava-fa explain` and `llava-fa flops`: what an answer rests on, and what it costs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava_fa.cli import output
+from llava_fa.errors import FourierError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="`tiny`, a folder (compressed or not), or a hub id.")],
+    question: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[Path, typer.Option(help="The picture to ask about.")],
+    out: Annotated[Path, typer.Option(help="Where the picture with its saliency goes (PNG).")] = Path("explain.png"),
+    visual_tokens: Annotated[int | None, typer.Option(help="Tokens per picture. [default: as saved]")] = None,
+    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, …")] = "auto",
+    json_output: Json = False,
+) -> None:
+    """Show which part of a picture an answer rests on (Grad-CAM), with and without FMVR where the model has it."""
+    from llava_fa.eval.explain import compare_restoration, draw
+    from llava_fa.hub.calibration_data import open_image
+    from llava_fa.hub.loading import load
+
+    picture = open_image(image.expanduser(), "--image")
+    loaded, processor = load(model, device, visual_tokens=visual_tokens)
+    found = compare_restoration(loaded, processor, picture, question)
+    new = out.expanduser().with_name(f".{out.name}.new")
+    try:
+        draw(picture, found).save(new, format="PNG")
+        os.replace(new, out.expanduser())
+    except OSError as error:
+        raise FourierError(str(error.strerror), remedy="Give a writable path", where=str(out)) from None
+    if json_output:
+        rows = {
+            name: {
+                "answer": one.answer,
+                "log_probability": one.log_probability,
+                "saliency": [[round(value, 4) for value in row] for row in one.saliency.tolist()],
+            }
+            for name, one in found.items()
+        }
+        output.print_json({"picture": str(out), "explanations": rows})
+    else:
+        for name, one in found.items():
+            output.stdout().print(f"{name}: {one.answer}  [dim](log-probability {one.log_probability:.2f} a token)[/]")
+        output.stdout().print(f"left to right in {out}: the picture, {', '.join(found)}")
+
+
+def flops(
+    model: Annotated[str, typer.Argument(help="`tiny`, a folder with a config.json, or a hub id.")],
+    text: Annotated[int, typer.Option(min=1, help="Tokens of the prompt besides the picture.")] = 32,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures, tiles or frames.")] = 1,
+    generated: Annotated[int, typer.Option(min=0, help="Tokens generated after the first.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Count the operations of a question for every number of visual tokens, from config.json alone."""
+    from llava_fa.hub.flops import count_flops, read_model_config
+    from llava_fa.hub.visual_tokens import grid_of
+    from llava_fa.nn.visual_tokens import VisualTokens
+
+    config = read_model_config(model)
+    counts = VisualTokens(grid_of(config), 1, "pooling").counts
+    rows = {
+        count: count_flops(config, text=text, visual_tokens=count, pictures=pictures, generated=generated)
+        for count in counts
+    }
+    if json_output:
+        output.print_json(
+            {"model": model, "text": text, "visual_tokens": {n: row.to_dict() for n, row in rows.items()}}
+        )
+        return
+    from rich.table import Table
+
+    table = Table(
+        title=f"{model}: GFLOPs of reading {text} text tokens and {pictures} picture(s)", title_justify="left"
+    )
+    headings = ("visual tokens", "vision tower", "projector", "language model", "saved", "total", "saved")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    full = rows[counts[0]]
+    for count, row in rows.items():
+        less = (1 - row.language_model / full.language_model, 1 - row.total / full.total)
+        table.add_row(
+            str(count),
+            *(f"{part / 1e9:.4g}" for part in (row.vision_tower, row.projector, row.language_model)),
+            f"{100 * less[0]:.1f} %",
+            f"{row.total / 1e9:.4g}",
+            f"{100 * less[1]:.1f} %",
+        )
+    output.stdout().print(table)
