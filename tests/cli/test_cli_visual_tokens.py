@@ -50,6 +50,11 @@ def test_eval_with_a_number_and_auto():
     assert "always uses all its visual tokens" in json.loads(plain.stdout)["error"]["message"]
 
 
+def test_eval_of_clips():
+    result = json.loads(run("eval", "tiny", "--suite", "video", "--limit", 63, "--json", "--visual-tokens", 4).stdout)
+    assert {task: row["questions"] for task, row in result["tasks"].items()} == {"motion": 3, "order": 3, "count": 3}
+
+
 def test_a_number_that_cannot_be(elastic, photo, tmp_path):
     for command in (
         ("chat", elastic, "what?", "--image", photo),

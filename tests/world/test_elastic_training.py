@@ -96,8 +96,8 @@ def test_one_step_reaches_everything(processor, kind):
     assert sum(name.startswith("answer") for name in losses) == 4
     after = learner.model.state_dict()
     still = [name for name in before if torch.equal(before[name], after[name])]
-    # the tower's last norm is used by the pooled output alone; zero projections hide queries for one step; a single token
-    # is its own mean and maximum
+    # the tower's last norm is for the pooled output alone, zero projections hide queries for one step, and a single
+    # token is its own mean and maximum
     hidden = ("post_layernorm", "queries.query_embed", "queries.q_proj", "queries.k_proj", "queries.v_proj")
     hidden += ("restoration.2.average.high", "restoration.2.average.a", "restoration.2.maximum.low")
     assert [name for name in still if not any(part in name for part in hidden)] == []
