@@ -49,19 +49,28 @@ def train(
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of dense supervision of the vision tower.")] = 1200,
     steps: Annotated[int, typer.Option(min=1, help="Steps on questions; raise it to continue a finished run.")] = 8000,
     cooldown: Annotated[int, typer.Option(min=1, help="How many of the last steps lower the rate.")] = 1500,
+    start: Annotated[str, typer.Option(help="With --visual-tokens: the model to go on from.")] = "tiny",
+    visual_tokens: Annotated[
+        str | None,
+        typer.Option(help="Teach a trained model to answer from any number of tokens: fmvr, pooling or queries."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw pictures.")] = 1,
     seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 1,
     json_output: Json = False,
 ) -> None:
-    """Train the tiny LMM from nothing: the recipe behind the embedded model."""
+    """Train the tiny LMM from nothing, the recipe behind the embedded model; or go on to elastic visual tokens."""
     import torch
 
+    from llava_fa.world.elastic import elastic_recipe
     from llava_fa.world.recipe import Recipe, log_to
     from llava_fa.world.recipe import train as run
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    recipe = Recipe(vision_steps=vision_steps, language_steps=steps, cooldown_steps=cooldown, seed=seed)
+    if visual_tokens is None:
+        recipe = Recipe(vision_steps=vision_steps, language_steps=steps, cooldown_steps=cooldown, seed=seed)
+    else:
+        recipe = elastic_recipe(visual_tokens, steps, start=start, seed=seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

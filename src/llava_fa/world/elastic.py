@@ -27,6 +27,22 @@ INNER = 3
 _ALONG = ("ids", "target", "segment", "position", "task")
 
 
+def elastic_recipe(kind: str, steps: int, *, start: str = "tiny", seed: int = 1) -> Recipe:
+    """How the embedded model (or another of its kind) was taught: a short warm-up, then three quarters cooling down."""
+    return Recipe(
+        vision_steps=0,
+        language_steps=steps,
+        warmup_steps=min(20, steps),
+        cooldown_steps=max(1, 3 * steps // 4),
+        frozen_steps=0,
+        language_batch=8,
+        wordy_batch=0,
+        start=start,
+        visual_tokens=kind,
+        seed=seed,
+    )
+
+
 class ElasticLearner(Learner):
     """A `Learner` whose model has elastic visual tokens; the vision tower learns with the rest."""
 

@@ -1,0 +1,163 @@
+"""Accuracy of the embedded model against its visual tokens: plain pooling, M3, random truncation (MQT), FMVR.
+
+python benchmarks/visual_tokens.py train fmvr --out RUNS    # pooling, queries: the same steps and pictures; resumes
+python benchmarks/visual_tokens.py eval --out RUNS          # every model at every number; one JSON line each, resumes
+python benchmarks/visual_tokens.py report --out RUNS --plot docs/visual_tokens.svg
+python benchmarks/visual_tokens.py flops                    # LLaVA-1.5-7B
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+STEPS, SEED = 260, 11
+KINDS = {"fmvr": "FMVR", "pooling": "M3: pooling, trained", "queries": "MQT-style: truncated queries"}
+PLAIN = "pooling, not trained"
+
+
+def train(kind: str, out: Path, steps: int) -> None:
+    from llava_fa.world.elastic import elastic_recipe
+    from llava_fa.world.recipe import log_to
+    from llava_fa.world.recipe import train as run
+
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = elastic_recipe(kind, steps, seed=SEED)
+    run(out / kind, recipe, workers=0, report=log_to(out / f"{kind}.jsonl"), save_every=25, check_every=10 * steps)
+
+
+def evaluate(out: Path, limit: int, minutes: float) -> None:
+    from llava_fa.eval.runner import evaluate_world
+    from llava_fa.hub.loading import load
+
+    rows = read(out)
+    done = {(row["model"], row["tokens"], row["limit"]) for row in rows}
+    until = time.monotonic() + 60 * minutes
+    models = {"plain": "tiny"} | {kind: out / kind / "model" for kind in KINDS if (out / kind / "model").is_dir()}
+    for tokens in (64, 16, 4, 1, "auto"):
+        for name, folder in models.items():
+            if (name, tokens, limit) in done or (tokens == "auto" and name == "plain"):
+                continue
+            if time.monotonic() > until:
+                return
+            elastic = tokens == "auto"
+            model, processor = load(folder, "cpu", torch.float32, visual_tokens=64 if elastic else tokens)
+            found = evaluate_world(model, processor, limit=limit, elastic=elastic)
+            found.pop("answers")
+            row = {"model": name, "tokens": tokens, "limit": limit, "date": time.strftime("%Y-%m-%d"), **found}
+            with (out / "accuracy.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(name, tokens, round(found["accuracy"], 4), f"{found['seconds']:.0f} s", flush=True)
+
+
+def read(out: Path) -> list[dict]:
+    path = out / "accuracy.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def report(out: Path, plot: Path | None) -> None:
+    rows = read(out)
+    full = next(row["accuracy"] for row in rows if (row["model"], row["tokens"]) == ("plain", 64))
+    names = {"plain": PLAIN, **KINDS}
+    score = {(row["model"], row["tokens"]): row for row in rows}
+    heading = f"{rows[0]['questions']} questions, accuracy (share of the original's {100 * full:.1f})"
+    print(f"| {heading} | 64 | 16 | 4 | 1 | auto |")
+    print("|---|---|---|---|---|---|")
+    for name, title in names.items():
+        cells = []
+        for tokens in (64, 16, 4, 1, "auto"):
+            row = score.get((name, tokens))
+            if row is None:
+                cells.append("")
+                continue
+            text = f"{100 * row['accuracy']:.1f} ({100 * row['accuracy'] / full:.1f} %)"
+            if tokens == "auto":
+                cost = row["visual_tokens"]
+                text += f"; {cost['mean_tokens']:.1f} enough, {cost['tokens_spent']:.1f} read"
+                text += f", {100 * cost['flops_share']:.0f} % of the operations"
+            cells.append(text)
+        if any(cells):
+            print(f"| {title} | " + " | ".join(cells) + " |")
+    print("\n| task, FMVR | 64 | 16 | 4 | 1 |\n|---|---|---|---|---|")
+    for task in rows[0]["tasks"]:
+        found = [
+            score[name, n]["tasks"][task]["score"] for name in ("fmvr",) for n in (64, 16, 4, 1) if (name, n) in score
+        ]
+        print(f"| {task} | " + " | ".join(f"{100 * value:.1f}" for value in found) + " |")
+    if plot is not None:
+        draw(score, names, full, plot)
+
+
+def draw(score: dict, names: dict[str, str], full: float, plot: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "llava-fa"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4))
+    for (name, title), style in zip(names.items(), ("x:", "o-", "s--", "^-."), strict=True):
+        points = [(n, score[name, n]["accuracy"]) for n in (64, 16, 4, 1) if (name, n) in score]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=title)
+    for share in (0.99, 0.95):
+        axes.axhline(share * full, color="0.75", linewidth=0.8, zorder=0)
+        axes.text(1, share * full, f"{100 * share:.0f} %", color="0.5", fontsize=8, va="bottom")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+    axes.set_xlabel("visual tokens a picture")
+    axes.set_ylabel("accuracy, mean of nine tasks")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(plot, metadata={"Date": None})
+
+
+def flops() -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    from llava_fa.hub.flops import count_flops
+
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064))
+    full = count_flops(config, text=32, visual_tokens=576)
+    for tokens in (576, 144, 36, 9, 1):
+        row = count_flops(config, text=32, visual_tokens=tokens)
+        saved = 1 - row.language_model / full.language_model, 1 - row.total / full.total
+        seen = (row.vision_tower + row.projector) / 1e12
+        print(f"| {tokens} | {seen:.2f} | {row.language_model / 1e12:.2f} | {100 * saved[0]:.1f} % "
+              f"| {row.total / 1e12:.2f} | {100 * saved[1]:.1f} % |")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "eval", "report", "flops"))
+    parser.add_argument("kind", nargs="?", choices=tuple(KINDS))
+    parser.add_argument("--out", type=Path, default=Path("visual-tokens-runs"))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--limit", type=int, default=900)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--plot", type=Path)
+    chosen = parser.parse_args()
+    if chosen.what == "train":
+        train(chosen.kind, chosen.out, chosen.steps)
+    elif chosen.what == "eval":
+        evaluate(chosen.out, chosen.limit, chosen.minutes)
+    elif chosen.what == "report":
+        report(chosen.out, chosen.plot)
+    else:
+        flops()
+
+
+if __name__ == "__main__":
+    main()
