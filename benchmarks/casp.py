@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import blocks, second_moments
 from divergence import Divergence
 from peers import gptq, stored_bits
+from real_layers import collect
+from stagewise import units
 
 import llava_fa
 from llava_fa import Budget, Casp, FourierConfig, approximate
 from llava_fa.eval.runner import evaluate_world
-from llava_fa.hub import allocation, attention, sensitivity
+from llava_fa.hub import allocation, attention, blocks, sensitivity
+from llava_fa.hub.calibrated import gather
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.loading import load
@@ -116,7 +118,7 @@ def models(args: argparse.Namespace) -> None:
 
 
 def scalar(args: argparse.Namespace, samples: Any, bits: float, casp: Casp | None) -> tuple[Any, Any, float]:
-    """GPTQ g128 block by block, on the inputs that the rounded blocks before produce; query and key projections of the
+    """GPTQ g128 stage by stage, on the inputs that the rounded layers before produce; query and key projections of the
     language model factored first under CASP, bits of every matrix then chosen within the bytes of ``bits`` everywhere.
     """
     model, processor = load(args.model, dtype=torch.float32)
@@ -128,18 +130,28 @@ def scalar(args: argparse.Namespace, samples: Any, bits: float, casp: Casp | Non
     if casp is not None:
         chosen = _scalar_bits(args, model, processor, samples, inputs, casp, sum(sizes.values()))
     stored = sum(_bytes(shapes[name], *chosen[name]) for name in names)
-    for block in blocks(names):
-        moments = second_moments(model, {name: model.get_submodule(name) for name in block}, inputs)
-        for name in block:
-            weight, moment, (width, code) = model.get_submodule(name).weight, moments[name], chosen[name]
-            if not width:
-                weight.data = gptq(weight.data, moment, code)
-                continue
-            right = mixed(weight.data, width, moment)  # which scalar codes need (--factors)
-            right = gptq(right, moment, code)
-            left = refit_left(weight.data, right, moment)
-            weight.data = gptq(left, inner_product(right, moment), code) @ right
+    _round_all(model, names, inputs, chosen)
     return model, processor, 8 * stored / sum(m * n for m, n in shapes.values())
+
+
+@torch.no_grad()
+def _round_all(model: Any, names: Any, inputs: Any, chosen: dict[str, tuple[int, int]]) -> None:
+    for unit, calls, hidden, _ in units(model, list(names), inputs):
+        for stage in blocks.stages(unit, calls, hidden):
+            for group, known in zip(stage, gather(unit, stage, calls, hidden), strict=True):
+                assert known is not None
+                for layer in group:
+                    weight = model.get_submodule(layer.name).weight
+                    weight.data = _round(weight.data, known.moment, *chosen[layer.name])
+
+
+def _round(weight: torch.Tensor, moment: torch.Tensor, width: int, code: int) -> torch.Tensor:
+    """A matrix through GPTQ, or through two factors of this inner width, each in turn through GPTQ."""
+    if not width:
+        return gptq(weight, moment, code)
+    right = gptq(mixed(weight, width, moment), moment, code)  # mixed, which scalar codes need (--factors)
+    left = refit_left(weight, right, moment)
+    return gptq(left, inner_product(right, moment), code) @ right
 
 
 def unmixed(weight: torch.Tensor, width: int, moment: torch.Tensor) -> torch.Tensor:
@@ -192,7 +204,7 @@ def layers(args: argparse.Namespace) -> None:
     _, processor = load(args.model)
     inputs = list(prepare(calibration_samples(args.samples), processor))
     names = [name for name in classify(model).layers if is_query_or_key(name)]
-    moments = second_moments(model, {name: model.get_submodule(name) for name in names}, inputs)
+    moments = second_moments(model, names, inputs)
     densities = attention.densities(model, inputs)
     seen = other_side(model, names, inputs[:32])
     print("| attention | density | cut | cut, weighed by the other side | at 1 bit |\n|---|---|---|---|---|")
@@ -208,6 +220,11 @@ def layers(args: argparse.Namespace) -> None:
                 model.get_submodule(name).weight.data = before[name]
         cells = " | ".join(f"{value:.2e}" for value in found)
         print(f"| {module.removeprefix('model.')} | {sum(heads) / len(heads):.3f} | {cells} |", flush=True)
+
+
+def second_moments(model: Any, names: list[str], inputs: Any) -> dict[str, torch.Tensor]:
+    """Of the inputs of these layers, over all samples."""
+    return collect({name: model.get_submodule(name) for name in names}, lambda: [model(**x) for x in inputs])
 
 
 def _cut(weight: torch.Tensor, moment: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -278,7 +295,7 @@ def factors(args: argparse.Namespace) -> None:
     model, processor = load(args.model, dtype=torch.float32)
     inputs = list(prepare(calibration_samples(args.samples), processor))
     names = [name for name in classify(model).layers if is_query_or_key(name)]
-    moments = second_moments(model, {name: model.get_submodule(name) for name in names}, inputs)
+    moments = second_moments(model, names, inputs)
 
     def ours(part: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
         found = approximate(part, FourierConfig(bits=bits), moment)
