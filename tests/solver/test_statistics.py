@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from llava_fa import FourierError
-from llava_fa.solver.statistics import SecondMoment
+from llava_fa.solver import statistics
+from llava_fa.solver.statistics import Drift, SecondMoment
 
 
 def test_any_split_gives_the_same_moment():
@@ -19,6 +20,18 @@ def test_any_split_gives_the_same_moment():
     assert torch.allclose(diagonal.value(), exact.diagonal(), rtol=1e-5)
     assert torch.equal(whole.value(), whole.value().T)
     assert whole.count == pieces.count == 6000
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_a_few_rows_at_a_time_give_the_same(rows, monkeypatch):
+    x, seen = torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(statistics, "_ROWS", rows)
+    moment, drift = SecondMoment(7), Drift(7)
+    moment.add(seen)
+    drift.add(x, seen)
+    assert torch.equal(moment.value(), moment.value().T)
+    assert torch.allclose(moment.value(), seen.T @ seen / 50, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(drift.value(), (x - seen).T @ seen / 50, rtol=1e-5, atol=1e-6)
 
 
 def test_many_samples_lose_nothing():

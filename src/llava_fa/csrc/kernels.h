@@ -60,7 +60,8 @@ struct Refine {
 
 // solver/trellis_beam.py, one block of columns of all rows.
 struct TrellisBeam {
-  const float *target, *base;  // [size, rows]; [columns, rows]: its columns, corrected for what is settled
+  float* target;      // [size, rows]; what is settled becomes errors
+  const float* base;  // [columns, rows]: its columns, corrected for what is settled
   int64_t start, columns, size, rows;
   const float* unit;    // [columns, ahead], ahead = columns of this block and the next
   int64_t ahead;
@@ -72,7 +73,6 @@ struct TrellisBeam {
   int64_t side, tried, tried_first;
   float reach;
   char* paths;      // [rows] of trellis_row_bytes, kept from block to block
-  float* error;     // [size, rows]
   int32_t* states;  // [size / 2, rows]
 };
 

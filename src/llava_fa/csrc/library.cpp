@@ -52,7 +52,7 @@ int64_t over_rows(int64_t threads, int64_t lanes, int64_t rows, size_t scratch_b
 }  // namespace
 
 // Raised whenever an exported function changes, so that a library of older sources is not called.
-EXPORT int64_t llava_fa_abi() { return 2; }
+EXPORT int64_t llava_fa_abi() { return 3; }
 
 // The best level that this CPU and this build have.
 EXPORT int64_t llava_fa_level() {
@@ -107,14 +107,14 @@ EXPORT int64_t llava_fa_refine(int64_t level, int64_t threads, float* error, flo
 // What round_trellis keeps of a row between two blocks.
 EXPORT int64_t llava_fa_trellis_row_bytes() { return trellis_row_bytes(); }
 
-EXPORT int64_t llava_fa_trellis_beam(int64_t level, int64_t threads, const float* target, const float* base,
+EXPORT int64_t llava_fa_trellis_beam(int64_t level, int64_t threads, float* target, const float* base,
                                      int64_t start, int64_t columns, int64_t size, int64_t rows, const float* unit,
                                      int64_t ahead, const float* metric, const int32_t* points, int64_t code_bits,
                                      const int16_t* lists, const int16_t* first, int64_t side, int64_t tried,
-                                     int64_t tried_first, double reach, char* paths, float* error, int32_t* states) {
+                                     int64_t tried_first, double reach, char* paths, int32_t* states) {
   const Kernels* k = kernels(level);
   const TrellisBeam job{target, base,  start, columns, size,  rows,        unit,
                         ahead,  metric, points, code_bits, lists, first,   side,
-                        tried,  tried_first, static_cast<float>(reach), paths, error, states};
+                        tried,  tried_first, static_cast<float>(reach), paths, states};
   return over_rows(threads, k->lanes, rows, k->trellis_beam_scratch(job), job, k->trellis_beam);
 }

@@ -76,8 +76,8 @@ ISA int32_t settle(const TrellisBeam& job, int64_t row, int64_t start, int64_t c
     store(re, re_of(set1(job.points[window])));
     store(im, im_of(set1(job.points[window])));
     const int64_t at = (start + c) * job.rows + row;
-    job.error[at] = job.target[at] - re[0];
-    job.error[at + job.rows] = job.target[at + job.rows] - im[0];
+    job.target[at] -= re[0];
+    job.target[at + job.rows] -= im[0];
     path = parents[c / 2][path];
   }
   return path;

@@ -187,10 +187,13 @@ def gather(
                 flush(name)
     for layer in leaders:
         flush(layer.name)
-    return [
-        Statistics(sums[name].value(), drifts[name].value() if name in drifts else None) if sums[name].count else None
-        for name in (layer.name for layer in leaders)
-    ]
+    found: list[Statistics | None] = []
+    for layer in leaders:  # each sum is given up as it is read: they are float64, [n, n]
+        total, apart = sums.pop(layer.name), drifts.pop(layer.name, None)
+        moment = total.value() if total.count else None
+        del total
+        found.append(None if moment is None else Statistics(moment, None if apart is None else apart.value()))
+    return found
 
 
 def _use_parts(unit: Unit, layers: Sequence[PlannedLayer], work: WorkFolder) -> None:

@@ -104,10 +104,14 @@ def compress_layer(
     try:
         if not measured and layer.config.calibration != "none":
             second_moment = norm_moment(layer, plan)
-        weight = layer.weight.read()
-        target = weight if drift is None else corrected_weight(weight, second_moment, drift)
+        target = layer.weight.read()
+        if drift is not None:
+            target = corrected_weight(target, second_moment, drift)
         result = approximate(target, layer.config, second_moment)
-        error = result.weight_error if drift is None else metrics.weight_error(weight, result.dequantize())
+        del target
+        error = result.weight_error
+        if drift is not None:  # read again rather than kept: memory is counted in copies of it
+            error = metrics.weight_error(layer.weight.read(), result.dequantize())
     except FourierError as problem:
         raise problem.at(layer.name) from problem
     report = LayerReport(

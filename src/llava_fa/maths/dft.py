@@ -20,6 +20,8 @@ from llava_fa.errors import FourierError
 from llava_fa.maths.hashing import splitmix
 
 _ROOT2 = math.sqrt(2.0)
+# Rows, or rows and columns, of a large matrix at a time.
+_SIDE = 256
 
 
 def padded(n: int) -> int:
@@ -78,11 +80,17 @@ def packed_idft(z: Tensor, signs: Tensor, n: int) -> Tensor:
     return out
 
 
-def transform_moment(moment: Tensor, signs: Tensor) -> Tensor:
-    """T H Tᵀ for a symmetric H [n, n] → [padded(n), padded(n)], by two FFTs and symmetrised."""
-    both = packed_dft_rows(packed_dft_rows(moment, signs).T, signs)
-    out: Tensor = (both + both.T).mul_(0.5)
-    return out
+def transform_moment(moment: Tensor, signs: Tensor, scale: Tensor | None = None) -> Tensor:
+    """T diag(scale) H diag(scale) Tᵀ for a symmetric H [n, n] → [padded(n), padded(n)], by two FFTs and symmetrised."""
+    both = packed_dft_rows(packed_dft_rows(moment, signs, scale).T, signs, scale)
+    for start in range(0, len(both), _SIDE):  # block by block, in place
+        for other in range(0, start + 1, _SIDE):
+            below = both[start : start + _SIDE, other : other + _SIDE]
+            above = both[other : other + _SIDE, start : start + _SIDE]
+            mean = (below + above.T).mul_(0.5)
+            below.copy_(mean)
+            above.copy_(mean.T)
+    return both
 
 
 def packed_dft_rows(matrix: Tensor, signs: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -92,9 +100,9 @@ def packed_dft_rows(matrix: Tensor, signs: Tensor, scale: Tensor | None = None) 
     """
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     out = torch.empty(matrix.shape[0], padded(matrix.shape[1]), dtype=dtype, device=matrix.device)
-    for start in range(0, matrix.shape[0], 256):
-        rows = matrix[start : start + 256]
-        out[start : start + 256] = packed_dft(rows if scale is None else rows * scale, signs)
+    for start in range(0, matrix.shape[0], _SIDE):
+        rows = matrix[start : start + _SIDE]
+        out[start : start + _SIDE] = packed_dft(rows if scale is None else rows * scale, signs)
     return out
 
 

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-_COLUMNS = 512
+# Of a large matrix at a time.
+_ROWS, _COLUMNS = 1024, 512
 
 
 def weight_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W - Ŵ‖_F / ‖W‖_F, both [m, n]; 0 when W and Ŵ are both zero, infinity when only W is."""
-    return _ratio(_energy(weight - approximation), _energy(weight))
+    error = sum(_energy(w - a) for w, a in zip(_row_blocks(weight), _row_blocks(approximation), strict=True))
+    return _ratio(error, sum(map(_energy, _row_blocks(weight))))
 
 
 def output_error(weight: Tensor, approximation: Tensor, moment: Tensor) -> float:
@@ -22,7 +24,8 @@ def output_error(weight: Tensor, approximation: Tensor, moment: Tensor) -> float
         weight, approximation: [m, n].
         moment: H [n, n], or its diagonal [n] (the rest taken as zero).
     """
-    return _ratio(quadratic(weight - approximation, moment), quadratic(weight, moment))
+    pairs = zip(_row_blocks(weight), _row_blocks(approximation), strict=True)
+    return _ratio(sum(quadratic(w - a, moment) for w, a in pairs), quadratic(weight, moment))
 
 
 def quadratic(matrix: Tensor, moment: Tensor) -> float:
@@ -56,12 +59,12 @@ def bits_per_weight(tensors: Iterable[Tensor], shape: tuple[int, int]) -> float:
 
 
 def _energy(matrix: Tensor) -> float:
-    return float(sum(float(block.square().sum(dtype=torch.float64)) for block in _row_blocks(matrix)))
+    return float(matrix.square().sum(dtype=torch.float64))
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[Tensor]:
-    for start in range(0, matrix.shape[0], 1024):
-        yield matrix[start : start + 1024].to(torch.float32)
+    for start in range(0, matrix.shape[0], _ROWS):
+        yield matrix[start : start + _ROWS].to(torch.float32)
 
 
 def _ratio(error: float, reference: float) -> float:

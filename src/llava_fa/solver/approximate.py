@@ -51,7 +51,7 @@ def approximate(
         notes = ("the second moment is all zero and was ignored",)
         moment = None
     usable = usable_moment(config, moment, given=second_moment)
-    unit = _unit(float(values.abs().max()))
+    unit = _unit(_largest(values))
     scaled = values if unit == 1 else values / unit
     if config.method == "paper":
         if input_scale is not None:
@@ -92,7 +92,7 @@ def _measured(
     result: Approximation, values: Tensor, unit: float, moment: Tensor | None, *, zero_moment: bool
 ) -> Approximation:
     decoded = result.dequantize()
-    if not bool(torch.isfinite(decoded).all()):
+    if not math.isfinite(_largest(decoded)):
         raise FourierError(
             "the approximation overflows float32", remedy=f"The largest weight is {unit:g}: rescale the layer"
         )
@@ -115,8 +115,7 @@ def checked_weight(weight: Tensor) -> Tensor:
     if not weight.dtype.is_floating_point:
         raise FourierError(f"the weight is {weight.dtype}", remedy="Give a floating-point matrix, not an encoded one")
     values = weight.detach().to(torch.float32)
-    low, high = torch.aminmax(values)  # NaN if any is
-    if not math.isfinite(float(low)) or not math.isfinite(float(high)):
+    if not math.isfinite(_largest(values)):
         bad = int((~torch.isfinite(values)).sum())
         raise FourierError(f"the weight has {bad} NaN or infinite values", remedy="Repair the checkpoint")
     return values
@@ -131,12 +130,13 @@ def _checked_moment(moment: Tensor, n: int) -> Tensor:
     if not moment.dtype.is_floating_point:
         raise FourierError(f"the second moment is {moment.dtype}", remedy="Give floating-point values")
     values = moment.detach().to(torch.float32)
-    if not bool(torch.isfinite(values).all()):
+    largest = _largest(values)
+    if not math.isfinite(largest):
         raise FourierError("the second moment has NaN or infinite values", remedy="Look at the calibration data")
     diagonal = values if values.ndim == 1 else values.diagonal()
     if bool((diagonal < 0).any()):
         raise FourierError("the second moment has a negative diagonal", remedy="Give E[x xᵀ] of the layer's inputs")
-    if values.ndim == 2 and _asymmetry(values) > 1e-3 * float(values.abs().max()):
+    if values.ndim == 2 and _asymmetry(values) > 1e-3 * largest:
         raise FourierError("the second moment is not symmetric", remedy="Give E[x xᵀ] of the layer's inputs")
     unit = _unit(float(diagonal.mean()))
     return values if unit == 1 else values / unit
@@ -161,6 +161,12 @@ def usable_moment(config: FourierConfig, moment: Tensor | None, given: Tensor | 
     if config.method == "best" and config.calibration == "diagonal" and moment.ndim == 2:
         return moment.diagonal().contiguous()
     return moment
+
+
+def _largest(values: Tensor) -> float:
+    """max |x|, NaN where any value is, without a copy."""
+    low, high = map(float, torch.aminmax(values))
+    return math.nan if math.isnan(low) else max(-low, high)
 
 
 def _unit(size: float) -> float:

@@ -59,8 +59,8 @@ def dequantize_best(tensors: dict[str, Tensor], config: FourierConfig, shape: tu
     codebook, row_scale = tensors["codebook"].to(torch.float32), tensors["row_scale"].to(torch.float32)
     inverse = 1 / tensors["input_scale"].to(torch.float32)
     out = torch.empty(shape, dtype=torch.float32, device=row_scale.device)
-    for start in range(0, shape[0], 1024):  # in row blocks: the transform works on copies
-        rows = slice(start, start + 1024)
+    for start in range(0, shape[0], 256):  # in row blocks: the transform works on copies
+        rows = slice(start, start + 256)
         codes = unpack_codes(tensors["codes"][rows], config, shape)
         points = codebook.index_select(0, codes.flatten()).view(len(codes), size)
         coefficients = points * row_scale[rows, None]

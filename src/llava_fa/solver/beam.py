@@ -9,7 +9,6 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.maths.nearest import NearestCode
-from llava_fa.solver.feedback import pair_blocks
 
 # Columns per block. The hypotheses of a row differ within one block only: at its end the best one is kept,
 # and the correction from all earlier blocks is one GEMM for one history.
@@ -20,34 +19,32 @@ _TRIED = 4
 _COMPILED_WIDTH = 4
 
 
-def round_with_beam(
-    target: Tensor, unit: Tensor, root: Tensor, search: NearestCode, width: int
-) -> tuple[Tensor, Tensor]:
-    """Codes int32 [N/2, m] and errors E [N, m], from a beam search over the loss of `round_with_feedback`.
+def round_with_beam(target: Tensor, unit: Tensor, blocks: Tensor, search: NearestCode, width: int) -> Tensor:
+    """Codes int32 [N/2, m], from a beam search over the loss of `round_with_feedback`; the errors E replace the target.
 
     The loss Σ_p ‖(E_p + Σ_{j<p} M_jpᵀ E_j)ᵀ R_pp‖² grows pair by pair, so a prefix of codes has a cost of its
     own; each row keeps the `width` cheapest prefixes (the M-algorithm, as used for sphere decoding). Width 1
     is plain feedback, but for the metric R_pp.
 
     Args:
-        target: A [N, m], rows of W divided by their scale, transformed and transposed; contiguous.
+        target: A [N, m], rows of W divided by their scale, transformed and transposed; contiguous. Becomes E.
         unit: M of `feedback.unit_upper`.
-        root: R of `feedback.damped_root`.
+        blocks: R_pp of `feedback.pair_blocks` of R [N/2, 2, 2].
         width: hypotheses kept, a power of two.
     """
     size, rows = target.shape
-    error = torch.empty_like(target)
     codes = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
     beam = _Beam(search, width)
-    compiled = native.serves(target, unit, root) and width == _COMPILED_WIDTH
+    compiled = native.serves(target, unit, blocks) and width == _COMPILED_WIDTH
     for start in range(0, size, _BLOCK):
         block = slice(start, min(start + _BLOCK, size))
+        pairs = slice(start // 2, block.stop // 2)
         base = target[block]
         if start:
-            base = torch.addmm(base, unit[:start, block].T, error[:start])
-        here = target[block], base, unit[block, block], pair_blocks(root[block, block])
-        error[block], codes[start // 2 : block.stop // 2] = beam.compiled(*here) if compiled else beam.run(*here)
-    return codes, error
+            base = torch.addmm(base, unit[:start, block].T, target[:start])
+        here = target[block], base, unit[block, block], blocks[pairs]
+        target[block], codes[pairs] = beam.compiled(*here) if compiled else beam.run(*here)
+    return codes
 
 
 class _Beam:

@@ -27,8 +27,8 @@ _FLOOR = 1e-4
 # Hypotheses per row in error feedback: 4 lower the output error by 4 % against 1, 8 by another 1 % at twice
 # the time.
 _BEAM_WIDTH = 4
-# Rows that go through the trellis together when only nearness counts.
-_TRELLIS_ROWS = 512
+# Rows that are transformed, and rounded to the nearest codes, at a time.
+_ROWS = 512
 # Alternation between factors and codes stops when it gains less than this share of the loss.
 _LEAST_GAIN = 2e-3
 
@@ -49,7 +49,10 @@ def input_scales(weight: Tensor, moment: Tensor | None) -> Tensor:
         moment: H_jj = E[x_j²] [n], for nearest codes; H [n, n], for feedback; None takes H = I, for nearest
             codes, which minimises the weight error.
     """
-    columns = _floored(weight.square().mean(dim=0, dtype=torch.float64)).log()
+    power = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for start in range(0, len(weight), _ROWS):
+        power += weight[start : start + _ROWS].square().sum(dim=0, dtype=torch.float64)
+    columns = _floored(power / len(weight)).log()
     if moment is None:
         log = -columns / 4
     elif moment.ndim == 1:
@@ -74,7 +77,7 @@ def solve_best(
     best: dict[str, Tensor] = {}
     if config.rank:
         best, history = _alternate(problem, config)
-    codes, row_scale, points = problem.quantise_finally(problem.target(best))
+    codes, row_scale, points = problem.quantise_finally(best)
     tensors = {
         "codes": pack_codes(codes, config, (weight.shape[0], weight.shape[1])),
         "row_scale": row_scale.to(torch.bfloat16),
@@ -127,7 +130,7 @@ def expected_error(weight: Tensor, config: FourierConfig, moment: Tensor | None,
     else:  # the transform keeps the norm of every row
         power = (weight * scales).square().sum(dim=1, dtype=torch.float64) / dft.padded(weight.shape[1])
     if problem.moment is not None:
-        return power * float(feedback.pair_blocks(problem.root).square().sum(dtype=torch.float64))
+        return power * float(problem.blocks.square().sum(dtype=torch.float64))
     spread = torch.ones_like(scales) if problem.weights is None else problem.weights
     return power * float((spread / scales).square().sum(dtype=torch.float64))
 
@@ -167,66 +170,84 @@ class _Problem:
         self.notes: tuple[str, ...] = ()
         self.weights: Tensor | None = None  # of each input's error, when only a diagonal is known
         self.moment: Tensor | None = None  # H' + δI, when all of it is
+        self.root: Tensor | None = None  # its R, for factors
         if moment is None:
             return
         if moment.ndim == 1:
             self.weights = _floored(moment).sqrt()
             return
-        self.moment = dft.transform_moment(moment / scales[:, None] / scales, self.signs)
-        self.root, damping = feedback.damped_root(self.moment, config.damping)
+        self.moment = dft.transform_moment(moment, self.signs, 1 / scales)
+        root, damping = feedback.damped_root(self.moment, config.damping)
         if damping != config.damping:
             self.notes = (f"damping raised to {damping:g}",)
         self.moment.diagonal().add_(damping * float(self.moment.diagonal().mean()))
-        self.unit = feedback.unit_upper(self.root)
+        self.unit, self.blocks = feedback.unit_upper(root), feedback.pair_blocks(root)
+        if config.rank:
+            self.root = root
 
-    def target(self, stored: dict[str, Tensor]) -> Tensor:
-        """What the codes are to stand for: A [m, N] less the stored low-rank part, if any."""
-        target = dft.packed_dft_rows(self.weight, self.signs, self.scales)
-        return target.sub_(self.transformed(stored)) if stored else target
+    def target(self, stored: dict[str, Tensor], rows: slice = slice(None)) -> Tensor:
+        """What the codes are to stand for: A [m, N] less the stored low-rank part, if any; or some rows of it."""
+        target = dft.packed_dft_rows(self.weight[rows], self.signs, self.scales)
+        return target.sub_(self.transformed(stored, rows)) if stored else target
 
     def quantise(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Ring codes int32 [m, N/2], good enough to lead to better factors, and row scales float32 [m]."""
         row_scale, inverse = _row_scale(target)
+        rows = target * inverse[:, None]
         if self.moment is None:
-            return self._nearest(target, inverse), row_scale
-        codes, _ = feedback.round_with_feedback((target * inverse[:, None]).T.contiguous(), self.unit, self.search)
+            return self._nearest(rows), row_scale
+        codes, _ = feedback.round_with_feedback(rows.T.contiguous(), self.unit, self.search)
         return codes.T.contiguous(), row_scale
 
-    def quantise_finally(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The points' numbers int32 [m, N/2], row scales float32 [m] (bf16 values), and the points [·, 2].
+    def quantise_finally(self, stored: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The points' numbers int32 [m, N/2], row scales float32 [m] (bf16 values), and the points [·, 2], for what the
+        stored factors, if any, leave.
 
-        Spoils the target: a layer's memory is counted in copies of W.
+        The problem is used up: a layer's memory is counted in copies of W.
         """
-        row_scale, inverse = _row_scale(target)
-        through = self.config.codes_for(self.n) == "trellis"
-        points = trellis(self.config.code_bits).points if through else self.search.codebook
-        if self.moment is None:
-            return (self._viterbi if through else self._nearest)(target, inverse), row_scale, points
-        rows = target.mul_(inverse[:, None]).T.contiguous()
-        del target
+        through, bits = self.config.codes_for(self.n) == "trellis", self.config.code_bits
+        points = trellis(bits).points if through else self.search.codebook
+        m, size = len(self.weight), dft.padded(self.n)
+        row_scale = self.weight.new_empty(m)
+        codes = torch.empty(m, size // 2, dtype=torch.int32, device=self.weight.device)
+        rows = self.weight.new_empty(0 if self.moment is None else size, m)
+        for start in range(0, m, _ROWS):
+            part = slice(start, start + _ROWS)
+            target = self.target(stored, part)
+            row_scale[part], inverse = _row_scale(target)
+            target *= inverse[:, None]
+            if self.moment is not None:
+                rows[:, part] = target.T
+            elif through:
+                codes[part] = trellis(bits).encode(target.T.contiguous()).T
+            else:
+                codes[part] = self._nearest(target)
+        if self.moment is not None:
+            codes = self._with_feedback(rows, through)
+        return codes, row_scale, points
+
+    def _with_feedback(self, rows: Tensor, through: bool) -> Tensor:
+        """Codes int32 [m, N/2] of rows [N, m] as error feedback takes them; spoils the rows and the factors of H'."""
+        moment, unit, blocks = self.moment, self.unit, self.blocks
+        del self.moment, self.unit
+        assert moment is not None
         if through:
-            codes, _ = round_trellis(rows, self.unit, self.root, nearby_windows(self.config.code_bits))
-            return codes.T.contiguous(), row_scale, points
-        codes, error = round_with_beam(rows, self.unit, self.root, self.search, _BEAM_WIDTH)
+            del moment
+            return round_trellis(rows, unit, blocks, nearby_windows(self.config.code_bits)).T.contiguous()
+        codes = round_with_beam(rows, unit, blocks, self.search, _BEAM_WIDTH)
+        del unit
         for _ in range(self.config.refine_passes):
-            if feedback.refine(codes, error, self.moment, self.search) == 0:
+            if feedback.refine(codes, rows, moment, self.search) == 0:
                 break
-        return codes.T.contiguous(), row_scale, points
+        return codes.T.contiguous()
 
-    def _viterbi(self, target: Tensor, inverse: Tensor) -> Tensor:
-        codes = torch.empty(target.shape[0], target.shape[1] // 2, dtype=torch.int32)
-        for start in range(0, len(codes), _TRELLIS_ROWS):
-            part = slice(start, start + _TRELLIS_ROWS)
-            rows = (target[part] * inverse[part, None]).T.contiguous()
-            codes[part] = trellis(self.config.code_bits).encode(rows).T
-        return codes
-
-    def _nearest(self, target: Tensor, inverse: Tensor) -> Tensor:
-        codes = torch.empty(target.shape[0], target.shape[1] // 2, dtype=torch.int32)
-        step = max(1, (1 << 20) // target.shape[1])
-        for start in range(0, target.shape[0], step):
-            block = target[start : start + step] * inverse[start : start + step, None]
-            codes[start : start + step] = self.search(block[:, 0::2], block[:, 1::2])
+    def _nearest(self, rows: Tensor) -> Tensor:
+        """The nearest ring codes int32 [m, N/2] of rows divided by their scale [m, N], a few at a time."""
+        codes = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=torch.int32, device=rows.device)
+        step = max(1, (1 << 20) // rows.shape[1])
+        for start in range(0, rows.shape[0], step):
+            part = rows[start : start + step]
+            codes[start : start + step] = self.search(part[:, 0::2], part[:, 1::2])
         return codes
 
     def decode(self, codes: Tensor, row_scale: Tensor) -> Tensor:
@@ -235,14 +256,14 @@ class _Problem:
 
     def loss(self, error: Tensor) -> float:
         """The weighted squared norm of an error [m, N]."""
-        if self.moment is not None:
+        if self.root is not None:
             return float((error @ self.root).square().sum(dtype=torch.float64))
         return float((self._spatial(error) * self._weight_or_one()).square().sum(dtype=torch.float64))
 
     def fit_factors(self, rest: Tensor) -> dict[str, Tensor]:
         """The weighted low-rank fit to what the codes leave, as stored (see `factors`)."""
         rank, seed = self.config.rank, self.config.seed
-        if self.moment is not None:
+        if self.root is not None:
             left, right = weighted_low_rank(rest, rank, self.root, seed=seed)
             right = self._spatial(right)
         else:
@@ -258,10 +279,10 @@ class _Problem:
             "right_scale": right_scale,
         }
 
-    def transformed(self, stored: dict[str, Tensor]) -> Tensor:
-        """The stored low-rank part in the transformed domain [m, N]."""
+    def transformed(self, stored: dict[str, Tensor], rows: slice = slice(None)) -> Tensor:
+        """The stored low-rank part in the transformed domain [m, N], or some rows of it."""
         left, right = factors(stored)
-        return left @ dft.packed_dft(right * self.scales, self.signs)
+        return left[rows] @ dft.packed_dft(right * self.scales, self.signs)
 
     def _spatial(self, transformed: Tensor) -> Tensor:
         return dft.packed_idft(transformed, self.signs, self.n) / self.scales

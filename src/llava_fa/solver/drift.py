@@ -9,8 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_fa.maths.cholesky import solve_rows
+from llava_fa.solver.feedback import damped_factor
+
 DAMPING = 0.1
 """λ: how strongly the corrected weight is held to the original one (docs/results.md)."""
+# Rows solved for at a time: what is solved is float64, and as wide as the matrix.
+_ROWS = 512
 
 
 def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: float = DAMPING) -> Tensor:
@@ -30,11 +35,16 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
     mean = float(moment.diagonal().mean(dtype=torch.float64))
     if mean == 0 or not bool(drift.any()):
         return values
-    damped = moment.to(torch.float64)
-    damped.diagonal().add_(damping * mean)
-    lower = torch.linalg.cholesky(damped)
-    del damped
-    few = values.shape[0] <= values.shape[1]  # rows of W to solve for, else those of D: float64 is slow and large
-    rows = values @ drift.to(torch.float32) if few else drift
-    solved = torch.cholesky_solve(rows.T.to(torch.float64), lower).T.to(torch.float32)
-    return values + solved if few else torch.addmm(values, values, solved)
+    panels, _ = damped_factor(moment, damping)
+    out = torch.empty_like(values)
+    if values.shape[0] <= values.shape[1]:  # rows of W to solve for, else those of D: float64 is slow
+        for start in range(0, len(values), _ROWS):
+            rows = values[start : start + _ROWS]
+            solved = solve_rows((rows @ drift.to(torch.float32)).to(torch.float64), panels)
+            torch.add(rows, solved.to(torch.float32), out=out[start : start + _ROWS])
+        return out
+    out.copy_(values)
+    for start in range(0, len(drift), _ROWS):
+        solved = solve_rows(drift[start : start + _ROWS].to(torch.float64, copy=True), panels)
+        out.addmm_(values[:, start : start + _ROWS], solved.to(torch.float32))
+    return out

@@ -12,50 +12,54 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.errors import FourierError
+from llava_fa.maths import cholesky
 from llava_fa.maths.nearest import NearestCode
 
 # Columns per block: corrections within a block are small products, those between blocks one GEMM.
 _BLOCK = 128
+# Rows of a matrix [N, N] that are worked on at a time.
+_ROWS = 512
 
 
-def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper triangular R [N, N] float32 with R Rᵀ = H + δI, δ = damping × mean diagonal, by a float64
-    Cholesky.
+def damped_factor(moment: Tensor, damping: float) -> tuple[list[Tensor], float]:
+    """R with R Rᵀ = H + δI, δ = damping × mean diagonal, as float64 panels (`maths.cholesky`).
 
-    R Rᵀ with R upper is the Cholesky of H in reversed order: it hands the feedback its coefficients without
-    ever inverting H. When it fails, damping is raised tenfold, up to 1.
+    R upper is the Cholesky factor of H in reversed order: it hands the feedback its coefficients without ever
+    inverting H. When it fails, damping is raised tenfold, up to 1.
 
     Returns:
-        R, and the damping that it took.
+        The panels, and the damping that it took.
 
     Raises:
         FourierError: not positive semi-definite even with damping 1.
     """
-    size = moment.shape[0]
-    mean, info = float(moment.diagonal().mean(dtype=torch.float64)), torch.empty((), dtype=torch.int32)
+    mean = float(moment.diagonal().mean(dtype=torch.float64))
     while True:
-        flipped = moment.flip(0, 1).to(torch.float64)
-        flipped.diagonal().add_(damping * mean)
-        # Symmetric, so the same matrix column by column, as LAPACK has it: factored where it lies.
-        lower = flipped.mT
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            root = lower.to(torch.float32)
-            del flipped, lower
-            return root.flip(0, 1), damping
+        panels = cholesky.upper_factor(moment, damping * mean)
+        if panels is not None:
+            return panels, damping
         if damping >= 1:
             raise FourierError(
-                f"the second moment [{size}, {size}] is not positive semi-definite",
+                f"the second moment {list(moment.shape)} is not positive semi-definite",
                 remedy="Give H = E[x xᵀ] of the layer's inputs, accumulated in float32 or wider",
             )
         damping = min(10 * damping, 1.0)
 
 
+def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, float]:
+    """R of `damped_factor` as one matrix [N, N] float32, and the damping that it took."""
+    panels, damping = damped_factor(moment, damping)
+    return cholesky.square(panels, torch.float32), damping
+
+
 def unit_upper(root: Tensor) -> Tensor:
     """M = R blkdiag(R_pp)⁻¹ [N, N]: the unit upper factor of H = M D Mᵀ in 2×2 blocks."""
-    size = root.shape[0]
-    inverse = torch.linalg.inv(pair_blocks(root))
-    return torch.einsum("rpa,pab->rpb", root.view(size, size // 2, 2), inverse).reshape(size, size)
+    size, inverse = root.shape[0], torch.linalg.inv(pair_blocks(root))
+    unit = torch.empty_like(root)
+    for start in range(0, size, _ROWS):  # the product works on copies
+        rows = root[start : start + _ROWS]
+        unit[start : start + _ROWS] = torch.einsum("rpa,pab->rpb", rows.view(-1, size // 2, 2), inverse).flatten(1)
+    return unit
 
 
 def pair_blocks(matrix: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from llava_fa.errors import FourierError
 # Samples are multiplied in float32 in slices of this many, each sum then added in float64: a float32 sum of
 # thousands of squares is good to 1e-5, and no error grows with the number of samples.
 _SLICE = 4096
+# Rows of a statistic [n, n] at a time: it is the largest thing there is, and copies of it would be as large.
+_ROWS = 512
 
 
 class SecondMoment:
@@ -44,7 +46,11 @@ class SecondMoment:
                     remedy="Check the calibration samples, or run the model in float32",
                     where=self.name,
                 )
-            self._sum += (power if self._sum.ndim == 1 else block.T @ block).to(self._sum.device)
+            if self._sum.ndim == 1:
+                self._sum += power.to(self._sum.device)
+            else:  # what is below the diagonal is what is above it
+                for rows in _slices(self.n):
+                    self._sum[rows, rows.start :] += (block[:, rows].T @ block[:, rows.start :]).to(self._sum.device)
             self.count += block.shape[0]
 
     def value(self) -> Tensor:
@@ -54,7 +60,11 @@ class SecondMoment:
             FourierError: nothing was added.
         """
         mean = _mean(self._sum, self.count, self.name)
-        return (mean if mean.ndim == 1 else (mean + mean.T) / 2).to(torch.float32)
+        for rows in _slices(self.n) if mean.ndim == 2 else ():
+            own = mean[rows, rows]
+            own.copy_((own + own.T) / 2)
+            mean[rows.stop :, rows] = mean[rows, rows.stop :].T
+        return mean
 
 
 class Drift:
@@ -78,14 +88,16 @@ class Drift:
         original, given = original.detach().reshape(-1, self.n), given.detach().reshape(-1, self.n)
         for start in range(0, given.shape[0], _SLICE):
             block = given[start : start + _SLICE].to(torch.float32)
-            part = (original[start : start + _SLICE].to(torch.float32) - block).T @ block
-            if not bool(torch.isfinite(part).all()):
-                raise FourierError(
-                    "the layer's inputs have NaN or infinite values in the original model",
-                    remedy="Check the calibration samples, or run the model in float32",
-                    where=self.name,
-                )
-            self._sum += part.to(self._sum.device)
+            apart = original[start : start + _SLICE].to(torch.float32) - block
+            for rows in _slices(self.n):
+                part = apart[:, rows].T @ block
+                if not bool(torch.isfinite(part).all()):
+                    raise FourierError(
+                        "the layer's inputs have NaN or infinite values in the original model",
+                        remedy="Check the calibration samples, or run the model in float32",
+                        where=self.name,
+                    )
+                self._sum[rows] += part.to(self._sum.device)
             self.count += block.shape[0]
 
     def value(self) -> Tensor:
@@ -94,10 +106,18 @@ class Drift:
         Raises:
             FourierError: nothing was added.
         """
-        return _mean(self._sum, self.count, self.name).to(torch.float32)
+        return _mean(self._sum, self.count, self.name)
 
 
 def _mean(total: Tensor, count: int, name: str) -> Tensor:
+    """total / count in float32."""
     if count == 0:
         raise FourierError("no input reached this layer", remedy="Give calibration samples that use it", where=name)
-    return total / count
+    out = torch.empty(total.shape, dtype=torch.float32, device=total.device)
+    for rows in _slices(len(total)):
+        out[rows] = total[rows] / count
+    return out
+
+
+def _slices(n: int) -> list[slice]:
+    return [slice(start, min(start + _ROWS, n)) for start in range(0, n, _ROWS)]

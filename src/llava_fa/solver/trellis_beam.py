@@ -15,7 +15,6 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.maths.trellis import Trellis, trellis
-from llava_fa.solver.feedback import pair_blocks
 
 # Columns per block. Paths differ within the last two blocks; what is older is settled by the cheapest path.
 _BLOCK = 32
@@ -32,35 +31,31 @@ _SIDE, _REACH = 64, 4.0
 _ROWS = 1024
 
 
-def round_trellis(target: Tensor, unit: Tensor, root: Tensor, near: NearbyWindows) -> tuple[Tensor, Tensor]:
-    """Windows s [N/2, m] int32 (see `maths.trellis`) and errors E [N, m] that make tr(Eᵀ H E) small.
+def round_trellis(target: Tensor, unit: Tensor, blocks: Tensor, near: NearbyWindows) -> Tensor:
+    """Windows s [N/2, m] int32 (see `maths.trellis`) that make tr(Eᵀ H E) small; the errors E replace the target.
 
     With H = M D Mᵀ in 2×2 blocks the loss Σ_p ‖E_p + Σ_{j<p} M_jpᵀ E_j‖²_{D_p} of a row grows coefficient by
     coefficient; the `width` cheapest paths are continued by all 2^k windows that can follow.
 
     Args:
-        target: A [N, m], rows of W divided by their scale, transformed and transposed; contiguous.
+        target: A [N, m], rows of W divided by their scale, transformed and transposed; contiguous. Becomes E.
         unit: M of `feedback.unit_upper`.
-        root: R of `feedback.damped_root`; D_p = R_pp R_ppᵀ.
+        blocks: R_pp of `feedback.pair_blocks` of R [N/2, 2, 2]; D_p = R_pp R_ppᵀ.
         near: `nearby_windows` of the trellis.
     """
     size, rows = target.shape
-    error = torch.empty_like(target)
     states = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
-    blocks = pair_blocks(root)
     metric = blocks @ blocks.transpose(1, 2)
-    if near.packed is not None and native.serves(target, unit, root) and (_BLOCK, _PATHS) == _COMPILED:
-        _round_compiled(target, unit, metric, near, error, states)
-        return states, error
+    if near.packed is not None and native.serves(target, unit, blocks) and (_BLOCK, _PATHS) == _COMPILED:
+        _round_compiled(target, unit, metric, near, states)
+        return states
     for first in range(0, rows, _ROWS):
         part = slice(first, first + _ROWS)
-        _Beam(target[:, part], unit, metric.tolist(), near).run(error[:, part], states[:, part])
-    return states, error
+        _Beam(target[:, part], unit, metric.tolist(), near).run(states[:, part])
+    return states
 
 
-def _round_compiled(
-    target: Tensor, unit: Tensor, metric: Tensor, near: NearbyWindows, error: Tensor, states: Tensor
-) -> None:
+def _round_compiled(target: Tensor, unit: Tensor, metric: Tensor, near: NearbyWindows, states: Tensor) -> None:
     """As `_Beam.run` for all rows, up to rounding; csrc/trellis_beam.inl."""
     assert near.packed is not None
     size, rows = target.shape
@@ -72,12 +67,12 @@ def _round_compiled(
         older = max(0, start - _BLOCK)  # columns before are settled
         base = target[start:stop]
         if older:
-            base = torch.addmm(base, unit[:older, start:stop].T, error[:older])
+            base = torch.addmm(base, unit[:older, start:stop].T, target[:older])
         native.call(
             "trellis_beam",
             *(target, base, start, stop - start, size, rows),
             *(unit[start:stop, start:ahead].contiguous(), ahead - start, metric[start // 2 :], near.packed),
-            *(near.trellis.code_bits, *lists, paths, error, states),
+            *(near.trellis.code_bits, *lists, paths, states),
         )
 
 
@@ -93,9 +88,9 @@ class _Beam:
         self.errors = target.new_zeros(self.rows, 1, 2 * _BLOCK)
         self.window: Tensor | None = None
 
-    def run(self, error: Tensor, states: Tensor) -> None:
-        """Fill error [N, m] and states [N/2, m]."""
-        size = self.target.shape[0]
+    def run(self, states: Tensor) -> None:
+        """Fill states [N/2, m], and replace the target by the errors."""
+        size, error = self.target.shape[0], self.target  # of what is settled
         steps: list[tuple[Tensor, Tensor]] = []  # parent and window of every path, of the last two blocks
         for start in range(0, size, _BLOCK):
             stop = min(start + _BLOCK, size)
