@@ -70,6 +70,11 @@ def _lower(rows: Rows, name: str, *others: str) -> bool:
     return bool(rows[name]["kl"] < 0.9 * min(rows[other]["kl"] for other in others))
 
 
+def _more_right(rows: Rows, name: str, other: str) -> bool:
+    """Whether accuracy is higher by more than 2.5 points, about twice the error of a difference."""
+    return bool(rows[name]["accuracy"] > rows[other]["accuracy"] + 0.025)
+
+
 def _verdict(found: list[bool]) -> str:
     return "yes" if all(found) else "in part" if any(found) else "no"
 
@@ -167,15 +172,18 @@ def _worth(rows: Rows, _: Figures) -> tuple[str, str]:
 
 def _odc(end: str) -> Callable[[Rows, Figures], tuple[str, str]]:
     def judge(rows: Rows, _: Figures) -> tuple[str, str]:
-        cells, verdicts = [], []
+        cells, nearer, better, worse = [], [], [], []
         for bits in ("2+2", "4+4"):
             without, with_ = f"{bits}, no ODC, rank 256", f"{bits}, {end}rank 256"
-            verdicts.append(_lower(rows, with_, without))
+            nearer.append(_lower(rows, with_, without))
+            better.append(_more_right(rows, with_, without))
+            worse.append(_more_right(rows, without, with_))
             cells.append(
                 f"{bits}: KL {_told(rows, without, bits=False)} → {_told(rows, with_, bits=False)}, "
                 f"out {rows[without]['out']:.4f} → {rows[with_]['out']:.4f}"
             )
-        return _verdict(verdicts), "; ".join(cells)
+        answers = "better" if any(better) else "worse" if any(worse) else "no different"
+        return f"by KL {_verdict(nearer)}; answers {answers}", "; ".join(cells)
 
     return judge
 
