@@ -8,9 +8,11 @@ variable `LLAVA_FA_NATIVE` chooses: unset, the widest instructions that this CPU
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         try:
             library = ctypes.CDLL(str(path))
             if library.llava_fa_abi() == _ABI:
+                _declare(library)
                 return library, str(path)
             why = f"{path} was built from other sources"
         except (OSError, AttributeError) as error:
@@ -61,7 +64,7 @@ def choice() -> tuple[str | None, str]:
     Raises:
         FourierError: `LLAVA_FA_NATIVE` names what is not there.
     """
-    asked = os.environ.get(SWITCH, "")
+    asked = _using[-1] if _using else os.environ.get(SWITCH, "")
     if asked == "off":
         return None, f"{SWITCH}=off"
     available, why = levels(), _library()[1]
@@ -73,6 +76,19 @@ def choice() -> tuple[str | None, str]:
     if asked:
         return asked, f"{SWITCH}={asked}"
     return (available[-1], "the widest that this CPU has") if available else (None, why)
+
+
+_using: list[str] = []
+
+
+@contextlib.contextmanager
+def using(level: str) -> Iterator[None]:
+    """Inside this context the kernels run this level (or ``off``), whatever the environment says."""
+    _using.append(level)
+    try:
+        yield
+    finally:
+        _using.pop()
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -97,6 +113,74 @@ def call(kernel: str, *arguments: Tensor | int | float) -> None:
     values = (LEVELS.index(level), torch.get_num_threads(), *arguments)
     if getattr(library, f"llava_fa_{kernel}")(*map(_raw, values)):
         raise MemoryError(f"no memory for the working space of {kernel}")
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Argument types of what is called once a token and layer, where converting them one by one would be felt."""
+    integer, address = ctypes.c_int64, ctypes.c_void_p
+    library.llava_fa_linear_name.restype = ctypes.c_char_p
+    library.llava_fa_linear.argtypes = [integer, integer, address, address, integer, integer, address, *(address,) * 9]
+    library.llava_fa_linear.argtypes += [integer, address, *(integer,) * 6]
+    library.llava_fa_linear.restype = integer
+
+
+@cache
+def openmp() -> tuple[int, str]:
+    """Address of GOMP_parallel in the OpenMP runtime that torch brought along, 0 without one; and which that is.
+
+    Kernels that last microseconds run on the threads torch has already: a pool of their own would compete with it.
+    """
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        try:
+            function = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return int(ctypes.cast(function, ctypes.c_void_p).value or 0), str(path)
+    return 0, "none that torch brought along: threads of one call"
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    """libgomp's threads do not survive a fork, and it would wait for them for ever."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def linear_kernel() -> str | None:
+    """The build of the packed layer's kernel that runs here; None for PyTorch."""
+    level, library = choice()[0], _library()[0]
+    if level is None or library is None:
+        return None
+    name: str = library.llava_fa_linear_name(LEVELS.index(level)).decode()
+    return name
+
+
+def linear(*arguments: int) -> None:
+    """`llava_fa_linear` of csrc/linear.cpp on torch's threads; tensors by address, as `call`.
+
+    Raises:
+        MemoryError: there was none left for its working space.
+    """
+    level, library = choice()[0], _library()[0]
+    assert library is not None
+    assert level is not None
+    if library.llava_fa_linear(
+        LEVELS.index(level), torch.get_num_threads(), 0 if _forked else openmp()[0], *arguments
+    ):
+        raise MemoryError("no memory for the working space of a packed layer")
+
+
+def interleave(source: Tensor, to: Tensor, *arguments: int) -> None:
+    """`llava_fa_interleave` of csrc/linear.cpp."""
+    library = _library()[0]
+    assert library is not None
+    library.llava_fa_interleave(*map(_raw, (source, to, *arguments)))
 
 
 def trellis_row_bytes() -> int:

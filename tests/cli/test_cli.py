@@ -339,3 +339,20 @@ def test_casp_is_told_and_shown(model, tmp_path, flags):
     if "--casp" in flags:
         assert sorted(widths) == [0, 0, 12, 12]  # the language model's
         assert "12 L R" in run("inspect", tmp_path / "out", "--layers").stdout
+
+
+def test_doctor_tells_what_runs_and_checks_it(monkeypatch):
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["ok"]
+    assert found["layer"]["float64"]["implementation"] == "reference"
+    assert {check["level"] for check in found["checks"]} == set(found["kernels"]["available"])
+    assert "float32" in run("doctor").stdout
+    from llava_fa.kernels import doctor
+
+    monkeypatch.setattr(doctor, "_EXACT", 0.0)
+    result = run("doctor")
+    if found["checks"]:
+        assert result.exit_code == 1
+        assert "WRONG: portable, rings 2, exact" in result.stdout

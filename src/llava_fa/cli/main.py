@@ -10,6 +10,7 @@ import typer
 from llava_fa.cli.chat import chat
 from llava_fa.cli.compress import compress
 from llava_fa.cli.demo import demo
+from llava_fa.cli.doctor import doctor
 from llava_fa.cli.eval import evaluate
 from llava_fa.cli.explain import explain, flops
 from llava_fa.cli.inspect import inspect
@@ -32,6 +33,7 @@ app.command()(command(chat))
 app.command()(command(explain))
 app.command()(command(flops))
 app.command()(command(demo))
+app.command()(command(doctor))
 app.add_typer(world, name="world")
 
 

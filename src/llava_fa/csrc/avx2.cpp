@@ -1,8 +1,11 @@
 // The kernels for AVX2 and FMA; which CPU has it is asked in library.cpp.
+#include "dft.h"
 #include "kernels.h"
+#include "linear.h"
 
 #if defined(__x86_64__)
 
+#include "lookup_avx2.h"
 #include "simd_avx2.h"
 
 namespace llava_fa {
@@ -14,6 +17,8 @@ namespace avx2 {
 #include "greedy.inl"
 #include "refine.inl"
 #include "trellis_beam.inl"
+#include "linear.inl"
+#include "dft.inl"
 }  // namespace avx2
 
 const Kernels* avx2_kernels() {
@@ -23,10 +28,17 @@ const Kernels* avx2_kernels() {
                              trellis_beam};
   return &table;
 }
+
+const LinearKernels* avx2_linear() {
+  using namespace avx2;
+  static const LinearKernels table LINEAR_KERNELS;
+  return &table;
+}
 }  // namespace llava_fa
 
 #else
 
 const llava_fa::Kernels* llava_fa::avx2_kernels() { return nullptr; }
+const llava_fa::LinearKernels* llava_fa::avx2_linear() { return nullptr; }
 
 #endif

@@ -68,5 +68,40 @@ INLINE Ints permute_quads(Ints v, Ints which) { return as_ints(_mm256_permutevar
 INLINE Ints swap_neighbours(Ints v) { return _mm256_shuffle_epi32(v, _MM_SHUFFLE(2, 3, 0, 1)); }
 INLINE Ints swap_halves(Ints v) { return _mm256_shuffle_epi32(v, _MM_SHUFFLE(1, 0, 3, 2)); }
 
+INLINE Ints convert(const int8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+INLINE Floats convert(Ints v) { return _mm256_cvtepi32_ps(v); }
+INLINE Floats convert(const uint16_t* bf16) {
+  return as_floats(shift_left(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16))), 16));
+}
+
+// Vector i, lane j ↔ vector j, lane i.
+INLINE void transpose(Floats* v) {
+  Floats t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; h++) {
+      const __m256d a = _mm256_castps_pd(t[i + h]), b = _mm256_castps_pd(t[i + 2 + h]);
+      v[i + 2 * h] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      v[i + 2 * h + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  for (int i = 0; i < 4; i++) {
+    const Floats a = v[i], b = v[i + 4];
+    v[i] = _mm256_permute2f128_ps(a, b, 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+}
+
+INLINE Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+INLINE Floats reverse(Floats v) { return _mm256_permutevar8x32_ps(v, _mm256_set_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+// Every second of the numbers in a and then b, from the first and from the second on.
+INLINE void split(Floats a, Floats b, Floats& even, Floats& odd) {
+  const __m256d e = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), o = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+  even = _mm256_castpd_ps(_mm256_permute4x64_pd(e, 0xd8));
+  odd = _mm256_castpd_ps(_mm256_permute4x64_pd(o, 0xd8));
+}
+
 }  // namespace avx2
 }  // namespace llava_fa

@@ -66,5 +66,46 @@ INLINE Ints permute_quads(Ints v, Ints which) { return as_ints(_mm512_permutevar
 INLINE Ints swap_neighbours(Ints v) { return _mm512_shuffle_epi32(v, _MM_PERM_CDAB); }
 INLINE Ints swap_halves(Ints v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); }
 
+INLINE Ints convert(const int8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+INLINE Floats convert(Ints v) { return _mm512_cvtepi32_ps(v); }
+INLINE Floats convert(const uint16_t* bf16) {
+  return as_floats(shift_left(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16))), 16));
+}
+
+// Vector i, lane j ↔ vector j, lane i.
+INLINE void transpose(Floats* v) {
+  Floats t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; h++) {
+      const __m512d a = _mm512_castps_pd(t[i + h]), b = _mm512_castps_pd(t[i + 2 + h]);
+      v[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      v[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  for (int half = 0; half < 16; half += 8)
+    for (int i = 0; i < 4; i++) {
+      t[half + i] = _mm512_shuffle_f32x4(v[half + i], v[half + 4 + i], 0x88);
+      t[half + 4 + i] = _mm512_shuffle_f32x4(v[half + i], v[half + 4 + i], 0xdd);
+    }
+  for (int i = 0; i < 8; i++) {
+    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+INLINE Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+INLINE Floats reverse(Floats v) {
+  return _mm512_permutexvar_ps(_mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), v);
+}
+// Every second of the numbers in a and then b, from the first and from the second on.
+INLINE void split(Floats a, Floats b, Floats& even, Floats& odd) {
+  const __m512i index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  even = _mm512_permutex2var_ps(a, index, b);
+  odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(index, _mm512_set1_epi32(1)), b);
+}
+
 }  // namespace avx512
 }  // namespace llava_fa

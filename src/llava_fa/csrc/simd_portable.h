@@ -72,5 +72,29 @@ INLINE Ints permute_quads(Ints v, Ints which) { return Ints{v[which[0]], v[which
 INLINE Ints swap_neighbours(Ints v) { return Ints{v[1], v[0], v[3], v[2]}; }
 INLINE Ints swap_halves(Ints v) { return Ints{v[2], v[3], v[0], v[1]}; }
 
+INLINE Ints convert(const int8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
+INLINE Floats convert(Ints v) { return __builtin_convertvector(v, Floats); }
+INLINE Floats convert(const uint16_t* p) {
+  return as_floats(Ints{p[0] << 16, p[1] << 16, p[2] << 16, p[3] << 16});
+}
+
+// Vector i, lane j ↔ vector j, lane i.
+INLINE void transpose(Floats* v) {
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < i; j++) {
+      const float other = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = other;
+    }
+}
+
+INLINE Floats div(Floats a, Floats b) { return a / b; }
+INLINE Floats reverse(Floats v) { return Floats{v[3], v[2], v[1], v[0]}; }
+// Every second of the numbers in a and then b, from the first and from the second on.
+INLINE void split(Floats a, Floats b, Floats& even, Floats& odd) {
+  even = Floats{a[0], a[2], b[0], b[2]};
+  odd = Floats{a[1], a[3], b[1], b[3]};
+}
+
 }  // namespace portable
 }  // namespace llava_fa

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_fa.kernels.interleaved import best_layout, deinterleave, is_interleaved
 from llava_fa.maths.bitpack import packed_bytes, unpack, unpack_windows
 from llava_fa.maths.dft import packed_dft, packed_idft, padded
 from llava_fa.maths.polar import polar_dequant
@@ -147,6 +148,51 @@ def best_matmul(
     for start, stop in decoder.chunks():
         flat[:, start:stop] = spectrum @ decoder.decode(start, stop).T
     return flat.mul_(row_scale.to(dtype)).view(out.shape)
+
+
+def factor(values: Tensor, scale: Tensor | None, dtype: torch.dtype, rank_axis: int) -> Tensor:
+    """A stored factor as real numbers: int8 columns (left) or rows (right) times their scale."""
+    values = values.to(dtype)
+    if scale is None:
+        return values
+    scale = scale.to(dtype)
+    return values * (scale[None, :] if rank_axis == 1 else scale[:, None])
+
+
+def best_linear(
+    x: Tensor,
+    codes: Tensor,
+    row_scale: Tensor,
+    input_scale: Tensor,
+    signs: Tensor,
+    codebook: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
+    bias: Tensor | None,
+    code_bits: int,
+    state_bits: int,
+) -> Tensor:
+    """y = `best_matmul` + left (right x) + bias, rounded once: [..., n] → [..., m] in x's dtype.
+
+    Args:
+        codes: as stored, or interleaved (`kernels.interleaved`).
+        left, right, left_scale, right_scale: the low-rank part as stored, or None.
+        bias: [m] or None.
+        code_bits, state_bits: of the layout.
+        Others: see `best_matmul`.
+    """
+    if is_interleaved(codes):
+        m, n = row_scale.shape[0], x.shape[-1]
+        codes = deinterleave(codes, best_layout(m, n, code_bits, state_bits))
+    y = best_matmul(x, codes, row_scale, input_scale, signs, codebook, code_bits if state_bits else 0)
+    if left is not None and right is not None:
+        low, high = factor(right, right_scale, y.dtype, 0), factor(left, left_scale, y.dtype, 1)
+        y = y + (x.to(y.dtype) @ low.T) @ high.T
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
 
 
 def best_matmul_transposed(

@@ -5,8 +5,10 @@
 | ``llava_fa::best_matmul``  | y = diag(row_scale) codebook[codes] T (x/s) | `reference.best_matmul`  |
 | ``llava_fa::paper_matmul`` | y = Re ifft_m(S (c · x̂))                    | `reference.paper_matmul` |
 | ``llava_fa::…_transposed`` | their adjoints, which are their gradients   | `reference.…_transposed` |
+| ``llava_fa::best_linear``  | best_matmul + left (right x) + bias         | `reference.best_linear`  |
 
-All are linear in their first argument and differentiable to it, any number of times; packed weights are data.
+All are linear in their first argument, and all but the last differentiable to it, any number of times; packed weights
+are data. The last is what inference runs where a compiled kernel serves; it has no gradient.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ import torch
 from torch import Tensor
 
 from llava_fa.errors import FourierError
-from llava_fa.kernels import reference
-from llava_fa.kernels.reference import working_dtype
+from llava_fa import native
+from llava_fa.kernels import compiled, reference
+from llava_fa.kernels.interleaved import deinterleave, interleave, is_interleaved
+from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.reference import factor, working_dtype
 
 _BEST_NAMES = ("codes", "row_scale", "input_scale", "signs", "codebook")
 _BEST = ", ".join(f"Tensor {name}" for name in _BEST_NAMES) + ", int trellis_bits=0"
@@ -31,7 +36,10 @@ _SCHEMAS = {
     "best_matmul_transposed": f"(Tensor g, {_BEST}) -> Tensor",
     "paper_matmul": f"(Tensor x, {_PAPER}) -> Tensor",
     "paper_matmul_transposed": f"(Tensor g, {_PAPER}, int n) -> Tensor",
+    "best_linear": f"(Tensor x, {', '.join(f'Tensor {name}' for name in _BEST_NAMES)}, Tensor? left, Tensor? right, "
+    "Tensor? left_scale, Tensor? right_scale, Tensor? bias, int code_bits, int state_bits) -> Tensor",
 }
+_FACTORS = ("left", "right", "left_scale", "right_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Choice:
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
     op: {"reference": getattr(reference, op)} for op in _SCHEMAS
 }
+_IMPLEMENTATIONS["best_linear"]["compiled"] = compiled.linear
 _forced: list[str] = []
 
 
@@ -60,6 +69,11 @@ def choose(op: str, x: Tensor) -> Choice:
                 f"{op} has no implementation {name!r}", remedy=f"There are {', '.join(sorted(available))}"
             )
         return Choice(name, "asked for by registry.use", available[name])
+    if "compiled" in available:
+        reason = compiled.refusal(x)
+        if not reason:
+            return Choice("compiled", f"{native.linear_kernel()}: {native.choice()[1]}", available["compiled"])
+        return Choice("reference", reason, available["reference"])
     return Choice("reference", f"the only implementation of {op} on {x.device.type}", available["reference"])
 
 
@@ -91,6 +105,10 @@ def _fake_best(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=working_dtype(x))
 
 
+def _fake_best_linear(x: Tensor, codes: Tensor, row_scale: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+
+
 def _fake_best_transposed(g: Tensor, codes: Tensor, row_scale: Tensor, input_scale: Tensor, *_: Any) -> Tensor:
     return g.new_empty(*g.shape[:-1], input_scale.shape[0], dtype=working_dtype(g))
 
@@ -104,6 +122,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "best_matmul_transposed": _fake_best_transposed,
     "paper_matmul": _fake_best,
     "paper_matmul_transposed": _fake_paper_transposed,
+    "best_linear": _fake_best_linear,
 }
 
 
@@ -141,7 +160,47 @@ for _op, _schema in _SCHEMAS.items():
     torch.library.define(f"llava_fa::{_op}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"llava_fa::{_op}", "default", _kernel(_op))
     torch.library.register_fake(f"llava_fa::{_op}", _FAKES[_op])
-    torch.library.register_autograd(f"llava_fa::{_op}", _backward(_op), setup_context=_setup_context)
+    if "_matmul" in _op:
+        torch.library.register_autograd(f"llava_fa::{_op}", _backward(_op), setup_context=_setup_context)
+
+
+def apply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
+    """`linear` for a layer that may hold interleaved codes: by ``best_linear`` unless a gradient is asked for.
+
+    Args:
+        x: [..., n], floating. tensors: of the layout, codes as stored or interleaved. bias: [m] or None.
+    """
+    if layout.method == "best" and not _gradient(x, bias):
+        factors = (tensors.get(name) for name in _FACTORS)
+        stored = (tensors[name] for name in _BEST_NAMES)
+        result: Tensor = torch.ops.llava_fa.best_linear(
+            _autocast(x), *stored, *factors, bias, layout.code_bits, layout.state_bits
+        )
+        return result
+    if is_interleaved(tensors["codes"]):
+        tensors = {**tensors, "codes": deinterleave(tensors["codes"], layout)}
+    return linear(x, tensors, bias, *layout.op_bits)
+
+
+def preferred(codes: Tensor, x: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """The codes in the order in which what `apply` runs for this input reads them: these, or converted."""
+    if layout.method != "best" or torch.compiler.is_compiling() or type(codes) is not Tensor:
+        return codes
+    wanted = not _gradient(x, bias) and choose("best_linear", x).name == "compiled"
+    if wanted == is_interleaved(codes):
+        return codes
+    return interleave(codes, layout) if wanted else deinterleave(codes, layout)
+
+
+def _gradient(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def linear(
@@ -167,11 +226,7 @@ def linear(
     Raises:
         FourierError: the last axis of x is not n, or x is not floating.
     """
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(kind))
-    ops = torch.ops.llava_fa
+    x, kind, ops = _autocast(x), x.device.type, torch.ops.llava_fa
     left, right = tensors.get("left"), tensors.get("right")
     if "r_max" in tensors:
         y = ops.paper_matmul(x, tensors["codes"], tensors["r_max"], left, right, amplitude_bits, phase_bits)
@@ -179,8 +234,8 @@ def linear(
         y = ops.best_matmul(x, *(tensors[name] for name in _BEST_NAMES), trellis_bits)
         if left is not None and right is not None:
             low, high = (
-                _factor(right, tensors.get("right_scale"), y.dtype, 0),
-                _factor(left, tensors.get("left_scale"), y.dtype, 1),
+                factor(right, tensors.get("right_scale"), y.dtype, 0),
+                factor(left, tensors.get("left_scale"), y.dtype, 1),
             )
             with _without_autocast(kind):
                 y = y + (x.to(y.dtype) @ low.T) @ high.T
@@ -188,15 +243,6 @@ def linear(
         y = y + bias
     result: Tensor = y.to(x.dtype)
     return result
-
-
-def _factor(factor: Tensor, scale: Tensor | None, dtype: torch.dtype, rank_axis: int) -> Tensor:
-    """A stored factor as real numbers: int8 columns (left) or rows (right) times their scale."""
-    factor = factor.to(dtype)
-    if scale is None:
-        return factor
-    scale = scale.to(dtype)
-    return factor * (scale[None, :] if rank_axis == 1 else scale[:, None])
 
 
 def dense(
@@ -216,7 +262,7 @@ def dense(
     codes, row_scale, input_scale, signs, codebook = (tensors[name] for name in _BEST_NAMES)
     weight = reference.best_dense(codes, row_scale, input_scale, signs, codebook, dtype, trellis_bits)
     if left is not None and right is not None:
-        weight += _factor(left, tensors.get("left_scale"), dtype, 1) @ _factor(
+        weight += factor(left, tensors.get("left_scale"), dtype, 1) @ factor(
             right, tensors.get("right_scale"), dtype, 0
         )
     return weight

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.kernels import registry
+from llava_fa.kernels.interleaved import deinterleave, is_interleaved
 from llava_fa.kernels.layout import Layout
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ class FourierLinear(Stored):
     The packed tensors are buffers under the names of `Layout.tensors`. Their dtypes are part of the format:
     ``.to(dtype)``, ``.half()`` and their like cast the bias and leave them alone, so a cast never changes W.
 
+    Where a compiled kernel runs, ``codes`` lie in the order it reads them from the first forward on
+    (`kernels.interleaved`; one copy, never two). `packed` and state dicts always have them as stored.
+
     Args:
         layout: which tensors there are.
         bias: whether there is a bias [m], a parameter in ``dtype``.
@@ -63,6 +68,7 @@ class FourierLinear(Stored):
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self.weight_error: float | None = None
         self.output_error: float | None = None
+        self._stored = tuple(layout.tensors())
         for name, (stored, shape) in layout.tensors().items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
         self.bias: nn.Parameter | None
@@ -131,7 +137,7 @@ class FourierLinear(Stored):
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name, codebook included, bias not."""
-        return {name: getattr(self, name) for name in self.layout.tensors()}
+        return {**self._tensors(), "codes": self._stored_codes()}
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + bias: [..., n] → [..., m]."""
@@ -140,7 +146,25 @@ class FourierLinear(Stored):
                 f"FourierLinear got {x.dtype} {list(x.shape)}",
                 remedy=f"Give a floating [..., {self.in_features}]",
             )
-        return registry.linear(x, self.packed(), self.bias, *self.layout.op_bits)
+        codes = registry.preferred(self.codes, x, self.bias, self.layout)
+        if codes is not self.codes:
+            self.codes = codes
+        return registry.apply(x, self._tensors(), self.bias, self.layout)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: self._buffers[name] for name in self._stored}
+
+    def _stored_codes(self) -> Tensor:
+        return deinterleave(self.codes, self.layout) if is_interleaved(self.codes) else self.codes
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_interleaved(self.codes):
+            destination[prefix + "codes"] = self._stored_codes()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.codes = self._stored_codes()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def dequantize(self) -> Tensor:
         """The weight W this layer multiplies with, float32 [m, n]."""
@@ -163,10 +187,11 @@ class FourierLinear(Stored):
     @property
     def bits_per_weight(self) -> float:
         """8 · bytes of all packed tensors / (m · n); the codebook counts as if it were not shared."""
-        bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in self.packed().values())
+        bytes_ = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.layout.tensors().values())
         return 8 * bytes_ / (self.out_features * self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourierLinear:
+        self.codes = self._stored_codes()
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self

@@ -1,0 +1,53 @@
+"""`llava-fa doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from llava_fa.cli import output
+
+
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
+) -> None:
+    """Show which kernels run here and why, and check that each computes what it should."""
+    from llava_fa.kernels.doctor import diagnose
+
+    found = diagnose()
+    if json_output:
+        output.print_json(found)
+    else:
+        _show(found)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = output.stdout()
+    kernels = found["kernels"]
+    lines = [
+        ("versions", ", ".join(f"{name} {number}" for name, number in found["versions"].items())),
+        ("CPU", f"{found['cpu']}, {found['threads']} threads; OpenMP: {found['openmp']}"),
+        ("kernels", f"{kernels['level'] or 'PyTorch'} ({kernels['reason']}); built: {', '.join(kernels['available'])}"),
+    ]
+    lines += [
+        (f"layer, {dtype}", f"{layer['implementation']} ({layer['reason']}), {layer['activations']} activations")
+        for dtype, layer in found["layer"].items()
+    ]
+    worst = {
+        kind: max((check["error"] for check in found["checks"] if check["activations"] == kind), default=0.0)
+        for kind in ("exact", "int8")
+    }
+    wrong = [f"{check['level']}, {check['codes']}, {check['activations']}" for check in found["checks"] if not check["ok"]]
+    verdict = f"WRONG: {'; '.join(wrong)}" if wrong else "right"
+    lines.append(
+        (
+            "checks",
+            f"{len(found['checks'])} layers against float64: {verdict}; largest error {worst['exact']:.1e} exact, "
+            f"{worst['int8']:.1e} int8",
+        )
+    )
+    for name, text in lines:
+        console.print(f"{name:<16}{text}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,340 @@
+// One packed layer times a batch of vectors: the choice of an instruction set, plans kept, the threads and the epilogue.
+
+#include "linear.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "dft.h"
+#include "kernels.h"
+
+using namespace llava_fa;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// level: 0 portable, 1 AVX2, 2 AVX-512, which without VNNI is served by AVX2.
+const LinearKernels* linear_kernels(int64_t level) {
+#if defined(__x86_64__)
+  if (level == 2 && avx512vnni_linear() && __builtin_cpu_supports("avx512vnni")) return avx512vnni_linear();
+  if (level >= 1 && avx2_linear()) return avx2_linear();
+#endif
+  (void)level;
+  return portable_linear();
+}
+
+std::shared_ptr<const Dft> plan_of(const LinearKernels* kernels, int64_t size) {
+  static std::mutex guard;
+  static std::map<std::pair<const LinearKernels*, int64_t>, std::shared_ptr<const Dft>> plans;
+  const std::lock_guard<std::mutex> lock(guard);
+  auto& plan = plans[{kernels, size}];
+  if (!plan) plan = kernels->plan(size);
+  return plan;
+}
+
+// Working memory that a thread keeps from call to call: the largest it ever needed.
+char* workspace(size_t bytes) {
+  struct Space {
+    std::unique_ptr<char[]> memory;
+    size_t size = 0;
+  };
+  static thread_local Space space;
+  if (space.size < bytes + 64) {
+    space.memory.reset();
+    space.size = 0;
+    space.memory.reset(new char[bytes + 64]);
+    space.size = bytes + 64;
+  }
+  return space.memory.get() + (64 - reinterpret_cast<uintptr_t>(space.memory.get()) % 64) % 64;
+}
+
+// GOMP_parallel of the OpenMP runtime that torch runs on, so that its threads are ours: no second pool beside it.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+template <typename Body>
+void on_threads(int64_t threads, Parallel parallel, Body& body) {
+  if (threads <= 1) return body();
+  if (parallel) {
+    parallel([](void* data) { (*static_cast<Body*>(data))(); }, &body, static_cast<unsigned>(threads), 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  try {
+    for (int64_t i = 1; i < threads; i++) others.emplace_back([&] { body(); });
+  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  } catch (const std::bad_alloc&) {
+  }
+  body();
+  for (auto& thread : others) thread.join();
+}
+
+float bf16(const uint16_t* p) {
+  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+struct Call {
+  const LinearKernels* kernels;
+  const char* x;
+  int64_t kind, batch;  // of x and out: 0 bf16, 2 float32
+  char* out;
+  const uint16_t *row_scale, *input_scale;
+  const uint8_t* signs;
+  const char *left, *right;
+  const uint16_t *left_scale, *right_scale;
+  int64_t rank, factor_kind;  // 3 int8, 0 bf16
+  const char* bias;
+  int64_t bias_kind, m, n;
+  bool exact;
+  Linear job;
+  float step;
+  const Dft* dft;
+  // Working memory that all threads share.
+  int8_t* x_int8;
+  float *x_scale, *x_float, *x_wide, *inner;
+  int32_t* x_bias;
+  std::atomic<int64_t> next{0}, done{0}, next_block{0};
+  std::atomic<bool> failed{false};
+
+  int64_t element() const { return kind == 2 ? 4 : 2; }
+  // Rows of R that one task takes.
+  static constexpr int64_t RIGHT = 8;
+  int64_t first_tasks() const { return batch + (rank + RIGHT - 1) / RIGHT; }
+
+  void transform(int64_t column, char* scratch) {
+    const int64_t half = dft->half;
+    float* re = reinterpret_cast<float*>(scratch);
+    float *im = re + half + 64, *rest = im + half + 64;
+    kernels->dft(*dft, x + column * n * element(), kind, n, input_scale, signs, re, im, rest);
+    if (!exact) {
+      kernels->quantise(re, im, half, job.groups, job.code_bits, x_int8 + column * job.groups * GROUP * UNIT * 2,
+                        x_scale + column * job.groups, x_bias + column * job.groups);
+      return;
+    }
+    float* to = x_float + column * job.units * UNIT * 2;
+    for (int64_t f = 0; f < half; f++) {
+      to[2 * f] = re[f];
+      to[2 * f + 1] = im[f];
+    }
+    for (int64_t f = 2 * half; f < job.units * UNIT * 2; f++) to[f] = 0;
+  }
+
+  // inner [batch, rank] = diag(left_scale right_scale) R x
+  void times_right(int64_t task) {
+    for (int64_t r = task * RIGHT; r < rank && r < (task + 1) * RIGHT; r++) {
+      const float scale = left_scale ? bf16(left_scale + r) * bf16(right_scale + r) : 1.0f;
+      const char* row = right + r * n * (factor_kind == 3 ? 1 : 2);
+      for (int64_t c = 0; c < batch; c++) inner[c * rank + r] = scale * kernels->dot(row, factor_kind, x_wide + c * n, n);
+    }
+  }
+
+  void rows(int64_t first, int64_t count, float* y, char* scratch) {
+    (exact ? kernels->exact : kernels->int8)(job, first, count, y, scratch);
+    for (int64_t b = 0; b < count; b++) {
+      const int64_t row = (first + b) * ROWS, some = m - row < ROWS ? m - row : ROWS;
+      float scale[ROWS], added[ROWS] = {};
+      for (int64_t i = 0; i < some; i++) scale[i] = bf16(row_scale + row + i) * step;
+      if (bias) kernels->widen(bias + row * (bias_kind == 2 ? 4 : 2), bias_kind, some, added);
+      for (int64_t c = 0; c < batch; c++) {
+        float* values = y + (b * batch + c) * ROWS;
+        for (int64_t i = 0; i < some; i++) values[i] *= scale[i];
+        if (rank)
+          for (int64_t i = 0; i < some; i++)
+            values[i] += kernels->dot(left + (row + i) * rank * (factor_kind == 3 ? 1 : 2), factor_kind, inner + c * rank, rank);
+        for (int64_t i = 0; i < some; i++) values[i] += added[i];
+        kernels->round(values, some, out + (c * m + row) * element(), kind);
+      }
+    }
+  }
+
+  // What every thread does: transforms and the small product first; when all of them are done, blocks of rows.
+  void work(int64_t at_once) try {
+    const size_t transform_bytes = (2 * (static_cast<size_t>(dft->half) + 64) + kernels->dft_scratch(*dft)) * sizeof(float);
+    const size_t y_bytes = static_cast<size_t>(at_once * batch * ROWS) * sizeof(float);
+    const size_t block_bytes = y_bytes + static_cast<size_t>(at_once) * kernels->scratch;
+    char* scratch = workspace(transform_bytes > block_bytes ? transform_bytes : block_bytes);
+    const int64_t tasks = first_tasks();
+    for (int64_t task; (task = next.fetch_add(1)) < tasks; done.fetch_add(1)) {
+      if (task < batch)
+        transform(task, scratch);
+      else
+        times_right(task - batch);
+    }
+    for (int64_t spins = 0; done.load() < tasks; spins++) {
+      if (failed) return;
+      if (spins > 1 << 14) std::this_thread::yield();
+    }
+    for (int64_t first; (first = next_block.fetch_add(at_once)) < job.blocks;)
+      rows(first, job.blocks - first < at_once ? job.blocks - first : at_once, reinterpret_cast<float*>(scratch),
+           scratch + y_bytes);
+  } catch (const std::bad_alloc&) {
+    failed = true;
+  }
+};
+
+int64_t run(Call& call, int64_t threads, Parallel parallel) {
+  const Linear& job = call.job;
+  const size_t columns = static_cast<size_t>(call.batch), groups = static_cast<size_t>(job.groups);
+  std::vector<int8_t> x_int8;
+  std::vector<float> floats;
+  std::vector<int32_t> x_bias;
+  const size_t wide = call.rank ? columns * static_cast<size_t>(call.n + call.rank) : 0;
+  if (call.exact) {
+    floats.resize(columns * static_cast<size_t>(job.units * UNIT * 2) + wide);
+    call.x_float = floats.data();
+    call.x_wide = floats.data() + columns * static_cast<size_t>(job.units * UNIT * 2);
+  } else {
+    x_int8.resize(columns * groups * GROUP * UNIT * 2);
+    x_bias.resize(columns * groups);
+    floats.resize(columns * groups + wide);
+    call.x_int8 = x_int8.data();
+    call.x_bias = x_bias.data();
+    call.x_scale = floats.data();
+    call.x_wide = floats.data() + columns * groups;
+  }
+  if (call.rank) {
+    call.inner = call.x_wide + columns * static_cast<size_t>(call.n);
+    call.kernels->widen(call.x, call.kind, call.batch * call.n, call.x_wide);
+  }
+  call.job.x = call.x_int8;
+  call.job.x_scale = call.x_scale;
+  call.job.x_bias = call.x_bias;
+  call.job.x_float = call.x_float;
+  // Blocks at a time: few enough that all threads have some, and about 64 KB of codes for a thread to read on in.
+  const int64_t bytes = job.state_bits ? job.words * 64 : job.units * job.code_bits * 64;
+  int64_t at_once = bytes > 1 << 16 ? 1 : (1 << 16) / bytes;
+  if (call.batch > 1 && at_once < 4) at_once = 4;  // x goes through the cache once for all of them
+  if (at_once > 16) at_once = 16;
+  while (at_once > 1 && at_once * 4 * threads > job.blocks) at_once /= 2;
+  auto body = [&] { call.work(at_once); };
+  on_threads(threads, parallel, body);
+  return call.failed ? 1 : 0;
+}
+
+}  // namespace
+
+// Which implementation a level means on this CPU.
+EXPORT const char* llava_fa_linear_name(int64_t level) { return linear_kernels(level)->name; }
+
+// out [batch, m] = x [batch, n] through a packed layer; see the members of Call. Columns go by at most 512 at a time.
+EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel, const char* x, int64_t kind,
+                               int64_t batch, char* out, const uint8_t* codes, const uint16_t* row_scale,
+                               const uint16_t* input_scale, const uint8_t* signs, const uint16_t* codebook,
+                               const char* left, const char* right, const uint16_t* left_scale,
+                               const uint16_t* right_scale, int64_t rank, const char* bias, int64_t bias_kind, int64_t m,
+                               int64_t n, int64_t code_bits, int64_t state_bits, int64_t exact) try {
+  const LinearKernels* kernels = linear_kernels(level);
+  const int64_t size = n + n % 2, count = size / 2;
+  const std::shared_ptr<const Dft> dft = plan_of(kernels, size);
+  alignas(64) uint8_t tables[TABLES];
+  Call call{};
+  call.kernels = kernels;
+  call.dft = dft.get();
+  call.kind = kind;
+  call.row_scale = row_scale;
+  call.input_scale = input_scale;
+  call.signs = signs;
+  call.left = left;
+  call.right = right;
+  call.left_scale = left_scale;
+  call.right_scale = right_scale;
+  call.rank = rank;
+  call.factor_kind = left_scale ? 3 : 0;
+  call.bias = bias;
+  call.bias_kind = bias_kind;
+  call.m = m;
+  call.n = n;
+  call.exact = exact || state_bits;
+  call.step = 1;
+  Linear& job = call.job;
+  job.codes = codes;
+  job.blocks = (m + ROWS - 1) / ROWS;
+  job.units = (count + UNIT - 1) / UNIT;
+  job.groups = (job.units + GROUP - 1) / GROUP;
+  job.code_bits = code_bits;
+  job.state_bits = state_bits;
+  job.words = trellis_words(count, code_bits, state_bits);
+  job.tables = tables;
+  if (state_bits) {
+    job.tables = reinterpret_cast<const uint8_t*>(codebook);
+  } else if (call.exact) {
+    const size_t bytes = size_t{4} << code_bits;
+    for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, codebook, bytes);
+  } else {
+    call.step = kernels->tables(codebook, code_bits, tables);
+  }
+  const int64_t element = kind == 2 ? 4 : 2;
+  for (int64_t first = 0; first < batch; first += 512) {
+    call.x = x + first * n * element;
+    call.out = out + first * m * element;
+    call.batch = job.batch = batch - first < 512 ? batch - first : 512;
+    call.next = call.done = call.next_block = 0;
+    if (run(call, threads, parallel)) return 1;
+  }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// Codes as stored (docs/format.md) [m, row_bytes] → in the order of kernels/interleaved.py, or back. to is zero at first.
+EXPORT void llava_fa_interleave(const uint8_t* from, uint8_t* to, int64_t m, int64_t count, int64_t code_bits,
+                                int64_t state_bits, int64_t back) {
+  const int64_t units = (count + UNIT - 1) / UNIT;
+  const int64_t row_bytes = (count * code_bits + (state_bits ? state_bits - code_bits : 0) + 7) / 8;
+  const int64_t block_bytes = 64 * (state_bits ? trellis_words(count, code_bits, state_bits) : units * code_bits);
+  const uint32_t all = (1u << code_bits) - 1;
+  // Where the eight codes that share vectors have their fields: vector, shift in the byte, bits, place in the code.
+  struct Field {
+    int64_t vector;
+    int shift, bits, place;
+  } fields[8][3];
+  int used = 0;
+  for (int width = 8, vector = 0, place = 0; width; width /= 2) {
+    if (width == 8 ? code_bits != 8 : code_bits == 8 || !(code_bits & width)) continue;
+    for (int q = 0; q < 8; q++) fields[q][used] = {vector + q / (8 / width), q % (8 / width) * width, width, place};
+    vector += width, place += width, used++;
+  }
+  for (int64_t row = 0; row < m; row++) {
+    const int64_t block = row / ROWS * block_bytes, lane = row % ROWS * 4;
+    const uint8_t* stored = from + row * row_bytes;
+    uint8_t* restored = to + row * row_bytes;
+    for (int64_t i = 0; state_bits && i < row_bytes; i++) {
+      const int64_t other = block + i / 4 * 64 + lane + i % 4;
+      if (back)
+        restored[i] = from[other];
+      else
+        to[other] = stored[i];
+    }
+    for (int64_t p = 0; !state_bits && p < count; p++) {
+      const Field* field = fields[p % UNIT / 4];
+      const int64_t bit = p * code_bits, at = block + p / UNIT * code_bits * 64 + lane + p % 4;
+      uint32_t code = 0;
+      if (back) {
+        for (int f = 0; f < used; f++)
+          code |= (from[at + field[f].vector * 64] >> field[f].shift & ((1u << field[f].bits) - 1)) << field[f].place;
+        code <<= bit % 8;
+        restored[bit / 8] = static_cast<uint8_t>(restored[bit / 8] | code);
+        if (code >> 8) restored[bit / 8 + 1] = static_cast<uint8_t>(code >> 8);
+      } else {
+        code = stored[bit / 8];
+        if (bit % 8 + code_bits > 8) code |= static_cast<uint32_t>(stored[bit / 8 + 1]) << 8;
+        code = code >> bit % 8 & all;
+        for (int f = 0; f < used; f++) {
+          uint8_t& byte = to[at + field[f].vector * 64];
+          byte = static_cast<uint8_t>(byte | (code >> field[f].place & ((1u << field[f].bits) - 1)) << field[f].shift);
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,71 @@
+// The layer y = diag(row_scale) codebook[codes] T (x / s) + L R x + bias: what the builds for each instruction set share.
+// kernels/interleaved.py defines the order of the codes, kernels/reference.py the result.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace llava_fa {
+
+// Rows of the weight in one block, coefficients in one unit, units that share a scale of x.
+constexpr int64_t ROWS = 16, UNIT = 32, GROUP = 4;
+
+// Words of 32 bits of one row of trellis codes: its bits, and one that may be read beyond them.
+inline int64_t trellis_words(int64_t count, int64_t code_bits, int64_t state_bits) {
+  const int64_t padded = (count + UNIT - 1) / UNIT * UNIT;
+  return state_bits ? (padded * code_bits + state_bits - code_bits + 31) / 32 + 1 : 0;
+}
+
+// A transform x → packed real DFT of one length; made once, by one instruction set, for itself.
+struct Dft;
+
+// What the rows of the weight are multiplied with.
+struct Linear {
+  const uint8_t* codes;  // rings [blocks, units, code_bits, 64]; trellis [blocks, words, 64]
+  int64_t blocks, units, code_bits, state_bits, words;
+  const uint8_t* tables;   // int8: of `tables`; float: a dword a point, bf16 (re, im), rings at least 16
+  int64_t batch, groups;
+  const int8_t* x;         // int8: [batch, groups * 256], as `quantise` orders them
+  const float* x_scale;    // [batch, groups]
+  const int32_t* x_bias;   // [batch, groups]: what makes up for the tables' offset
+  const float* x_float;    // float: [batch, units * 64]: re, im of each coefficient
+};
+
+// One instruction set's implementation.
+struct LinearKernels {
+  const char* name;
+  // The transform of length size (even).
+  std::shared_ptr<const Dft> (*plan)(int64_t size);
+  size_t (*dft_scratch)(const Dft&);  // floats
+  // re, im [size / 2] of the packed DFT of x [n] (bf16, f16 or float32: kind 0, 1, 2) · sign / s.
+  void (*dft)(const Dft&, const void* x, int64_t kind, int64_t n, const uint16_t* input_scale, const uint8_t* signs,
+              float* re, float* im, float* scratch);
+  // int8 x with one scale for every group; coefficients beyond count are zero.
+  void (*quantise)(const float* re, const float* im, int64_t count, int64_t groups, int64_t code_bits, int8_t* x,
+                   float* scale, int32_t* bias);
+  // Tables of 2^code_bits points (re, im) in int8 and the float that one step stands for.
+  float (*tables)(const uint16_t* codebook, int64_t code_bits, uint8_t* tables);
+  // y [count, batch, ROWS] = blocks first … first + count - 1 times x. Scratch: `scratch` bytes a block.
+  size_t scratch;
+  void (*int8)(const Linear&, int64_t first, int64_t count, float* y, char* scratch);
+  void (*exact)(const Linear&, int64_t first, int64_t count, float* y, char* scratch);
+  // Σ_j a_j x_j, j < n; a is int8 (kind 3) or bf16 (kind 0).
+  float (*dot)(const void* a, int64_t kind, const float* x, int64_t n);
+  // out [n] (kind) from float.
+  void (*round)(const float* y, int64_t n, void* out, int64_t kind);
+  void (*widen)(const void* x, int64_t kind, int64_t n, float* out);
+};
+
+constexpr size_t TABLES = 1024;  // bytes that `tables` may write
+
+// The table of one build, from the functions of linear.inl and dft.inl.
+#define LINEAR_KERNELS                                                                                          \
+  {NAME,   plan_for_lanes, dft_scratch, packed_dft,   quantise, int8_tables, BUFFER, int8_rows, float_rows, \
+   dot_floats, round_to,   widen_all}
+
+const LinearKernels* portable_linear();
+const LinearKernels* avx2_linear();      // null where they were not built
+const LinearKernels* avx512vnni_linear();  // the same
+
+}  // namespace llava_fa

@@ -1,0 +1,384 @@
+// A packed layer times vectors (linear.h). Lanes are rows of the weight; a block of ROWS rows goes through its codes once,
+// whatever the batch: looked up, and multiplied at once (one vector) or from a buffer in cache (several).
+
+namespace {
+
+INLINE void widen(const void* x, int64_t kind, int64_t n, float* out) {
+  if (kind == 2) {
+    std::memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(x);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(out + i, convert(from + i));
+  for (; i < n; i++) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    std::memcpy(out + i, &bits, sizeof bits);
+  }
+}
+
+// To nearest, ties to even; NaN stays NaN.
+ISA void round_to(const float* y, int64_t n, void* out, int64_t kind) {
+  if (kind == 2) {
+    std::memcpy(out, y, static_cast<size_t>(n) * sizeof(float));
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(out);
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, y + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+}
+
+ISA void widen_all(const void* x, int64_t kind, int64_t n, float* out) { widen(x, kind, n, out); }
+
+ISA float dot_floats(const void* a, int64_t kind, const float* x, int64_t n) {
+  const int8_t* bytes = static_cast<const int8_t*>(a);
+  const uint16_t* halves = static_cast<const uint16_t*>(a);
+  Floats s0 = set1(0.0f), s1 = s0;
+  int64_t j = 0;
+  for (; j + 2 * LANES <= n; j += 2 * LANES) {
+    const Floats a0 = kind == 3 ? convert(convert(bytes + j)) : convert(halves + j);
+    const Floats a1 = kind == 3 ? convert(convert(bytes + j + LANES)) : convert(halves + j + LANES);
+    s0 = fma(a0, load(x + j), s0);
+    s1 = fma(a1, load(x + j + LANES), s1);
+  }
+  float lanes[LANES], sum = 0;
+  store(lanes, add(s0, s1));
+  for (const float lane : lanes) sum += lane;
+  for (; j < n; j++) {
+    float value = bytes[kind == 3 ? j : 0];
+    if (kind != 3) {
+      const uint32_t bits = static_cast<uint32_t>(halves[j]) << 16;
+      std::memcpy(&value, &bits, sizeof value);
+    }
+    sum += value * x[j];
+  }
+  return sum;
+}
+
+// Points to int8: one step for all of them, the one of least squared error among some.
+ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tables) {
+  const int count = 1 << code_bits;
+  float value[512], most = 0;
+  for (int i = 0; i < 2 * count; i++) {
+    const uint32_t bits = static_cast<uint32_t>(codebook[i]) << 16;
+    std::memcpy(value + i, &bits, sizeof bits);
+    const float size = value[i] < 0 ? -value[i] : value[i];
+    if (size > most) most = size;
+  }
+  const float step = most > 0 ? most / 127 : 1;
+  const int shown = code_bits < 4 ? 16 : count;  // fewer are repeated: bits above a code's are not looked at
+  for (int i = 0; i < shown; i++) {
+    uint8_t point[2];
+    for (int part = 0; part < 2; part++)
+      point[part] = static_cast<uint8_t>(static_cast<int>(__builtin_nearbyintf(value[2 * (i % count) + part] / step)) + OFFSET);
+    if (planes(static_cast<int>(code_bits))) {
+      tables[i] = point[0];
+      tables[shown + i] = point[1];
+    } else {
+      std::memcpy(tables + 2 * i, point, 2);
+      if (code_bits == 5) std::memcpy(tables + 64 + 2 * i, point, 2);
+    }
+  }
+  return step;
+}
+
+ISA void quantise(const float* re, const float* im, int64_t count, int64_t groups, int64_t code_bits, int8_t* x,
+                  float* scale, int32_t* bias) {
+  constexpr int64_t LENGTH = GROUP * UNIT;
+  const Floats magic = set1(12582912.0f), zero = set1(0.0f);
+  for (int64_t g = 0; g < groups; g++, x += 2 * LENGTH) {
+    float part[2 * LENGTH];  // re, then im
+    const int64_t some = count - g * LENGTH < LENGTH ? count - g * LENGTH : LENGTH;
+    std::memset(part, 0, sizeof part);
+    std::memcpy(part, re + g * LENGTH, static_cast<size_t>(some) * sizeof(float));
+    std::memcpy(part + LENGTH, im + g * LENGTH, static_cast<size_t>(some) * sizeof(float));
+    Floats high = zero, bad = zero;
+    for (int64_t i = 0; i < 2 * LENGTH; i += LANES) {
+      const Floats v = load(part + i);
+      high = max(high, max(v, sub(zero, v)));
+      bad = add(bad, mul(v, zero));  // NaN if one is NaN or infinite
+    }
+    float highs[LANES], bads[LANES], most = 0, wrong = 0;
+    store(highs, high);
+    store(bads, bad);
+    for (int i = 0; i < LANES; i++) {
+      if (highs[i] > most) most = highs[i];
+      wrong += bads[i];
+    }
+    const bool usable = wrong == 0 && most > 1e-30f;
+    scale[g] = wrong == 0 ? (usable ? most / 127 : 0.0f) : wrong;
+    const Floats inverse = set1(usable ? 127 / most : 0.0f);
+    uint8_t bytes[2 * LENGTH];
+    for (int64_t i = 0; i < 2 * LENGTH; i += LANES) {
+      const Floats scaled = usable ? mul(load(part + i), inverse) : zero;
+      store_bytes(bytes + i, and_(as_ints(add(scaled, magic)), set1(int32_t{0xff})));  // its low byte is the rounded number
+    }
+    bias[g] = 0;
+    for (int64_t i = 0; OFFSET && i < 2 * LENGTH; i++) bias[g] -= OFFSET * static_cast<int8_t>(bytes[i]);
+    uint32_t r[LENGTH / 4], j[LENGTH / 4], ordered[LENGTH / 2];
+    std::memcpy(r, bytes, LENGTH);
+    std::memcpy(j, bytes + LENGTH, LENGTH);
+    for (int64_t i = 0; i < LENGTH / 4; i++) {
+      if (planes(static_cast<int>(code_bits))) {
+        ordered[2 * i] = r[i];
+        ordered[2 * i + 1] = j[i];
+      } else {
+        ordered[2 * i] = (r[i] & 0x00ff00ffu) | (j[i] & 0x00ff00ffu) << 8;
+        ordered[2 * i + 1] = (r[i] >> 8 & 0x00ff00ffu) | (j[i] & 0xff00ff00u);
+      }
+    }
+    std::memcpy(x, ordered, 2 * LENGTH);
+  }
+}
+
+// The codes of one unit (linear.h), four coefficients of ROWS rows a vector; bits above a code's are not zero.
+template <int BITS, int Q>
+INLINE Bytes codes_of(const uint8_t* unit) {
+  const uint8_t* two = unit + (BITS >= 4 ? 256 : 0);
+  const uint8_t* one = two + (BITS & 2 ? 128 : 0);
+  Bytes c = load_bytes(unit + (BITS == 8 ? 64 * Q : BITS >= 4 ? 64 * (Q / 2) : 64 * (Q / 4)));
+  if (BITS == 8) return c;
+  if (BITS >= 4) {
+    if (Q % 2) c = shift<4>(c);
+    if (BITS & 2) c = select_bits(0x0f, c, shift<2 * (Q % 4) - 4>(load_bytes(two + 64 * (Q / 4))));
+  } else {
+    c = shift<2 * (Q % 4)>(c);
+  }
+  constexpr int PLACE = BITS - 1;
+  if (BITS & 1) c = select_bits((1 << PLACE) - 1, c, shift<Q - PLACE>(load_bytes(one)));
+  return c;
+}
+
+template <int BITS>
+INLINE void codes(const uint8_t* unit, Bytes* c) {
+  c[0] = codes_of<BITS, 0>(unit), c[1] = codes_of<BITS, 1>(unit), c[2] = codes_of<BITS, 2>(unit);
+  c[3] = codes_of<BITS, 3>(unit), c[4] = codes_of<BITS, 4>(unit), c[5] = codes_of<BITS, 5>(unit);
+  c[6] = codes_of<BITS, 6>(unit), c[7] = codes_of<BITS, 7>(unit);
+}
+
+constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
+constexpr int64_t BUFFER = GROUP * STEPS * 64;
+
+template <int BITS>
+INLINE void points_int8(const uint8_t* unit, const Table<BITS>& table, uint8_t* out) {
+  for (size_t part = 0; part < 64; part += sizeof(Bytes)) {
+    Bytes c[8], a, b;
+    codes<BITS>(unit + part, c);
+    for (int q = 0; q < 8; q++) {
+      Table<BITS>::look(table, c[q], a, b);
+      store_all(out + 128 * q + part, a);
+      store_all(out + 128 * q + 64 + part, b);
+    }
+  }
+}
+
+INLINE int32_t four(const int8_t* x) {
+  int32_t v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+
+// C vectors times R blocks, `steps` vectors each.
+template <int C, int R>
+INLINE void int8_tile(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, int64_t column, float* y) {
+  Sums sum[R][C];
+  const int8_t* x[C];
+  for (int c = 0; c < C; c++) {
+    x[c] = job.x + ((column + c) * job.groups + group) * GROUP * UNIT * 2;
+    for (int r = 0; r < R; r++) sum[r][c] = sums(job.x_bias[(column + c) * job.groups + group]);
+  }
+  for (int64_t s = 0; s < steps; s++)
+    for (int c = 0; c < C; c++)
+      for (int r = 0; r < R; r++) dot(sum[r][c], w + r * BUFFER + 64 * s, four(x[c] + 4 * s));
+  for (int c = 0; c < C; c++)
+    for (int r = 0; r < R; r++)
+      accumulate(y + (r * job.batch + column + c) * ROWS, sum[r][c], job.x_scale[(column + c) * job.groups + group]);
+}
+
+template <int R>
+ISA void int8_columns(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, float* y) {
+  int64_t c = 0;
+  for (; c + COLUMNS <= job.batch; c += COLUMNS) int8_tile<COLUMNS, R>(job, group, steps, w, c, y);
+  for (; COLUMNS > 4 && c + 4 <= job.batch; c += 4) int8_tile<COLUMNS < 4 ? 1 : 4, R>(job, group, steps, w, c, y);
+  for (; c + 2 <= job.batch; c += 2) int8_tile<2, R>(job, group, steps, w, c, y);
+  for (; c < job.batch; c++) int8_tile<1, R>(job, group, steps, w, c, y);
+}
+
+template <int BITS>
+ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
+  uint8_t* w = reinterpret_cast<uint8_t*>(scratch);
+  Table<BITS> table;
+  Table<BITS>::load(table, job.tables);
+  std::memset(y, 0, static_cast<size_t>(count * job.batch * ROWS) * sizeof(float));
+  for (int64_t group = 0; group < job.groups; group++) {
+    const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
+    for (int64_t b = 0; b < count; b++) {
+      const uint8_t* unit = job.codes + ((first + b) * job.units + group * GROUP) * BITS * 64;
+      for (int64_t u = 0; u < units; u++) points_int8<BITS>(unit + u * BITS * 64, table, w + b * BUFFER + u * STEPS * 64);
+    }
+    int64_t b = 0;
+    for (; b + BLOCKS <= count; b += BLOCKS)
+      int8_columns<BLOCKS>(job, group, units * STEPS, w + b * BUFFER, y + b * job.batch * ROWS);
+    for (; b < count; b++) int8_columns<1>(job, group, units * STEPS, w + b * BUFFER, y + b * job.batch * ROWS);
+  }
+}
+
+#ifdef LLAVA_FA_DIRECT
+// One vector: points are multiplied where they are looked up.
+template <int BITS>
+ISA void int8_direct(const Linear& job, int64_t first, int64_t count, float* y, char*) {
+  Table<BITS> table;
+  Table<BITS>::load(table, job.tables);
+  for (int64_t b = 0; b < count; b++) {
+    const uint8_t* unit = job.codes + (first + b) * job.units * BITS * 64;
+    const int8_t* x = job.x;
+    Floats total = set1(0.0f);
+    for (int64_t group = 0; group < job.groups; group++) {
+      const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
+      Sums sum[4] = {sums(job.x_bias[group]), sums(0), sums(0), sums(0)};
+      for (int64_t u = 0; u < units; u++, unit += BITS * 64, x += 2 * UNIT) {
+        for (int i = 0; i < BITS; i++) _mm_prefetch(reinterpret_cast<const char*>(unit + 64 * i + 3072), _MM_HINT_T0);
+        Bytes c[8], p, q;
+        codes<BITS>(unit, c);
+        for (int i = 0; i < 8; i++) {
+          Table<BITS>::look(table, c[i], p, q);
+          dot(sum[2 * i % 4], p, four(x + 8 * i));
+          dot(sum[2 * i % 4 + 1], q, four(x + 8 * i + 4));
+        }
+      }
+      total = fma(convert(add(add(sum[0], sum[1]), add(sum[2], sum[3]))), set1(job.x_scale[group]), total);
+    }
+    store(y + b * ROWS, total);
+  }
+}
+#endif
+
+template <int BITS>
+INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
+#ifdef LLAVA_FA_DIRECT
+  if (job.batch == 1) return int8_direct<BITS>(job, first, count, y, scratch);
+#endif
+  int8_blocks<BITS>(job, first, count, y, scratch);
+}
+
+ISA void int8_rows(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
+  switch (job.code_bits) {
+    case 2: return int8_bits<2>(job, first, count, y, scratch);
+    case 3: return int8_bits<3>(job, first, count, y, scratch);
+    case 4: return int8_bits<4>(job, first, count, y, scratch);
+    case 5: return int8_bits<5>(job, first, count, y, scratch);
+    case 6: return int8_bits<6>(job, first, count, y, scratch);
+    case 7: return int8_bits<7>(job, first, count, y, scratch);
+    default: return int8_bits<8>(job, first, count, y, scratch);
+  }
+}
+
+// --- float32 ---
+
+constexpr int64_t PARTS = ROWS / LANES;  // vectors of one number of every row
+
+// (re, im) of ROWS rows as bf16 in dwords → two numbers of every row.
+INLINE void spread_points(const Ints* dword, float* out) {
+  for (int64_t part = 0; part < PARTS; part++) {
+    store(out + part * LANES, as_floats(shift_left(dword[part], 16)));
+    store(out + ROWS + part * LANES, as_floats(and_(dword[part], set1(static_cast<int32_t>(0xffff0000u)))));
+  }
+}
+
+template <int BITS>
+ISA void points_rings(const Linear& job, int64_t block, int64_t unit, float* out) {
+  uint8_t bytes[8 * 64];
+  const uint8_t* from = job.codes + (block * job.units + unit) * BITS * 64;
+  for (size_t part = 0; part < 64; part += sizeof(Bytes)) {
+    Bytes c[8];
+    codes<BITS>(from + part, c);
+    for (int q = 0; q < 8; q++) store_all(bytes + 64 * q + part, c[q]);
+  }
+  const int32_t* table = reinterpret_cast<const int32_t*>(job.tables);
+  const Ints mask = set1(static_cast<int32_t>((1 << BITS) - 1));
+  for (int q = 0; q < 8; q++)
+    for (int j = 0; j < 4; j++, out += 2 * ROWS) {
+      Ints found[PARTS];
+      for (int64_t part = 0; part < PARTS; part++) {
+        int32_t rows[LANES];
+        std::memcpy(rows, bytes + 64 * q + 4 * LANES * part, sizeof rows);
+        found[part] = pick<BITS>(table, and_(shift_right(load(rows), 8 * j), mask));
+      }
+      spread_points(found, out);
+    }
+}
+
+// Windows are looked up one at a time: a gather is slower where it was measured.
+ISA void points_trellis(const Linear& job, int64_t block, int64_t unit, float* out) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(job.codes) + block * job.words * ROWS;
+  const uint32_t* table = reinterpret_cast<const uint32_t*>(job.tables);
+  const uint32_t mask = (1u << job.state_bits) - 1;
+  uint32_t found[UNIT][ROWS];
+  for (int64_t i = 0; i < UNIT; i++) {
+    const int64_t bit = (unit * UNIT + i) * job.code_bits;
+    const uint32_t *low = words + bit / 32 * ROWS, *high = low + ROWS;
+    const int by = static_cast<int>(bit % 32);
+    for (int64_t row = 0; row < ROWS; row++)
+      found[i][row] = table[(static_cast<uint64_t>(high[row]) << 32 | low[row]) >> by & mask];
+  }
+  for (int64_t i = 0; i < UNIT; i++, out += 2 * ROWS) {
+    Ints rows[PARTS];
+    for (int64_t part = 0; part < PARTS; part++) rows[part] = load(reinterpret_cast<const int32_t*>(found[i]) + LANES * part);
+    spread_points(rows, out);
+  }
+}
+
+ISA void points_float(const Linear& job, int64_t block, int64_t unit, float* out) {
+  if (job.state_bits) return points_trellis(job, block, unit, out);
+  switch (job.code_bits) {
+    case 2: return points_rings<2>(job, block, unit, out);
+    case 3: return points_rings<3>(job, block, unit, out);
+    case 4: return points_rings<4>(job, block, unit, out);
+    case 5: return points_rings<5>(job, block, unit, out);
+    case 6: return points_rings<6>(job, block, unit, out);
+    case 7: return points_rings<7>(job, block, unit, out);
+    default: return points_rings<8>(job, block, unit, out);
+  }
+}
+
+template <int C>
+INLINE void float_tile(const Linear& job, int64_t unit, const float* w, int64_t column, float* y) {
+  Floats sum[C][PARTS];
+  const float* x[C];
+  for (int c = 0; c < C; c++) {
+    x[c] = job.x_float + ((column + c) * job.units + unit) * 2 * UNIT;
+    for (int64_t part = 0; part < PARTS; part++) sum[c][part] = set1(0.0f);
+  }
+  for (int64_t k = 0; k < 2 * UNIT; k++)
+    for (int64_t part = 0; part < PARTS; part++) {
+      const Floats point = load(w + k * ROWS + part * LANES);
+      for (int c = 0; c < C; c++) sum[c][part] = fma(point, set1(x[c][k]), sum[c][part]);
+    }
+  for (int c = 0; c < C; c++)
+    for (int64_t part = 0; part < PARTS; part++) {
+      float* to = y + (column + c) * ROWS + part * LANES;
+      store(to, add(load(to), sum[c][part]));
+    }
+}
+
+ISA void float_rows(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
+  float* w = reinterpret_cast<float*>(scratch);
+  std::memset(y, 0, static_cast<size_t>(count * job.batch * ROWS) * sizeof(float));
+  for (int64_t b = 0; b < count; b++, y += job.batch * ROWS)
+    for (int64_t unit = 0; unit < job.units; unit++) {
+      points_float(job, first + b, unit, w);
+      int64_t c = 0;
+      for (; c + COLUMNS <= job.batch; c += COLUMNS) float_tile<COLUMNS>(job, unit, w, c, y);
+      for (; c + 2 <= job.batch; c += 2) float_tile<2>(job, unit, w, c, y);
+      for (; c < job.batch; c++) float_tile<1>(job, unit, w, c, y);
+    }
+}
+
+std::shared_ptr<const Dft> plan_for_lanes(int64_t size) { return plan_dft(size, LANES); }
+size_t dft_scratch(const Dft& dft) { return static_cast<size_t>(dft.scratch()); }
+
+}  // namespace

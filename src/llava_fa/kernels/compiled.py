@@ -1,0 +1,101 @@
+"""The packed layer through csrc: when it serves, and the call."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from llava_fa import native
+from llava_fa.errors import FourierError
+from llava_fa.kernels.interleaved import best_layout, interleave, is_interleaved
+
+SWITCH = "LLAVA_FA_ACTIVATIONS"
+"""``int8`` or ``exact``: how T (x / s) enters the products; unset, as `exact_activations` says."""
+_KINDS = {torch.bfloat16: 0, torch.float32: 2}
+
+
+def refusal(x: Tensor) -> str:
+    """Why the compiled layer cannot take this input; empty when it can."""
+    if x.device.type != "cpu":
+        return f"the compiled kernels run on a CPU, not on {x.device.type}"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the compiled kernels compute in float32, not in {x.dtype}"
+    level, reason = native.choice()
+    return "" if level else reason
+
+
+def exact_activations(dtype: torch.dtype) -> bool:
+    """Whether T (x / s) is multiplied in float32 (float32 inputs) or as int8 with one scale for every 256 values
+    (bf16 and f16 inputs, whose own rounding is of that order); `LLAVA_FA_ACTIVATIONS` says otherwise.
+
+    Raises:
+        FourierError: the variable says neither.
+    """
+    asked = os.environ.get(SWITCH, "")
+    if asked not in ("", "int8", "exact"):
+        raise FourierError(f"{SWITCH}={asked}", remedy="Give int8 or exact, or unset it")
+    return asked == "exact" if asked else dtype == torch.float32
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    row_scale: Tensor,
+    input_scale: Tensor,
+    signs: Tensor,
+    codebook: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
+    bias: Tensor | None,
+    code_bits: int,
+    state_bits: int,
+    exact: bool | None = None,
+) -> Tensor:
+    """y = diag(row_scale) codebook[codes] T (x / s) + left (right x) + bias, rounded once, to x's dtype.
+
+    Args:
+        x: [..., n], bf16, f16 or float32.
+        codes: `interleaved.interleave`d, or as stored, which costs the conversion at every call.
+        left, right, left_scale, right_scale: the low-rank part as stored, or None.
+        bias: [m] or None.
+        code_bits, state_bits: of the layout.
+        exact: instead of what `exact_activations` says. Trellis codes are always multiplied in float32.
+
+    Returns:
+        [..., m] in x's dtype. With int8, T (x / s) is rounded to 1/127 of the largest of its group of 256, and the
+        codebook to 1/127 of its largest number. Source: docs/method.md, "Kernels".
+    """
+    m, n = row_scale.shape[0], x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], m)
+    batch = out.numel() // m
+    if batch == 0:
+        return out
+    if not is_interleaved(codes):
+        codes = interleave(codes, best_layout(m, n, code_bits, state_bits))
+    half = x.dtype == torch.float16
+    given = (x.to(torch.float32) if half else x).contiguous()
+    made = out.to(torch.float32) if half else out
+    if bias is not None:
+        bias = (bias if bias.dtype in _KINDS else bias.to(torch.float32)).contiguous()
+    factors = (left, right, left_scale, right_scale)
+    native.linear(
+        given.data_ptr(),
+        _KINDS[given.dtype],
+        batch,
+        made.data_ptr(),
+        *(tensor.data_ptr() for tensor in (codes, row_scale, input_scale, signs, codebook)),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in factors),
+        0 if left is None else left.shape[1],
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else _KINDS[bias.dtype],
+        m,
+        n,
+        code_bits,
+        state_bits,
+        int(exact_activations(x.dtype) if exact is None else exact),
+    )
+    return out.copy_(made) if half else out

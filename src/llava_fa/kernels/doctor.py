@@ -1,0 +1,100 @@
+"""What runs here, why, and whether it computes what it should."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_fa import native
+from llava_fa.kernels import compiled, reference, registry
+from llava_fa.kernels.interleaved import best_layout
+from llava_fa.maths.bitpack import pack
+from llava_fa.maths.dft import random_signs
+
+# Errors, relative to the largest output, above which a kernel is broken: float32's own, and that of int8.
+_EXACT, _INT8 = 1e-5, 0.05
+
+
+def diagnose() -> dict[str, Any]:
+    """Versions, the compiled kernels and their choice, what a packed layer runs for each dtype, and a check of each.
+
+    Returns:
+        Plain JSON types. ``ok`` is false when a kernel's result is wrong.
+    """
+    level, reason = native.choice()
+    layers = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        choice = registry.choose("best_linear", torch.empty(1, 2, dtype=dtype))
+        exact = choice.name != "compiled" or compiled.exact_activations(dtype)
+        layers[str(dtype).removeprefix("torch.")] = {
+            "implementation": choice.name,
+            "reason": choice.reason,
+            "activations": "exact" if exact else "int8",
+        }
+    checks = list(_checks())
+    return {
+        "versions": {name: version(name) for name in ("llava-fa", "torch", "transformers")}
+        | {"python": platform.python_version()},
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "openmp": native.openmp()[1],
+        "kernels": {
+            "level": level,
+            "reason": reason,
+            "available": list(native.levels()),
+            "layer": native.linear_kernel(),
+        },
+        "layer": layers,
+        "checks": checks,
+        "ok": all(check["ok"] for check in checks),
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _checks() -> Iterator[dict[str, Any]]:
+    """A small layer of every size of code through every build, against the definition in float64."""
+    for code_bits, state_bits in [(bits, 0) for bits in range(2, 9)] + [(4, 12)]:
+        tensors = _layer(40, 2 * 3 * 37, code_bits, state_bits)
+        x = torch.randn(3, 2 * 3 * 37, generator=torch.Generator().manual_seed(1))
+        wanted = reference.best_linear(x.double(), *tensors, None, None, None, None, None, code_bits, state_bits)
+        for level in native.levels():
+            for exact in (True, False):
+                if state_bits and not exact:
+                    continue
+                with native.using(level):
+                    got = compiled.linear(
+                        x, *tensors, None, None, None, None, None, code_bits, state_bits, exact=exact
+                    )
+                error = float((got.double() - wanted).abs().max() / wanted.abs().max())
+                yield {
+                    "codes": f"trellis {code_bits}" if state_bits else f"rings {code_bits}",
+                    "level": level,
+                    "activations": "exact" if exact else "int8",
+                    "error": error,
+                    "ok": error < (_EXACT if exact else _INT8),
+                }
+
+
+def _layer(m: int, n: int, code_bits: int, state_bits: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(code_bits)
+    layout = best_layout(m, n, code_bits, state_bits)
+    bits = torch.randint(0, 2, (m, layout.row_bits), generator=generator)
+    return (
+        pack(bits, 1),
+        (0.5 + torch.rand(m, generator=generator)).bfloat16(),
+        (0.5 + torch.rand(n, generator=generator)).bfloat16(),
+        pack((random_signs(n) < 0).to(torch.int32), 1),
+        torch.randn(layout.points, 2, generator=generator).bfloat16(),
+    )

@@ -1,0 +1,334 @@
+"""The compiled layer: as accurate as PyTorch at the same activations, whatever the shape, level, batch and threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis
+from torch import nn
+
+from llava_fa import FourierError, FourierLinear, native
+from llava_fa.kernels import compiled, reference, registry
+from llava_fa.kernels.interleaved import interleave, is_interleaved
+from llava_fa.kernels.layout import Layout
+from llava_fa.maths.bitpack import unpack
+from llava_fa.maths.dft import packed_dft, padded
+from llava_fa.maths.polar import ring_codebook
+from llava_fa.maths.trellis import STATE_BITS
+
+pytestmark = pytest.mark.skipif(not native.levels(), reason="no compiler: test_native says whether there should be one")
+
+BEST = [layout for layout in LAYOUTS if layout.method == "best"]
+LEVELS = native.levels()
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    with native.using(request.param):
+        yield request.param
+
+
+def run(layout: Layout, tensors, x, bias=None, exact=None):
+    factors = [tensors.get(name) for name in ("left", "right", "left_scale", "right_scale")]
+    stored = [tensors[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
+    codes = interleave(tensors["codes"], layout)
+    return compiled.linear(x, codes, *stored, *factors, bias, layout.code_bits, layout.state_bits, exact)
+
+
+def dense(layout: Layout, tensors) -> torch.Tensor:
+    return registry.dense(tensors, layout.in_features, *layout.op_bits, dtype=torch.float64)
+
+
+def spectrum_of(layout: Layout, tensors, x: torch.Tensor) -> torch.Tensor:
+    signs = 1 - 2 * unpack(tensors["signs"], 1, padded(layout.in_features)).double()
+    return packed_dft(x.double() / tensors["input_scale"].double(), signs)
+
+
+def int8_activations(layout: Layout, tensors, x: torch.Tensor) -> torch.Tensor:
+    """What is exact but for T (x / s), which is rounded to int8 by groups of 256."""
+    spectrum = spectrum_of(layout, tensors, x)
+    parts = nn.functional.pad(spectrum, (0, -spectrum.shape[-1] % 256)).view(len(x), -1, 256)
+    scale = parts.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    rounded = ((parts / scale).round() * scale).flatten(1)[:, : spectrum.shape[-1]]
+    rows = reference.RowDecoder(tensors["codes"], tensors["codebook"], layout.coefficients, torch.float64)
+    weight = rows.decode(0, layout.out_features) * tensors["row_scale"].double()[:, None]
+    return x.double() @ dense(layout, tensors).T + (rounded - spectrum) @ weight.T
+
+
+def check(layout: Layout, tensors, x: torch.Tensor, bias=None) -> None:
+    weight = dense(layout, tensors)
+    wanted = nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+    torchs = nn.functional.linear(x, weight.float(), bias)
+    error = (run(layout, tensors, x, bias, exact=True).double() - wanted).norm()
+    size = max(1e-6, float(wanted.abs().max()))
+    assert error <= 2 * (torchs.double() - wanted).norm() + 4e-7 * size * wanted.numel() ** 0.5
+    if not layout.state_bits:
+        rounded = int8_activations(layout, tensors, x) + (0 if bias is None else bias.double())
+        error = (run(layout, tensors, x, bias, exact=False).double() - wanted).norm()
+        # The codebook's numbers are rounded too, each by half a step at most.
+        half_step = tensors["codebook"].float().abs().max() / 254
+        rows = tensors["row_scale"].double().norm() * spectrum_of(layout, tensors, x).norm()
+        assert error <= 2 * (rounded - wanted).norm() + 1.5 * half_step * rows + 1e-6
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_int8_is_within_twice_the_rounding_of_the_activations(bits, level):
+    """With the codebooks that are shipped and a layer of real size, where sums of errors are what they are."""
+    layout = best(128, 2048, bits)
+    tensors = random_tensors(layout, seed=bits)
+    tensors["codebook"] = ring_codebook(bits).bfloat16()
+    x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(bits))
+    wanted = x.double() @ dense(layout, tensors).T
+    pytorchs = (int8_activations(layout, tensors, x) - wanted).norm()
+    assert (run(layout, tensors, x, exact=False).double() - wanted).norm() < 2 * pytorchs
+    assert 2 * pytorchs < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("layout", BEST, ids=layout_id)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_as_accurate_as_torch(layout, batch, level):
+    tensors = random_tensors(layout)
+    x = torch.randn(batch, layout.in_features, generator=torch.Generator().manual_seed(1))
+    check(layout, tensors, x, torch.linspace(-1, 1, layout.out_features))
+
+
+# Lengths 2 · 16 · (what follows) go by their factors, others by Bluestein's algorithm.
+@pytest.mark.parametrize("n", [37 * 32, 43 * 32, 19 * 64, 2 * 3 * 5 * 7 * 32, 96, 101 * 32, 1994, 997, 16 * 37, 1, 2, 31])
+def test_lengths_of_the_transform(n, level):
+    layout = best(20, n, 8)
+    check(layout, random_tensors(layout), torch.randn(2, n, generator=torch.Generator().manual_seed(n)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.integers(1, 130),
+    n=st.integers(1, 700),
+    bits=st.integers(2, 8),
+    batch=st.integers(1, 40),
+    rank=st.integers(0, 9),
+    factors=st.sampled_from(["int8", "bf16"]),
+    is_trellis=st.booleans(),
+    which=st.sampled_from(LEVELS),
+)
+def test_any_shape(m, n, bits, batch, rank, factors, is_trellis, which):
+    rank = min(rank, m, n)
+    layout = trellis(m, n, bits, STATE_BITS, rank) if is_trellis else best(m, n, bits, rank, factors)
+    with native.using(which):
+        check(layout, random_tensors(layout, seed=m), torch.randn(batch, n, generator=torch.Generator().manual_seed(n)))
+
+
+@pytest.mark.parametrize("layout", [best(70, 514, 4, rank=3), best(33, 256, 8), trellis(40, 96)], ids=layout_id)
+def test_rows_of_a_batch_and_threads_do_not_matter(layout):
+    tensors = random_tensors(layout)
+    x = torch.randn(23, layout.in_features).bfloat16()
+    whole = run(layout, tensors, x)
+    for rows in (slice(0, 1), slice(3, 5), slice(4, 20)):
+        assert torch.equal(run(layout, tensors, x[rows]), whole[rows])
+    torch.set_num_threads(2)
+    try:
+        for _ in range(20):
+            assert torch.equal(run(layout, tensors, x), whole)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_more_columns_than_go_at_once():
+    layout = best(20, 64, 4)
+    tensors, x = random_tensors(layout), torch.randn(1100, 64)
+    whole = run(layout, tensors, x)
+    assert torch.equal(whole[1000:], run(layout, tensors, x[1000:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (2, 1, 3)], ids=str)
+def test_leading_shapes_strides_and_dtypes(dtype, lead):
+    layer = FourierLinear.from_tensors(best(24, 32, 4), random_tensors(best(24, 32, 4)), torch.ones(24))
+    wide = torch.randn(*lead, 64).to(dtype)
+    with torch.no_grad():
+        y = layer(wide[..., ::2])
+        assert is_interleaved(layer.codes) == (native.choice()[0] is not None)
+        assert y.dtype == dtype
+        assert y.shape == (*lead, 24)
+        assert torch.equal(y, layer(wide[..., ::2].contiguous()))
+        # A transposed one, whose rows are far apart.
+        if lead == (2, 1, 3):
+            turned = wide[..., :32].transpose(0, 2)
+            assert torch.equal(layer(turned), layer(wide[..., :32]).transpose(0, 2))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", [best(24, 640, 4), best(24, 640, 8), trellis(24, 64)], ids=layout_id)
+def test_what_is_not_a_number_propagates_and_stays_in_its_row(layout, bad, level):
+    tensors = random_tensors(layout)
+    x = torch.randn(3, layout.in_features).bfloat16()
+    clean = run(layout, tensors, x)
+    x[1, 5] = bad
+    y = run(layout, tensors, x)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+def test_zeros_and_extremes(level):
+    layout = best(24, 640, 4)
+    tensors = random_tensors(layout)
+    assert torch.equal(run(layout, tensors, torch.zeros(1, 640), exact=False), torch.zeros(1, 24))
+    for size in (1e-38, 1e30):
+        x = torch.randn(2, 640) * size
+        wanted = x.double() @ dense(layout, tensors).T
+        error = (run(layout, tensors, x, exact=False).double() - wanted).norm()
+        assert error < 0.03 * wanted.norm() + 1e-30
+
+
+def test_an_outlier_spoils_its_own_group_only():
+    """A constant input is one coefficient; one scale for all of them would leave nothing of the others."""
+    layout = best(64, 2048, 8)
+    tensors = random_tensors(layout)
+    x = torch.randn(1, 2048) + 100 * tensors["input_scale"].float() * (
+        1 - 2 * unpack(tensors["signs"], 1, 2048).float()
+    )
+    wanted = x.double() @ dense(layout, tensors).T
+    difference = run(layout, tensors, x, exact=False).double() - wanted
+    assert difference.norm() < 0.03 * wanted.norm()
+    others = int8_activations(layout, tensors, x)
+    assert difference.norm() <= 2 * (others - wanted).norm()
+
+
+def test_threads_that_run_layers_at_once():
+    layout = best(200, 512, 4)
+    tensors = random_tensors(layout)
+    xs = [torch.randn(2, 512).bfloat16() for _ in range(4)]
+    wanted = [run(layout, tensors, x) for x in xs]
+    layer = FourierLinear.from_tensors(layout, tensors)
+    wrong = []
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(30):
+                if not torch.equal(layer(xs[i]), wanted[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+FORK = """
+import os, sys, torch
+sys.path.insert(0, {tests!r})
+from packed_layers import best, random_tensors
+from llava_fa import FourierLinear
+torch.set_num_threads(2)
+layer = FourierLinear.from_tensors(best(300, 512, 4), random_tensors(best(300, 512, 4)))
+x = torch.randn(1, 512).bfloat16()
+with torch.no_grad():
+    y = [layer(x).tolist() for _ in range(5)]
+    child = os.fork()
+    if not child:
+        os._exit(0 if all(layer(x).tolist() == y[0] for _ in range(5)) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print("fine")
+"""
+
+
+def test_a_forked_child_computes_too():
+    code = FORK.format(tests=os.path.dirname(os.path.dirname(__file__)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.parametrize("layout", [best(7, 33, 4), best(24, 64, 3, rank=2), trellis(7, 33, 4)], ids=layout_id)
+def test_opcheck(layout):
+    tensors = random_tensors(layout)
+    stored = [tensors[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
+    factors = [tensors.get(name) for name in ("left", "right", "left_scale", "right_scale")]
+    for codes, x in (
+        (tensors["codes"], torch.randn(layout.in_features).bfloat16()),
+        (interleave(tensors["codes"], layout), torch.randn(3, layout.in_features)),
+    ):
+        args = (x, codes, *stored, *factors, torch.ones(layout.out_features), layout.code_bits, layout.state_bits)
+        torch.library.opcheck(torch.ops.llava_fa.best_linear.default, args)
+
+
+@pytest.mark.parametrize("layout", [best(24, 64, 4, rank=2), trellis(24, 33)], ids=layout_id)
+def test_both_forms_of_the_op_take_both_orders(layout):
+    layer = FourierLinear.from_tensors(layout, random_tensors(layout))
+    x = torch.randn(2, layout.in_features)
+    with torch.no_grad():
+        ours = layer(x)
+        with registry.use("reference"):
+            reference = layer(x)
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_compiles_in_one_graph_with_codes_in_either_order():
+    layer = FourierLinear.from_tensors(best(24, 32, 4), random_tensors(best(24, 32, 4)), torch.ones(24))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(3, 32).to(dtype)
+        with torch.no_grad():
+            torch._dynamo.reset()
+            first = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)  # codes are as stored
+            assert torch.equal(layer(x), first)
+            assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), first)
+
+
+def test_the_layer_keeps_one_copy_and_shows_the_stored_one():
+    tensors = random_tensors(best(40, 100, 5))
+    layer = FourierLinear.from_tensors(best(40, 100, 5), tensors)
+    x = torch.randn(2, 100)
+    with torch.no_grad():
+        y = layer(x)
+    assert is_interleaved(layer.codes)
+    assert torch.equal(layer.packed()["codes"], tensors["codes"])
+    assert torch.equal(layer.state_dict()["codes"], tensors["codes"])
+    assert sum(buffer.shape == tensors["codes"].shape for buffer in layer.buffers()) == 0
+    layer.load_state_dict({**layer.state_dict(), "row_scale": 2 * layer.row_scale})
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), 2 * y)
+        assert layer.to(torch.float64)(x.double()).dtype == torch.float64
+    assert not is_interleaved(layer.codes)
+
+
+def test_a_gradient_is_pytorchs_work():
+    layer = FourierLinear.from_tensors(best(24, 32, 4), random_tensors(best(24, 32, 4)))
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        layer(x)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert not is_interleaved(layer.codes)
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, 32))
+    with torch.no_grad():
+        layer(x)
+    assert is_interleaved(layer.codes)
+
+
+def test_activations_by_dtype_and_by_choice(monkeypatch):
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    assert [compiled.exact_activations(t) for t in (torch.bfloat16, torch.float16, torch.float32)] == [0, 0, 1]
+    monkeypatch.setenv(compiled.SWITCH, "exact")
+    assert compiled.exact_activations(torch.bfloat16)
+    monkeypatch.setenv(compiled.SWITCH, "int8")
+    assert not compiled.exact_activations(torch.float32)
+    monkeypatch.setenv(compiled.SWITCH, "int4")
+    with pytest.raises(FourierError, match=r"LLAVA_FA_ACTIVATIONS=int4.*int8 or exact"):
+        compiled.exact_activations(torch.float32)
+
+
+def test_the_choice_says_why():
+    choice = registry.choose("best_linear", torch.zeros(1, 2))
+    assert choice.name == "compiled"
+    assert "the widest that this CPU has" in choice.reason
+    assert "not in torch.float64" in registry.choose("best_linear", torch.zeros(1, 2).double()).reason
+    assert "not on meta" in registry.choose("best_linear", torch.zeros(1, 2, device="meta")).reason
+    with native.using("off"):
+        assert registry.choose("best_linear", torch.zeros(1, 2)).name == "reference"

@@ -1,0 +1,61 @@
+"""The kernels' order of codes: where each bit lies, and that nothing is lost on the way there and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis, trellis_windows
+
+from llava_fa import native
+from llava_fa.kernels import interleaved
+from llava_fa.kernels.interleaved import deinterleave, interleave, interleaved_shape
+from llava_fa.maths.bitpack import unpack
+
+SOME = [layout for layout in LAYOUTS if layout.method == "best"]
+SOME += [best(33, 200, bits) for bits in range(2, 9)] + [trellis(40, 70, 5), trellis(17, 64, 2, 16)]
+
+
+@pytest.mark.parametrize("layout", SOME, ids=layout_id)
+def test_there_and_back(layout, monkeypatch):
+    monkeypatch.setattr(interleaved, "_CHUNK", 32)
+    codes = random_tensors(layout)["codes"]
+    made = []
+    for level in ("off", *native.levels()[-1:]):
+        with native.using(level):
+            made.append(interleave(codes, layout))
+            assert torch.equal(deinterleave(made[-1], layout), codes)
+    assert made[0].shape == interleaved_shape(layout)
+    assert all(torch.equal(one, made[0]) for one in made)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_where_a_ring_code_lies(bits):
+    layout = best(20, 130, bits)
+    codes = random_tensors(layout)["codes"]
+    made, code = interleave(codes, layout), unpack(codes, bits, layout.coefficients)
+    widths = [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]
+    for row, p in ((0, 0), (3, 1), (15, 31), (16, 32), (19, 64), (7, 45)):
+        q, found, low, vector = p % 32 // 4, 0, 0, p // 32 * bits
+        for width in widths:
+            byte = int(made[row // 16, vector + q // (8 // width), 4 * (row % 16) + p % 4])
+            found |= (byte >> (q % (8 // width) * width) & ((1 << width) - 1)) << low
+            low, vector = low + width, vector + width
+        assert found == code[row, p]
+
+
+def test_where_a_trellis_window_lies():
+    layout = trellis(20, 130, 5)
+    codes = random_tensors(layout)["codes"]
+    words = interleave(codes, layout).view(torch.int32).long() & 0xFFFFFFFF
+    windows = trellis_windows(layout, codes)
+    for row, p in ((0, 0), (3, 1), (15, 31), (16, 32), (19, 64), (7, 45)):
+        word, shift = divmod(5 * p, 32)
+        two = words[row // 16, word : word + 2, row % 16]
+        assert ((int(two[0]) | int(two[1]) << 32) >> shift) & 4095 == windows[row, p]
+
+
+def test_it_costs_no_more_bits():
+    for bits in (2, 3, 4, 8):
+        layout = best(3584, 18944, bits)
+        blocks, vectors, width = interleaved_shape(layout)
+        assert blocks * vectors * width == 3584 * 18944 // 2 * bits // 8
