@@ -161,6 +161,12 @@ def linear_kernel() -> str | None:
     return name
 
 
+def linear_int8() -> bool:
+    """Whether that kernel multiplies int8 activations; portable code is as fast in float32."""
+    level, library = choice()[0], _library()[0]
+    return level is not None and library is not None and bool(library.llava_fa_linear_int8(LEVELS.index(level)))
+
+
 def linear(*arguments: int) -> None:
     """`llava_fa_linear` of csrc/linear.cpp on torch's threads; tensors by address, as `call`.
 
@@ -170,17 +176,15 @@ def linear(*arguments: int) -> None:
     level, library = choice()[0], _library()[0]
     assert library is not None
     assert level is not None
-    if library.llava_fa_linear(
-        LEVELS.index(level), torch.get_num_threads(), 0 if _forked else openmp()[0], *arguments
-    ):
+    if library.llava_fa_linear(LEVELS.index(level), torch.get_num_threads(), 0 if _forked else openmp()[0], *arguments):
         raise MemoryError("no memory for the working space of a packed layer")
 
 
-def interleave(source: Tensor, to: Tensor, *arguments: int) -> None:
+def interleave(*arguments: Tensor | int) -> None:
     """`llava_fa_interleave` of csrc/linear.cpp."""
     library = _library()[0]
     assert library is not None
-    library.llava_fa_interleave(*map(_raw, (source, to, *arguments)))
+    library.llava_fa_interleave(*map(_raw, arguments))
 
 
 def trellis_row_bytes() -> int:

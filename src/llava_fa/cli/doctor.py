@@ -40,7 +40,9 @@ def _show(found: dict[str, Any]) -> None:
         kind: max((check["error"] for check in found["checks"] if check["activations"] == kind), default=0.0)
         for kind in ("exact", "int8")
     }
-    wrong = [f"{check['level']}, {check['codes']}, {check['activations']}" for check in found["checks"] if not check["ok"]]
+    wrong = [
+        f"{check['level']}, {check['codes']}, {check['activations']}" for check in found["checks"] if not check["ok"]
+    ]
     verdict = f"WRONG: {'; '.join(wrong)}" if wrong else "right"
     lines.append(
         (

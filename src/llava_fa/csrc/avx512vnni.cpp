@@ -4,7 +4,6 @@
 
 #if defined(__x86_64__)
 
-#define LLAVA_FA_DIRECT
 #include <cstring>
 
 #include "lookup_avx512vnni.h"

@@ -227,6 +227,9 @@ int64_t run(Call& call, int64_t threads, Parallel parallel) {
 // Which implementation a level means on this CPU.
 EXPORT const char* llava_fa_linear_name(int64_t level) { return linear_kernels(level)->name; }
 
+// Whether it multiplies int8 with int8.
+EXPORT int64_t llava_fa_linear_int8(int64_t level) { return linear_kernels(level)->int8 != nullptr; }
+
 // out [batch, m] = x [batch, n] through a packed layer; see the members of Call. Columns go by at most 512 at a time.
 EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel, const char* x, int64_t kind,
                                int64_t batch, char* out, const uint8_t* codes, const uint16_t* row_scale,
@@ -255,7 +258,7 @@ EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel
   call.bias_kind = bias_kind;
   call.m = m;
   call.n = n;
-  call.exact = exact || state_bits;
+  call.exact = exact || state_bits || !kernels->int8;
   call.step = 1;
   Linear& job = call.job;
   job.codes = codes;

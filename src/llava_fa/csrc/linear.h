@@ -38,10 +38,11 @@ struct LinearKernels {
   // The transform of length size (even).
   std::shared_ptr<const Dft> (*plan)(int64_t size);
   size_t (*dft_scratch)(const Dft&);  // floats
-  // re, im [size / 2] of the packed DFT of x [n] (bf16, f16 or float32: kind 0, 1, 2) · sign / s.
+  // re, im [size / 2] of the packed DFT of x [n] (bf16 or float32: kind 0 or 2) · sign / s.
   void (*dft)(const Dft&, const void* x, int64_t kind, int64_t n, const uint16_t* input_scale, const uint8_t* signs,
               float* re, float* im, float* scratch);
-  // int8 x with one scale for every group; coefficients beyond count are zero.
+  // int8 x with one scale for every group; coefficients beyond count are zero. Null, as the next and int8, where float32
+  // is as fast.
   void (*quantise)(const float* re, const float* im, int64_t count, int64_t groups, int64_t code_bits, int8_t* x,
                    float* scale, int32_t* bias);
   // Tables of 2^code_bits points (re, im) in int8 and the float that one step stands for.

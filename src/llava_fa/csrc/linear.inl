@@ -59,7 +59,8 @@ ISA float dot_floats(const void* a, int64_t kind, const float* x, int64_t n) {
   return sum;
 }
 
-// Points to int8: one step for all of them, the one of least squared error among some.
+#ifdef LLAVA_FA_INT8
+// Points to int8, one step for all of them: what it stands for.
 ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tables) {
   const int count = 1 << code_bits;
   float value[512], most = 0;
@@ -135,6 +136,8 @@ ISA void quantise(const float* re, const float* im, int64_t count, int64_t group
   }
 }
 
+#endif
+
 // The codes of one unit (linear.h), four coefficients of ROWS rows a vector; bits above a code's are not zero.
 template <int BITS, int Q>
 INLINE Bytes codes_of(const uint8_t* unit) {
@@ -160,8 +163,10 @@ INLINE void codes(const uint8_t* unit, Bytes* c) {
   c[6] = codes_of<BITS, 6>(unit), c[7] = codes_of<BITS, 7>(unit);
 }
 
+constexpr int64_t BUFFER = GROUP * UNIT * 2 * ROWS;  // bytes of working space: one group in int8, one unit in float32
+
+#ifdef LLAVA_FA_INT8
 constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
-constexpr int64_t BUFFER = GROUP * STEPS * 64;
 
 template <int BITS>
 INLINE void points_int8(const uint8_t* unit, const Table<BITS>& table, uint8_t* out) {
@@ -277,7 +282,11 @@ ISA void int8_rows(const Linear& job, int64_t first, int64_t count, float* y, ch
   }
 }
 
-// --- float32 ---
+#else
+constexpr decltype(LinearKernels::quantise) quantise = nullptr;
+constexpr decltype(LinearKernels::tables) int8_tables = nullptr;
+constexpr decltype(LinearKernels::int8) int8_rows = nullptr;
+#endif
 
 constexpr int64_t PARTS = ROWS / LANES;  // vectors of one number of every row
 
@@ -289,6 +298,16 @@ INLINE void spread_points(const Ints* dword, float* out) {
   }
 }
 
+// One by one where there is no permutation of a whole table: a gather is slower where it was measured.
+INLINE void found_points(const uint32_t (*found)[ROWS], int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i++, out += 2 * ROWS) {
+    Ints rows[PARTS];
+    for (int64_t part = 0; part < PARTS; part++)
+      rows[part] = load(reinterpret_cast<const int32_t*>(found[i]) + LANES * part);
+    spread_points(rows, out);
+  }
+}
+
 template <int BITS>
 ISA void points_rings(const Linear& job, int64_t block, int64_t unit, float* out) {
   uint8_t bytes[8 * 64];
@@ -296,23 +315,27 @@ ISA void points_rings(const Linear& job, int64_t block, int64_t unit, float* out
   for (size_t part = 0; part < 64; part += sizeof(Bytes)) {
     Bytes c[8];
     codes<BITS>(from + part, c);
-    for (int q = 0; q < 8; q++) store_all(bytes + 64 * q + part, c[q]);
+    for (int q = 0; q < 8; q++) store_all(bytes + 64 * q + part, masked(c[q], (1 << BITS) - 1));
   }
+#ifdef LLAVA_FA_PICK
   const int32_t* table = reinterpret_cast<const int32_t*>(job.tables);
-  const Ints mask = set1(static_cast<int32_t>((1 << BITS) - 1));
+  const Ints mask = set1(int32_t{0xff});
   for (int q = 0; q < 8; q++)
     for (int j = 0; j < 4; j++, out += 2 * ROWS) {
-      Ints found[PARTS];
-      for (int64_t part = 0; part < PARTS; part++) {
-        int32_t rows[LANES];
-        std::memcpy(rows, bytes + 64 * q + 4 * LANES * part, sizeof rows);
-        found[part] = pick<BITS>(table, and_(shift_right(load(rows), 8 * j), mask));
-      }
-      spread_points(found, out);
+      int32_t rows[LANES];
+      std::memcpy(rows, bytes + 64 * q, sizeof rows);
+      const Ints found = pick<BITS>(table, and_(shift_right(load(rows), 8 * j), mask));
+      spread_points(&found, out);
     }
+#else
+  const uint32_t* table = reinterpret_cast<const uint32_t*>(job.tables);
+  uint32_t found[UNIT][ROWS];
+  for (int64_t p = 0; p < UNIT; p++)
+    for (int64_t row = 0; row < ROWS; row++) found[p][row] = table[bytes[p / 4 * 64 + 4 * row + p % 4]];
+  found_points(found, UNIT, out);
+#endif
 }
 
-// Windows are looked up one at a time: a gather is slower where it was measured.
 ISA void points_trellis(const Linear& job, int64_t block, int64_t unit, float* out) {
   const uint32_t* words = reinterpret_cast<const uint32_t*>(job.codes) + block * job.words * ROWS;
   const uint32_t* table = reinterpret_cast<const uint32_t*>(job.tables);
@@ -325,11 +348,7 @@ ISA void points_trellis(const Linear& job, int64_t block, int64_t unit, float* o
     for (int64_t row = 0; row < ROWS; row++)
       found[i][row] = table[(static_cast<uint64_t>(high[row]) << 32 | low[row]) >> by & mask];
   }
-  for (int64_t i = 0; i < UNIT; i++, out += 2 * ROWS) {
-    Ints rows[PARTS];
-    for (int64_t part = 0; part < PARTS; part++) rows[part] = load(reinterpret_cast<const int32_t*>(found[i]) + LANES * part);
-    spread_points(rows, out);
-  }
+  found_points(found, UNIT, out);
 }
 
 ISA void points_float(const Linear& job, int64_t block, int64_t unit, float* out) {

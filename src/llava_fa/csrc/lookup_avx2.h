@@ -2,6 +2,8 @@
 // for vpmaddubsw's sums of two then stay below 2^15.
 #pragma once
 
+#define LLAVA_FA_INT8
+
 #include "simd_avx2.h"
 
 namespace llava_fa {
@@ -63,11 +65,6 @@ INLINE void dot(Sums& sum, const uint8_t* w, int32_t x) {
 }
 INLINE void accumulate(float* y, Sums sum, float scale) {
   for (int i = 0; i < 2; i++) store(y + 8 * i, fma(convert(sum.half[i]), set1(scale), load(y + 8 * i)));
-}
-
-template <int BITS>
-INLINE Ints pick(const int32_t* t, Ints i) {
-  return gather(t, i);
 }
 
 }  // namespace avx2

@@ -2,6 +2,9 @@
 // of 64, by two-source permutation. Points are stored plus 128, for vpdpbusd multiplies unsigned by signed bytes.
 #pragma once
 
+#define LLAVA_FA_INT8
+#define LLAVA_FA_DIRECT
+
 #include "simd_avx512.h"
 
 #undef ISA
@@ -82,7 +85,8 @@ INLINE void dot(Sums& sum, Bytes w, int32_t x) { sum = _mm512_dpbusd_epi32(sum, 
 INLINE void dot(Sums& sum, const uint8_t* w, int32_t x) { dot(sum, load_bytes(w), x); }
 INLINE void accumulate(float* y, Sums sum, float scale) { store(y, fma(convert(sum), set1(scale), load(y))); }
 
-// Table of dwords by code; BITS ≥ 4.
+// Table of at least 16 dwords by code.
+#define LLAVA_FA_PICK
 template <int BITS>
 INLINE Ints pick(const int32_t* t, Ints i) {
   if (BITS <= 4) return _mm512_permutexvar_epi32(i, load(t));

@@ -28,7 +28,8 @@ def refusal(x: Tensor) -> str:
 
 def exact_activations(dtype: torch.dtype) -> bool:
     """Whether T (x / s) is multiplied in float32 (float32 inputs) or as int8 with one scale for every 256 values
-    (bf16 and f16 inputs, whose own rounding is of that order); `LLAVA_FA_ACTIVATIONS` says otherwise.
+    (bf16 and f16 inputs, whose own rounding is of that order); `LLAVA_FA_ACTIVATIONS` says otherwise, but for
+    portable code, which is as fast in float32.
 
     Raises:
         FourierError: the variable says neither.
@@ -36,7 +37,7 @@ def exact_activations(dtype: torch.dtype) -> bool:
     asked = os.environ.get(SWITCH, "")
     if asked not in ("", "int8", "exact"):
         raise FourierError(f"{SWITCH}={asked}", remedy="Give int8 or exact, or unset it")
-    return asked == "exact" if asked else dtype == torch.float32
+    return not native.linear_int8() or (asked == "exact" if asked else dtype == torch.float32)
 
 
 def linear(

@@ -34,9 +34,7 @@ _CHUNK = 1024
 def best_layout(m: int, n: int, code_bits: int, state_bits: int) -> Layout:
     """The layout of method ``best``, no low-rank part: what says how its codes lie."""
     codes: Codes = "trellis" if state_bits else "rings"
-    return Layout(
-        method="best", out_features=m, in_features=n, code_bits=code_bits, codes=codes, state_bits=state_bits
-    )
+    return Layout(method="best", out_features=m, in_features=n, code_bits=code_bits, codes=codes, state_bits=state_bits)
 
 
 def interleaved_shape(layout: Layout) -> tuple[int, int, int]:
@@ -117,7 +115,9 @@ def deinterleave_reference(codes: Tensor, layout: Layout) -> Tensor:
         rows = min(_CHUNK, layout.out_features - first)
         if layout.state_bits:
             width = layout.tensors()["codes"][1][1]
-            out.append(some.reshape(-1, codes.shape[1], ROWS, 4).transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :width])
+            out.append(
+                some.reshape(-1, codes.shape[1], ROWS, 4).transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :width]
+            )
             continue
         units = codes.shape[1] // layout.code_bits
         vectors = some.view(-1, units, layout.code_bits, 64)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_fa.errors import FourierError
 from llava_fa import native
+from llava_fa.errors import FourierError
 from llava_fa.kernels import compiled, reference
 from llava_fa.kernels.interleaved import deinterleave, interleave, is_interleaved
 from llava_fa.kernels.layout import Layout
