@@ -75,7 +75,7 @@ def _checks() -> Iterator[dict[str, Any]]:
                 with native.using(level):
                     if not exact and (state_bits or not native.linear_int8()):
                         continue
-                    got = compiled.linear(x, *packed, exact=exact)
+                    got = compiled.linear(*[x, *packed, exact])
                 error = float((got.double() - wanted).abs().max() / wanted.abs().max())
                 yield {
                     "codes": f"trellis {code_bits}" if state_bits else f"rings {code_bits}",
