@@ -12,9 +12,10 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,9 +66,14 @@ def choice() -> tuple[str | None, str]:
         FourierError: `LLAVA_FA_NATIVE` names what is not there.
     """
     asked = _using[-1] if _using else os.environ.get(SWITCH, "")
+    return _decide(asked, *_library())
+
+
+@cache
+def _decide(asked: str, library: ctypes.CDLL | None, why: str) -> tuple[str | None, str]:
     if asked == "off":
         return None, f"{SWITCH}=off"
-    available, why = levels(), _library()[1]
+    available = levels()
     if asked and asked not in available:
         raise FourierError(
             f"{SWITCH}={asked}, but there is {', '.join(available) or f'no compiled kernel ({why})'}",
@@ -152,31 +158,43 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def linear_kernel() -> str | None:
+class LayerKernel(NamedTuple):
+    """A build of the packed layer's kernel.
+
+    Attributes:
+        name: what it is built for.
+        int8: whether it multiplies int8 activations; portable code is as fast in float32.
+        level: index into `LEVELS`.
+        function: `llava_fa_linear` of csrc/linear.cpp.
+    """
+
+    name: str
+    int8: bool
+    level: int
+    function: Callable[..., int]
+
+
+def layer_kernel() -> LayerKernel | None:
     """The build of the packed layer's kernel that runs here; None for PyTorch."""
-    level, library = choice()[0], _library()[0]
+    return _layer_kernel(choice()[0], _library()[0])
+
+
+@cache
+def _layer_kernel(level: str | None, library: ctypes.CDLL | None) -> LayerKernel | None:
     if level is None or library is None:
         return None
-    name: str = library.llava_fa_linear_name(LEVELS.index(level)).decode()
-    return name
+    index = LEVELS.index(level)
+    name = library.llava_fa_linear_name(index).decode()
+    return LayerKernel(name, bool(library.llava_fa_linear_int8(index)), index, library.llava_fa_linear)
 
 
-def linear_int8() -> bool:
-    """Whether that kernel multiplies int8 activations; portable code is as fast in float32."""
-    level, library = choice()[0], _library()[0]
-    return level is not None and library is not None and bool(library.llava_fa_linear_int8(LEVELS.index(level)))
-
-
-def linear(*arguments: int) -> None:
-    """`llava_fa_linear` of csrc/linear.cpp on torch's threads; tensors by address, as `call`.
+def linear(kernel: LayerKernel, *arguments: int) -> None:
+    """Run it on torch's threads; tensors by address, as `call`.
 
     Raises:
         MemoryError: there was none left for its working space.
     """
-    level, library = choice()[0], _library()[0]
-    assert library is not None
-    assert level is not None
-    if library.llava_fa_linear(LEVELS.index(level), torch.get_num_threads(), 0 if _forked else openmp()[0], *arguments):
+    if kernel.function(kernel.level, torch.get_num_threads(), 0 if _forked else openmp()[0], *arguments):
         raise MemoryError("no memory for the working space of a packed layer")
 
 

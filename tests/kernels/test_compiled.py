@@ -319,15 +319,18 @@ def test_a_gradient_is_pytorchs_work():
 
 
 def test_activations_by_dtype_and_by_choice(monkeypatch):
+    def activations(dtype):
+        return compiled.exact_activations(dtype, native.layer_kernel())
+
     monkeypatch.delenv(compiled.SWITCH, raising=False)
-    assert [compiled.exact_activations(t) for t in (torch.bfloat16, torch.float16, torch.float32)] == [0, 0, 1]
+    assert [activations(t) for t in (torch.bfloat16, torch.float16, torch.float32)] == [0, 0, 1]
     monkeypatch.setenv(compiled.SWITCH, "exact")
-    assert compiled.exact_activations(torch.bfloat16)
+    assert activations(torch.bfloat16)
     monkeypatch.setenv(compiled.SWITCH, "int8")
-    assert not compiled.exact_activations(torch.float32)
+    assert not activations(torch.float32)
     monkeypatch.setenv(compiled.SWITCH, "int4")
     with pytest.raises(FourierError, match=r"LLAVA_FA_ACTIVATIONS=int4.*int8 or exact"):
-        compiled.exact_activations(torch.float32)
+        activations(torch.float32)
 
 
 def test_the_choice_says_why():

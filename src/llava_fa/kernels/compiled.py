@@ -13,20 +13,25 @@ from llava_fa.kernels.interleaved import best_layout, interleave, is_interleaved
 
 SWITCH = "LLAVA_FA_ACTIVATIONS"
 """``int8`` or ``exact``: how T (x / s) enters the products; unset, as `exact_activations` says."""
+_SERVED = (torch.bfloat16, torch.float16, torch.float32)
 _KINDS = {torch.bfloat16: 0, torch.float32: 2}
 
 
+def kernel_for(x: Tensor) -> native.LayerKernel | None:
+    """The kernel that multiplies this input, None where the reference does."""
+    return native.layer_kernel() if x.dtype in _SERVED and x.device.type == "cpu" else None
+
+
 def refusal(x: Tensor) -> str:
-    """Why the compiled layer cannot take this input; empty when it can."""
+    """Why there is none for this input."""
     if x.device.type != "cpu":
         return f"the compiled kernels run on a CPU, not on {x.device.type}"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if x.dtype not in _SERVED:
         return f"the compiled kernels compute in float32, not in {x.dtype}"
-    level, reason = native.choice()
-    return "" if level else reason
+    return native.choice()[1]
 
 
-def exact_activations(dtype: torch.dtype) -> bool:
+def exact_activations(dtype: torch.dtype, kernel: native.LayerKernel | None) -> bool:
     """Whether T (x / s) is multiplied in float32 (float32 inputs) or as int8 with one scale for every 256 values
     (bf16 and f16 inputs, whose own rounding is of that order); `LLAVA_FA_ACTIVATIONS` says otherwise, but for
     portable code, which is as fast in float32.
@@ -37,7 +42,7 @@ def exact_activations(dtype: torch.dtype) -> bool:
     asked = os.environ.get(SWITCH, "")
     if asked not in ("", "int8", "exact"):
         raise FourierError(f"{SWITCH}={asked}", remedy="Give int8 or exact, or unset it")
-    return not native.linear_int8() or (asked == "exact" if asked else dtype == torch.float32)
+    return kernel is None or not kernel.int8 or (asked == "exact" if asked else dtype == torch.float32)
 
 
 def linear(
@@ -55,6 +60,7 @@ def linear(
     code_bits: int,
     state_bits: int,
     exact: bool | None = None,
+    kernel: native.LayerKernel | None = None,
 ) -> Tensor:
     """y = diag(row_scale) codebook[codes] T (x / s) + left (right x) + bias, rounded once, to x's dtype.
 
@@ -65,6 +71,7 @@ def linear(
         bias: [m] or None.
         code_bits, state_bits: of the layout.
         exact: instead of what `exact_activations` says. Trellis codes are always multiplied in float32.
+        kernel: `native.layer_kernel`, for a caller who has it.
 
     Returns:
         [..., m] in x's dtype. With int8, T (x / s) is rounded to 1/127 of the largest of its group of 256, and the
@@ -82,14 +89,23 @@ def linear(
     made = out.to(torch.float32) if half else out
     if bias is not None:
         bias = (bias if bias.dtype in _KINDS else bias.to(torch.float32)).contiguous()
-    factors = (left, right, left_scale, right_scale)
+    kernel = kernel or native.layer_kernel()
+    assert kernel is not None
     native.linear(
+        kernel,
         given.data_ptr(),
         _KINDS[given.dtype],
         batch,
         made.data_ptr(),
-        *(tensor.data_ptr() for tensor in (codes, row_scale, input_scale, signs, codebook)),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in factors),
+        codes.data_ptr(),
+        row_scale.data_ptr(),
+        input_scale.data_ptr(),
+        signs.data_ptr(),
+        codebook.data_ptr(),
+        0 if left is None else left.data_ptr(),
+        0 if right is None else right.data_ptr(),
+        0 if left_scale is None else left_scale.data_ptr(),
+        0 if right_scale is None else right_scale.data_ptr(),
         0 if left is None else left.shape[1],
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _KINDS[bias.dtype],
@@ -97,6 +113,6 @@ def linear(
         n,
         code_bits,
         state_bits,
-        int(exact_activations(x.dtype) if exact is None else exact),
+        exact_activations(x.dtype, kernel) if exact is None else exact,
     )
     return out.copy_(made) if half else out

@@ -27,11 +27,11 @@ def diagnose() -> dict[str, Any]:
     Returns:
         Plain JSON types. ``ok`` is false when a kernel's result is wrong.
     """
-    level, reason = native.choice()
+    (level, reason), kernel = native.choice(), native.layer_kernel()
     layers = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         choice = registry.choose("best_linear", torch.empty(1, 2, dtype=dtype))
-        exact = choice.name != "compiled" or compiled.exact_activations(dtype)
+        exact = choice.name != "compiled" or compiled.exact_activations(dtype, kernel)
         layers[str(dtype).removeprefix("torch.")] = {
             "implementation": choice.name,
             "reason": choice.reason,
@@ -48,7 +48,7 @@ def diagnose() -> dict[str, Any]:
             "level": level,
             "reason": reason,
             "available": list(native.levels()),
-            "layer": native.linear_kernel(),
+            "layer": kernel.name if kernel else None,
         },
         "layer": layers,
         "checks": checks,
@@ -73,7 +73,7 @@ def _checks() -> Iterator[dict[str, Any]]:
         for level in native.levels():
             for exact in (True, False):
                 with native.using(level):
-                    if not exact and (state_bits or not native.linear_int8()):
+                    if not exact and (state_bits or compiled.exact_activations(torch.bfloat16, native.layer_kernel())):
                         continue
                     got = compiled.linear(*[x, *packed, exact])
                 error = float((got.double() - wanted).abs().max() / wanted.abs().max())

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from llava_fa import native
 from llava_fa.errors import FourierError
@@ -39,7 +40,6 @@ _SCHEMAS = {
     "best_linear": f"(Tensor x, {', '.join(f'Tensor {name}' for name in _BEST_NAMES)}, Tensor? left, Tensor? right, "
     "Tensor? left_scale, Tensor? right_scale, Tensor? bias, int code_bits, int state_bits) -> Tensor",
 }
-_FACTORS = ("left", "right", "left_scale", "right_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +70,10 @@ def choose(op: str, x: Tensor) -> Choice:
             )
         return Choice(name, "asked for by registry.use", available[name])
     if "compiled" in available:
-        reason = compiled.refusal(x)
-        if not reason:
-            return Choice("compiled", f"{native.linear_kernel()}: {native.choice()[1]}", available["compiled"])
-        return Choice("reference", reason, available["reference"])
+        kernel = compiled.kernel_for(x)
+        if kernel is None:
+            return Choice("reference", compiled.refusal(x), available["reference"])
+        return Choice("compiled", f"{kernel.name}: {native.choice()[1]}", available["compiled"])
     return Choice("reference", f"the only implementation of {op} on {x.device.type}", available["reference"])
 
 
@@ -95,8 +95,11 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any
 
 def _kernel(op: str) -> Callable[..., Tensor]:
     def run(x: Tensor, *args: Any) -> Tensor:
+        chosen = choose(op, x)
+        if chosen.name == "compiled":
+            return chosen.function(x, *args)
         with _without_autocast(x.device.type):
-            return choose(op, x).function(x, *args)
+            return chosen.function(x, *args)
 
     return run
 
@@ -171,10 +174,21 @@ def apply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout:
         x: [..., n], floating. tensors: of the layout, codes as stored or interleaved. bias: [m] or None.
     """
     if layout.method == "best" and not _gradient(x, bias):
-        factors = (tensors.get(name) for name in _FACTORS)
-        stored = (tensors[name] for name in _BEST_NAMES)
+        get = tensors.get
         result: Tensor = torch.ops.llava_fa.best_linear(
-            _autocast(x), *stored, *factors, bias, layout.code_bits, layout.state_bits
+            autocast(x),
+            tensors["codes"],
+            tensors["row_scale"],
+            tensors["input_scale"],
+            tensors["signs"],
+            tensors["codebook"],
+            get("left"),
+            get("right"),
+            get("left_scale"),
+            get("right_scale"),
+            bias,
+            layout.code_bits,
+            layout.state_bits,
         )
         return result
     if is_interleaved(tensors["codes"]):
@@ -192,11 +206,29 @@ def preferred(codes: Tensor, x: Tensor, bias: Tensor | None, layout: Layout) -> 
     return interleave(codes, layout) if wanted else deinterleave(codes, layout)
 
 
+def direct(x: Tensor, bias: Tensor | None, layout: Layout) -> native.LayerKernel | None:
+    """The compiled kernel, if `apply` runs it and nothing listens to torch's dispatcher, which costs as much as a
+    small layer: it may then be called past it, by `compiled.linear`. x as `autocast` leaves it.
+    """
+    unseen = (
+        layout.method == "best"
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not _forced
+        and not _gradient(x, bias)
+        and _get_current_dispatch_mode() is None
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._get_tracing_state()
+    )
+    return compiled.kernel_for(x) if unseen else None
+
+
 def _gradient(x: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
+    """x as `torch.nn.functional.linear` would take it under autocast."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
@@ -226,7 +258,7 @@ def linear(
     Raises:
         FourierError: the last axis of x is not n, or x is not floating.
     """
-    x, kind, ops = _autocast(x), x.device.type, torch.ops.llava_fa
+    x, kind, ops = autocast(x), x.device.type, torch.ops.llava_fa
     left, right = tensors.get("left"), tensors.get("right")
     if "r_max" in tensors:
         y = ops.paper_matmul(x, tensors["codes"], tensors["r_max"], left, right, amplitude_bits, phase_bits)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.kernels import registry
-from llava_fa.kernels.interleaved import deinterleave, is_interleaved
+from llava_fa.kernels import compiled, registry
+from llava_fa.kernels.interleaved import deinterleave, interleave, is_interleaved
 from llava_fa.kernels.layout import Layout
 
 if TYPE_CHECKING:
+    from llava_fa.native import LayerKernel
     from llava_fa.solver.approximation import Approximation
 
 
@@ -146,10 +147,37 @@ class FourierLinear(Stored):
                 f"FourierLinear got {x.dtype} {list(x.shape)}",
                 remedy=f"Give a floating [..., {self.in_features}]",
             )
+        x = registry.autocast(x)
+        kernel = registry.direct(x, self.bias, self.layout)
+        if kernel is not None:
+            return self._infer(x, kernel)
         codes = registry.preferred(self.codes, x, self.bias, self.layout)
         if codes is not self.codes:
             self.codes = codes
         return registry.apply(x, self._tensors(), self.bias, self.layout)
+
+    def _infer(self, x: Tensor, kernel: LayerKernel) -> Tensor:
+        tensors = self._buffers
+        codes, get = tensors["codes"], tensors.get
+        if not is_interleaved(codes):
+            self.codes = codes = interleave(codes, self.layout)
+        return compiled.linear(
+            x,
+            codes,
+            tensors["row_scale"],
+            tensors["input_scale"],
+            tensors["signs"],
+            tensors["codebook"],
+            get("left"),
+            get("right"),
+            get("left_scale"),
+            get("right_scale"),
+            self.bias,
+            self.layout.code_bits,
+            self.layout.state_bits,
+            None,
+            kernel,
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: self._buffers[name] for name in self._stored}

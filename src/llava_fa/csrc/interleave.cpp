@@ -1,0 +1,99 @@
+// Codes as stored (docs/format.md) ↔ in the order of the kernels (kernels/interleaved.py).
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "linear.h"
+
+using namespace llava_fa;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// One unit of one block: c_q, four coefficients of ROWS rows a vector, one code a byte.
+using Unit = uint8_t[8][64];
+
+// Eight codes are b bytes; `some` of them are there.
+void read_eight(const uint8_t* from, int64_t some, int b, uint8_t* low, uint8_t* high) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, from, static_cast<size_t>(some));
+  const uint64_t mask = (1u << b) - 1;
+  for (int i = 0; i < 4; i++) low[i] = static_cast<uint8_t>(bits >> b * i & mask);
+  for (int i = 0; i < 4; i++) high[i] = static_cast<uint8_t>(bits >> b * (i + 4) & mask);
+}
+
+void write_eight(uint8_t* to, int64_t some, int b, const uint8_t* low, const uint8_t* high) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 4; i++) bits |= uint64_t{low[i]} << b * i | uint64_t{high[i]} << b * (i + 4);
+  std::memcpy(to, &bits, static_cast<size_t>(some));
+}
+
+// Fields of 8, 4, 2 and 1 bits, of as many vectors; from the low bits of a code on.
+void join(const Unit& c, int b, uint8_t* vectors) {
+  for (int width = 8, low = 0; width; width /= 2) {
+    if (width == 8 ? b != 8 : b == 8 || !(b & width)) continue;
+    const int each = 8 / width, mask = (1 << width) - 1;
+    for (int v = 0; v < width; v++, vectors += 64)
+      for (int f = 0; f < each; f++)
+        for (int i = 0; i < 64; i++)
+          vectors[i] = static_cast<uint8_t>(vectors[i] | (c[v * each + f][i] >> low & mask) << f * width);
+    low += width;
+  }
+}
+
+void part(const uint8_t* vectors, int b, Unit& c) {
+  std::memset(c, 0, sizeof c);
+  for (int width = 8, low = 0; width; width /= 2) {
+    if (width == 8 ? b != 8 : b == 8 || !(b & width)) continue;
+    const int each = 8 / width, mask = (1 << width) - 1;
+    for (int v = 0; v < width; v++, vectors += 64)
+      for (int f = 0; f < each; f++)
+        for (int i = 0; i < 64; i++)
+          c[v * each + f][i] = static_cast<uint8_t>(c[v * each + f][i] | (vectors[i] >> f * width & mask) << low);
+    low += width;
+  }
+}
+
+void rings(const uint8_t* from, uint8_t* to, int64_t m, int64_t count, int b, bool back) {
+  const int64_t row_bytes = (count * b + 7) / 8, units = (count + UNIT - 1) / UNIT;
+  for (int64_t first = 0; first < m; first += ROWS)
+    for (int64_t unit = 0; unit < units; unit++) {
+      const int64_t rows = std::min(ROWS, m - first), at = (first / ROWS * units + unit) * b * 64;
+      Unit c = {};
+      if (back) part(from + at, b, c);
+      for (int64_t row = 0; row < rows; row++)
+        for (int eight = 0; eight < 4; eight++) {
+          const int64_t byte = unit * UNIT / 8 * b + eight * b, some = std::min<int64_t>(b, row_bytes - byte);
+          uint8_t *low = c[2 * eight] + 4 * row, *high = c[2 * eight + 1] + 4 * row;
+          if (some <= 0) break;
+          if (back)
+            write_eight(to + (first + row) * row_bytes + byte, some, b, low, high);
+          else
+            read_eight(from + (first + row) * row_bytes + byte, some, b, low, high);
+        }
+      if (!back) join(c, b, to + at);
+    }
+}
+
+void trellis(const uint8_t* from, uint8_t* to, int64_t m, int64_t row_bytes, int64_t words, bool back) {
+  for (int64_t row = 0; row < m; row++)
+    for (int64_t i = 0; i < row_bytes; i++) {
+      const int64_t other = (row / ROWS * words + i / 4) * 64 + row % ROWS * 4 + i % 4, stored = row * row_bytes + i;
+      if (back)
+        to[stored] = from[other];
+      else
+        to[other] = from[stored];
+    }
+}
+
+}  // namespace
+
+// from → to, which is zero at first.
+EXPORT void llava_fa_interleave(const uint8_t* from, uint8_t* to, int64_t m, int64_t count, int64_t code_bits,
+                                int64_t state_bits, int64_t back) {
+  if (!state_bits) return rings(from, to, m, count, static_cast<int>(code_bits), back != 0);
+  const int64_t row_bytes = (count * code_bits + state_bits - code_bits + 7) / 8;
+  trellis(from, to, m, row_bytes, trellis_words(count, code_bits, state_bits), back != 0);
+}
