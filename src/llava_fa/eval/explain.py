@@ -52,6 +52,18 @@ def explain(
     Source: Selvaraju et al., "Grad-CAM" (2017), with the gradients of Draelos and Carin, "HiResCAM" (2020).
     """
     height, width = grid_of(model.config)
+    answer, log_probability, grid, slope = evidence(model, processor, picture, question, max_new_tokens=max_new_tokens)
+    spoken = (grid * slope).sum(1)
+    saliency = spoken.relu().view(height, width).float().cpu()
+    peak = saliency.max()
+    return Explanation(answer, log_probability, float(spoken.sum()), saliency / peak if peak > 0 else saliency)
+
+
+def evidence(
+    model: Any, processor: Any, picture: Image.Image, question: str, *, max_new_tokens: int = 48
+) -> tuple[str, float, torch.Tensor, torch.Tensor]:
+    """The answer, its mean log-probability a token, A and ∂S/∂A (`explain`), float64 [height · width, channels]."""
+    height, width = grid_of(model.config)
     content = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=[picture], text=[text], return_tensors="pt").to(model.device, model.dtype)
@@ -76,16 +88,8 @@ def explain(
         handle.remove()
     # of tiles the first shows the whole picture; class tokens stand in front
     grid, slope = (x[0, -height * width :].double().detach() for x in (grids[0], slope))
-    spoken = (grid * slope).sum(1)
-    saliency = spoken.relu().view(height, width).float().cpu()
-    peak = saliency.max()
     answer = processor.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
-    return Explanation(
-        answer,
-        float(chosen.detach().mean()),
-        float(spoken.sum()),
-        saliency / peak if peak > 0 else saliency,
-    )
+    return answer, float(chosen.detach().mean()), grid, slope
 
 
 def compare_restoration(model: Any, processor: Any, picture: Image.Image, question: str) -> dict[str, Explanation]:

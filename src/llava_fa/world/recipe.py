@@ -39,7 +39,7 @@ from llava_fa.world.vocabulary import dense_vocabulary
 NOTHING_WEIGHT = {"color": 0.3, "shape": 0.3, "size": 0.3, "anchor": 0.1, "character": 0.05}
 """Weight of "nothing" patches in the dense loss: the rarer the thing, the less; what is shown weighs about half."""
 
-GAIN_SCALE = 5.0
+GAIN_SCALE = 3.0
 """FMVR's gains, which are of the size of 1, learn so much faster than other parameters."""
 
 LEARNED_LAST = ("relations", "counting", "choice")
