@@ -4,6 +4,7 @@ python benchmarks/visual_tokens.py train fmvr --out RUNS    # pooling, queries: 
 python benchmarks/visual_tokens.py eval --out RUNS          # every model at every number; one JSON line each, resumes
 python benchmarks/visual_tokens.py report --out RUNS --plot docs/visual_tokens.svg
 python benchmarks/visual_tokens.py flops                    # LLaVA-1.5-7B
+python benchmarks/visual_tokens.py saliency                 # does the map find what is asked about?
 """
 
 from __future__ import annotations
@@ -139,9 +140,30 @@ def flops() -> None:
               f"| {row.total / 1e12:.2f} | {100 * saved[1]:.1f} % |")  # fmt: skip
 
 
+def saliency(count: int = 60) -> None:
+    """How often a map's peak is within two patches of the thing that a question is about."""
+    from llava_fa.eval.explain import evidence
+    from llava_fa.hub.loading import load
+    from llava_fa.world.samples import samples
+
+    model, processor = load("tiny", "cpu", torch.float32)
+    hits = {"Grad-CAM (mean gradient)": 0, "each cell's own gradient": 0}
+    chance = 0.0
+    asked = samples("test", 0, count, ("attributes",))[:count]
+    for sample in asked:
+        (thing,) = sample.question.mentions[0][1]
+        _, _, grid, slope = evidence(model, processor, sample.image, sample.question.text, max_new_tokens=4)
+        near = [abs(12 * (i % 8) + 6 - thing.x) <= 24 and abs(12 * (i // 8) + 6 - thing.y) <= 24 for i in range(64)]
+        chance += sum(near) / 64
+        for name, values in zip(hits, (grid @ slope.mean(0), (grid * slope).sum(1)), strict=True):
+            hits[name] += near[int(values.argmax())]
+    for name, found in (*hits.items(), ("a random cell", chance)):
+        print(f"{name}: {100 * found / len(asked):.0f} % of {len(asked)} questions")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "eval", "report", "flops"))
+    parser.add_argument("what", choices=("train", "eval", "report", "flops", "saliency"))
     parser.add_argument("kind", nargs="?", choices=tuple(KINDS))
     parser.add_argument("--out", type=Path, default=Path("visual-tokens-runs"))
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -156,7 +178,7 @@ def main() -> None:
     elif chosen.what == "report":
         report(chosen.out, chosen.plot)
     else:
-        flops()
+        {"flops": flops, "saliency": saliency}[chosen.what]()
 
 
 if __name__ == "__main__":
