@@ -356,3 +356,35 @@ def test_doctor_tells_what_runs_and_checks_it(monkeypatch):
     if found["checks"]:
         assert result.exit_code == 1
         assert "WRONG: portable, rings 2, exact" in result.stdout
+
+
+def test_train(model, small, tmp_path):
+    rows = [
+        {
+            "image": "p.png",
+            "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "this"}],
+        }
+    ]
+    helpers.picture().save(tmp_path / "p.png")
+    (tmp_path / "data.json").write_text(json.dumps(rows * 3))
+    common = ["train", small[0], tmp_path / "out", "--data", tmp_path / "data.json", "--steps", "2", "--batch", "1"]
+    for bad, message in (
+        (["--data", "world", "--images", tmp_path], "LLaVA JSON file"),
+        (["--lr", "0"], "rate is 0.0"),
+    ):
+        refused = run(*common, *bad)
+        assert refused.exit_code == 2
+        assert message in refused.output
+    done = run(*common, "--teacher", model, "--rank", "2", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["steps"] == 2
+    assert 0 < told["share"] < 1
+    shown = run("inspect", tmp_path / "out")
+    assert "trained: 2 steps" in shown.stdout
+    again = run(*common)
+    assert again.exit_code == 1
+    assert "exists already" in again.output
+    text = run(*["train", small[0], tmp_path / "text", *common[3:], "--kl", "0", "--ce", "1"])
+    assert text.exit_code == 0, text.output
+    assert "bits per weight" in text.stdout

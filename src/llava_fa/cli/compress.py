@@ -214,6 +214,8 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
     )
     if report.budget is not None:
         console.print(f"{_given(report.budget)}; {_prediction(report.budget)}", highlight=False, soft_wrap=True)
+    if report.training is not None:
+        console.print(_training(report.training), highlight=False, soft_wrap=True)
     if report.layers:
         console.print(_layers(report, all_layers))
     if report.attention_density:
@@ -226,6 +228,11 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
         names = [skipped.name for skipped in report.not_compressed if skipped.reason == reason]
         more = f" and {count - 1} more" if count > 1 else ""
         console.print(f"not compressed: {names[0]}{more} ({reason})", markup=False, highlight=False, soft_wrap=True)
+
+
+def _training(told: dict[str, Any]) -> str:
+    shares = f"{100 * told['share']:.1f} % of the original's parameters"
+    return f"trained: {told['steps']} steps, {told['trainable']:,} parameters ({shares})"
 
 
 def _given(budget: dict[str, Any]) -> str:

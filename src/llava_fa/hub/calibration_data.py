@@ -53,6 +53,19 @@ def read_samples(source: str, *, images: Path | None = None, count: int = 128, s
 
 
 def _llava_json(path: Path, images: Path | None, count: int, seed: int) -> list[Sample]:
+    rows, folder = llava_rows(path, images)
+    with_image = [index for index, row in enumerate(rows) if row.get("image")]
+    if not with_image:
+        raise FourierError("no row has an image", remedy='Each row needs "image" and "conversations"', where=str(path))
+    return [conversation(rows[i], folder, f"{path.name} row {i}") for i in _draw(with_image, count, seed)]
+
+
+def llava_rows(path: Path, images: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
+    """All rows of a LLaVA-format JSON or JSON-lines file, and the folder of their images.
+
+    Raises:
+        FourierError: no such file or folder, or not a list of objects.
+    """
     if not path.is_file():
         raise FourierError("no such file", remedy="Give a LLaVA-format JSON file", where=str(path))
     try:
@@ -67,21 +80,24 @@ def _llava_json(path: Path, images: Path | None, count: int, seed: int) -> list[
             remedy='Each row needs "image" and "conversations"',
             where=str(path),
         )
-    with_image = [index for index, row in enumerate(rows) if row.get("image")]
-    if not with_image:
-        raise FourierError("no row has an image", remedy='Each row needs "image" and "conversations"', where=str(path))
     folder = path.parent if images is None else images
     if not folder.is_dir():
         raise FourierError("no such image folder", remedy="Give the folder of the images", where=str(folder))
-    return [_conversation(rows[i], folder, f"{path.name} row {i}") for i in _draw(with_image, count, seed)]
+    return rows, folder
 
 
 def _draw(indices: Sequence[int], count: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(list(indices), min(count, len(indices))))
 
 
-def _conversation(row: Mapping[str, Any], folder: Path, where: str) -> Sample:
-    names = row["image"] if isinstance(row["image"], list) else [row["image"]]
+def conversation(row: Mapping[str, Any], folder: Path, where: str) -> Sample:
+    """The chat messages of one LLaVA row, its images opened; a row without ``image`` is text alone.
+
+    Raises:
+        FourierError: an image that is missing or cannot be read, or turns that are not as LLaVA has them.
+    """
+    named = row.get("image") or []
+    names = named if isinstance(named, list) else [named]
     waiting: list[Any] = [open_image(folder / str(name), where) for name in names]
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -123,7 +139,12 @@ def open_image(image: Any, where: str = "") -> Image.Image:
     raise FourierError(what, remedy="Mend or remove it", where=where)
 
 
-def _dataset(source: str, count: int, seed: int) -> list[Sample]:
+def dataset_split(source: str, *, streaming: bool) -> Any:
+    """The training split (or the first) of a Hugging Face dataset, saved in a folder or on the hub.
+
+    Raises:
+        FourierError: the package `datasets` is not installed.
+    """
     try:
         import datasets
     except ImportError:
@@ -132,24 +153,27 @@ def _dataset(source: str, count: int, seed: int) -> list[Sample]:
             remedy="`pip install datasets`, or give a LLaVA-format .json file",
             where=source,
         ) from None
+    if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+        data = datasets.load_from_disk(source)
+    else:
+        data = datasets.load_dataset(source, streaming=streaming)
+    return data["train" if "train" in data else next(iter(data))] if hasattr(data, "keys") else data
+
+
+def _dataset(source: str, count: int, seed: int) -> list[Sample]:
     samples: list[Sample] = []
     where = source
     try:
-        if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(source)
-            data = data["train" if "train" in data else next(iter(data))] if hasattr(data, "keys") else data
-            rows: Iterable[Any] = data.shuffle(seed=seed)
-        else:
-            stream = datasets.load_dataset(source, streaming=True)
-            split = stream["train" if "train" in stream else next(iter(stream))]
-            rows = split.shuffle(seed=seed, buffer_size=max(1000, count))
+        split = dataset_split(source, streaming=True)
+        buffered = {} if hasattr(split, "__len__") else {"buffer_size": max(1000, count)}
+        rows: Iterable[Any] = split.shuffle(seed=seed, **buffered)
         reader = iter(rows)
         for index in range(count):
             where = f"{source} sample {index}"
             row = next(reader, None)
             if row is None:
                 break
-            samples.append(_row(row, where))
+            samples.append(dataset_row(row, where))
     except FourierError:
         raise
     except Exception as error:  # whatever datasets, its file readers and decoders or the network raise
@@ -163,13 +187,18 @@ def _dataset(source: str, count: int, seed: int) -> list[Sample]:
     return samples
 
 
-def _row(row: Mapping[str, Any], where: str) -> Sample:
+def dataset_row(row: Mapping[str, Any], where: str) -> Sample:
+    """A sample from one row of a Hugging Face dataset, by the names that such datasets give their columns.
+
+    Raises:
+        FourierError: no image, or neither question nor answer.
+    """
     images = row.get("image", row.get("images"))
     images = images if isinstance(images, list) else [images]
     question = next((row[key] for key in _QUESTION if row.get(key)), None)
     answer = next((row[key] for key in _ANSWER if row.get(key)), None)
     if isinstance(row.get("conversations"), list) and images[0] is not None:
-        return _conversation({**row, "image": images}, Path(), where)
+        return conversation({**row, "image": images}, Path(), where)
     if isinstance(row.get("texts"), list) and row["texts"]:  # the_cauldron
         question, answer = row["texts"][0].get("user"), row["texts"][0].get("assistant")
     if isinstance(answer, list):
@@ -189,9 +218,9 @@ def prepare(samples: Iterable[Sample], processor: Any) -> Iterator[dict[str, tor
     """The model's inputs, one sample each (batch of 1: no padding that would enter a statistic)."""
     for index, sample in enumerate(samples):
         where = f"calibration sample {index}"
-        messages, images = _messages(sample, where)
+        messages, images = chat_messages(sample, where)
         try:
-            text = _render(processor, messages)
+            text = render(processor, messages)
             inputs = processor(images=images or None, text=[text], return_tensors="pt")
         except FourierError:
             raise
@@ -211,9 +240,9 @@ def answer_start(sample: Sample, inputs: Mapping[str, torch.Tensor], processor: 
     turns) or the sample ends with a question, it is the first token after the images, or else the second token.
     """
     ids = inputs["input_ids"][0]
-    messages, images = _messages(sample, "calibration sample")
+    messages, images = chat_messages(sample, "calibration sample")
     if len(messages) > 1 and messages[-1]["role"] == "assistant":
-        text = _render(processor, messages[:-1], add_generation_prompt=True)
+        text = render(processor, messages[:-1], add_generation_prompt=True)
         prompt = processor(images=images or None, text=[text], return_tensors="pt")["input_ids"][0]
         if len(prompt) < len(ids) and torch.equal(ids[: len(prompt)], prompt):
             return len(prompt)
@@ -222,7 +251,8 @@ def answer_start(sample: Sample, inputs: Mapping[str, torch.Tensor], processor: 
     return start if start < len(ids) else 1
 
 
-def _render(processor: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+def render(processor: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    """Chat messages as the text that the model was trained on: its chat template, or LLaVA's first one."""
     if getattr(processor, "chat_template", None):
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     mark = getattr(processor, "image_token", "<image>")
@@ -233,7 +263,12 @@ def _render(processor: Any, messages: Sequence[Mapping[str, Any]], *, add_genera
     return " ".join([*turns, "ASSISTANT:"] if add_generation_prompt else turns)
 
 
-def _messages(sample: Any, where: str) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+def chat_messages(sample: Any, where: str) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """A sample as chat messages with the images taken out of them, opened, in order.
+
+    Raises:
+        FourierError: it is no sample, or an image cannot be read.
+    """
     if isinstance(sample, tuple) and len(sample) == 3:
         image, question, answer = sample
         ask = [{"type": "image", "image": image}, _text(str(question))]

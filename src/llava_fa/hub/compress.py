@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -20,7 +21,15 @@ from llava_fa.hub.checkpoint import account, read_metadata, validate
 from llava_fa.hub.loading import check_device, fast_dtype
 from llava_fa.hub.parts import WorkFolder, check_space, disk_errors, refuse_existing
 from llava_fa.hub.plan import Plan, make_plan
-from llava_fa.hub.report import LayerReport, ProgressCallback, Report, Skipped, kind_of_codes, peak_rss_bytes
+from llava_fa.hub.report import (
+    TRAINING,
+    LayerReport,
+    ProgressCallback,
+    Report,
+    Skipped,
+    kind_of_codes,
+    peak_rss_bytes,
+)
 from llava_fa.hub.shards import read_metadata as read_metadata_of
 from llava_fa.hub.shards import write_text
 from llava_fa.hub.source import Source, empty_model, open_source, quiet_transformers, resolve_model, weight_files
@@ -191,7 +200,16 @@ def describe(
         peak_rss_bytes=peak_rss_bytes(),
         budget=metadata.budget,
         attention_density=metadata.attention_density,
+        training=_training(folder),
     )
+
+
+def _training(folder: Path) -> dict[str, Any] | None:
+    path = folder / TRAINING
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        raise FourierError("it is not JSON", remedy="Remove it; the model does not need it", where=str(path)) from None
 
 
 def _check_calibration(config: FourierConfig, calibration: Iterable[Sample] | None) -> None:

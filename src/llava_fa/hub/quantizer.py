@@ -81,8 +81,13 @@ class FourierHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The packed weights are data; only gradients to the inputs pass."""
-        return False
+        """transformers' Trainer takes it: gradients pass to adapters, and to what `nn.trainable` makes trainable."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Without adapters too (`llava_fa.train`)."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

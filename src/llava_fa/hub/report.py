@@ -66,6 +66,7 @@ class Report:
             best uniform ones in the same budget (None: none fits), and their unit.
         attention_density: attention module of the original → for every head the share of entries that hold 95 % of
             its attention (`solver.attention`), measured on calibration samples; None without any.
+        training: what ``training.json`` of the folder says of recovery training (`llava_fa.train`); None without.
     """
 
     path: str
@@ -82,6 +83,7 @@ class Report:
     peak_rss_bytes: int
     budget: dict[str, Any] | None = None
     attention_density: dict[str, list[float]] | None = None
+    training: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -115,6 +117,9 @@ class Progress:
     weights_total: int
     resumed: int
 
+
+TRAINING = "training.json"
+"""File of a trained model's folder that says how it was trained."""
 
 ProgressCallback = Callable[[Progress], None]
 

@@ -107,9 +107,10 @@ class WindowDecoder(_Decoder):
         return self.points.index_select(0, windows.flatten()).view(stop - start, -1)
 
 
-def _decoder(
+def decoder(
     codes: Tensor, codebook: Tensor, trellis_bits: int, n: int, dtype: torch.dtype
 ) -> RowDecoder | WindowDecoder:
+    """What decodes a layer of method ``best``: trellis codes of so many bits, or ring codes (0)."""
     if trellis_bits:
         return WindowDecoder(codes, codebook, trellis_bits, padded(n) // 2, dtype)
     return RowDecoder(codes, codebook, padded(n) // 2, dtype)
@@ -144,9 +145,9 @@ def best_matmul(
         return out.zero_()
     spectrum = packed_dft(x.to(dtype) / input_scale.to(dtype), unpack_signs(signs, n)).reshape(-1, padded(n))
     flat = out.view(-1, codes.shape[0])
-    decoder = _decoder(codes, codebook, trellis_bits, n, dtype)
-    for start, stop in decoder.chunks():
-        flat[:, start:stop] = spectrum @ decoder.decode(start, stop).T
+    decoding = decoder(codes, codebook, trellis_bits, n, dtype)
+    for start, stop in decoding.chunks():
+        flat[:, start:stop] = spectrum @ decoding.decode(start, stop).T
     return flat.mul_(row_scale.to(dtype)).view(out.shape)
 
 
@@ -210,9 +211,9 @@ def best_matmul_transposed(
         return g.new_zeros(*g.shape[:-1], n, dtype=dtype)
     scaled = (g.to(dtype) * row_scale.to(dtype)).reshape(-1, codes.shape[0])
     spectrum = scaled.new_zeros(scaled.shape[0], padded(n))
-    decoder = _decoder(codes, codebook, trellis_bits, n, dtype)
-    for start, stop in decoder.chunks():
-        spectrum += scaled[:, start:stop] @ decoder.decode(start, stop)
+    decoding = decoder(codes, codebook, trellis_bits, n, dtype)
+    for start, stop in decoding.chunks():
+        spectrum += scaled[:, start:stop] @ decoding.decode(start, stop)
     x = packed_idft(spectrum, unpack_signs(signs, n), n) / input_scale.to(dtype)
     return x.view(*g.shape[:-1], n)
 
@@ -230,9 +231,9 @@ def best_dense(
     n = input_scale.shape[0]
     out = row_scale.new_empty(codes.shape[0], n, dtype=dtype)
     plus_minus = unpack_signs(signs, n)
-    decoder = _decoder(codes, codebook, trellis_bits, n, dtype)
-    for start, stop in decoder.chunks():
-        rows = decoder.decode(start, stop) * row_scale[start:stop, None].to(dtype)
+    decoding = decoder(codes, codebook, trellis_bits, n, dtype)
+    for start, stop in decoding.chunks():
+        rows = decoding.decode(start, stop) * row_scale[start:stop, None].to(dtype)
         out[start:stop] = packed_idft(rows, plus_minus, n) / input_scale.to(dtype)
     return out
 

@@ -87,7 +87,7 @@ def use(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast would push the float32 products inside down to half precision."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
@@ -98,7 +98,7 @@ def _kernel(op: str) -> Callable[..., Tensor]:
         chosen = choose(op, x)
         if chosen.name == "compiled":
             return chosen.function(x, *args)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             return chosen.function(x, *args)
 
     return run
@@ -269,7 +269,7 @@ def linear(
                 factor(right, tensors.get("right_scale"), y.dtype, 0),
                 factor(left, tensors.get("left_scale"), y.dtype, 1),
             )
-            with _without_autocast(kind):
+            with without_autocast(kind):
                 y = y + (x.to(y.dtype) @ low.T) @ high.T
     if bias is not None:
         y = y + bias

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from llava_fa.config import FourierConfig
+from llava_fa.config import FactorDtype, FourierConfig
 from llava_fa.maths import bitpack, dft, metrics, polar
 from llava_fa.maths.trellis import STATE_BITS
 
@@ -115,6 +115,25 @@ def factors(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         left = left * tensors["left_scale"].to(torch.float32)
         right = right * tensors["right_scale"].to(torch.float32)[:, None]
     return left, right
+
+
+def store_factors(left: Tensor, right: Tensor, dtype: FactorDtype) -> dict[str, Tensor]:
+    """L1 [m, r], L2 [r, n] as stored by `best`: the inverse of `factors` up to rounding.
+
+    int8 is symmetric, with one bf16 scale per rank-one term and side, itself rounded before the codes are chosen.
+    """
+    if dtype == "bf16":
+        return {"left": left.to(torch.bfloat16).contiguous(), "right": right.to(torch.bfloat16).contiguous()}
+    left_codes, left_scale = _int8(left, dim=0)
+    right_codes, right_scale = _int8(right, dim=1)
+    return {"left": left_codes, "left_scale": left_scale, "right": right_codes, "right_scale": right_scale}
+
+
+def _int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    scale = (matrix.abs().amax(dim=dim, keepdim=True) / 127).to(torch.bfloat16)
+    step = scale.to(torch.float32)
+    codes = torch.where(step > 0, matrix / step, torch.zeros_like(matrix)).round().clamp_(-127, 127)
+    return codes.to(torch.int8), scale.flatten()
 
 
 def pack_signs(signs: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from llava_fa.maths.lowrank import weighted_low_rank
 from llava_fa.maths.nearest import NearestCode, nearest_code
 from llava_fa.maths.trellis import trellis
 from llava_fa.solver import feedback
-from llava_fa.solver.approximation import factors, pack_codes, pack_signs
+from llava_fa.solver.approximation import factors, pack_codes, pack_signs, store_factors
 from llava_fa.solver.beam import round_with_beam
 from llava_fa.solver.trellis_beam import nearby_windows, round_trellis
 
@@ -268,16 +268,7 @@ class _Problem:
             right = self._spatial(right)
         else:
             left, right = weighted_low_rank(self._spatial(rest), rank, self.weights, seed=seed)
-        if self.config.factor_dtype == "bf16":
-            return {"left": left.to(torch.bfloat16), "right": right.to(torch.bfloat16)}
-        left_codes, left_scale = _int8(left, dim=0)
-        right_codes, right_scale = _int8(right, dim=1)
-        return {
-            "left": left_codes,
-            "left_scale": left_scale,
-            "right": right_codes,
-            "right_scale": right_scale,
-        }
+        return store_factors(left, right, self.config.factor_dtype or "int8")
 
     def transformed(self, stored: dict[str, Tensor], rows: slice = slice(None)) -> Tensor:
         """The stored low-rank part in the transformed domain [m, N], or some rows of it."""
@@ -295,16 +286,6 @@ def _row_scale(target: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's root mean square (a bf16 value in float32) and its reciprocal; 0 for a row of zeros."""
     row_scale = target.square().mean(dim=1).sqrt().to(torch.bfloat16).to(torch.float32)
     return row_scale, torch.where(row_scale > 0, 1 / row_scale, torch.zeros_like(row_scale))
-
-
-def _int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one bf16 scale per slice along `dim` reduced; the scale is rounded before the
-    codes.
-    """
-    scale = (matrix.abs().amax(dim=dim, keepdim=True) / 127).to(torch.bfloat16)
-    step = scale.to(torch.float32)
-    codes = torch.where(step > 0, matrix / step, torch.zeros_like(matrix)).round().clamp_(-127, 127)
-    return codes.to(torch.int8), scale.flatten()
 
 
 def _floored(power: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Recovery training: a compressed model learns back what its bits have cost it."""

@@ -1,0 +1,256 @@
+"""Training samples: LLaVA-format JSON, Hugging Face datasets or samples in memory, as the model's inputs and labels.
+
+A row is read when its turn comes. One that cannot be used stops the run with its number, or, when that was asked for,
+is replaced by the next and counted: nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_fa.errors import FourierError
+from llava_fa.hub.calibration_data import (
+    Sample,
+    chat_messages,
+    conversation,
+    dataset_row,
+    dataset_split,
+    llava_rows,
+    render,
+)
+from llava_fa.train.loss import IGNORED
+
+ROWS_LEFT_OUT = "rows_left_out"
+"""Key of a batch's inputs that lists the rows that could not be used."""
+
+_BY_ANSWER = ("teacher_log_p", "teacher_ids")
+"""Entries with a row for every answer token, in the order of the labels."""
+
+_ADVICE = "Mend or remove the row, or give --skip-bad-rows"
+
+
+class Rows(Sequence[Sample]):
+    """The samples of a source, opened one by one.
+
+    Args:
+        source: a LLaVA ``.json`` / ``.jsonl`` file, or a Hugging Face dataset.
+        images: folder of the JSON's images; its own folder where not given.
+        count: how many to draw; None for all.
+        seed: of the draw.
+
+    Raises:
+        FourierError: the source cannot be read, or is empty.
+    """
+
+    def __init__(self, source: str, *, images: Path | None = None, count: int | None = None, seed: int = 0) -> None:
+        path = Path(source).expanduser()
+        self.source, self.folder = source, Path()
+        if path.suffix.lower() in (".json", ".jsonl"):
+            self.source = path.name
+            self._rows, self.folder = llava_rows(path, images)
+        elif images is not None:
+            raise FourierError("an image folder goes with a LLaVA JSON file", remedy="Leave it out", where=source)
+        else:
+            try:
+                self._rows = dataset_split(source, streaming=False)
+            except FourierError:
+                raise
+            except Exception as error:  # whatever datasets, its file readers or the network raise
+                raise FourierError(
+                    f"the dataset cannot be read ({type(error).__name__}: {error})",
+                    remedy="Check its name and the network",
+                    where=source,
+                ) from error
+        indices = list(range(len(self._rows)))
+        if count is not None and count < len(indices):
+            indices = sorted(random.Random(seed).sample(indices, count))
+        if not indices:
+            raise FourierError("it has no rows", remedy="Give another one", where=source)
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Sample:
+        number = self._indices[index]
+        where = self.where(index)
+        row = self._rows[number]
+        if isinstance(row, Mapping) and isinstance(row.get("conversations"), list) and isinstance(self._rows, list):
+            return conversation(row, self.folder, where)
+        return dataset_row(row, where)
+
+    def where(self, index: int) -> str:
+        """How people are told of a row."""
+        return f"{self.source} row {self._indices[index]}"
+
+
+class Conversations(torch.utils.data.Dataset[dict[str, Any]]):
+    """Samples as the model's inputs with ``labels``: every assistant's turn is learnt, end mark included.
+
+    Args:
+        samples: `Rows`, or any sequence of samples (see `llava_fa.compress`).
+        processor: the model's.
+        max_length: tokens a sample may have.
+        skip_bad_rows: replace a sample that cannot be used by the next, and list it under `ROWS_LEFT_OUT`.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], processor: Any, *, max_length: int, skip_bad_rows: bool = False
+    ) -> None:
+        if not len(samples):
+            raise FourierError("there are no training samples", remedy="Give some")
+        self.samples, self.processor = samples, processor
+        self.max_length, self.skip_bad_rows = max_length, skip_bad_rows
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):  # so that a loop over the samples ends
+            raise IndexError(index)
+        left_out: list[int] = []
+        while True:
+            row = (index + len(left_out)) % len(self)
+            try:
+                item = self._item(row)
+            except FourierError as error:
+                if not self.skip_bad_rows:
+                    raise FourierError(error.what, remedy=_ADVICE, where=error.where) from error
+                left_out.append(row)
+                if len(left_out) == len(self):
+                    raise FourierError(f"no row can be used ({error})", remedy="Mend the data") from error
+            else:
+                return {**item, ROWS_LEFT_OUT: left_out}
+
+    def _item(self, index: int) -> dict[str, Tensor]:
+        where = self.samples.where(index) if isinstance(self.samples, Rows) else f"sample {index}"
+        messages, images = chat_messages(self.samples[index], where)
+        try:
+            inputs = encode(self.processor, messages, images)
+        except FourierError as error:
+            raise error.at(where) from None
+        except Exception as error:  # processors raise all sorts
+            raise FourierError(
+                f"the model's processor refuses it ({type(error).__name__}: {error})", remedy=_ADVICE, where=where
+            ) from error
+        if (length := inputs["input_ids"].shape[-1]) > self.max_length:
+            raise FourierError(
+                f"it has {length} tokens, and there is room for {self.max_length}", remedy=_ADVICE, where=where
+            )
+        if not bool((inputs["labels"] != IGNORED).any()):
+            raise FourierError("it has no answer", remedy=_ADVICE, where=where)
+        return inputs
+
+
+def encode(processor: Any, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> dict[str, Tensor]:
+    """One conversation as the model's inputs, with ``labels`` (not shifted) on what the assistant says.
+
+    Where an answer lies is found in the text and carried over to the tokens: those that the processor puts in the
+    place of pictures are skipped, all others are the tokenizer's own.
+
+    Raises:
+        FourierError: the processor changes the text beyond its pictures; the tokenizer cannot tell where tokens lie.
+    """
+    tokenizer = processor.tokenizer
+    text, spans = _with_spans(processor, messages)
+    inputs = dict(processor(images=list(images) or None, text=[text], return_tensors="pt"))
+    inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    if not getattr(tokenizer, "is_fast", False):
+        raise FourierError("its tokenizer cannot tell where tokens lie", remedy="Use a model with a fast tokenizer")
+    plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
+    mark = getattr(processor, "image_token_id", None)
+    ids = inputs["input_ids"][0]
+    places = (ids != mark).nonzero()[:, 0].tolist() if mark is not None else list(range(len(ids)))
+    kept = [i for i, token in enumerate(plain["input_ids"]) if token != mark]
+    if [plain["input_ids"][i] for i in kept] != ids[places].tolist():
+        raise FourierError("its processor changes the text around pictures", remedy="Use another model family")
+    labels = torch.full_like(ids, IGNORED)
+    for place, i in zip(places, kept, strict=True):
+        start, end = plain["offset_mapping"][i]
+        if end > start and any(first <= start and end <= last for first, last in spans):
+            labels[place] = ids[place]
+    return {**inputs, "labels": labels[None]}
+
+
+def _with_spans(processor: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation's text and where in it the assistant speaks, end-of-turn marks included."""
+    text = render(processor, messages)
+    end_token = processor.tokenizer.eos_token
+    spans, searched = [], 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        said = "".join(part["text"] for part in message["content"] if part["type"] == "text")
+        before = render(processor, messages[:number], add_generation_prompt=True)
+        after = render(processor, messages[: number + 1])
+        if text.startswith(before) and text.startswith(after):
+            start, end = len(before), len(after)
+        elif (start := text.find(said, searched)) >= 0:  # a template that rewrites earlier turns
+            end = start + len(said)
+        else:
+            raise FourierError("its chat template drops an answer", remedy="Split the conversation into shorter ones")
+        spans.append((start, end))
+        searched = end
+    if spans and end_token and spans[-1][1] == len(text) and not text.rstrip().endswith(end_token):
+        text = text.rstrip() + end_token  # a model must learn to stop
+        spans[-1] = (spans[-1][0], len(text))
+    return text, spans
+
+
+class Collator:
+    """Samples → batch: tokens padded to the longest, on the right; pictures one after the other.
+
+    A two-dimensional ``attention_mask`` (who sees whom, bool [length, length]) becomes an additive float one for the
+    model, [batch, 1, length, length].
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.fill = {"input_ids": pad_token_id, "labels": IGNORED}
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One batch of samples as datasets give them."""
+        batch: dict[str, Any] = {}
+        length = max(item["input_ids"].shape[-1] for item in items)
+        for name in dict.fromkeys(name for item in items for name in item):
+            values = [item[name] for item in items if name in item]
+            if name == ROWS_LEFT_OUT:
+                batch[name] = sorted({row for rows in values for row in rows})
+            elif name == "attention_mask" and values[0].ndim == 2 and values[0].shape[0] == values[0].shape[1] > 1:
+                batch[name] = _additive(values, length)
+            elif name in _BY_ANSWER:
+                batch[name] = torch.cat(values)
+            elif all(len(values) == len(items) and _row(v).shape == _row(item["input_ids"]).shape
+                     for v, item in zip(values, items, strict=False)):  # fmt: skip
+                rows = [_row(value) for value in values]
+                batch[name] = torch.stack([_padded(row, (length,), self.fill.get(name, 0)) for row in rows])
+            else:
+                largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+                batch[name] = torch.cat([_padded(v, (v.shape[0], *largest), 0) for v in values])
+        return batch
+
+
+def _row(value: Tensor) -> Tensor:
+    """[1, L] or [L] → [L]; anything else as it is."""
+    return value[0] if value.ndim == 2 and value.shape[0] == 1 else value
+
+
+def _padded(value: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:
+    if tuple(value.shape) == shape:
+        return value
+    out = value.new_full(shape, fill)
+    out[tuple(slice(size) for size in value.shape)] = value
+    return out
+
+
+def _additive(values: Sequence[Tensor], length: int) -> Tensor:
+    out = torch.full((len(values), 1, length, length), float("-inf"))
+    for row, value in zip(out, values, strict=True):
+        row[0].fill_diagonal_(0)  # padding sees itself: a row without anything to see would be NaN
+        row[0, : len(value), : len(value)].masked_fill_(value, 0)
+    return out

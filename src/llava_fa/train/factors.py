@@ -1,0 +1,179 @@
+"""Where low-rank factors begin, and new codes between rounds: Algorithm 1 with gradients in between."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_fa.config import FourierConfig
+from llava_fa.errors import FourierError
+from llava_fa.kernels import registry
+from llava_fa.kernels.layout import Layout
+from llava_fa.maths.lowrank import fourier_svd, weighted_low_rank
+from llava_fa.nn.factored_linear import FactoredLinear
+from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.trainable import Factors, TrainableLinear
+from llava_fa.solver.approximate import approximate
+from llava_fa.solver.feedback import damped_root
+from llava_fa.solver.statistics import SecondMoment
+from llava_fa.train.loss import NOT_FOR_THE_MODEL, Inputs
+
+CHOSEN_ANEW = ("codes", "row_scale", "input_scale", "signs")
+"""The stored tensors that `requantize` replaces."""
+
+_DAMPING = 0.01
+
+
+def layers_by_name(model: nn.Module) -> dict[str, FourierLinear]:
+    """Every packed matrix that can have factors: those inside of a factored layer cannot."""
+    inside = {
+        id(part) for module in model.modules() if isinstance(module, FactoredLinear) for part in module.children()
+    }
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FourierLinear) and id(module) not in inside
+    }
+
+
+@contextmanager
+def _observed(layers: Mapping[str, FourierLinear]) -> Iterator[dict[str, SecondMoment]]:
+    moments = {name: SecondMoment(layer.in_features, name=name) for name, layer in layers.items()}
+
+    def watch(moment: SecondMoment) -> Any:
+        return lambda _, args: moment.add(args[0])
+
+    handles = [layer.register_forward_pre_hook(watch(moments[name])) for name, layer in layers.items()]
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def second_moments(model: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]:
+    """E[x xᵀ] of every packed layer's inputs over some batches: name → float32 [n, n]."""
+    training = model.training
+    model.eval()
+    with _observed(layers_by_name(model)) as moments:
+        for batch in batches:
+            model(**{name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL})
+    model.train(training)
+    return {name: moment.value() for name, moment in moments.items() if moment.count}
+
+
+def initial_factors(
+    model: nn.Module, original: nn.Module, rank: int, moments: Mapping[str, Tensor]
+) -> dict[str, Factors]:
+    """The rank-r factors that best make up for what the codes leave: W - Ŵ ≈ L R (FourierSVD).
+
+    For ``best`` the norm is ‖(W - Ŵ - L R) G‖ with H = G Gᵀ the second moment of the layer's inputs, so that it is the
+    layer's *output* that is met (the transform is unitary: factors found in the spatial domain are those of the
+    spectrum). For ``paper`` the factors are those of the half spectrum of W - Ŵ (Algorithm 2).
+
+    Args:
+        model: compressed.
+        original: the model it was compressed from: its weights, by the same names.
+        rank: r; at most the smaller side of a layer.
+        moments: layer name → H [n, n]; layers without one get H = I.
+
+    Raises:
+        FourierError: the two models do not belong together.
+    """
+    if rank == 0:
+        return {}
+    found = {}
+    for name, layer in layers_by_name(model).items():
+        weight = original_weight(original, name, layer)
+        tensors = {key: tensor for key, tensor in layer.packed().items() if not key.startswith(("left", "right"))}
+        rest = weight - registry.dense(tensors, layer.in_features, *layer.layout.op_bits)
+        own = min(rank, *weight.shape)
+        if layer.layout.method == "paper":
+            left, right = fourier_svd(torch.fft.rfft2(rest, norm="ortho"), min(own, layer.layout.coefficients))
+            found[name] = (torch.view_as_real(left).clone(), torch.view_as_real(right.resolve_conj()).clone())
+        else:
+            moment = moments.get(name)
+            root = None if moment is None else damped_root(moment, _DAMPING)[0]
+            found[name] = weighted_low_rank(rest, own, root)
+    return found
+
+
+def blank_factors(model: nn.Module, rank: int, seed: int = 0) -> dict[str, Factors]:
+    """Factors that change nothing yet, for training without the original: L = 0, R ~ N(0, 1/n) as in LoRA."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, layer in layers_by_name(model).items():
+        if layer.layout.method == "paper":
+            raise FourierError(
+                "new factors of method `paper` begin with the original's weight", remedy="Give --teacher", where=name
+            )
+        own = min(rank, layer.out_features, layer.in_features)
+        right = torch.randn(own, layer.in_features, generator=generator) / layer.in_features**0.5
+        found[name] = (torch.zeros(layer.out_features, own), right)
+    return found
+
+
+@torch.no_grad()
+def requantize(model: nn.Module, original: nn.Module, config: FourierConfig, moments: Mapping[str, Tensor]) -> int:
+    """New codes for what the trained factors leave over: Q ← PolarQuant(W - L R), the other half of Algorithm 1.
+
+    Scales begin anew (their gains are set back to 0); factors, norms and biases stay as they were learnt.
+
+    Args:
+        model: with `TrainableLinear` layers.
+        original, moments: as for `initial_factors`.
+        config: what the model was compressed with; each layer keeps its own kind and bits.
+
+    Returns:
+        How many layers have new codes.
+    """
+    count = 0
+    for name, layer in layers_by_name(model).items():
+        layout = layer.layout
+        if layout.method == "paper" or not isinstance(layer, TrainableLinear):
+            continue
+        weight = original_weight(original, name, layer)
+        if layout.rank:
+            weight = weight - (layer.left @ layer.right).to(weight.device)
+        bits = layout.code_bits / 2
+        own = config.replace(bits=bits, rank=0, codes=layout.codes, inner_rank=0)
+        tensors = approximate(weight, own, moments.get(name)).tensors
+        if Layout.from_config(own, *weight.shape) != _without_rank(layout):
+            raise FourierError("its codes cannot be chosen anew", remedy="Leave --requantize out", where=name)
+        for key in CHOSEN_ANEW:
+            setattr(layer, key, tensors[key].to(layer.codes.device))
+        layer.row_gain.zero_()
+        layer.input_gain.zero_()
+        count += 1
+    return count
+
+
+def _without_rank(layout: Layout) -> Layout:
+    return dataclasses.replace(layout, rank=0, factor_dtype="int8")
+
+
+def original_weight(original: nn.Module, name: str, layer: FourierLinear) -> Tensor:
+    """W of a layer, float32 [m, n] on the CPU.
+
+    Raises:
+        FourierError: the original has no such layer, or of another shape.
+    """
+    try:
+        weight = original.get_submodule(name).weight.detach()
+    except AttributeError:
+        weight = None
+    shape = (layer.out_features, layer.in_features)
+    if weight is None or tuple(weight.shape) != shape:
+        got = "no such layer" if weight is None else f"one of {list(weight.shape)}"
+        raise FourierError(
+            f"the compressed model has a layer of {list(shape)}, the teacher {got}",
+            remedy="Give the model that this one was compressed from as teacher",
+            where=name,
+        )
+    return weight.to("cpu", torch.float32)

@@ -1,0 +1,371 @@
+"""`recover`: a model folder in, the same model trained back out, in the same format."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava_fa.config import FourierConfig
+from llava_fa.errors import FourierError
+from llava_fa.hub.compress import describe, load_processor
+from llava_fa.hub.loading import fast_dtype, load
+from llava_fa.hub.parts import WorkFolder, disk_errors
+from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
+from llava_fa.hub.report import TRAINING, peak_rss_bytes
+from llava_fa.hub.shards import CHUNK, write_text
+from llava_fa.hub.source import quiet_transformers, read_config, resolve_model, weight_files
+from llava_fa.maths.metrics import weight_error
+from llava_fa.nn.factored_linear import packed_layers
+from llava_fa.nn.trainable import make_packed, make_trainable
+from llava_fa.train.cache import CachedTargets, ask
+from llava_fa.train.data import Collator
+from llava_fa.train.factors import blank_factors, initial_factors, requantize, second_moments
+from llava_fa.train.loss import LossFunction, ModelTeacher, RecoveryLoss
+from llava_fa.train.parts import TrainableCount, choose
+from llava_fa.train.settings import TrainingSettings
+from llava_fa.train.trainer import RecoveryTrainer, trained_tensors
+
+_MOMENT_SAMPLES = 64
+"""Samples on which the metric of the first factors, and of new codes, is measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingReport:
+    """What a training run came to.
+
+    Attributes:
+        path: the trained model.
+        steps: optimiser steps, those before a resumption included.
+        trainable, total, share, by_part: see `train.parts.TrainableCount`.
+        settings: `TrainingSettings.to_dict`.
+        history: log entries of this process's part of the run: step, loss and its terms, rate.
+        samples: how many there were to draw from.
+        rows_left_out: samples that could not be used (only with ``skip_bad_rows``).
+        bits_per_weight, compressed_bytes: of the result, every stored byte counted; None if it is not compressed.
+        seconds, peak_rss_bytes: time, and the largest resident memory of this process.
+    """
+
+    path: str
+    steps: int
+    trainable: int
+    total: int
+    share: float
+    by_part: dict[str, int]
+    settings: dict[str, Any]
+    history: list[dict[str, float]]
+    samples: int
+    rows_left_out: list[int]
+    bits_per_weight: float | None
+    compressed_bytes: int | None
+    seconds: float
+    peak_rss_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return dataclasses.asdict(self)
+
+
+def recover(
+    model: str | Path,
+    out: str | Path,
+    data: Callable[[Any, int], Any],
+    settings: TrainingSettings | None = None,
+    *,
+    teacher: str | Path | None = None,
+    data_name: str = "",
+    prepare: Callable[[nn.Module], None] | None = None,
+    wrap_loss: Callable[[RecoveryLoss, nn.Module], LossFunction] | None = None,
+    fresh: bool = False,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> TrainingReport:
+    """Train a model back, and save it in the format it came in, factors quantised again.
+
+    Killed at any moment, the same call resumes from its last checkpoint. Under ``torchrun`` every process calls it.
+
+    Args:
+        model: ``tiny``, a folder or a hub id; compressed (codes stay fixed) or not (then parts decide what is trained).
+        out: folder to be made.
+        data: (processor, most tokens a sample may have) → map-style dataset whose items `train.data.Collator` takes.
+        settings: see `TrainingSettings`.
+        teacher: the model this one was compressed from; without it, cross-entropy alone.
+        data_name: what the data are, for the resumption check: a run resumes with the data it began with.
+        prepare: called with the loaded model before its parameters are chosen: to attach modules.
+        wrap_loss: (loss, model) → the loss to train with: to average over several views of a batch.
+        fresh: throw an interrupted run's work away.
+        report: called with every log entry.
+
+    Raises:
+        FourierError: what can be mended: models that do not belong together, unusable samples, a loss that is not
+            finite, a checkpoint of another run.
+
+    Source: LLaVA-FA (arXiv 2602.00135), section on fine-tuning; docs/training.md.
+    """
+    start, settings = time.monotonic(), settings or TrainingSettings()
+    out = Path(out).expanduser().absolute()
+    folder = resolve_model(model)
+    identity = _identity(folder)
+    manifest = {
+        "llava_fa": version("llava-fa"),
+        "model": identity,
+        "teacher": None if teacher is None else _identity(resolve_model(teacher)),
+        "settings": settings.to_dict(),
+        "data": data_name,
+    }
+    with _work_folder(out, manifest, fresh) as work:
+        run = _Run(folder, settings, data, teacher, prepare)
+        if settings.cache_teacher:
+            run.cache(out.with_name(out.name + ".partial") / "teacher", work is not None)
+        trainer = RecoveryTrainer(
+            run.model,
+            run.loss if wrap_loss is None else wrap_loss(run.loss, run.model),
+            run.dataset,
+            run.collator,
+            run.settings,
+            out.with_name(out.name + ".partial") / "training",
+            identity=identity,
+            report=report,
+        )
+        for callback in run.callbacks():
+            trainer.add_callback(callback)
+        if dist.is_initialized():
+            dist.barrier()
+        kept = Path(trainer.args.output_dir)
+        with disk_errors(kept), quiet_transformers():
+            trainer.train(resume_from_checkpoint=get_last_checkpoint(str(kept)) if kept.is_dir() else None)
+        model_now = run.result(trainer, identity)
+        history, left_out = trainer.history, sorted(trainer.rows_left_out)
+        found = TrainingReport(
+            path=str(out),
+            steps=trainer.state.global_step,
+            trainable=run.count.trainable,
+            total=run.count.total,
+            share=run.count.share,
+            by_part=run.count.by_part,
+            settings=settings.to_dict(),
+            history=history,
+            samples=len(run.dataset),
+            rows_left_out=left_out,
+            bits_per_weight=None,
+            compressed_bytes=None,
+            seconds=time.monotonic() - start,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        if work is not None:
+            found = _save(model_now, run, work, found)
+    if dist.is_initialized():
+        dist.barrier()
+    return found
+
+
+class _Run:
+    """Everything that is loaded for a run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: TrainingSettings,
+        data: Callable[[Any, int], Any],
+        teacher: str | Path | None,
+        prepare: Callable[[nn.Module], None] | None,
+    ) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() and settings.device == "auto" else "cpu")
+        fast = device.type == "cuda" if settings.bf16 is None else settings.bf16
+        self.settings = settings = dataclasses.replace(settings, bf16=fast)
+        if settings.fsdp and settings.requantize:
+            raise FourierError("new codes need whole layers", remedy="Leave --requantize or --fsdp out")
+        self.folder, self.prepare, self.teacher_path = folder, prepare, teacher
+        self.processor = load_processor(folder)
+        self.teacher: nn.Module | None = None
+        if teacher is not None:
+            check_tokenizers(self.processor, load_processor(resolve_model(teacher)), str(teacher))
+            self.teacher = load(teacher, str(device), fast_dtype(device) if device.type == "cuda" else None)[0]
+        self.model = self._load(device)
+        quantised = getattr(self.model.config, "quantization_config", None)
+        self.before = quantised.metadata if isinstance(quantised, FourierQuantizationConfig) else None
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self.dataset = data(self.processor, int(min(settings.max_length or math.inf, room, 1 << 30)))
+        self.collator = Collator(self.processor.tokenizer.pad_token_id or 0)
+        self.moments: dict[str, torch.Tensor] = {}
+        self._make_trainable(self.model)
+        self.count: TrainableCount = choose(self.model, settings.parts)
+        self.loss = RecoveryLoss(
+            None if self.teacher is None else ModelTeacher(self.teacher),
+            cross_entropy=settings.cross_entropy if self.teacher is not None else settings.cross_entropy or 1.0,
+            divergence=settings.divergence,
+            hidden=settings.hidden,
+            temperature=settings.temperature,
+        )
+
+    def cache(self, folder: Path, first: bool) -> None:
+        """Let the teacher speak once, then leave memory; the first process asks, the others wait for it."""
+        if self.teacher is None or self.settings.hidden:
+            raise FourierError(
+                "only a teacher's distribution can be cached", remedy="Give --teacher, and leave --hidden out"
+            )
+        if first:
+            ask(ModelTeacher(self.teacher), self.dataset, self.collator, folder, self.settings.cache_teacher)
+        self.dataset = CachedTargets(self.dataset, folder)
+        self.loss.teacher = None
+        if not self.settings.requantize:
+            self.teacher = self.teacher.to("cpu")
+
+    def _load(self, device: torch.device) -> nn.Module:
+        # what is trained becomes float32; the rest is rounded by nobody on a CPU, and in bf16 on a GPU
+        dtype = torch.bfloat16 if device.type == "cuda" and self.settings.bf16 else torch.float32
+        loaded: nn.Module = load(self.folder, str(device), dtype)[0]
+        return loaded
+
+    def _make_trainable(self, model: nn.Module) -> None:
+        rank, factors = self.settings.rank, None
+        if self.before is not None and rank is not None:
+            if self.teacher is None:
+                factors = blank_factors(model, rank, self.settings.seed)
+            else:
+                self._measure(model)
+                factors = initial_factors(model, self.teacher, rank, self.moments)
+            has = [name for name, layer in packed_layers(model) if getattr(layer.layout, "rank", 0)]
+            if rank == 0 and has:
+                raise FourierError("the model's layers have factors", remedy="Leave --rank out", where=has[0])
+        make_trainable(model, factors)
+        if self.prepare is not None:
+            self.prepare(model)
+
+    def _measure(self, model: nn.Module) -> None:
+        device = next(model.parameters()).device
+        size, count = self.settings.batch, min(_MOMENT_SAMPLES, len(self.dataset))
+
+        def batches() -> Iterator[dict[str, Any]]:
+            for first in range(0, count, size):
+                batch = self.collator([self.dataset[i] for i in range(first, min(first + size, count))])
+                yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.settings.bf16)):
+            self.moments = second_moments(model, batches())
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What happens between steps."""
+        if not self.settings.requantize:
+            return []
+        if self.before is None or self.teacher is None:
+            raise FourierError("new codes need a compressed model, and the original's weights", remedy="Give --teacher")
+        return [_Requantize(self)]
+
+    def requantize(self) -> None:
+        """New codes, in the metric of what the model now sees."""
+        assert self.before is not None
+        assert self.teacher is not None
+        self._measure(self.model)
+        requantize(self.model, self.teacher, self.before.config, self.moments)
+
+    def result(self, trainer: RecoveryTrainer, identity: str) -> nn.Module:
+        """The trained model, whole; where its parameters are sharded, put together anew (all processes call it)."""
+        if not self.settings.fsdp:
+            return trainer.accelerator.unwrap_model(trainer.model)
+        tensors = trained_tensors(trainer.model)
+        model = self._load(torch.device("cpu"))
+        if self.before is not None:
+            ranks = {name.rpartition(".")[0]: t for name, t in tensors.items() if name.endswith(".left")}
+            make_trainable(model, {n: (t, tensors[f"{n}.right"]) for n, t in ranks.items()})
+        if self.prepare is not None:
+            self.prepare(model)
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].data = tensor
+        return model
+
+
+class _Requantize(TrainerCallback):
+    """New codes at evenly spread steps."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        rounds, steps = run.settings.requantize, run.settings.steps
+        self.steps = {round(steps * (i + 1) / (rounds + 1)) for i in range(rounds)}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """At the end of a round."""
+        if state.global_step in self.steps:
+            self.run.requantize()
+
+
+def _save(model: nn.Module, run: _Run, work: WorkFolder, found: TrainingReport) -> TrainingReport:
+    model = model.to("cpu")
+    make_packed(model)
+    stored = read_config(run.folder)
+    name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    model.to(getattr(torch, str(name)))
+    if run.before is not None:
+        for layer_name, layer in packed_layers(model):
+            layer.output_error = None  # the inputs are others now
+            layer.weight_error = None
+            if run.teacher is not None:
+                weight = run.teacher.get_submodule(layer_name).weight.detach().to("cpu", torch.float32)
+                layer.weight_error = weight_error(weight, layer.dequantize())
+        mark_compressed(model, None, config=_config(run), not_compressed=run.before.not_compressed)
+    with disk_errors(work.path), quiet_transformers():
+        work.result.mkdir(exist_ok=True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        model.save_pretrained(work.result)
+        run.processor.save_pretrained(work.result)
+        if run.before is not None:
+            told = describe(work.result)
+            found = dataclasses.replace(
+                found, bits_per_weight=told.bits_per_weight, compressed_bytes=told.compressed_bytes
+            )
+        write_text(work.result / TRAINING, json.dumps(found.to_dict(), indent=1))
+    work.finish()
+    return found
+
+
+def _config(run: _Run) -> FourierConfig:
+    """What the model was compressed with, its rank as it is now."""
+    assert run.before is not None
+    config = run.before.config
+    return config if run.settings.rank is None else config.replace(rank=run.settings.rank)
+
+
+@contextlib.contextmanager
+def _work_folder(out: Path, manifest: dict[str, Any], fresh: bool) -> Iterator[WorkFolder | None]:
+    """The work folder for the first process, None for the others."""
+    if int(os.environ.get("RANK", "0")):
+        yield None
+        return
+    with WorkFolder(out, manifest, fresh) as work:
+        yield work
+
+
+def _identity(folder: Path) -> str:
+    """SHA-256 over config.json and every byte of the weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_tokenizers(student: Any, teacher: Any, where: str) -> None:
+    """Raise `FourierError` unless both processors number the same words alike."""
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise FourierError(
+            "the teacher has another tokenizer than the model",
+            remedy="Give the model that this one was compressed from as teacher",
+            where=where,
+        )

@@ -1,0 +1,240 @@
+"""transformers' `Trainer` for recovery: our loss, our optimiser groups, and checkpoints of what is trained alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from llava_fa.errors import FourierError
+from llava_fa.hub.shards import Item, read_header, read_metadata, write_file
+from llava_fa.nn.trainable import TrainableLinear
+from llava_fa.train.data import ROWS_LEFT_OUT
+from llava_fa.train.factors import CHOSEN_ANEW
+from llava_fa.train.loss import LossFunction
+from llava_fa.train.parts import groups
+from llava_fa.train.settings import TrainingSettings
+
+TRAINED = "trained.safetensors"
+"""File of a checkpoint that holds every parameter that is trained, float32, by name."""
+
+
+class RecoveryTrainer(Trainer):
+    """Trains what ``requires_grad`` says, with any loss of the form of `train.loss.LossFunction`.
+
+    Args:
+        model: to be trained; parameters chosen (`train.parts.choose`).
+        loss: called as loss(model, inputs) → terms.
+        dataset, collator: of the samples.
+        settings: the run's.
+        folder: where checkpoints and logs go.
+        identity: of the model that is trained; a checkpoint with another one is refused.
+        report: called with every log entry.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        dataset: Any,
+        collator: Any,
+        settings: TrainingSettings,
+        folder: Path,
+        *,
+        identity: str = "",
+        report: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        self.loss_function, self.settings, self.identity = loss, settings, identity
+        self.rows_left_out: set[int] = set()
+        self.history: list[dict[str, float]] = []
+        self._terms: dict[str, Tensor] = {}
+        self._count = 0
+        super().__init__(
+            model=model,
+            args=arguments(settings, folder),
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[_Report(self, report)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = False  # a mean over the batch
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW without decay over `train.parts.groups`."""
+        if self.optimizer is None:
+            found = groups(self.model if model is None else model, self.settings.rate)
+            self.optimizer = torch.optim.AdamW(found, betas=(0.9, 0.99), weight_decay=0.0)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        """Our loss; its terms are noted for the log.
+
+        Raises:
+            FourierError: it is not finite; the last checkpoint stays as it is.
+        """
+        self.rows_left_out.update(inputs.pop(ROWS_LEFT_OUT, ()))
+        terms = self.loss_function(model, inputs)
+        loss = terms["loss"]
+        finite = torch.isfinite(loss.detach()).to(torch.float32)
+        if dist.is_initialized():  # all stop together: a process that waits for another would wait forever
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite:
+            raise self._not_finite(terms)
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0) + term.detach()
+        self._count += 1
+        return loss
+
+    def _not_finite(self, terms: dict[str, Tensor]) -> FourierError:
+        step = self.state.global_step
+        kept = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        last = f"the last good state is {kept[-1]}" if kept else "there is no checkpoint yet"
+        bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term).all())
+        return FourierError(
+            f"the loss is not finite at step {step + 1} ({bad or 'on another process'}); {last}",
+            remedy="Lower --lr and give --fresh, or mend the samples of this step and run the same command again",
+        )
+
+    def take_terms(self) -> dict[str, float]:
+        """Means of the loss's terms since the last call."""
+        means = {name: float(term) / self._count for name, term in self._terms.items()}
+        self._terms, self._count = {}, 0
+        return means
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Only what is trained: the rest is in the model that was given."""
+        folder = Path(output_dir or self.args.output_dir)
+        tensors = trained_tensors(self.accelerator.unwrap_model(self.model), codes=self.settings.requantize > 0)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            items = [Item.of(name, tensor) for name, tensor in tensors.items()]
+            write_file(folder / TRAINED, items, {"model": self.identity})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        load_trained(model, Path(resume_from_checkpoint), self.identity, codes=self.settings.requantize > 0)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Nothing of what is not trained is in a checkpoint."""
+
+
+def _name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "").removeprefix("module.")
+
+
+def trained_tensors(model: nn.Module, *, codes: bool = False) -> dict[str, Tensor]:
+    """Every parameter that is trained, whole, on the CPU. Where parameters are sharded all processes must call it.
+
+    With ``codes`` also what `train.factors.requantize` chooses anew.
+    """
+    found = {}
+    for name, value in _own(model, codes).items():
+        value = value.detach()
+        found[name] = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
+    return found
+
+
+def _own(model: nn.Module, codes: bool) -> dict[str, Tensor]:
+    own: dict[str, Tensor] = {_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    if codes:
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, TrainableLinear)]
+        own |= {f"{_name(name)}.{key}": getattr(layer, key) for name, layer in layers for key in CHOSEN_ANEW}
+    return own
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, folder: Path, identity: str, *, codes: bool = False) -> None:
+    """Take a checkpoint's parameters into a model.
+
+    Raises:
+        FourierError: there is none, or it belongs to another model.
+    """
+    path = folder / TRAINED
+    if not path.is_file():
+        raise FourierError("it is no checkpoint of a training run", remedy="Give --fresh", where=str(folder))
+    entries = read_header(path)[0]
+    own = _own(model, codes)
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    if read_metadata(path).get("model") != identity or {n: e.shape for n, e in entries.items()} != shapes:
+        raise FourierError(
+            "this checkpoint is of another model", remedy="Give --fresh to start over, or another OUT", where=str(path)
+        )
+    for name, mine in own.items():
+        value = entries[name].read()
+        if isinstance(mine, DTensor):
+            value = distribute_tensor(value.to(mine.device), mine.device_mesh, mine.placements)
+        mine.copy_(value)
+
+
+def arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+    """The settings in the words of transformers."""
+    fsdp: dict[str, Any] = {}
+    if settings.fsdp:
+        config = {"fsdp_version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT",
+                  "cpu_ram_efficient_loading": False}  # fmt: skip
+        fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+    cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(settings.warmup * settings.steps),
+        max_grad_norm=1.0,
+        bf16=bool(settings.bf16),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        dataloader_num_workers=settings.workers,
+        remove_unused_columns=False,
+        use_cpu=cpu,
+        report_to=["tensorboard"] if _has_tensorboard() else [],
+        disable_tqdm=True,
+        **fsdp,
+        **(_checkpointing() if settings.checkpointing else {}),
+    )
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Gradient checkpointing under the name that the installed transformers has for it."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _has_tensorboard() -> bool:
+    from transformers.integrations import is_tensorboard_available
+
+    return bool(is_tensorboard_available())
+
+
+class _Report(TrainerCallback):
+    """Hands log entries on, with the loss's terms in them."""
+
+    def __init__(self, trainer: RecoveryTrainer, report: Callable[[dict[str, Any]], None]) -> None:
+        self.trainer, self.report = trainer, report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """One entry: step, terms, rate."""
+        if logs is None or "loss" not in logs:
+            return
+        logs.update(self.trainer.take_terms())
+        row = {"step": state.global_step, "of": state.max_steps, **logs}
+        if state.is_world_process_zero:
+            self.trainer.history.append(row)
+            self.report(row)
