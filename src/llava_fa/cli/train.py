@@ -47,6 +47,14 @@ def train(
     ce: Annotated[float, typer.Option(help="Weight of the cross-entropy on answers.")] = 0.2,
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
     hidden: Annotated[float, typer.Option(help="Weight of the match of hidden states.")] = 0.0,
+    matryoshka: Annotated[
+        bool,
+        typer.Option(
+            "--matryoshka",
+            help="Teach it to answer from any number of visual tokens: the loss averaged over all scales. With "
+            "`--part visual_tokens` nothing else is changed.",
+        ),
+    ] = False,
     requantize: Annotated[
         int, typer.Option(min=0, help="How often to choose new codes for what the factors leave over.")
     ] = 0,
@@ -94,7 +102,7 @@ def train(
             accumulate=accumulate,
             rate=lr,
             rank=rank,
-            parts=tuple(part or DEFAULT_PARTS),
+            parts=tuple(part or DEFAULT_PARTS + ("visual_tokens",) * matryoshka),
             cross_entropy=ce,
             divergence=kl,
             hidden=hidden,
@@ -112,17 +120,22 @@ def train(
         )
     except FourierError as error:
         raise output.usage_error(error) from None
+    options: dict[str, Any] = {"data": samples_of(data, images, samples, settings)}
+    if matryoshka:
+        from llava_fa.train.matryoshka import matryoshka as over_all_scales
+
+        options = over_all_scales(model, options["data"])
     first = os.environ.get("RANK", "0") == "0"
     with training_progress(first) as report:
         found = recover(
             model,
             out,
-            samples_of(data, images, samples, settings),
-            settings,
+            settings=settings,
             teacher=teacher,
-            data_name=f"{data} {samples}",
+            data_name=f"{data} {samples}" + " matryoshka" * matryoshka,
             fresh=fresh,
             report=report,
+            **options,
         )
     if not first:
         return

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llava_fa.errors import FourierError
+from llava_fa.hub.visual_tokens import FIELD
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.trainable import TrainableLinear
 
@@ -29,6 +30,7 @@ PARTS: dict[str, Predicate] = {
     "norms": lambda name, module: _is_norm(module),
     "biases": lambda name, module: _own(name) == "bias",
     "projector": lambda name, module: "projector" in name,
+    "visual_tokens": lambda name, module: FIELD in name.split("."),
     "all": lambda name, module: True,
 }
 """Part → whether the parameter of this full name, owned by this module, belongs to it."""
