@@ -151,9 +151,29 @@ def test_a_loss_that_is_no_number_stops_the_run(compressed, rows, tmp_path):
 
         return spoilt
 
-    with pytest.raises(FourierError, match=r"not finite at step 4 \(loss\); the last good state is .*checkpoint-2"):
+    with pytest.raises(
+        FourierError, match=r"not finite at step 4: the loss \(loss\); the last good state is .*checkpoint-2"
+    ):
         recover(compressed, tmp_path / "out", data(rows), FAST, wrap_loss=spoil)
     assert recover(compressed, tmp_path / "out", data(rows), FAST).steps == 4  # mended: goes on from there
+
+
+def test_a_gradient_that_is_no_number_spoils_no_checkpoint(compressed, rows, tmp_path):
+    def spoil(loss, model):
+        calls = []
+
+        def spoilt(model, inputs):
+            calls.append(1)
+            terms = loss(model, inputs)
+            if len(calls) == 4:  # finite itself: √0 · 0, whose derivative is ∞ · 0
+                terms["loss"] = terms["loss"] + (terms["loss"] * 0).sqrt() * 0
+            return terms
+
+        return spoilt
+
+    with pytest.raises(FourierError, match=r"not finite at step 4: the gradient; .*checkpoint-2"):
+        recover(compressed, tmp_path / "out", data(rows), FAST, wrap_loss=spoil)
+    assert recover(compressed, tmp_path / "out", data(rows), FAST).steps == 4
 
 
 def test_a_teacher_with_another_tokenizer(compressed, original, rows, tmp_path):

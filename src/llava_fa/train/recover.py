@@ -55,7 +55,7 @@ class TrainingReport:
         settings: `TrainingSettings.to_dict`.
         history: log entries of this process's part of the run: step, loss and its terms, rate.
         samples: how many there were to draw from.
-        rows_left_out: samples that could not be used (only with ``skip_bad_rows``).
+        rows_left_out: samples that this process could not use (only with ``skip_bad_rows``).
         bits_per_weight, compressed_bytes: of the result, every stored byte counted; None if it is not compressed.
         seconds, peak_rss_bytes: time, and the largest resident memory of this process.
     """
@@ -320,8 +320,6 @@ def _save(model: nn.Module, run: _Run, work: WorkFolder, found: TrainingReport) 
         mark_compressed(model, None, config=_config(run), not_compressed=run.before.not_compressed)
     with disk_errors(work.path), quiet_transformers():
         work.result.mkdir(exist_ok=True)
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
         model.save_pretrained(work.result)
         run.processor.save_pretrained(work.result)
         if run.before is not None:

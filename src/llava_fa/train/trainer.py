@@ -84,23 +84,21 @@ class RecoveryTrainer(Trainer):
         self.rows_left_out.update(inputs.pop(ROWS_LEFT_OUT, ()))
         terms = self.loss_function(model, inputs)
         loss = terms["loss"]
-        finite = torch.isfinite(loss.detach()).to(torch.float32)
-        if dist.is_initialized():  # all stop together: a process that waits for another would wait forever
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if not finite:
-            raise self._not_finite(terms)
+        if not _everywhere(bool(torch.isfinite(loss.detach())), loss.device):
+            bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term).all())
+            raise self.not_finite(f"loss ({bad or 'on another process'})")
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0) + term.detach()
         self._count += 1
         return loss
 
-    def _not_finite(self, terms: dict[str, Tensor]) -> FourierError:
+    def not_finite(self, what: str) -> FourierError:
+        """The error that ends a run, with the last checkpoint in it."""
         step = self.state.global_step
         kept = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         last = f"the last good state is {kept[-1]}" if kept else "there is no checkpoint yet"
-        bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term).all())
         return FourierError(
-            f"the loss is not finite at step {step + 1} ({bad or 'on another process'}); {last}",
+            f"not finite at step {step + 1}: the {what}; {last}",
             remedy="Lower --lr and give --fresh, or mend the samples of this step and run the same command again",
         )
 
@@ -223,11 +221,31 @@ def _has_tensorboard() -> bool:
     return bool(is_tensorboard_available())
 
 
+def _everywhere(fine: bool, device: torch.device) -> bool:
+    """Whether it holds in all processes: they stop together, since one that waits for another waits forever."""
+    if not dist.is_initialized():
+        return fine
+    flag = torch.tensor(float(fine), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
 class _Report(TrainerCallback):
-    """Hands log entries on, with the loss's terms in them."""
+    """Hands log entries on, with the loss's terms in them; lets no gradient pass that is not finite."""
 
     def __init__(self, trainer: RecoveryTrainer, report: Callable[[dict[str, Any]], None]) -> None:
         self.trainer, self.report = trainer, report
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before parameters, and so the next checkpoint, are spoilt."""
+        fine, device = True, torch.device("cpu")
+        for parameter in self.trainer.model.parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+                fine, device = fine and bool(torch.isfinite(gradient).all()), gradient.device
+        if not _everywhere(fine, device):
+            raise self.trainer.not_finite("gradient")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """One entry: step, terms, rate."""
