@@ -20,8 +20,8 @@ from llava_fa.errors import FourierError
 from llava_fa.maths.hashing import splitmix
 
 _ROOT2 = math.sqrt(2.0)
-# Rows, or rows and columns, of a large matrix at a time.
-_SIDE = 256
+# Rows and columns of a large matrix at a time; and how many numbers of it, if only rows.
+_SIDE, _NUMBERS = 256, 1 << 18
 
 
 def padded(n: int) -> int:
@@ -100,9 +100,10 @@ def packed_dft_rows(matrix: Tensor, signs: Tensor, scale: Tensor | None = None) 
     """
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     out = torch.empty(matrix.shape[0], padded(matrix.shape[1]), dtype=dtype, device=matrix.device)
-    for start in range(0, matrix.shape[0], _SIDE):
-        rows = matrix[start : start + _SIDE]
-        out[start : start + _SIDE] = packed_dft(rows if scale is None else rows * scale, signs)
+    step = max(1, _NUMBERS // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        rows = matrix[start : start + step]
+        out[start : start + step] = packed_dft(rows if scale is None else rows * scale, signs)
     return out
 
 

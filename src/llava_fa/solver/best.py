@@ -27,8 +27,8 @@ _FLOOR = 1e-4
 # Hypotheses per row in error feedback: 4 lower the output error by 4 % against 1, 8 by another 1 % at twice
 # the time.
 _BEAM_WIDTH = 4
-# Rows that are transformed, and rounded to the nearest codes, at a time.
-_ROWS = 512
+# Rows worked on at a time, and by the Viterbi search, which shares them out among threads.
+_ROWS, _TRELLIS_ROWS = 64, 512
 # Alternation between factors and codes stops when it gains less than this share of the loss.
 _LEAST_GAIN = 2e-3
 
@@ -211,8 +211,9 @@ class _Problem:
         row_scale = self.weight.new_empty(m)
         codes = torch.empty(m, size // 2, dtype=torch.int32, device=self.weight.device)
         rows = self.weight.new_empty(0 if self.moment is None else size, m)
-        for start in range(0, m, _ROWS):
-            part = slice(start, start + _ROWS)
+        step = _TRELLIS_ROWS if through and self.moment is None else _ROWS
+        for start in range(0, m, step):
+            part = slice(start, start + step)
             target = self.target(stored, part)
             row_scale[part], inverse = _row_scale(target)
             target *= inverse[:, None]
