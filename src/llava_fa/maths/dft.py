@@ -55,7 +55,7 @@ def packed_dft(x: Tensor, signs: Tensor) -> Tensor:
     x = x if x.dtype == torch.float64 else x.to(torch.float32)
     if size != n:
         x = torch.nn.functional.pad(x, (0, 1))
-    spectrum = torch.fft.rfft(x * signs.to(x.dtype), norm="ortho")
+    spectrum = torch.fft.rfft(x * signs.to(x), norm="ortho")
     packed = torch.view_as_real(spectrum)[..., :-1, :] * _ROOT2
     packed[..., 0, 0] = spectrum[..., 0].real
     packed[..., 0, 1] = spectrum[..., -1].real
@@ -76,7 +76,7 @@ def packed_idft(z: Tensor, signs: Tensor, n: int) -> Tensor:
     spectrum[..., 0, 0] = pairs[..., 0, 0]
     spectrum[..., -1, 0] = pairs[..., 0, 1]
     x = torch.fft.irfft(torch.view_as_complex(spectrum), n=size, norm="ortho")
-    out: Tensor = (x * signs.to(x.dtype))[..., :n]
+    out: Tensor = (x * signs.to(x))[..., :n]
     return out
 
 

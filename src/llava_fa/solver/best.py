@@ -165,8 +165,8 @@ class _Problem:
 
     def __init__(self, weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor) -> None:
         self.weight, self.config, self.scales, self.n = weight, config, scales, weight.shape[1]
-        self.search: NearestCode = nearest_code(config.code_bits)
-        self.signs = dft.random_signs(self.n, config.seed)
+        self.search: NearestCode = nearest_code(config.code_bits, weight.device)
+        self.signs = dft.random_signs(self.n, config.seed).to(weight.device)
         self.notes: tuple[str, ...] = ()
         self.weights: Tensor | None = None  # of each input's error, when only a diagonal is known
         self.moment: Tensor | None = None  # H' + δI, when all of it is
@@ -206,7 +206,7 @@ class _Problem:
         The problem is used up: a layer's memory is counted in copies of W.
         """
         through, bits = self.config.codes_for(self.n) == "trellis", self.config.code_bits
-        points = trellis(bits).points if through else self.search.codebook
+        points = trellis(bits).points.to(self.weight.device) if through else self.search.codebook
         m, size = len(self.weight), dft.padded(self.n)
         row_scale = self.weight.new_empty(m)
         codes = torch.empty(m, size // 2, dtype=torch.int32, device=self.weight.device)
@@ -234,7 +234,7 @@ class _Problem:
         assert moment is not None
         if through:
             del moment
-            return round_trellis(rows, unit, blocks, nearby_windows(self.config.code_bits)).T.contiguous()
+            return round_trellis(rows, unit, blocks, nearby_windows(self.config.code_bits, rows.device)).T.contiguous()
         codes = round_with_beam(rows, unit, blocks, self.search, _BEAM_WIDTH)
         del unit
         for _ in range(self.config.refine_passes):
