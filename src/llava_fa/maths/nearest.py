@@ -8,7 +8,6 @@ the square's diagonal), which is searched; outside the grid all points are.
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import cache
 
@@ -69,9 +68,8 @@ class NearestCode:
 
     def to(self, device: torch.device) -> NearestCode:
         """The same search with its tables there."""
-        found = copy.copy(self)
-        for name, table in vars(self).items():
-            setattr(found, name, table.to(device))
+        found = NearestCode.__new__(NearestCode)
+        vars(found).update({name: table.to(device) for name, table in vars(self).items()})
         return found
 
     def tables(self) -> tuple[Tensor | int | float, ...]:
