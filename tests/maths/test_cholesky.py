@@ -15,14 +15,13 @@ def definite(size: int) -> torch.Tensor:
 def test_factor_and_solution_are_lapacks(size):
     matrix = definite(size)
     damped = matrix + 0.5 * torch.eye(size, dtype=torch.float64)
-    panels = cholesky.upper_factor(matrix, 0.5)
-    assert panels is not None
-    assert [panel.shape[1] for panel in panels] == list(range(size, 0, -256))
+    factor = cholesky.upper_factor(matrix, 0.5)
+    assert factor is not None
+    assert [panel.shape[1] for panel in factor.panels] == list(range(size, 0, -256))
     right = torch.randn(7, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    solved = cholesky.solve_rows(right.clone(), panels)
+    solved = factor.solve_rows(right.clone())
     assert torch.allclose(solved @ damped, right, rtol=0, atol=1e-10)
-    root = cholesky.square(panels, torch.float64)
-    assert not panels
+    root = factor.square(torch.float64)
     expected = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     assert torch.allclose(root, expected, rtol=0, atol=1e-11)
     assert torch.equal(root, root.triu())
@@ -37,7 +36,7 @@ def test_the_matrix_is_left_alone_and_only_its_upper_half_is_read():
     again = cholesky.upper_factor(matrix, 0.0)
     assert first is not None
     assert again is not None
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.panels, again.panels, strict=True))
 
 
 @pytest.mark.parametrize("at", [0, 290])  # in the last panel that is reached, and in the first

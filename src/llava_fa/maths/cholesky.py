@@ -1,7 +1,6 @@
 """The Cholesky factor of a large symmetric matrix, in float64 and in the room of a triangle.
 
-R upper triangular with R Rᵀ = A + δI, kept as panels: panel k is [b, size - k b], rows k b … of R from their diagonal
-block on. LAPACK's works on a whole square, in which one half holds nothing: 8 size² bytes instead of 4.
+LAPACK's works on a whole square, in which one half holds nothing: 8 size² bytes instead of 4.
 """
 
 from __future__ import annotations
@@ -12,8 +11,47 @@ from torch import Tensor
 _SIDE = 256  # b
 
 
-def upper_factor(matrix: Tensor, shift: float) -> list[Tensor] | None:
-    """The panels of R, float64, of A + δI; None where that is not positive definite.
+class UpperFactor:
+    """R upper triangular with R Rᵀ = A + δI, float64, as panels.
+
+    Attributes:
+        panels: panel k is [b, size - k b], rows k b … of R from their diagonal block on.
+        inverses: R_kk⁻¹ of every diagonal block: products with them are what small triangular solves would be.
+    """
+
+    def __init__(self, panels: list[Tensor], inverses: list[Tensor]) -> None:
+        self.panels, self.inverses = panels, inverses
+
+    def square(self, dtype: torch.dtype) -> Tensor:
+        """R [size, size]."""
+        size = self.panels[0].shape[1]
+        root = torch.zeros(size, size, dtype=dtype, device=self.panels[0].device)
+        for panel in self.panels:
+            start = size - panel.shape[1]
+            root[start : start + panel.shape[0], start:] = panel
+        return root
+
+    def solve_rows(self, rows: Tensor) -> Tensor:
+        """X [p, size] with X R Rᵀ = B, in place of B, float64.
+
+        Y Rᵀ = B from the last columns to the first, Y_j = (B_j - Σ_{l>j} Y_l R_jlᵀ) R_jj⁻ᵀ, then X R = Y the other way.
+        """
+        size = rows.shape[1]
+        pairs = list(zip(self.panels, self.inverses, strict=True))
+        for panel, inverse in reversed(pairs):
+            start, side = size - panel.shape[1], panel.shape[0]
+            part = rows[:, start : start + side]
+            part.copy_(torch.addmm(part, rows[:, start + side :], panel[:, side:].T, alpha=-1) @ inverse.T)
+        for panel, inverse in pairs:
+            start, side = size - panel.shape[1], panel.shape[0]
+            part = rows[:, start : start + side] @ inverse
+            rows[:, start : start + side] = part
+            rows[:, start + side :].addmm_(part, panel[:, side:], alpha=-1)
+        return rows
+
+
+def upper_factor(matrix: Tensor, shift: float) -> UpperFactor | None:
+    """R of A + δI; None where that is not positive definite.
 
     From the last panel to the first, R_ij = (A_ij - Σ_{l>j} R_il R_jlᵀ) R_jj⁻ᵀ and
     R_ii R_iiᵀ = A_ii - Σ_{l>i} R_il R_ilᵀ (Golub and Van Loan 2013, § 4.2.9, by blocks of rows, and backwards).
@@ -23,54 +61,28 @@ def upper_factor(matrix: Tensor, shift: float) -> list[Tensor] | None:
         shift: δ.
     """
     size = matrix.shape[0]
+    starts = range(0, size, _SIDE)
+    counts = [min(_SIDE, size - start) * (size - start) for start in starts]
+    # One piece of memory: of many, each less than what malloc gives back by itself, most would stay with the process.
+    room = torch.split(torch.empty(sum(counts), dtype=torch.float64, device=matrix.device), counts)
     panels: list[Tensor] = []  # the last rows first
-    for start in reversed(range(0, size, _SIDE)):
+    inverses: list[Tensor] = []
+    for start, piece in reversed(list(zip(starts, room, strict=True))):
         stop = min(start + _SIDE, size)
-        panel = matrix[start:stop, start:].to(torch.float64, copy=True)
+        panel = piece.view(stop - start, size - start).copy_(matrix[start:stop, start:])
         panel[:, : stop - start].diagonal().add_(shift)
         at = size - start
-        for below in panels:
+        for below, inverse in zip(panels, inverses, strict=True):
             side = below.shape[0]
             at -= side
             part = panel[:, at : at + side]
-            part.addmm_(panel[:, at + side :], below[:, side:].T, alpha=-1)
-            part.copy_(torch.linalg.solve_triangular(below[:, :side].T, part, upper=False, left=False))
-        own = panel[:, : stop - start]
-        own.addmm_(panel[:, stop - start :], panel[:, stop - start :].T, alpha=-1)
-        lower, info = torch.linalg.cholesky_ex(own.flip(0, 1))  # in reversed order, R is a lower triangle
+            part.copy_(torch.addmm(part, panel[:, at + side :], below[:, side:].T, alpha=-1) @ inverse.T)
+        own, rest = panel[:, : stop - start], panel[:, stop - start :]
+        # In reversed order R is a lower triangle.
+        lower, info = torch.linalg.cholesky_ex(torch.addmm(own, rest, rest.T, alpha=-1).flip(0, 1))
         if int(info) or not bool(torch.isfinite(lower.diagonal()).all()):
             return None
         own.copy_(lower.flip(0, 1))
         panels.append(panel)
-    panels.reverse()
-    return panels
-
-
-def square(panels: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """R [size, size] of its panels, each of which is given up as it is copied: the list is empty afterwards."""
-    size = panels[0].shape[1]
-    root = torch.zeros(size, size, dtype=dtype, device=panels[0].device)
-    while panels:
-        panel = panels.pop()
-        start = size - panel.shape[1]
-        root[start : start + panel.shape[0], start:] = panel
-    return root
-
-
-def solve_rows(rows: Tensor, panels: list[Tensor]) -> Tensor:
-    """X [p, size] with X R Rᵀ = B, float64, in place of B.
-
-    Y Rᵀ = B from the last columns to the first, Y_j = (B_j - Σ_{l>j} Y_l R_jlᵀ) R_jj⁻ᵀ, then X R = Y the other way.
-    """
-    size = rows.shape[1]
-    for panel in reversed(panels):
-        start, side = size - panel.shape[1], panel.shape[0]
-        part = rows[:, start : start + side]
-        part.addmm_(rows[:, start + side :], panel[:, side:].T, alpha=-1)
-        part.copy_(torch.linalg.solve_triangular(panel[:, :side].T, part, upper=False, left=False))
-    for panel in panels:
-        start, side = size - panel.shape[1], panel.shape[0]
-        part = rows[:, start : start + side]
-        part.copy_(torch.linalg.solve_triangular(panel[:, :side], part, upper=True, left=False))
-        rows[:, start + side :].addmm_(part, panel[:, side:], alpha=-1)
-    return rows
+        inverses.append(torch.linalg.solve_triangular(own, torch.eye(len(own)).to(own), upper=True))
+    return UpperFactor(panels[::-1], inverses[::-1])

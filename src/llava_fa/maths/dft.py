@@ -20,8 +20,8 @@ from llava_fa.errors import FourierError
 from llava_fa.maths.hashing import splitmix
 
 _ROOT2 = math.sqrt(2.0)
-# Rows, or rows and columns, of a large matrix at a time.
-_SIDE = 256
+# Rows and columns of a large matrix at a time; and how many numbers of it, if only rows.
+_SIDE, _NUMBERS = 256, 1 << 18
 
 
 def padded(n: int) -> int:
@@ -55,7 +55,7 @@ def packed_dft(x: Tensor, signs: Tensor) -> Tensor:
     x = x if x.dtype == torch.float64 else x.to(torch.float32)
     if size != n:
         x = torch.nn.functional.pad(x, (0, 1))
-    spectrum = torch.fft.rfft(x * signs.to(x.dtype), norm="ortho")
+    spectrum = torch.fft.rfft(x * signs.to(x), norm="ortho")
     packed = torch.view_as_real(spectrum)[..., :-1, :] * _ROOT2
     packed[..., 0, 0] = spectrum[..., 0].real
     packed[..., 0, 1] = spectrum[..., -1].real
@@ -76,7 +76,7 @@ def packed_idft(z: Tensor, signs: Tensor, n: int) -> Tensor:
     spectrum[..., 0, 0] = pairs[..., 0, 0]
     spectrum[..., -1, 0] = pairs[..., 0, 1]
     x = torch.fft.irfft(torch.view_as_complex(spectrum), n=size, norm="ortho")
-    out: Tensor = (x * signs.to(x.dtype))[..., :n]
+    out: Tensor = (x * signs.to(x))[..., :n]
     return out
 
 
@@ -100,9 +100,10 @@ def packed_dft_rows(matrix: Tensor, signs: Tensor, scale: Tensor | None = None) 
     """
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     out = torch.empty(matrix.shape[0], padded(matrix.shape[1]), dtype=dtype, device=matrix.device)
-    for start in range(0, matrix.shape[0], _SIDE):
-        rows = matrix[start : start + _SIDE]
-        out[start : start + _SIDE] = packed_dft(rows if scale is None else rows * scale, signs)
+    step = max(1, _NUMBERS // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        rows = matrix[start : start + step]
+        out[start : start + step] = packed_dft(rows if scale is None else rows * scale, signs)
     return out
 
 

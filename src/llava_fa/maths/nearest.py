@@ -18,6 +18,7 @@ from llava_fa.maths.codebook import nearest as brute_force
 from llava_fa.maths.polar import ring_codebook
 
 _SIDE, _REACH = 512, 4.5
+_CPU = torch.device("cpu")
 
 
 class NearestCode:
@@ -65,6 +66,12 @@ class NearestCode:
             code[far] = brute_force(z, self.codebook).to(torch.int32)
         return code.view(re.shape)
 
+    def to(self, device: torch.device) -> NearestCode:
+        """The same search with its tables there."""
+        found = NearestCode.__new__(NearestCode)
+        vars(found).update({name: table.to(device) for name, table in vars(self).items()})
+        return found
+
     def tables(self) -> tuple[Tensor | int | float, ...]:
         """All of it, as csrc/nearest.inl takes it."""
         width, count = self._candidates.shape[1], len(self.codebook)
@@ -76,6 +83,6 @@ class NearestCode:
 
 
 @cache
-def nearest_code(code_bits: int) -> NearestCode:
-    """The search over `ring_codebook(code_bits)`; its grid is laid once per process."""
-    return NearestCode(ring_codebook(code_bits))
+def nearest_code(code_bits: int, device: torch.device = _CPU) -> NearestCode:
+    """The search over `ring_codebook(code_bits)`; its grid is laid once per process and device."""
+    return NearestCode(ring_codebook(code_bits)) if device == _CPU else nearest_code(code_bits).to(device)

@@ -30,7 +30,8 @@ def polar_quant(z: Tensor, r_max: float, amplitude_bits: int, phase_bits: int) -
 
 def polar_dequant(codes: Tensor, r_max: float | Tensor, amplitude_bits: int, phase_bits: int) -> Tensor:
     """r^ e^{iθ^}, complex64 of the codes' shape: r^ = q_r Δ_r, θ^ = q_θ Δ_θ - π (Algorithm 3)."""
-    step = torch.as_tensor(r_max, dtype=torch.float32, device=codes.device) / ((1 << amplitude_bits) - 1)
+    largest = torch.full((), r_max, device=codes.device) if isinstance(r_max, float) else r_max.to(codes.device)
+    step = largest.to(torch.float32) / ((1 << amplitude_bits) - 1)
     amplitude = (codes >> phase_bits).to(torch.float32) * step
     turn = 2 * math.pi / (1 << phase_bits)
     phase = (codes & ((1 << phase_bits) - 1)).to(torch.float32) * turn - math.pi

@@ -69,7 +69,7 @@ def approximate(
         if input_scale is not None:
             scales = _checked_scale(input_scale, shape[1])
         elif config.calibration == "none":
-            scales = torch.ones(shape[1])
+            scales = values.new_ones(shape[1])
         else:
             scales = input_scales(scaled, usable)
         tensors, history, more = solve_best(scaled, config, usable, scales)

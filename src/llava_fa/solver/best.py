@@ -27,8 +27,8 @@ _FLOOR = 1e-4
 # Hypotheses per row in error feedback: 4 lower the output error by 4 % against 1, 8 by another 1 % at twice
 # the time.
 _BEAM_WIDTH = 4
-# Rows that are transformed, and rounded to the nearest codes, at a time.
-_ROWS = 512
+# Rows worked on at a time, and by the Viterbi search, which shares them out among threads.
+_ROWS, _TRELLIS_ROWS = 64, 512
 # Alternation between factors and codes stops when it gains less than this share of the loss.
 _LEAST_GAIN = 2e-3
 
@@ -165,8 +165,8 @@ class _Problem:
 
     def __init__(self, weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor) -> None:
         self.weight, self.config, self.scales, self.n = weight, config, scales, weight.shape[1]
-        self.search: NearestCode = nearest_code(config.code_bits)
-        self.signs = dft.random_signs(self.n, config.seed)
+        self.search: NearestCode = nearest_code(config.code_bits, weight.device)
+        self.signs = dft.random_signs(self.n, config.seed).to(weight.device)
         self.notes: tuple[str, ...] = ()
         self.weights: Tensor | None = None  # of each input's error, when only a diagonal is known
         self.moment: Tensor | None = None  # H' + δI, when all of it is
@@ -206,13 +206,14 @@ class _Problem:
         The problem is used up: a layer's memory is counted in copies of W.
         """
         through, bits = self.config.codes_for(self.n) == "trellis", self.config.code_bits
-        points = trellis(bits).points if through else self.search.codebook
+        points = trellis(bits).points.to(self.weight.device) if through else self.search.codebook
         m, size = len(self.weight), dft.padded(self.n)
         row_scale = self.weight.new_empty(m)
         codes = torch.empty(m, size // 2, dtype=torch.int32, device=self.weight.device)
         rows = self.weight.new_empty(0 if self.moment is None else size, m)
-        for start in range(0, m, _ROWS):
-            part = slice(start, start + _ROWS)
+        step = _TRELLIS_ROWS if through and self.moment is None else _ROWS
+        for start in range(0, m, step):
+            part = slice(start, start + step)
             target = self.target(stored, part)
             row_scale[part], inverse = _row_scale(target)
             target *= inverse[:, None]
@@ -233,7 +234,7 @@ class _Problem:
         assert moment is not None
         if through:
             del moment
-            return round_trellis(rows, unit, blocks, nearby_windows(self.config.code_bits)).T.contiguous()
+            return round_trellis(rows, unit, blocks, nearby_windows(self.config.code_bits, rows.device)).T.contiguous()
         codes = round_with_beam(rows, unit, blocks, self.search, _BEAM_WIDTH)
         del unit
         for _ in range(self.config.refine_passes):

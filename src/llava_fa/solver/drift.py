@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fa.maths.cholesky import solve_rows
 from llava_fa.solver.feedback import damped_factor
 
 DAMPING = 0.1
@@ -35,16 +34,16 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
     mean = float(moment.diagonal().mean(dtype=torch.float64))
     if mean == 0 or not bool(drift.any()):
         return values
-    panels, _ = damped_factor(moment, damping)
+    factor, _ = damped_factor(moment, damping)
     out = torch.empty_like(values)
     if values.shape[0] <= values.shape[1]:  # rows of W to solve for, else those of D: float64 is slow
         for start in range(0, len(values), _ROWS):
             rows = values[start : start + _ROWS]
-            solved = solve_rows((rows @ drift.to(torch.float32)).to(torch.float64), panels)
+            solved = factor.solve_rows((rows @ drift.to(torch.float32)).to(torch.float64))
             torch.add(rows, solved.to(torch.float32), out=out[start : start + _ROWS])
         return out
     out.copy_(values)
     for start in range(0, len(drift), _ROWS):
-        solved = solve_rows(drift[start : start + _ROWS].to(torch.float64, copy=True), panels)
+        solved = factor.solve_rows(drift[start : start + _ROWS].to(torch.float64, copy=True))
         out.addmm_(values[:, start : start + _ROWS], solved.to(torch.float32))
     return out

@@ -12,32 +12,32 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.errors import FourierError
-from llava_fa.maths import cholesky
+from llava_fa.maths.cholesky import UpperFactor, upper_factor
 from llava_fa.maths.nearest import NearestCode
 
 # Columns per block: corrections within a block are small products, those between blocks one GEMM.
 _BLOCK = 128
-# Rows of a matrix [N, N] that are worked on at a time.
-_ROWS = 512
+# Rows of a matrix [N, N] that are worked on at a time: large pieces of memory, once freed, come back as holes.
+_ROWS = 128
 
 
-def damped_factor(moment: Tensor, damping: float) -> tuple[list[Tensor], float]:
-    """R with R Rᵀ = H + δI, δ = damping × mean diagonal, as float64 panels (`maths.cholesky`).
+def damped_factor(moment: Tensor, damping: float) -> tuple[UpperFactor, float]:
+    """R with R Rᵀ = H + δI, δ = damping × mean diagonal, in float64.
 
     R upper is the Cholesky factor of H in reversed order: it hands the feedback its coefficients without ever
     inverting H. When it fails, damping is raised tenfold, up to 1.
 
     Returns:
-        The panels, and the damping that it took.
+        R, and the damping that it took.
 
     Raises:
         FourierError: not positive semi-definite even with damping 1.
     """
     mean = float(moment.diagonal().mean(dtype=torch.float64))
     while True:
-        panels = cholesky.upper_factor(moment, damping * mean)
-        if panels is not None:
-            return panels, damping
+        factor = upper_factor(moment, damping * mean)
+        if factor is not None:
+            return factor, damping
         if damping >= 1:
             raise FourierError(
                 f"the second moment {list(moment.shape)} is not positive semi-definite",
@@ -48,8 +48,8 @@ def damped_factor(moment: Tensor, damping: float) -> tuple[list[Tensor], float]:
 
 def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     """R of `damped_factor` as one matrix [N, N] float32, and the damping that it took."""
-    panels, damping = damped_factor(moment, damping)
-    return cholesky.square(panels, torch.float32), damping
+    factor, damping = damped_factor(moment, damping)
+    return factor.square(torch.float32), damping
 
 
 def unit_upper(root: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def solve_paper(
         packed = bitpack.pack(codes, sum(bits))
         settled = "codes" in best and torch.equal(best["codes"], packed)
         tensors["codes"] = packed
-        tensors["r_max"] = torch.tensor([r_max], dtype=torch.float32)
+        tensors["r_max"] = torch.full((1,), r_max, dtype=torch.float32, device=target.device)
         best = tensors
         if settled:  # the same Q~ leads to the same factors: every later iteration would repeat this one
             break

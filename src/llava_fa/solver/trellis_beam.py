@@ -7,6 +7,7 @@ M-algorithm does (Anderson and Mohan 1984): every row keeps its cheapest paths, 
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 
@@ -29,6 +30,7 @@ _TRIED, _FIRST = 6, 64
 _SIDE, _REACH = 64, 4.0
 # Rows at a time: bounds the memory of paths and continuations.
 _ROWS = 1024
+_CPU = torch.device("cpu")
 
 
 def round_trellis(target: Tensor, unit: Tensor, blocks: Tensor, near: NearbyWindows) -> Tensor:
@@ -51,7 +53,7 @@ def round_trellis(target: Tensor, unit: Tensor, blocks: Tensor, near: NearbyWind
         return states
     for first in range(0, rows, _ROWS):
         part = slice(first, first + _ROWS)
-        _Beam(target[:, part], unit, metric.tolist(), near).run(states[:, part])
+        _Beam(target[:, part], unit, metric.cpu().tolist(), near).run(states[:, part])
     return states
 
 
@@ -174,6 +176,13 @@ class NearbyWindows:
             torch.nn.functional.pad(table.to(torch.int16), (0, 0, 0, 1)) for table in (torch.cat(lists), first)
         )
 
+    def to(self, device: torch.device) -> NearbyWindows:
+        """The same lists and points there."""
+        found = copy.copy(self)
+        found.trellis = Trellis(self.trellis.points.to(device), self.trellis.code_bits)
+        found.lists, found.first = self.lists.to(device), self.first.to(device)
+        return found
+
     def __call__(self, aim: Tensor, window: Tensor | None) -> Tensor:
         """int32 windows [rows, paths, few] for aims [rows, paths, 2] after `window` [rows, paths]."""
         cell = ((aim + _REACH) * (_SIDE / (2 * _REACH))).int().clamp_(0, _SIDE - 1)
@@ -186,6 +195,6 @@ class NearbyWindows:
 
 
 @cache
-def nearby_windows(code_bits: int) -> NearbyWindows:
-    """The lists of `trellis(code_bits)`, made once per process."""
-    return NearbyWindows(trellis(code_bits))
+def nearby_windows(code_bits: int, device: torch.device = _CPU) -> NearbyWindows:
+    """The lists of `trellis(code_bits)`, made once per process and device."""
+    return NearbyWindows(trellis(code_bits)) if device == _CPU else nearby_windows(code_bits).to(device)
