@@ -1,8 +1,9 @@
 """Accuracy of the embedded model against its visual tokens: plain pooling, M3, random truncation (MQT), FMVR.
 
-python benchmarks/visual_tokens.py train fmvr --out RUNS    # pooling, queries: the same steps and pictures; resumes
-python benchmarks/visual_tokens.py eval --out RUNS          # every model at every number; one JSON line each, resumes
-python benchmarks/visual_tokens.py report --out RUNS --plot docs/visual_tokens.svg
+python benchmarks/visual_tokens.py all --steps 2000 --plot docs/visual_tokens.svg --minutes 9   # again until it is done
+python benchmarks/visual_tokens.py train fmvr               # pooling, queries: the same steps and pictures; resumes
+python benchmarks/visual_tokens.py eval                     # every model at every number; one JSON line each, resumes
+python benchmarks/visual_tokens.py report --plot docs/visual_tokens.svg
 python benchmarks/visual_tokens.py flops                    # LLaVA-1.5-7B
 python benchmarks/visual_tokens.py saliency                 # does the map find what is asked about?
 """
@@ -16,40 +17,54 @@ from pathlib import Path
 
 import torch
 
-STEPS, SEED = 260, 11
+STEPS, SEED = 2000, 11
 KINDS = {"fmvr": "FMVR", "pooling": "M3: pooling, trained", "queries": "MQT-style: truncated queries"}
 PLAIN = "pooling, not trained"
 
 
-def train(kind: str, out: Path, steps: int) -> None:
+class OutOfTimeError(Exception):
+    """The minutes are over; what is saved is resumed by the next call."""
+
+
+def train(kind: str, out: Path, steps: int, until: float) -> None:
     from llava_fa.world.elastic import elastic_recipe
     from llava_fa.world.recipe import log_to
     from llava_fa.world.recipe import train as run
 
     out.mkdir(parents=True, exist_ok=True)
     recipe = elastic_recipe(kind, steps, seed=SEED)
-    run(out / kind, recipe, workers=0, report=log_to(out / f"{kind}.jsonl"), save_every=25, check_every=10 * steps)
+    log = log_to(out / f"{kind}.jsonl")
+
+    def report(row: dict) -> None:
+        if "validation" not in row:
+            log(row)
+        elif time.monotonic() > until:  # the state of this step is saved
+            raise OutOfTimeError
+
+    if not (out / kind / "model").is_dir():
+        run(out / kind, recipe, workers=0, report=report, save_every=25, check_every=25, check_batches=0)
 
 
-def evaluate(out: Path, limit: int, minutes: float) -> None:
+def evaluate(out: Path, limit: int, steps: int, until: float) -> None:
     from llava_fa.eval.runner import evaluate_world
     from llava_fa.hub.loading import load
 
     rows = read(out)
-    done = {(row["model"], row["tokens"], row["limit"]) for row in rows}
-    until = time.monotonic() + 60 * minutes
+    done = {(row["model"], row["tokens"], row["limit"], row["steps"]) for row in rows}
     models = {"plain": "tiny"} | {kind: out / kind / "model" for kind in KINDS if (out / kind / "model").is_dir()}
     for tokens in (64, 16, 4, 1, "auto"):
         for name, folder in models.items():
-            if (name, tokens, limit) in done or (tokens == "auto" and name == "plain"):
+            trained = 0 if name == "plain" else steps
+            if (name, tokens, limit, trained) in done or (tokens == "auto" and name == "plain"):
                 continue
             if time.monotonic() > until:
-                return
+                raise OutOfTimeError
             elastic = tokens == "auto"
             model, processor = load(folder, "cpu", torch.float32, visual_tokens=64 if elastic else tokens)
             found = evaluate_world(model, processor, limit=limit, elastic=elastic)
             found.pop("answers")
-            row = {"model": name, "tokens": tokens, "limit": limit, "date": time.strftime("%Y-%m-%d"), **found}
+            facts = {"model": name, "steps": trained, "tokens": tokens, "limit": limit}
+            row = {**facts, "date": time.strftime("%Y-%m-%d"), **found}
             with (out / "accuracy.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(name, tokens, round(found["accuracy"], 4), f"{found['seconds']:.0f} s", flush=True)
@@ -83,12 +98,11 @@ def report(out: Path, plot: Path | None) -> None:
             cells.append(text)
         if any(cells):
             print(f"| {title} | " + " | ".join(cells) + " |")
-    print("\n| task, FMVR | 64 | 16 | 4 | 1 |\n|---|---|---|---|---|")
-    for task in rows[0]["tasks"]:
-        found = [
-            score[name, n]["tasks"][task]["score"] for name in ("fmvr",) for n in (64, 16, 4, 1) if (name, n) in score
-        ]
-        print(f"| {task} | " + " | ".join(f"{100 * value:.1f}" for value in found) + " |")
+    for name in (name for name in KINDS if (name, 1) in score):
+        print(f"\n| {names[name]} | 64 | 16 | 4 | 1 |\n|---|---|---|---|---|")
+        for task in rows[0]["tasks"]:
+            found = [score[name, n]["tasks"][task]["score"] for n in (64, 16, 4, 1)]
+            print(f"| {task} | " + " | ".join(f"{100 * value:.1f}" for value in found) + " |")
     if plot is not None:
         draw(score, names, full, plot)
 
@@ -163,21 +177,27 @@ def saliency(count: int = 60) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "eval", "report", "flops", "saliency"))
+    parser.add_argument("what", choices=("all", "train", "eval", "report", "flops", "saliency"))
     parser.add_argument("kind", nargs="?", choices=tuple(KINDS))
-    parser.add_argument("--out", type=Path, default=Path("visual-tokens-runs"))
+    parser.add_argument("--out", type=Path, default=Path("runs/visual-tokens"))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--limit", type=int, default=900)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--plot", type=Path)
     chosen = parser.parse_args()
-    if chosen.what == "train":
-        train(chosen.kind, chosen.out, chosen.steps)
-    elif chosen.what == "eval":
-        evaluate(chosen.out, chosen.limit, chosen.minutes)
-    elif chosen.what == "report":
+    until = time.monotonic() + 60 * chosen.minutes
+    torch.set_num_threads(1)
+    try:
+        for kind in {"all": list(KINDS), "train": [chosen.kind]}.get(chosen.what, []):
+            train(kind, chosen.out, chosen.steps, until)
+        if chosen.what in ("all", "eval"):
+            evaluate(chosen.out, chosen.limit, chosen.steps, until)
+    except OutOfTimeError:
+        print("out of time; the same command goes on")
+        return
+    if chosen.what in ("all", "report"):
         report(chosen.out, chosen.plot)
-    else:
+    elif chosen.what in ("flops", "saliency"):
         {"flops": flops, "saliency": saliency}[chosen.what]()
 
 
