@@ -22,10 +22,21 @@ using namespace llava_fa;
 
 namespace {
 
+#if defined(__x86_64__)
+bool has_vbmi() {
+#ifdef LLAVA_FA_EMULATE_VBMI
+  return true;
+#else
+  return __builtin_cpu_supports("avx512vbmi");
+#endif
+}
+#endif
+
 // level: 0 portable, 1 AVX2, 2 AVX-512, which without VNNI is served by AVX2.
 const LinearKernels* linear_kernels(int64_t level) {
 #if defined(__x86_64__)
-  if (level == 2 && avx512vnni_linear() && __builtin_cpu_supports("avx512vnni")) return avx512vnni_linear();
+  if (level == 2 && avx512vnni_linear() && __builtin_cpu_supports("avx512vnni"))
+    return has_vbmi() ? avx512vbmi_linear() : avx512vnni_linear();
   if (level >= 1 && avx2_linear()) return avx2_linear();
 #endif
   (void)level;

@@ -71,17 +71,16 @@ ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tabl
     if (size > most) most = size;
   }
   const float step = most > 0 ? most / 127 : 1;
-  const int shown = code_bits < 4 ? 16 : count;  // fewer are repeated: bits above a code's are not looked at
-  for (int i = 0; i < shown; i++) {
+  const int all = shown(static_cast<int>(code_bits));  // fewer are repeated: bits above a code's are not looked at
+  for (int i = 0; i < all; i++) {
     uint8_t point[2];
     for (int part = 0; part < 2; part++)
       point[part] = static_cast<uint8_t>(static_cast<int>(__builtin_nearbyintf(value[2 * (i % count) + part] / step)) + OFFSET);
     if (planes(static_cast<int>(code_bits))) {
       tables[i] = point[0];
-      tables[shown + i] = point[1];
+      tables[all + i] = point[1];
     } else {
       std::memcpy(tables + 2 * i, point, 2);
-      if (code_bits == 5) std::memcpy(tables + 64 + 2 * i, point, 2);
     }
   }
   return step;
