@@ -7,8 +7,8 @@
 *qwen1.5b* is a LLaVA with CLIP-L's vision tower and the shape of Qwen2.5-1.5B, its weights repeated noise: it says
 nothing, at the speed and in the memory of one that does. Prompt: 576 visual tokens and 24 of text (tiny: as its
 processor makes it). *first token* is the time of a `generate` of one token, *tokens/s* that of the further ones; each
-the median of three, after one to warm up. *peak* is the most memory that the process held (VmHWM). Each row in a process
-of its own, written to --out, and not run again when it is there.
+the median of three, after one to warm up. *peak* is the most memory that the process held (VmHWM). Each row in a
+process of its own, written to --out, and not run again when it is there.
 
 --accuracy: the embedded model compressed without data, in bf16: the nine tasks through the compiled kernel and through
 PyTorch's definition of the layer.
