@@ -7,8 +7,8 @@
 *qwen1.5b* is a LLaVA with CLIP-L's vision tower and the shape of Qwen2.5-1.5B, its weights repeated noise: it says
 nothing, at the speed and in the memory of one that does. Prompt: 576 visual tokens and 24 of text (tiny: as its
 processor makes it). *first token* is the time of a `generate` of one token, *tokens/s* that of the further ones; each
-the median of three, after one to warm up. *peak* is the most memory that the process held (VmHWM). Each row in a
-process of its own, written to --out, and not run again when it is there.
+the median of --repeats, after two tokens to warm up. *peak* is the most memory that the process held (VmHWM). Each row
+in a process of its own, written to --out, and not run again when it is there.
 
 --accuracy: the embedded model compressed without data, in bf16: the nine tasks through the compiled kernel and through
 PyTorch's definition of the layer.
@@ -145,7 +145,7 @@ def peak_bytes() -> int:
 
 
 @torch.inference_mode()
-def measure(name: str, row: str, tokens: int) -> dict[str, Any]:
+def measure(name: str, row: str, tokens: int, repeats: int) -> dict[str, Any]:
     model, inputs = prepared(name, row)
 
     def seconds(count: int) -> float:
@@ -155,7 +155,7 @@ def measure(name: str, row: str, tokens: int) -> dict[str, Any]:
 
     first, whole = [], []
     seconds(2)
-    for _ in range(3):
+    for _ in range(repeats):
         first.append(seconds(1))
         whole.append(seconds(1 + tokens))
     to_first = statistics.median(first)
@@ -203,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny", "qwen1.5b"), default="qwen1.5b")
     parser.add_argument("--tokens", type=int, default=32, help="generated after the first")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--accuracy", type=float, help="bits of the embedded model")
     parser.add_argument("--questions", type=int, default=2250)
@@ -218,13 +219,14 @@ def main() -> None:
     elif args.row:
         path = args.out / f"{args.model}-{args.row}.json"
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(measure(args.model, args.row, args.tokens), indent=1))
+        partial.write_text(json.dumps(measure(args.model, args.row, args.tokens, args.repeats), indent=1))
         partial.rename(path)
         print(path.read_text(), flush=True)
     else:
         for row in args.only:
             if not (args.out / f"{args.model}-{row}.json").exists():
-                more = ["--model", args.model, "--tokens", str(args.tokens), "--out", str(args.out), "--row", row]
+                more = ["--model", args.model, "--tokens", str(args.tokens), "--out", str(args.out)]
+                more += ["--repeats", str(args.repeats), "--row", row]
                 subprocess.run([sys.executable, __file__, *more], check=True)
 
 

@@ -88,6 +88,13 @@ void on_threads(int64_t threads, Parallel parallel, Body& body) {
   for (auto& thread : others) thread.join();
 }
 
+// What a thread that waits does, so that one that shares its core runs at full speed.
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 float bf16(const uint16_t* p) {
   const uint32_t bits = static_cast<uint32_t>(*p) << 16;
   float value;
@@ -182,9 +189,12 @@ struct Call {
       else
         times_right(task - batch);
     }
-    for (int64_t spins = 0; done.load() < tasks; spins++) {
+    for (int64_t spins = 0; done.load(std::memory_order_acquire) < tasks; spins++) {
       if (failed) return;
-      if (spins > 1 << 14) std::this_thread::yield();
+      if (spins > 1 << 12)
+        std::this_thread::yield();
+      else
+        pause();
     }
     for (int64_t first; (first = next_block.fetch_add(at_once)) < job.blocks;)
       rows(first, job.blocks - first < at_once ? job.blocks - first : at_once, reinterpret_cast<float*>(scratch),
