@@ -22,10 +22,21 @@ using namespace llava_fa;
 
 namespace {
 
+#if defined(__x86_64__)
+bool has_vbmi() {
+#ifdef LLAVA_FA_EMULATE_VBMI
+  return true;
+#else
+  return __builtin_cpu_supports("avx512vbmi");
+#endif
+}
+#endif
+
 // level: 0 portable, 1 AVX2, 2 AVX-512, which without VNNI is served by AVX2.
 const LinearKernels* linear_kernels(int64_t level) {
 #if defined(__x86_64__)
-  if (level == 2 && avx512vnni_linear() && __builtin_cpu_supports("avx512vnni")) return avx512vnni_linear();
+  if (level == 2 && avx512vnni_linear() && __builtin_cpu_supports("avx512vnni"))
+    return has_vbmi() ? avx512vbmi_linear() : avx512vnni_linear();
   if (level >= 1 && avx2_linear()) return avx2_linear();
 #endif
   (void)level;
@@ -75,6 +86,13 @@ void on_threads(int64_t threads, Parallel parallel, Body& body) {
   }
   body();
   for (auto& thread : others) thread.join();
+}
+
+// What a thread that waits does, so that one that shares its core runs at full speed.
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
 }
 
 float bf16(const uint16_t* p) {
@@ -171,9 +189,12 @@ struct Call {
       else
         times_right(task - batch);
     }
-    for (int64_t spins = 0; done.load() < tasks; spins++) {
+    for (int64_t spins = 0; done.load(std::memory_order_acquire) < tasks; spins++) {
       if (failed) return;
-      if (spins > 1 << 14) std::this_thread::yield();
+      if (spins > 1 << 12)
+        std::this_thread::yield();
+      else
+        pause();
     }
     for (int64_t first; (first = next_block.fetch_add(at_once)) < job.blocks;)
       rows(first, job.blocks - first < at_once ? job.blocks - first : at_once, reinterpret_cast<float*>(scratch),

@@ -68,5 +68,6 @@ constexpr size_t TABLES = 1024;  // bytes that `tables` may write
 const LinearKernels* portable_linear();
 const LinearKernels* avx2_linear();      // null where they were not built
 const LinearKernels* avx512vnni_linear();  // the same
+const LinearKernels* avx512vbmi_linear();  // the same
 
 }  // namespace llava_fa

@@ -71,17 +71,16 @@ ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tabl
     if (size > most) most = size;
   }
   const float step = most > 0 ? most / 127 : 1;
-  const int shown = code_bits < 4 ? 16 : count;  // fewer are repeated: bits above a code's are not looked at
-  for (int i = 0; i < shown; i++) {
+  const int all = shown(static_cast<int>(code_bits));  // fewer are repeated: bits above a code's are not looked at
+  for (int i = 0; i < all; i++) {
     uint8_t point[2];
     for (int part = 0; part < 2; part++)
       point[part] = static_cast<uint8_t>(static_cast<int>(__builtin_nearbyintf(value[2 * (i % count) + part] / step)) + OFFSET);
     if (planes(static_cast<int>(code_bits))) {
       tables[i] = point[0];
-      tables[shown + i] = point[1];
+      tables[all + i] = point[1];
     } else {
       std::memcpy(tables + 2 * i, point, 2);
-      if (code_bits == 5) std::memcpy(tables + 64 + 2 * i, point, 2);
     }
   }
   return step;
@@ -246,7 +245,7 @@ ISA void int8_direct(const Linear& job, int64_t first, int64_t count, float* y, 
       const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
       Sums sum[4] = {sums(job.x_bias[group]), sums(0), sums(0), sums(0)};
       for (int64_t u = 0; u < units; u++, unit += BITS * 64, x += 2 * UNIT) {
-        for (int i = 0; i < BITS; i++) _mm_prefetch(reinterpret_cast<const char*>(unit + 64 * i + 3072), _MM_HINT_T0);
+        for (int i = 0; i < BITS; i++) _mm_prefetch(reinterpret_cast<const char*>(unit + 64 * i + 8192), _MM_HINT_T0);
         Bytes c[8], p, q;
         codes<BITS>(unit, c);
         for (int i = 0; i < 8; i++) {
@@ -298,7 +297,18 @@ INLINE void spread_points(const Ints* dword, float* out) {
   }
 }
 
-// One by one where there is no permutation of a whole table: a gather is slower where it was measured.
+// Points one by one where there is no permutation of a whole table: gathers, which compilers like to make of it, take more
+// than twice the time on the CPUs that had to be mended (gather data sampling).
+#define KEEP_SCALAR(index) asm("" : "+r"(index))
+
+INLINE void look_up(const uint32_t* table, const uint32_t* index, uint32_t* found) {
+  for (int64_t row = 0; row < ROWS; row++) {
+    uint32_t i = index[row];
+    KEEP_SCALAR(i);
+    found[row] = table[i];
+  }
+}
+
 INLINE void found_points(const uint32_t (*found)[ROWS], int64_t count, float* out) {
   for (int64_t i = 0; i < count; i++, out += 2 * ROWS) {
     Ints rows[PARTS];
@@ -331,7 +341,11 @@ ISA void points_rings(const Linear& job, int64_t block, int64_t unit, float* out
   const uint32_t* table = reinterpret_cast<const uint32_t*>(job.tables);
   uint32_t found[UNIT][ROWS];
   for (int64_t p = 0; p < UNIT; p++)
-    for (int64_t row = 0; row < ROWS; row++) found[p][row] = table[bytes[p / 4 * 64 + 4 * row + p % 4]];
+    for (int64_t row = 0; row < ROWS; row++) {
+      uint32_t code = bytes[p / 4 * 64 + 4 * row + p % 4];
+      KEEP_SCALAR(code);
+      found[p][row] = table[code];
+    }
   found_points(found, UNIT, out);
 #endif
 }
@@ -345,8 +359,10 @@ ISA void points_trellis(const Linear& job, int64_t block, int64_t unit, float* o
     const int64_t bit = (unit * UNIT + i) * job.code_bits;
     const uint32_t *low = words + bit / 32 * ROWS, *high = low + ROWS;
     const int by = static_cast<int>(bit % 32);
+    uint32_t window[ROWS];
     for (int64_t row = 0; row < ROWS; row++)
-      found[i][row] = table[(static_cast<uint64_t>(high[row]) << 32 | low[row]) >> by & mask];
+      window[row] = static_cast<uint32_t>((static_cast<uint64_t>(high[row]) << 32 | low[row]) >> by) & mask;
+    look_up(table, window, found[i]);
   }
   found_points(found, UNIT, out);
 }

@@ -27,6 +27,7 @@ INLINE Bytes select_bits(int mask, Bytes yes, Bytes no) {
 }
 
 constexpr bool planes(int) { return true; }
+constexpr int shown(int code_bits) { return code_bits < 4 ? 16 : 1 << code_bits; }
 
 template <int BITS>
 struct Table {

@@ -1,0 +1,234 @@
+"""Answering with a whole model on this CPU: the original in bf16 against packed layers at 4, 3 and 2 bits.
+
+    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/generate.py [--model tiny|qwen1.5b] [--tokens 32] [--only "2 bits"]
+    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/generate.py --accuracy 4 [--questions 2250]
+    .venv/bin/python benchmarks/generate.py --report
+
+*qwen1.5b* is a LLaVA with CLIP-L's vision tower and the shape of Qwen2.5-1.5B, its weights repeated noise: it says
+nothing, at the speed and in the memory of one that does. Prompt: 576 visual tokens and 24 of text (tiny: as its
+processor makes it). *first token* is the time of a `generate` of one token, *tokens/s* that of the further ones; each
+the median of --repeats, after two tokens to warm up. *peak* is the most memory that the process held (VmHWM). Each row
+in a process of its own, written to --out, and not run again when it is there.
+
+--accuracy: the embedded model compressed without data, in bf16: the nine tasks through the compiled kernel and through
+PyTorch's definition of the layer.
+
+Prints the tables of docs/results.md, "Answers on a CPU".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_fa import FourierConfig, FourierLinear, compress, native
+from llava_fa.eval.runner import evaluate_world
+from llava_fa.hub.loading import load
+from llava_fa.kernels.layout import Layout
+from llava_fa.maths.polar import ring_codebook
+from llava_fa.nn.codebooks import share_codebooks
+from llava_fa.nn.surgery import classify, replace_module
+
+ROWS = ("bf16", "4 bits", "3 bits", "2 bits")
+IMAGE_TOKENS, TEXT_TOKENS = 576, 24
+
+
+def random_llava() -> nn.Module:
+    """LLaVA of CLIP-L (24 layers, 336 pixels) and Qwen2.5-1.5B, on meta."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    text = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=151935,
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
+
+
+def packed_layer(linear: nn.Linear, code_bits: int) -> FourierLinear:
+    """A packed layer of this one's shape, its codes random."""
+    m, n = linear.weight.shape
+    layout = Layout(method="best", out_features=m, in_features=n, code_bits=code_bits)
+    tensors = {}
+    for name, (dtype, shape) in layout.tensors().items():
+        random = dtype == torch.uint8
+        tensors[name] = torch.randint(0, 256, shape, dtype=dtype) if random else torch.ones(shape, dtype=dtype)
+    tensors["row_scale"] *= n**-0.5
+    tensors["codebook"] = ring_codebook(code_bits).bfloat16()
+    bias = None if linear.bias is None else torch.zeros(m, dtype=torch.bfloat16)
+    return FourierLinear.from_tensors(layout, tensors, bias, torch.bfloat16)
+
+
+def materialise(model: nn.Module, code_bits: int) -> None:
+    """Put packed layers where `compress` would (unless code_bits is 0), and numbers into all that is left on meta."""
+    if code_bits:
+        for name in classify(model).layers:
+            replace_module(model, name, packed_layer(model.get_submodule(name), code_bits))
+        share_codebooks(model)
+    noise = torch.randn(1 << 20).bfloat16()
+    for module in model.modules():
+        for name, tensor in list(module.named_parameters(recurse=False)):
+            if tensor.is_meta:
+                made = torch.ones(tensor.shape, dtype=tensor.dtype)
+                if tensor.dim() > 1:
+                    repeats = -(-made.numel() // noise.numel())
+                    made = noise.repeat(repeats)[: made.numel()].view(tensor.shape) / math.sqrt(tensor.shape[-1])
+                setattr(module, name, nn.Parameter(made, requires_grad=False))
+        for name, tensor in list(module.named_buffers(recurse=False)):
+            if tensor.is_meta:
+                made = torch.arange(tensor.numel()).view(tensor.shape).to(tensor.dtype)  # position ids
+                if "inv_freq" in name:
+                    made = 1e4 ** -(torch.arange(tensor.numel()) / tensor.numel())
+                module.register_buffer(name, made, persistent=False)
+    model.tie_weights()
+
+
+def prepared(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:
+    bits = 0 if row == "bf16" else int(row.split()[0])
+    if name == "tiny":
+        with tempfile.TemporaryDirectory() as folder:
+            if bits:
+                compress("tiny", f"{folder}/small", FourierConfig(bits=bits))
+            model, processor = load(f"{folder}/small" if bits else "tiny", dtype=torch.bfloat16)
+        from PIL import Image
+
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many cubes are there?"}]}]
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+        inputs = processor(images=Image.new("RGB", (96, 96), (90, 120, 60)), text=prompt, return_tensors="pt")
+        return model, {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
+    model = random_llava()
+    materialise(model, 2 * bits)
+    ids = torch.randint(10, 1000, (1, IMAGE_TOKENS + TEXT_TOKENS))
+    ids[:, 4 : 4 + IMAGE_TOKENS] = model.config.image_token_id
+    pixels = torch.randn(1, 3, 336, 336).bfloat16()
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def peak_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+@torch.inference_mode()
+def measure(name: str, row: str, tokens: int, repeats: int) -> dict[str, Any]:
+    model, inputs = prepared(name, row)
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        return time.perf_counter() - start
+
+    first, whole = [], []
+    seconds(2)
+    for _ in range(repeats):
+        first.append(seconds(1))
+        whole.append(seconds(1 + tokens))
+    to_first = statistics.median(first)
+    return {
+        "model": name,
+        "row": row,
+        "prompt": inputs["input_ids"].shape[1],
+        "threads": torch.get_num_threads(),
+        "first token": to_first,
+        "tokens/s": tokens / (statistics.median(whole) - to_first),
+        "bytes": sum(t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict().values()}.values()),
+        "peak": peak_bytes(),
+    }
+
+
+def accuracy(bits: float, questions: int, out: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        compress("tiny", f"{folder}/small", FourierConfig(bits=bits))
+        for way in ("compiled", "reference"):
+            path = out / f"accuracy-{bits:g}-{way}.json"
+            if not path.exists():
+                with native.using(native.levels()[-1] if way == "compiled" else "off"):
+                    model, processor = load(f"{folder}/small", dtype=torch.bfloat16)
+                    result = evaluate_world(model, processor, limit=questions)
+                result.pop("answers")
+                path.write_text(json.dumps(result, indent=1))
+            result = json.loads(path.read_text())
+            print(bits, way, {key: value for key, value in result.items() if not isinstance(value, (dict, list))})
+
+
+def report(out: Path) -> None:
+    for name in ("qwen1.5b", "tiny"):
+        rows = [json.loads(path.read_text()) for path in (out / f"{name}-{row}.json" for row in ROWS) if path.exists()]
+        if not rows:
+            continue
+        print(f"\n{name}: prompt of {rows[0]['prompt']} tokens, {rows[0]['threads']} threads\n")
+        print("| | first token, s | tokens/s | against bf16 | peak memory, GB |\n|---|---|---|---|---|")
+        for row in rows:
+            against = f"{row['tokens/s'] / rows[0]['tokens/s']:.1f}×" if rows[0]["row"] == "bf16" else ""
+            figures = f"{row['first token']:.2f} | {row['tokens/s']:.2f} | {against} | {row['peak'] / 1e9:.2f}"
+            print(f"| {row['row']} | {figures} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("tiny", "qwen1.5b"), default="qwen1.5b")
+    parser.add_argument("--tokens", type=int, default=32, help="generated after the first")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--accuracy", type=float, help="bits of the embedded model")
+    parser.add_argument("--questions", type=int, default=2250)
+    parser.add_argument("--out", type=Path, default=Path("runs/generate"))
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)  # the child process of one row
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.report:
+        report(args.out)
+    elif args.accuracy:
+        accuracy(args.accuracy, args.questions, args.out)
+    elif args.row:
+        path = args.out / f"{args.model}-{args.row}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(measure(args.model, args.row, args.tokens, args.repeats), indent=1))
+        partial.rename(path)
+        print(path.read_text(), flush=True)
+    else:
+        for row in args.only:
+            if not (args.out / f"{args.model}-{row}.json").exists():
+                more = ["--model", args.model, "--tokens", str(args.tokens), "--out", str(args.out)]
+                more += ["--repeats", str(args.repeats), "--row", row]
+                subprocess.run([sys.executable, __file__, *more], check=True)
+
+
+if __name__ == "__main__":
+    main()

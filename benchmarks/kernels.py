@@ -1,0 +1,184 @@
+"""How long one packed layer takes on this CPU, against torch's bf16 and int4 layers and the memory's own speed.
+
+    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/kernels.py [--models qwen7b] [--batches 1 4] [--out runs/kernels]
+    .venv/bin/python benchmarks/kernels.py --report
+
+Every contender has several copies of its weights, together larger than the caches, and takes the next one at each
+call: weights come from memory, as in a model that answers. *hot* uses one copy again and again. Calls alternate between
+contenders round by round, each round with a reading of as many bytes as the 4-bit layer has. Figures are medians of the
+rounds, and in the tables, with --least, the least: what remains comparable where other programs share the machine.
+*of read* is the time that reading a layer's bytes takes over the time of the layer, transform, int8 rounding, scales
+and the Python call included. Resumable: finished cases are read from --out and not run again.
+
+Codes are random bits; bits are per weight (a code of b bits is a complex coefficient, two weights). torch int4:
+`_weight_int4pack_mm_for_cpu`, groups of 32. Prints the tables of docs/results.md, "Kernels on a CPU".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llava_fa.kernels import compiled
+from llava_fa.kernels.interleaved import best_layout, interleaved_shape
+from llava_fa.maths.polar import ring_codebook
+from llava_fa.maths.trellis import STATE_BITS, trellis_points
+from llava_fa.native import layer_kernel
+
+MODELS = {
+    "llama8b": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
+    "qwen7b": [(3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)],
+    "qwen1.5b": [(1536, 1536), (256, 1536), (8960, 1536), (1536, 8960)],
+    "internlm20b": [(6144, 6144), (1024, 6144), (16384, 6144), (6144, 16384)],
+    "clip-l": [(1024, 1024), (4096, 1024), (1024, 4096)],
+}
+# Name → bits of a complex coefficient, of a trellis window.
+OURS = {"2 bits": (4, 0), "3 bits": (6, 0), "4 bits": (8, 0), "2 bits, trellis": (4, STATE_BITS)}
+BEYOND_CACHE = 128 << 20
+Contender = Callable[[], object]
+
+
+class Turns:
+    """A function of the next of several copies at each call."""
+
+    def __init__(self, copies: list[torch.Tensor], function: Callable[[torch.Tensor], object]) -> None:
+        self.copies, self.function, self.at = copies, function, 0
+
+    def __call__(self) -> None:
+        self.at = (self.at + 1) % len(self.copies)
+        self.function(self.copies[self.at])
+
+
+def copies(make: Callable[[], torch.Tensor], hot: bool) -> list[torch.Tensor]:
+    first = make()
+    count = 1 if hot else -(-BEYOND_CACHE // (first.numel() * first.element_size())) + 1
+    return [first, *(first.clone() for _ in range(count - 1))]
+
+
+def packed(m: int, n: int, x: torch.Tensor, code_bits: int, state_bits: int, hot: bool) -> tuple[Contender, int]:
+    layout = best_layout(m, n, code_bits, state_bits)
+    codes = copies(lambda: torch.randint(0, 256, interleaved_shape(layout), dtype=torch.uint8), hot)
+    points = trellis_points(code_bits) if state_bits else ring_codebook(code_bits)
+    rest = (
+        torch.full((m,), n**-0.5).bfloat16(),
+        torch.ones(n).bfloat16(),
+        torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8),
+        points.bfloat16(),
+    )
+
+    def run(some: torch.Tensor) -> torch.Tensor:
+        return compiled.linear(x, some, *rest, None, None, None, None, None, code_bits, state_bits)
+
+    return Turns(codes, run), sum(tensor.numel() * tensor.element_size() for tensor in (codes[0], *rest))
+
+
+def int4(m: int, n: int, x: torch.Tensor, hot: bool) -> Contender:
+    ops = torch.ops.aten
+    made = copies(
+        lambda: ops._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (m, n), dtype=torch.int32), 1), hot
+    )
+    scales = torch.ones(n // 32, m, 2).bfloat16()
+    return Turns(made, lambda weight: ops._weight_int4pack_mm_for_cpu(x, weight, 32, scales))
+
+
+def bf16(m: int, n: int, x: torch.Tensor, hot: bool) -> Contender:
+    made = copies(lambda: torch.full((m, n), 0.01, dtype=torch.bfloat16), hot)
+    return Turns(made, lambda weight: torch.nn.functional.linear(x, weight))
+
+
+def reading(size: int, hot: bool) -> Contender:
+    """Sum as many bytes as float32: one read each, an addition for every four."""
+    return Turns(copies(lambda: torch.ones(size // 4), hot), torch.sum)
+
+
+def measure(m: int, n: int, batch: int, hot: bool, seconds: float) -> dict[str, float]:
+    """Median and least microseconds of each contender, and ``read GB/s`` and shares of it that belong to them."""
+    x = torch.randn(batch, n).bfloat16()
+    contenders: dict[str, Contender] = {}
+    sizes = {}
+    for name, (code_bits, state_bits) in OURS.items():
+        contenders[name], sizes[name] = packed(m, n, x, code_bits, state_bits, hot)
+    contenders["torch int4"], contenders["torch bf16"] = int4(m, n, x, hot), bf16(m, n, x, hot)
+    contenders["read"] = reading(sizes["4 bits"], hot)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    with torch.inference_mode():
+        for function in contenders.values():
+            function()
+        stop = time.monotonic() + seconds
+        while time.monotonic() < stop or len(times["read"]) < 5:
+            for name, function in contenders.items():
+                start = time.perf_counter()
+                function()
+                times[name].append(time.perf_counter() - start)
+    found: dict[str, float] = {"rounds": len(times["read"])}
+    for figure, of in (("", statistics.median), ("least ", min)):
+        one = {name: of(values) * 1e6 for name, values in times.items()}
+        speed = sizes["4 bits"] / one.pop("read") / 1e3
+        one |= {f"{name} of read": size / speed / 1e3 / one[name] for name, size in sizes.items()}
+        found |= {f"{figure}{name}": value for name, value in {**one, "read GB/s": speed}.items()}
+    return found
+
+
+def report(out: Path, least: bool) -> None:
+    at = "least " if least else ""
+    cases = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    for hot in (False, True):
+        for batch in sorted({case["batch"] for case in cases if case["hot"] == hot}):
+            rows = [case for case in cases if case["hot"] == hot and case["batch"] == batch]
+            print(f"\nBatch {batch}{', hot' if hot else ''}; microseconds\n")
+            print(
+                "| m × n | "
+                + " | ".join(OURS)
+                + " | torch int4 | torch bf16 | read GB/s | of read, 2 / 4 bits | bf16 / 2, 4 bits |"
+            )
+            print("|---" * (len(OURS) + 6) + "|")
+            for case in sorted(rows, key=lambda case: (case["m"] * case["n"], case["m"])):
+                cells = [f"{case[at + name]:.0f}" for name in (*OURS, "torch int4", "torch bf16")]
+                cells.append(f"{case[at + 'read GB/s']:.1f}")
+                cells.append(f"{case[at + '2 bits of read']:.2f} / {case[at + '4 bits of read']:.2f}")
+                cells.append(
+                    f"{case[at + 'torch bf16'] / case[at + '2 bits']:.1f}×, {case[at + 'torch bf16'] / case[at + '4 bits']:.1f}×"
+                )
+                print(f"| {case['m']} × {case['n']} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--shapes", nargs="+", help="MxN …, instead of the models'")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 512])
+    parser.add_argument("--hot", action="store_true")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of alternating rounds a case, five at least")
+    parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--least", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.report:
+        report(args.out, args.least)
+        return
+    shapes = [shape for model in args.models for shape in MODELS[model]]
+    if args.shapes:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    kernel = layer_kernel()
+    for m, n in dict.fromkeys(shapes):
+        for batch in args.batches:
+            path = args.out / f"{m}x{n}-{batch}{'-hot' if args.hot else ''}.json"
+            if path.exists():
+                continue
+            found = measure(m, n, batch, args.hot, args.seconds)
+            case = {"m": m, "n": n, "batch": batch, "hot": args.hot, "threads": torch.get_num_threads()}
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps({**case, "kernel": kernel.name if kernel else None, **found}, indent=1))
+            partial.rename(path)
+            print(path.name, {key: round(value, 2) for key, value in found.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+// What both AVX-512 builds of the packed layer share: vectors of bytes, products, and points in float32.
+
+constexpr int OFFSET = 128;
+// Rows in vectors of sums; columns of x and blocks of rows taken together, so that sums stay in registers.
+constexpr int COLUMNS = 12, BLOCKS = 2;
+
+using Bytes = __m512i;
+INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+INLINE void store_all(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
+template <int BY>  // right by BY bits, left if negative, of words: bits that cross a byte are not looked at
+INLINE Bytes shift(Bytes v) {
+  return BY > 0 ? _mm512_srli_epi16(v, BY > 0 ? BY : 0) : BY < 0 ? _mm512_slli_epi16(v, BY < 0 ? -BY : 0) : v;
+}
+INLINE Bytes masked(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask))); }
+INLINE Bytes select_bits(int mask, Bytes yes, Bytes no) {
+  return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(mask)), yes, no, 0xca);
+}
+
+// Sums of ROWS rows.
+using Sums = __m512i;
+INLINE Sums sums(int32_t v) { return _mm512_set1_epi32(v); }
+INLINE void dot(Sums& sum, Bytes w, int32_t x) { sum = _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x)); }
+INLINE void dot(Sums& sum, const uint8_t* w, int32_t x) { dot(sum, load_bytes(w), x); }
+INLINE void accumulate(float* y, Sums sum, float scale) { store(y, fma(convert(sum), set1(scale), load(y))); }
+
+// Table of at least 16 dwords by code.
+#define LLAVA_FA_PICK
+template <int BITS>
+INLINE Ints pick(const int32_t* t, Ints i) {
+  if (BITS <= 4) return _mm512_permutexvar_epi32(i, load(t));
+  constexpr int COUNT = BITS <= 5 ? 1 : 1 << (BITS - 5);
+  Ints r[COUNT];
+  for (int k = 0; k < COUNT; k++) r[k] = _mm512_permutex2var_epi32(load(t + 32 * k), i, load(t + 32 * k + 16));
+  for (int bit = 5, left = COUNT / 2; left; bit++, left /= 2) {
+    const __mmask16 set = _mm512_test_epi32_mask(i, _mm512_set1_epi32(1 << bit));
+    for (int k = 0; k < left; k++) r[k] = _mm512_mask_blend_epi32(set, r[2 * k], r[2 * k + 1]);
+  }
+  return r[0];
+}

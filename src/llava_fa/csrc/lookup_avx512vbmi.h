@@ -1,0 +1,74 @@
+// Codes → int8 points on AVX-512 with VNNI and VBMI: re and im by permutations of bytes, 64 or 128 points at once. Points are
+// stored plus 128, for vpdpbusd multiplies unsigned by signed bytes.
+#pragma once
+
+#define LLAVA_FA_INT8
+#define LLAVA_FA_DIRECT
+
+#include "simd_avx512.h"
+
+#undef ISA
+#undef INLINE
+#ifdef LLAVA_FA_EMULATE_VBMI  // for tests on a CPU without it
+#define LLAVA_FA_ISA "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+#else
+#define LLAVA_FA_ISA "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
+#endif
+#define ISA __attribute__((target(LLAVA_FA_ISA)))
+#define INLINE static inline __attribute__((always_inline, target(LLAVA_FA_ISA)))
+
+namespace llava_fa {
+namespace avx512vbmi {
+using namespace avx512;
+
+constexpr const char* NAME = "avx512vbmi";
+
+#include "lookup_avx512.inl"
+
+constexpr bool planes(int) { return true; }
+constexpr int shown(int code_bits) { return code_bits < 4 ? 16 : code_bits == 5 ? 64 : 1 << code_bits; }
+
+// The byte of 64 at the low six bits of each index; of 128 at the low seven.
+#ifdef LLAVA_FA_EMULATE_VBMI
+INLINE Bytes of128(Bytes low, Bytes high, Bytes index) {
+  uint8_t table[128], at[64];
+  store_all(table, low);
+  store_all(table + 64, high);
+  store_all(at, index);
+  for (uint8_t& i : at) i = table[i & 127];
+  return load_bytes(at);
+}
+INLINE Bytes of64(Bytes table, Bytes index) { return of128(table, table, index); }
+#else
+INLINE Bytes of64(Bytes table, Bytes index) { return _mm512_permutexvar_epi8(index, table); }
+INLINE Bytes of128(Bytes low, Bytes high, Bytes index) { return _mm512_permutex2var_epi8(low, index, high); }
+#endif
+
+template <int BITS>
+struct Table {
+  static constexpr int VECTORS = BITS <= 6 ? 1 : 1 << (BITS - 6);  // of each part
+  Bytes t[2 * VECTORS];
+
+  INLINE void load(Table& self, const uint8_t* p) {
+    for (int i = 0; i < 2 * VECTORS; i++)
+      self.t[i] = BITS <= 4 ? _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)))
+                            : load_bytes(p + 64 * i);
+  }
+
+  INLINE Bytes part(const Bytes* t, Bytes c) {
+    if (BITS <= 4) return _mm512_shuffle_epi8(t[0], masked(c, 0x0f));
+    if (BITS <= 6) return of64(t[0], c);
+    const Bytes low = of128(t[0], t[VECTORS > 1 ? 1 : 0], c);
+    if (BITS == 7) return low;
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(c), low, of128(t[VECTORS > 2 ? 2 : 0], t[VECTORS > 2 ? 3 : 0], c));
+  }
+
+  // re and im of four coefficients.
+  INLINE void look(const Table& self, Bytes c, Bytes& a, Bytes& b) {
+    a = part(self.t, c);
+    b = part(self.t + VECTORS, c);
+  }
+};
+
+}  // namespace avx512vbmi
+}  // namespace llava_fa
