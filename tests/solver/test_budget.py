@@ -98,6 +98,19 @@ def test_a_large_model_is_solved_to_the_bound():
     assert bound <= found.loss < 1.001 * bound
 
 
+def test_one_configuration_for_all_unless_another_choice_saves_the_margin():
+    rows = model()
+    total = sum(row[2].nbytes for row in rows)
+    found = allocate(rows, total)
+    saved = 1 - found.loss / found.uniform
+    assert allocate(rows, total, margin=saved - 1e-6) == found
+    even = allocate(rows, total, margin=saved + 1e-6)
+    assert set(even.choice) == {2} and even.loss == found.uniform == even.uniform
+    # where it leaves bytes unspent, they are spent
+    more = allocate(rows, round(1.05 * total), margin=0.9)
+    assert more.loss < even.loss and more.nbytes > total
+
+
 def test_more_budget_is_never_worse():
     rows = model(40, seed=1)
     low, high = (sum(row[k].nbytes for row in rows) for k in (0, -1))

@@ -28,6 +28,9 @@ _CLOSE = 1e-6
 _MOST_SUMS = 200_000
 """Partial sums kept a layer; beyond it the least promising are dropped, and the result may be a little off the best."""
 
+_SPENT = 0.99
+"""Share of the budget that one configuration for all layers must use to be preferred by a margin."""
+
 _SHARED_MATTERS = 1e-3
 """Share of the budget below which nobody minds what codebooks take."""
 
@@ -68,7 +71,7 @@ class Allocation:
     uniform: float
 
 
-def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation:
+def allocate(options: Sequence[Sequence[Option]], budget: int, *, margin: float = 0.0) -> Allocation:
     """One option for every layer, of least predicted loss within the budget.
 
     Exact where options share nothing. What they share is paid in advance: for all kinds of options, then for the kinds
@@ -77,6 +80,8 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation:
     Args:
         options: of every layer, at least one each, in any order.
         budget: bytes.
+        margin: share of its predicted loss that another choice must save to be preferred to one configuration for all
+            layers, where that uses the whole budget: predictions are not exact.
 
     Raises:
         FourierError: the least that the options take is more than the budget.
@@ -87,7 +92,8 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation:
         if not (math.isfinite(option.loss) and option.loss >= 0 and option.nbytes >= 0):
             raise FourierError(f"no option costs {option.nbytes} bytes and a loss of {option.loss}", remedy="Mend it")
     candidates = [choice for choice in _uniform(options) if stored(options, choice) <= budget]
-    uniform = min((_loss(options, choice) for choice in candidates), default=math.inf)
+    even = min(candidates, key=lambda choice: _loss(options, choice), default=None)
+    uniform = math.inf if even is None else _loss(options, even)
     if stored(options, least := _least(options)) <= budget:
         candidates.append(least)
     rough = [_solve_with(options, kinds, budget, exact=False) for kinds in _kinds(options, budget)]
@@ -103,6 +109,8 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation:
             remedy="Give a larger budget",
         )
     best = min(candidates, key=lambda choice: (_loss(options, choice), stored(options, choice)))
+    if even is not None and stored(options, even) >= _SPENT * budget and _loss(options, best) > (1 - margin) * uniform:
+        best = even
     return Allocation(best, stored(options, best), _loss(options, best), uniform)
 
 
