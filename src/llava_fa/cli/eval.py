@@ -80,13 +80,18 @@ def task_table(title: str, result: dict[str, Any]) -> Any:
     table = Table(title=f"{title}: {result['questions']} questions in {result['seconds']:.0f} s", title_justify="left")
     for heading in ("task", "metric"):
         table.add_column(heading)
-    for heading in ("score", "questions"):
+    for heading in ("score", "95 %", "questions"):
         table.add_column(heading, justify="right")
     for name, task in result["tasks"].items():
-        table.add_row(name, task["metric"], f"{100 * task['score']:.1f}", str(task["questions"]))
+        table.add_row(name, task["metric"], *_figures(task["score"], task["interval"]), str(task["questions"]))
     table.add_section()
-    table.add_row("accuracy", "mean of the tasks", f"{100 * result['accuracy']:.1f}", str(result["questions"]))
+    mean = _figures(result["accuracy"], result["interval"])
+    table.add_row("accuracy", "mean of the tasks", *mean, str(result["questions"]))
     return table
+
+
+def _figures(score: float, interval: list[float]) -> tuple[str, str]:
+    return f"{100 * score:.1f}", f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
 
 
 @contextmanager

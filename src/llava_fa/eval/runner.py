@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from llava_fa.errors import FourierError
+from llava_fa.eval.intervals import interval_of_mean
 from llava_fa.eval.metrics import normalise
 from llava_fa.eval.world import score, score_video
 from llava_fa.hub.flops import count_flops
@@ -146,8 +147,9 @@ def evaluate_world(
             are those of `answer`.
 
     Returns:
-        ``accuracy`` (mean of the tasks' scores), ``tasks`` (task → score, metric, ...), ``questions``, ``seconds``,
-        and ``answers``: one row per question, for comparing models; with ``elastic`` also ``visual_tokens``, the cost.
+        ``accuracy`` (mean of the tasks' scores), its 95 % ``interval``, ``tasks`` (task → score, metric, interval,
+        ...), ``questions``, ``seconds``, and ``answers``: one row per question, for comparing models; with ``elastic``
+        also ``visual_tokens``, the cost.
     """
     return _evaluate(model, processor, held_out_samples(limit, seed), score, blank, **options)
 
@@ -183,6 +185,7 @@ def _evaluate(
     tasks = scorer(samples, predictions)
     return {
         "accuracy": sum(task["score"] for task in tasks.values()) / len(tasks),
+        "interval": list(interval_of_mean(tasks)),
         "tasks": tasks,
         "questions": len(samples),
         "seconds": time.monotonic() - began,

@@ -1,0 +1,60 @@
+"""How far a score can be trusted: confidence intervals of what was counted on a sample of questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+NORMAL = 1.959963984540054
+"""Quantile of the normal distribution that leaves 2.5 % above it: all intervals are of 95 %."""
+
+_DRAWS = 4000
+
+
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share: ``right`` of ``count`` independent questions (or pairs, or rotations).
+
+        (p + z²/2n ± z sqrt(p (1-p)/n + z²/4n²)) / (1 + z²/n),   p = right / count
+
+    Unlike p ± z sqrt(p (1-p)/n) it is not of width 0 where all are right. (0, 1) for no questions.
+
+    Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference".
+    """
+    if count == 0:
+        return 0.0, 1.0
+    share, extra = right / count, NORMAL**2 / count
+    middle = share + extra / 2
+    half = NORMAL * math.sqrt(share * (1 - share) / count + extra / (4 * count))
+    return max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra))
+
+
+def f1_interval(hits: int, false_alarms: int, misses: int, others: int) -> tuple[float, float]:
+    """95 % interval of F1 = 2 hits / (2 hits + false alarms + misses): percentile bootstrap over the questions.
+
+    The four counts are drawn anew from their own shares, with a seed of its own, so that the same counts always give
+    the same interval. (0, 1) for no questions.
+    """
+    counts = np.array([hits, false_alarms, misses, others])
+    total = int(counts.sum())
+    if total == 0:
+        return 0.0, 1.0
+    drawn = np.random.default_rng(0).multinomial(total, counts / total, size=_DRAWS)
+    below = 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2]
+    scores = 2 * drawn[:, 0] / np.maximum(below, 1)
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def interval_of_mean(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    """95 % interval of the mean of the tasks' scores, from their own ``interval``\\ s as if tasks were independent.
+
+    The half widths towards each side add as squares: sqrt(Σ (s_t - low_t)²) / tasks below the mean, likewise above.
+    """
+    rows = list(tasks.values())
+    mean = sum(row["score"] for row in rows) / len(rows)
+    below = math.sqrt(sum((row["score"] - row["interval"][0]) ** 2 for row in rows)) / len(rows)
+    above = math.sqrt(sum((row["interval"][1] - row["score"]) ** 2 for row in rows)) / len(rows)
+    return max(0.0, mean - below), min(1.0, mean + above)
