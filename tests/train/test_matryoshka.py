@@ -154,6 +154,21 @@ def test_the_command(tmp_path, compressed, rows):
     assert json.loads(result.stdout)["by_part"]["visual_tokens"] == 2 * 8 * 48
 
 
+def test_compressed_and_trained_back_in_one_command(tmp_path, original, rows):
+    out, asked = tmp_path / "out", ("--bits", 2, "--calibration", rows, "--visual-tokens", 4, "--recover", 1)
+    first = CliRunner().invoke(app, ["compress", *map(str, (original, out, *asked, "--json"))])
+    assert first.exit_code == 0, first.output
+    told = json.loads(first.stdout)
+    assert told["training"]["steps"] == 1
+    assert {layer["rank"] for layer in told["layers"]} == {1}
+    model, processor = load(out, "cpu", torch.float32)
+    assert (visual_tokens_of(model).tokens, processor.patch_size) == (4, 14)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    plain = CliRunner().invoke(app, ["compress", str(original), str(tmp_path / "b"), "--recover", "1"])
+    assert plain.exit_code == 2
+    assert "goes with --calibration" in plain.output
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(llava_fa.FourierError, match="no elastic visual tokens"):
         MatryoshkaLoss(RecoveryLoss(None), helpers.random_llava())

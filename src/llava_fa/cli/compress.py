@@ -89,6 +89,16 @@ def compress(
         int | None,
         typer.Option(help="Tokens per picture that the new model starts with: trained sets, or plain pooling."),
     ] = None,
+    recover: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEPS",
+            help="Then train it back towards the original, so many steps on the calibration source, for all numbers of "
+            "visual tokens if it has them (`llava-fa train` has the settings). Without --rank, factors get a rank of "
+            "a 64th of the model's width.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs on calibration samples.")] = "cpu",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Throw an interrupted run's work away, do not resume.")
@@ -121,26 +131,40 @@ def compress(
         raise output.usage_error(error) from None
     if images is not None and calibration is None:
         raise typer.BadParameter("--images goes with --calibration FILE.json")
+    if recover is not None and calibration is None:
+        raise typer.BadParameter("--recover goes with --calibration, which it trains on")
 
     from llava_fa.hub.compress import compress as run
     from llava_fa.hub.parts import refuse_existing
 
     refuse_existing(out.expanduser())
-    data = None if calibration is None else _samples(calibration, images, samples, seed)
-    with output.layer_progress() as progress:
-        report = run(
-            model,
-            out,
-            config,
-            data,
-            budget=budget,
-            casp=factored,
-            visual_tokens=visual_tokens,
-            device=device,
-            fresh=fresh,
-            progress=progress,
-            on_plan=lambda plan: show_plan(plan, config),
-        )
+    target = out
+    if recover is not None:
+        from llava_fa.cli.train import before_recovery, recover_from
+
+        asked = (model, config, budget, factored, calibration, images, samples, seed, visual_tokens)
+        target = before_recovery(out, asked, fresh)
+    report = None
+    if target == out or not target.exists():
+        data = None if calibration is None else _samples(calibration, images, samples, seed)
+        with output.layer_progress() as progress:
+            report = run(
+                model,
+                target,
+                config,
+                data,
+                budget=budget,
+                casp=factored,
+                visual_tokens=visual_tokens,
+                device=device,
+                fresh=fresh,
+                progress=progress,
+                on_plan=lambda plan: show_plan(plan, config),
+            )
+    if recover is not None:
+        assert calibration is not None
+        report = recover_from(model, target, out, calibration, images, recover, rank, visual_tokens, device, fresh)
+    assert report is not None
     if json_output:
         output.print_json(report.to_dict())
     else:

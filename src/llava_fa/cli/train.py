@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from llava_fa.cli import output
 from llava_fa.errors import FourierError
 
 if TYPE_CHECKING:
+    from llava_fa.hub.report import Report
     from llava_fa.train.recover import TrainingReport
     from llava_fa.train.settings import TrainingSettings
 
@@ -143,6 +146,63 @@ def train(
         output.print_json(found.to_dict())
     else:
         show(found)
+
+
+def before_recovery(out: Path, asked: tuple[Any, ...], fresh: bool) -> Path:
+    """Where `llava-fa compress --recover` keeps the model that is then trained: beside OUT, named by what was asked."""
+    folder = out.expanduser().absolute()
+    found = folder.with_name(f"{folder.name}.compressed-{hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}")
+    if fresh and found.exists():
+        shutil.rmtree(found)
+    return found
+
+
+def recover_from(
+    original: str,
+    compressed: Path,
+    out: Path,
+    data: str,
+    images: Path | None,
+    steps: int,
+    rank: int,
+    visual_tokens: int | None,
+    device: str,
+    fresh: bool,
+) -> Report:
+    """Train ``compressed`` back towards ``original`` and remove it; the report of the model that came of it."""
+    from llava_fa.hub.flops import read_model_config
+    from llava_fa.hub.inspect import inspect_model
+    from llava_fa.hub.visual_tokens import FIELD
+    from llava_fa.train.matryoshka import matryoshka
+    from llava_fa.train.recover import recover
+    from llava_fa.train.settings import DEFAULT_PARTS, TrainingSettings
+
+    config = read_model_config(compressed)
+    elastic = getattr(config, FIELD, None) is not None
+    settings = TrainingSettings(
+        steps=steps,
+        rank=rank or max(1, config.get_text_config().hidden_size // 64),
+        parts=DEFAULT_PARTS + ("visual_tokens",) * elastic,
+        hidden=2.0,
+        save_every=20,
+        device="cpu" if device == "cpu" else "auto",
+    )
+    options: dict[str, Any] = {"data": samples_of(data, images, None, settings)}
+    if elastic:
+        options = matryoshka(compressed, options["data"], tokens=getattr(config, FIELD)["tokens"])
+    with training_progress(True) as report:
+        recover(
+            compressed,
+            out,
+            settings=settings,
+            teacher=original,
+            data_name=f"{data} {visual_tokens}",
+            fresh=fresh,
+            report=report,
+            **options,
+        )
+    shutil.rmtree(compressed)
+    return inspect_model(out)
 
 
 def samples_of(

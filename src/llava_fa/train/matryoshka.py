@@ -19,20 +19,28 @@ from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.flops import read_model_config
-from llava_fa.hub.visual_tokens import FIELD, attach_visual_tokens, grid_of, processor_fields, visual_tokens_of
+from llava_fa.hub.visual_tokens import (
+    FIELD,
+    attach_visual_tokens,
+    grid_of,
+    processor_fields,
+    set_visual_tokens,
+    visual_tokens_of,
+)
 from llava_fa.train.loss import IGNORED, Inputs, RecoveryLoss
 
 Data = Callable[[Any, int], Any]
 
 
-def matryoshka(model: str | Path, data: Data, kind: str | None = None) -> dict[str, Any]:
-    """The arguments ``data``, ``prepare`` and ``wrap_loss`` that make of `train.recover` a training over all scales.
+def matryoshka(model: str | Path, data: Data, kind: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+    """The arguments of `train.recover` that make of it a training over all scales.
 
     Args:
         model: the one to be trained.
         data: what it is trained on, as for `recover`.
         kind: of the visual tokens, `nn.visual_tokens.KINDS`; by default the model's own, or FMVR where they have no
             parameters yet (which FMVR leaves, at first, as they are).
+        tokens: how many the trained model starts with; all of the grid if None.
 
     Raises:
         FourierError: a model that cannot have elastic visual tokens, or that has them of another kind.
@@ -58,7 +66,12 @@ def matryoshka(model: str | Path, data: Data, kind: str | None = None) -> dict[s
             module.tokens = module.counts[0]
             loaded.config.visual_tokens = {"kind": module.kind, "tokens": module.tokens}
 
-    return {"data": all_tokens, "prepare": prepare, "wrap_loss": MatryoshkaLoss}
+    def finish(trained: nn.Module, processor: Any) -> None:
+        module = visual_tokens_of(trained)
+        if module is not None:
+            set_visual_tokens(trained, tokens or module.counts[0], processor)
+
+    return {"data": all_tokens, "prepare": prepare, "wrap_loss": MatryoshkaLoss, "finish": finish}
 
 
 class MatryoshkaLoss:

@@ -90,6 +90,7 @@ def recover(
     data_name: str = "",
     prepare: Callable[[nn.Module], None] | None = None,
     wrap_loss: Callable[[RecoveryLoss, nn.Module], LossFunction] | None = None,
+    finish: Callable[[nn.Module, Any], None] | None = None,
     fresh: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> TrainingReport:
@@ -106,6 +107,7 @@ def recover(
         data_name: what the data are, for the resumption check: a run resumes with the data it began with.
         prepare: called with the loaded model before its parameters are chosen: to attach modules.
         wrap_loss: (loss, model) → the loss to train with: to average over several views of a batch.
+        finish: called with the trained model and its processor before they are saved.
         fresh: throw an interrupted run's work away.
         report: called with every log entry.
 
@@ -147,7 +149,9 @@ def recover(
         kept = Path(trainer.args.output_dir)
         with disk_errors(kept), quiet_transformers():
             trainer.train(resume_from_checkpoint=get_last_checkpoint(str(kept)) if kept.is_dir() else None)
-        model_now = run.result(trainer, identity)
+        model_now = run.result(trainer)
+        if finish is not None:
+            finish(model_now, run.processor)
         history, left_out = trainer.history, sorted(trainer.rows_left_out)
         found = TrainingReport(
             path=str(out),
@@ -231,6 +235,8 @@ class _Run:
         return loaded
 
     def _make_trainable(self, model: nn.Module) -> None:
+        if self.prepare is not None:  # first: what it attaches changes what layers see
+            self.prepare(model)
         rank, factors = self.settings.rank, None
         if self.before is not None and rank is not None:
             if self.teacher is None:
@@ -242,8 +248,6 @@ class _Run:
             if rank == 0 and has:
                 raise FourierError("the model's layers have factors", remedy="Leave --rank out", where=has[0])
         make_trainable(model, factors)
-        if self.prepare is not None:
-            self.prepare(model)
 
     def _measure(self, model: nn.Module) -> None:
         device = next(model.parameters()).device
@@ -272,7 +276,7 @@ class _Run:
         self._measure(self.model)
         requantize(self.model, self.teacher, self.before.config, self.moments)
 
-    def result(self, trainer: RecoveryTrainer, identity: str) -> nn.Module:
+    def result(self, trainer: RecoveryTrainer) -> nn.Module:
         """The trained model, whole; where its parameters are sharded, put together anew (all processes call it)."""
         if not self.settings.fsdp:
             return trainer.accelerator.unwrap_model(trainer.model)
