@@ -84,8 +84,7 @@ def compress(
         A `Report`; bits per weight, ratio and each layer's errors, as JSON through ``.to_dict()``.
 
     Raises:
-        FourierError: everything that can be mended: unusable input (found before the work where possible), a
-        full
+        FourierError: everything that can be mended: unusable input (found before the work where possible), a full
             disk, a layer that cannot be approximated (named).
 
     Source: docs/method.md; LLaVA-FA (arXiv 2602.00135) for method ``paper``.

@@ -28,7 +28,7 @@ def approximate(
 
     Args:
         weight: W, finite, 2-D.
-        second_moment: H = E[x xᵀ] [n, n] of the layer's inputs; or its diagonal [n] (for instance γ² of the
+        second_moment: H = E(x xᵀ) [n, n] of the layer's inputs; or its diagonal [n] (for instance γ² of the
             norm layer in front); or None. How much of it is used is `config.calibration`'s business; the
             output error is measured under all of it.
         input_scale: method `best` only: s [n] > 0 to use instead of the one the calibration would choose, so
