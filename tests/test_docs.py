@@ -23,7 +23,8 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
     )
     assert found.returncode == 0, found.stdout + found.stderr
     page = (tmp_path / "site/api/index.html").read_text()
-    assert "second_moment" in page and "TrainingSettings" in page
+    assert "second_moment" in page
+    assert "TrainingSettings" in page
 
 
 def test_every_page_is_in_the_navigation():
