@@ -39,8 +39,9 @@ from llava_fa.world.vocabulary import dense_vocabulary
 NOTHING_WEIGHT = {"color": 0.3, "shape": 0.3, "size": 0.3, "anchor": 0.1, "character": 0.05}
 """Weight of "nothing" patches in the dense loss: the rarer the thing, the less; what is shown weighs about half."""
 
-GAIN_SCALE = 3.0
-"""FMVR's gains, which are of the size of 1, learn so much faster than other parameters."""
+GAIN_SCALE = 0.1
+"""FMVR's gains, to which the loss is far more sensitive, learn so much slower than other parameters: at 1 to 5 they
+wander, and the model is worse with them than without (docs/results.md)."""
 
 LEARNED_LAST = ("relations", "counting", "choice")
 """Asked twice as often as the others."""
@@ -204,6 +205,9 @@ class Learner:
                 rest.append(parameter)
             else:
                 (vision if "vision_tower" in name else matrices).append(parameter)
+        # apart: gains' gradients are ten times those of all others together
+        own = {id(parameter) for parameter in gains}
+        self.clipped = [[p for p in self.model.parameters() if id(p) not in own], gains]
         groups = [{"params": matrices}, {"params": vision}]
         muon = Muon(groups, lr=self.recipe.muon_rate, weight_decay=self.recipe.weight_decay)
         adam_groups = [{"params": rest, "scale": 1.0}] + [{"params": gains, "scale": GAIN_SCALE}] * bool(gains)
@@ -241,7 +245,8 @@ class Learner:
         self.model.model.vision_tower.requires_grad_(not self.frozen)
         losses = self.losses(batch)
         self.total(losses).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for parameters in self.clipped:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
