@@ -11,17 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis
+from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis, trellis_windows
 from torch import nn
 
 from llava_fa import FourierError, FourierLinear, native
-from llava_fa.kernels import compiled, reference, registry
+from llava_fa.kernels import compiled, registry
 from llava_fa.kernels.interleaved import interleave, is_interleaved
 from llava_fa.kernels.layout import Layout
 from llava_fa.maths.bitpack import unpack
 from llava_fa.maths.dft import packed_dft, padded
 from llava_fa.maths.polar import ring_codebook
-from llava_fa.maths.trellis import STATE_BITS
+from llava_fa.maths.trellis import STATE_BITS, trellis_points
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason="no compiler: test_native says whether there should be one")
 
@@ -57,8 +57,9 @@ def int8_activations(layout: Layout, tensors, x: torch.Tensor) -> torch.Tensor:
     parts = nn.functional.pad(spectrum, (0, -spectrum.shape[-1] % 256)).view(len(x), -1, 256)
     scale = parts.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     rounded = ((parts / scale).round() * scale).flatten(1)[:, : spectrum.shape[-1]]
-    rows = reference.RowDecoder(tensors["codes"], tensors["codebook"], layout.coefficients, torch.float64)
-    weight = rows.decode(0, layout.out_features) * tensors["row_scale"].double()[:, None]
+    unpacked = (tensors["codes"], layout.code_bits, layout.coefficients)
+    codes = trellis_windows(layout, tensors["codes"]) if layout.state_bits else unpack(*unpacked).long()
+    weight = tensors["codebook"].double()[codes].flatten(1) * tensors["row_scale"].double()[:, None]
     return x.double() @ dense(layout, tensors).T + (rounded - spectrum) @ weight.T
 
 
@@ -69,21 +70,21 @@ def check(layout: Layout, tensors, x: torch.Tensor, bias=None) -> None:
     error = (run(layout, tensors, x, bias, exact=True).double() - wanted).norm()
     size = max(1e-6, float(wanted.abs().max()))
     assert error <= 2 * (torchs.double() - wanted).norm() + 4e-7 * size * wanted.numel() ** 0.5
-    if not layout.state_bits:
-        rounded = int8_activations(layout, tensors, x) + (0 if bias is None else bias.double())
-        error = (run(layout, tensors, x, bias, exact=False).double() - wanted).norm()
-        # The codebook's numbers are rounded too, each by half a step at most.
-        half_step = tensors["codebook"].float().abs().max() / 254
-        rows = tensors["row_scale"].double().norm() * spectrum_of(layout, tensors, x).norm()
-        assert error <= 2 * (rounded - wanted).norm() + 1.5 * half_step * rows + 1e-6
+    rounded = int8_activations(layout, tensors, x) + (0 if bias is None else bias.double())
+    error = (run(layout, tensors, x, bias, exact=False).double() - wanted).norm()
+    # The codebook's numbers are rounded too, each by half a step at most.
+    half_step = tensors["codebook"].float().abs().max() / 254
+    rows = tensors["row_scale"].double().norm() * spectrum_of(layout, tensors, x).norm()
+    assert error <= 2 * (rounded - wanted).norm() + 1.5 * half_step * rows + 1e-6
 
 
+@pytest.mark.parametrize("state_bits", [0, STATE_BITS], ids=["rings", "trellis"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_int8_is_within_twice_the_rounding_of_the_activations(bits, level):
+def test_int8_is_within_twice_the_rounding_of_the_activations(bits, state_bits, level):
     """With the codebooks that are shipped and a layer of real size, where sums of errors are what they are."""
-    layout = best(128, 2048, bits)
+    layout = trellis(128, 2048, bits, state_bits) if state_bits else best(128, 2048, bits)
     tensors = random_tensors(layout, seed=bits)
-    tensors["codebook"] = ring_codebook(bits).bfloat16()
+    tensors["codebook"] = (trellis_points if state_bits else ring_codebook)(bits).bfloat16()
     x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(bits))
     wanted = x.double() @ dense(layout, tensors).T
     pytorchs = (int8_activations(layout, tensors, x) - wanted).norm()

@@ -46,12 +46,17 @@ def test_where_a_ring_code_lies(bits):
 def test_where_a_trellis_window_lies():
     layout = trellis(20, 130, 5)
     codes = random_tensors(layout)["codes"]
-    words = interleave(codes, layout).view(torch.int32).long() & 0xFFFFFFFF
+    words = interleave(codes, layout).view(torch.int16).view(2, -1, 16, 2).long() & 0xFFFF
+    assert words.shape[1] == 5 * 3 + 1
     windows = trellis_windows(layout, codes)
-    for row, p in ((0, 0), (3, 1), (15, 31), (16, 32), (19, 64), (7, 45)):
-        word, shift = divmod(5 * p, 32)
-        two = words[row // 16, word : word + 2, row % 16]
-        assert ((int(two[0]) | int(two[1]) << 32) >> shift) & 4095 == windows[row, p]
+
+    def word(row, number):
+        unit, (half, at) = number // 10, divmod(number % 10, 5)
+        return int(words[row // 16, 5 * unit + at, row % 16, half])
+
+    for row, p in ((0, 0), (3, 1), (15, 31), (16, 32), (19, 64), (7, 45), (2, 15), (2, 16), (4, 47)):
+        number, shift = divmod(5 * p, 16)
+        assert (word(row, number) | word(row, number + 1) << 16) >> shift & 4095 == windows[row, p]
 
 
 def test_it_costs_no_more_bits():

@@ -77,10 +77,12 @@ void rings(const uint8_t* from, uint8_t* to, int64_t m, int64_t count, int b, bo
     }
 }
 
-void trellis(const uint8_t* from, uint8_t* to, int64_t m, int64_t row_bytes, int64_t words, bool back) {
+void trellis(const uint8_t* from, uint8_t* to, int64_t m, int64_t row_bytes, int64_t words, int64_t code_bits, bool back) {
   for (int64_t row = 0; row < m; row++)
     for (int64_t i = 0; i < row_bytes; i++) {
-      const int64_t other = (row / ROWS * words + i / 4) * 64 + row % ROWS * 4 + i % 4, stored = row * row_bytes + i;
+      const int64_t unit = i / (4 * code_bits), half = i / (2 * code_bits) % 2, word = unit * code_bits + i / 2 % code_bits;
+      const int64_t other = (row / ROWS * words + word) * 64 + row % ROWS * 4 + half * 2 + i % 2;
+      const int64_t stored = row * row_bytes + i;
       if (back)
         to[stored] = from[other];
       else
@@ -95,5 +97,5 @@ EXPORT void llava_fa_interleave(const uint8_t* from, uint8_t* to, int64_t m, int
                                 int64_t state_bits, int64_t back) {
   if (!state_bits) return rings(from, to, m, count, static_cast<int>(code_bits), back != 0);
   const int64_t row_bytes = (count * code_bits + state_bits - code_bits + 7) / 8;
-  trellis(from, to, m, row_bytes, trellis_words(count, code_bits, state_bits), back != 0);
+  trellis(from, to, m, row_bytes, trellis_words(count, code_bits, state_bits), code_bits, back != 0);
 }

@@ -136,8 +136,8 @@ struct Call {
     float *im = re + half + 64, *rest = im + half + 64;
     kernels->dft(*dft, x + column * n * element(), kind, n, input_scale, signs, re, im, rest);
     if (!exact) {
-      kernels->quantise(re, im, half, job.groups, job.code_bits, x_int8 + column * job.groups * GROUP * UNIT * 2,
-                        x_scale + column * job.groups, x_bias + column * job.groups);
+      kernels->quantise(job, re, im, half, x_int8 + column * job.groups * GROUP * UNIT * 2, x_scale + column * job.groups,
+                        x_bias + column * job.groups);
       return;
     }
     float* to = x_float + column * job.units * UNIT * 2;
@@ -262,6 +262,7 @@ EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel
   const int64_t size = n + n % 2, count = size / 2;
   const std::shared_ptr<const Dft> dft = plan_of(kernels, size);
   alignas(64) uint8_t tables[TABLES];
+  std::unique_ptr<uint8_t[]> many;
   Call call{};
   call.kernels = kernels;
   call.dft = dft.get();
@@ -279,7 +280,7 @@ EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel
   call.bias_kind = bias_kind;
   call.m = m;
   call.n = n;
-  call.exact = exact || state_bits || !kernels->int8;
+  call.exact = exact || !kernels->int8;
   call.step = 1;
   Linear& job = call.job;
   job.codes = codes;
@@ -290,8 +291,12 @@ EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel
   job.state_bits = state_bits;
   job.words = trellis_words(count, code_bits, state_bits);
   job.tables = tables;
-  if (state_bits) {
+  if (state_bits && call.exact) {
     job.tables = reinterpret_cast<const uint8_t*>(codebook);
+  } else if (state_bits) {
+    many.reset(new uint8_t[trellis_table_bytes(state_bits)]);
+    call.step = kernels->trellis_tables(codebook, state_bits, many.get());
+    job.tables = many.get();
   } else if (call.exact) {
     const size_t bytes = size_t{4} << code_bits;
     for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, codebook, bytes);

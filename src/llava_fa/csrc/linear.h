@@ -5,16 +5,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <utility>
 
 namespace llava_fa {
 
 // Rows of the weight in one block, coefficients in one unit, units that share a scale of x.
 constexpr int64_t ROWS = 16, UNIT = 32, GROUP = 4;
 
-// Words of 32 bits of one row of trellis codes: its bits, and one that may be read beyond them.
+// Words of 32 bits of one row of trellis codes: those of its units, and one where the last window ends.
 inline int64_t trellis_words(int64_t count, int64_t code_bits, int64_t state_bits) {
-  const int64_t padded = (count + UNIT - 1) / UNIT * UNIT;
-  return state_bits ? (padded * code_bits + state_bits - code_bits + 31) / 32 + 1 : 0;
+  return state_bits ? (count + UNIT - 1) / UNIT * code_bits + 1 : 0;
 }
 
 // A transform x → packed real DFT of one length; made once, by one instruction set, for itself.
@@ -24,7 +24,7 @@ struct Dft;
 struct Linear {
   const uint8_t* codes;  // rings [blocks, units, code_bits, 64]; trellis [blocks, words, 64]
   int64_t blocks, units, code_bits, state_bits, words;
-  const uint8_t* tables;   // int8: of `tables`; float: a dword a point, bf16 (re, im), rings at least 16
+  const uint8_t* tables;   // int8: of `tables`, `trellis_tables`; float: a dword a point, bf16 (re, im), rings at least 16
   int64_t batch, groups;
   const int8_t* x;         // int8: [batch, groups * 256], as `quantise` orders them
   const float* x_scale;    // [batch, groups]
@@ -43,10 +43,11 @@ struct LinearKernels {
               float* re, float* im, float* scratch);
   // int8 x with one scale for every group; coefficients beyond count are zero. Null, as the next and int8, where float32
   // is as fast.
-  void (*quantise)(const float* re, const float* im, int64_t count, int64_t groups, int64_t code_bits, int8_t* x,
-                   float* scale, int32_t* bias);
-  // Tables of 2^code_bits points (re, im) in int8 and the float that one step stands for.
+  void (*quantise)(const Linear&, const float* re, const float* im, int64_t count, int8_t* x, float* scale, int32_t* bias);
+  // Tables of 2^code_bits points (re, im) in int8 and the float that one step stands for; of 2^state_bits, in
+  // trellis_table_bytes.
   float (*tables)(const uint16_t* codebook, int64_t code_bits, uint8_t* tables);
+  float (*trellis_tables)(const uint16_t* codebook, int64_t state_bits, uint8_t* tables);
   // y [count, batch, ROWS] = blocks first … first + count - 1 times x. Scratch: `scratch` bytes a block.
   size_t scratch;
   void (*int8)(const Linear&, int64_t first, int64_t count, float* y, char* scratch);
@@ -59,11 +60,12 @@ struct LinearKernels {
 };
 
 constexpr size_t TABLES = 1024;  // bytes that `tables` may write
+constexpr size_t trellis_table_bytes(int64_t state_bits) { return (size_t{4} << state_bits) + 64; }
 
 // The table of one build, from the functions of linear.inl and dft.inl.
 #define LINEAR_KERNELS                                                                                          \
-  {NAME,   plan_for_lanes, dft_scratch, packed_dft,   quantise, int8_tables, BUFFER, int8_rows, float_rows, \
-   dot_floats, round_to,   widen_all}
+  {NAME,   plan_for_lanes, dft_scratch, packed_dft, quantise,  int8_tables, trellis_tables, \
+   BUFFER, int8_rows,      float_rows,  dot_floats, round_to, widen_all}
 
 const LinearKernels* portable_linear();
 const LinearKernels* avx2_linear();      // null where they were not built

@@ -59,6 +59,8 @@ ISA float dot_floats(const void* a, int64_t kind, const float* x, int64_t n) {
   return sum;
 }
 
+constexpr int64_t HALF = UNIT / 2;  // of a unit's trellis codes, see trellis_lookup.inl
+
 #ifdef LLAVA_FA_INT8
 // Points to int8, one step for all of them: what it stands for.
 ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tables) {
@@ -86,11 +88,12 @@ ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tabl
   return step;
 }
 
-ISA void quantise(const float* re, const float* im, int64_t count, int64_t groups, int64_t code_bits, int8_t* x,
-                  float* scale, int32_t* bias) {
+// The order in which they meet points: four re, then four im (planes); coefficients (0, 2), (1, 3) of four as (re, im, re, im);
+// or, for trellis codes, i and i + 16 of a unit like that.
+ISA void quantise(const Linear& job, const float* re, const float* im, int64_t count, int8_t* x, float* scale, int32_t* bias) {
   constexpr int64_t LENGTH = GROUP * UNIT;
   const Floats magic = set1(12582912.0f), zero = set1(0.0f);
-  for (int64_t g = 0; g < groups; g++, x += 2 * LENGTH) {
+  for (int64_t g = 0; g < job.groups; g++, x += 2 * LENGTH) {
     float part[2 * LENGTH];  // re, then im
     const int64_t some = count - g * LENGTH < LENGTH ? count - g * LENGTH : LENGTH;
     std::memset(part, 0, sizeof part);
@@ -119,11 +122,19 @@ ISA void quantise(const float* re, const float* im, int64_t count, int64_t group
     }
     bias[g] = 0;
     for (int64_t i = 0; OFFSET && i < 2 * LENGTH; i++) bias[g] -= OFFSET * static_cast<int8_t>(bytes[i]);
+    if (job.state_bits) {
+      for (int64_t i = 0; i < LENGTH; i++) {
+        const int64_t to = i / UNIT * 2 * UNIT + i % HALF * 4 + i % UNIT / HALF * 2;
+        x[to] = static_cast<int8_t>(bytes[i]);
+        x[to + 1] = static_cast<int8_t>(bytes[LENGTH + i]);
+      }
+      continue;
+    }
     uint32_t r[LENGTH / 4], j[LENGTH / 4], ordered[LENGTH / 2];
     std::memcpy(r, bytes, LENGTH);
     std::memcpy(j, bytes + LENGTH, LENGTH);
     for (int64_t i = 0; i < LENGTH / 4; i++) {
-      if (planes(static_cast<int>(code_bits))) {
+      if (planes(static_cast<int>(job.code_bits))) {
         ordered[2 * i] = r[i];
         ordered[2 * i + 1] = j[i];
       } else {
@@ -164,21 +175,37 @@ INLINE void codes(const uint8_t* unit, Bytes* c) {
 
 constexpr int64_t BUFFER = GROUP * UNIT * 2 * ROWS;  // bytes of working space: one group in int8, one unit in float32
 
+#include "trellis_lookup.inl"
+
 #ifdef LLAVA_FA_INT8
 constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
 
+// Points of a unit's codes: STEPS vectors.
 template <int BITS>
-INLINE void points_int8(const uint8_t* unit, const Table<BITS>& table, uint8_t* out) {
-  for (size_t part = 0; part < 64; part += sizeof(Bytes)) {
-    Bytes c[8], a, b;
-    codes<BITS>(unit + part, c);
-    for (int q = 0; q < 8; q++) {
-      Table<BITS>::look(table, c[q], a, b);
-      store_all(out + 128 * q + part, a);
-      store_all(out + 128 * q + 64 + part, b);
+struct RingCodes {
+  const uint8_t* from;
+  int64_t units;
+  Table<BITS> table;
+
+  INLINE void start(RingCodes& self, const Linear& job) {
+    self.from = job.codes;
+    self.units = job.units;
+    Table<BITS>::load(self.table, job.tables);
+  }
+
+  INLINE void points(const RingCodes& self, int64_t block, int64_t unit, uint8_t* out) {
+    const uint8_t* at = self.from + (block * self.units + unit) * BITS * 64;
+    for (size_t part = 0; part < 64; part += sizeof(Bytes)) {
+      Bytes c[8], a, b;
+      codes<BITS>(at + part, c);
+      for (int q = 0; q < 8; q++) {
+        Table<BITS>::look(self.table, c[q], a, b);
+        store_all(out + 128 * q + part, a);
+        store_all(out + 128 * q + 64 + part, b);
+      }
     }
   }
-}
+};
 
 INLINE int32_t four(const int8_t* x) {
   int32_t v;
@@ -212,18 +239,17 @@ ISA void int8_columns(const Linear& job, int64_t group, int64_t steps, const uin
   for (; c < job.batch; c++) int8_tile<1, R>(job, group, steps, w, c, y);
 }
 
-template <int BITS>
+template <class Codes>
 ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
   uint8_t* w = reinterpret_cast<uint8_t*>(scratch);
-  Table<BITS> table;
-  Table<BITS>::load(table, job.tables);
+  Codes source;
+  Codes::start(source, job);
   std::memset(y, 0, static_cast<size_t>(count * job.batch * ROWS) * sizeof(float));
   for (int64_t group = 0; group < job.groups; group++) {
     const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
-    for (int64_t b = 0; b < count; b++) {
-      const uint8_t* unit = job.codes + ((first + b) * job.units + group * GROUP) * BITS * 64;
-      for (int64_t u = 0; u < units; u++) points_int8<BITS>(unit + u * BITS * 64, table, w + b * BUFFER + u * STEPS * 64);
-    }
+    for (int64_t b = 0; b < count; b++)
+      for (int64_t u = 0; u < units; u++)
+        Codes::points(source, first + b, group * GROUP + u, w + b * BUFFER + u * STEPS * 64);
     int64_t b = 0;
     for (; b + BLOCKS <= count; b += BLOCKS)
       int8_columns<BLOCKS>(job, group, units * STEPS, w + b * BUFFER, y + b * job.batch * ROWS);
@@ -263,10 +289,11 @@ ISA void int8_direct(const Linear& job, int64_t first, int64_t count, float* y, 
 
 template <int BITS>
 INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
+  if (job.state_bits) return int8_blocks<TrellisCodes<BITS>>(job, first, count, y, scratch);
 #ifdef LLAVA_FA_DIRECT
   if (job.batch == 1) return int8_direct<BITS>(job, first, count, y, scratch);
 #endif
-  int8_blocks<BITS>(job, first, count, y, scratch);
+  int8_blocks<RingCodes<BITS>>(job, first, count, y, scratch);
 }
 
 ISA void int8_rows(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
@@ -283,7 +310,7 @@ ISA void int8_rows(const Linear& job, int64_t first, int64_t count, float* y, ch
 
 #else
 constexpr decltype(LinearKernels::quantise) quantise = nullptr;
-constexpr decltype(LinearKernels::tables) int8_tables = nullptr;
+constexpr decltype(LinearKernels::tables) int8_tables = nullptr, trellis_tables = nullptr;
 constexpr decltype(LinearKernels::int8) int8_rows = nullptr;
 #endif
 
@@ -294,18 +321,6 @@ INLINE void spread_points(const Ints* dword, float* out) {
   for (int64_t part = 0; part < PARTS; part++) {
     store(out + part * LANES, as_floats(shift_left(dword[part], 16)));
     store(out + ROWS + part * LANES, as_floats(and_(dword[part], set1(static_cast<int32_t>(0xffff0000u)))));
-  }
-}
-
-// Points one by one where there is no permutation of a whole table: gathers, which compilers like to make of it, take more
-// than twice the time on the CPUs that had to be mended (gather data sampling).
-#define KEEP_SCALAR(index) asm("" : "+r"(index))
-
-INLINE void look_up(const uint32_t* table, const uint32_t* index, uint32_t* found) {
-  for (int64_t row = 0; row < ROWS; row++) {
-    uint32_t i = index[row];
-    KEEP_SCALAR(i);
-    found[row] = table[i];
   }
 }
 
@@ -351,18 +366,26 @@ ISA void points_rings(const Linear& job, int64_t block, int64_t unit, float* out
 }
 
 ISA void points_trellis(const Linear& job, int64_t block, int64_t unit, float* out) {
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(job.codes) + block * job.words * ROWS;
   const uint32_t* table = reinterpret_cast<const uint32_t*>(job.tables);
   const uint32_t mask = (1u << job.state_bits) - 1;
-  uint32_t found[UNIT][ROWS];
+  const int64_t bits = job.code_bits;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(job.codes) + (block * job.words + unit * bits) * ROWS;
+  uint32_t half[2][9][ROWS], found[UNIT][ROWS];
+  for (int64_t j = 0; j < bits; j++)
+    for (int64_t row = 0; row < ROWS; row++) {
+      half[0][j][row] = words[j * ROWS + row] & 0xffff;
+      half[1][j][row] = words[j * ROWS + row] >> 16;
+    }
+  std::memcpy(half[0][bits], half[1][0], sizeof half[0][0]);
+  for (int64_t row = 0; row < ROWS; row++) half[1][bits][row] = words[bits * ROWS + row] & 0xffff;
   for (int64_t i = 0; i < UNIT; i++) {
-    const int64_t bit = (unit * UNIT + i) * job.code_bits;
-    const uint32_t *low = words + bit / 32 * ROWS, *high = low + ROWS;
-    const int by = static_cast<int>(bit % 32);
-    uint32_t window[ROWS];
-    for (int64_t row = 0; row < ROWS; row++)
-      window[row] = static_cast<uint32_t>((static_cast<uint64_t>(high[row]) << 32 | low[row]) >> by) & mask;
-    look_up(table, window, found[i]);
+    const int64_t bit = i % HALF * bits;
+    const uint32_t *low = half[i / HALF][bit / 16], *high = low + ROWS;
+    for (int64_t row = 0; row < ROWS; row++) {
+      uint32_t window = (low[row] | high[row] << 16) >> bit % 16 & mask;
+      KEEP_SCALAR(window);
+      found[i][row] = table[window];
+    }
   }
   found_points(found, UNIT, out);
 }

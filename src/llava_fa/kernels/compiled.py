@@ -70,7 +70,7 @@ def linear(
         left, right, left_scale, right_scale: the low-rank part as stored, or None.
         bias: [m] or None.
         code_bits, state_bits: of the layout.
-        exact: instead of what `exact_activations` says. Trellis codes are always multiplied in float32.
+        exact: instead of what `exact_activations` says.
         kernel: `native.layer_kernel`, for a caller who has it.
 
     Returns:

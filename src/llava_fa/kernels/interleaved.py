@@ -8,8 +8,10 @@ Others fall into fields of 4, 2 and 1 bits, from the low bits on, as b has them:
 make vector v (the first in the low half), the pairs of bits of c_4v … c_4v+3 the next two, the single bits of
 c_0 … c_7 the last. Shape [blocks, units · b, 64].
 
-*Trellis codes.* A row stays one string of bits, cut into words of 32; word w of 16 rows is one vector. Shape [blocks,
-words, 64], with a word that may be read beyond the last.
+*Trellis codes.* A row's string of bits is cut into words of 16, b for 16 coefficients. A unit of one block is b vectors:
+word j of the unit's first 16 coefficients in the low half of dword i, of row i, of vector j, word j of its last 16 in the
+high half: one shift finds windows of both. One more vector holds the word in which the last window ends. Shape
+[blocks, units · b + 1, 64].
 """
 
 from __future__ import annotations
@@ -41,8 +43,7 @@ def interleaved_shape(layout: Layout) -> tuple[int, int, int]:
     """[blocks, vectors, 64] of a layout of method ``best``."""
     blocks, units = -(-layout.out_features // ROWS), -(-layout.coefficients // UNIT)
     if layout.state_bits:
-        bits = units * UNIT * layout.code_bits + layout.state_bits - layout.code_bits
-        return blocks, -(-bits // 32) + 1, 64
+        return blocks, units * layout.code_bits + 1, 64
     return blocks, units * layout.code_bits, 64
 
 
@@ -86,9 +87,11 @@ def interleave_reference(codes: Tensor, layout: Layout) -> Tensor:
         some = codes[first : first + _CHUNK]
         rows = -(-some.shape[0] // ROWS) * ROWS
         if layout.state_bits:
-            whole = codes.new_zeros(rows, vectors * 4)
+            b = layout.code_bits
+            whole = codes.new_zeros(rows, (vectors + b - 1) * 4)  # the last vector's unit too
             whole[: some.shape[0], : some.shape[1]] = some
-            part = whole.view(-1, ROWS, vectors, 4).transpose(1, 2)
+            part = whole.view(-1, ROWS, vectors // b + 1, 2, b, 2).permute(0, 2, 4, 1, 3, 5)
+            part = part.reshape(-1, vectors + b - 1, 64)[:, :vectors]
         else:
             units = vectors // layout.code_bits
             whole = codes.new_zeros(rows, units * UNIT)
@@ -114,10 +117,10 @@ def deinterleave_reference(codes: Tensor, layout: Layout) -> Tensor:
         some = codes[first // ROWS : (first + _CHUNK) // ROWS]
         rows = min(_CHUNK, layout.out_features - first)
         if layout.state_bits:
+            b = layout.code_bits
+            whole = torch.nn.functional.pad(some, (0, 0, 0, b - 1)).view(len(some), -1, b, ROWS, 2, 2)
             width = layout.tensors()["codes"][1][1]
-            out.append(
-                some.reshape(-1, codes.shape[1], ROWS, 4).transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :width]
-            )
+            out.append(whole.permute(0, 3, 1, 4, 2, 5).flatten(2).flatten(0, 1)[:rows, :width])
             continue
         units = codes.shape[1] // layout.code_bits
         vectors = some.view(-1, units, layout.code_bits, 64)
