@@ -142,9 +142,8 @@ def report(out: Path, least: bool) -> None:
                 cells = [f"{case[at + name]:.0f}" for name in (*OURS, "torch int4", "torch bf16")]
                 cells.append(f"{case[at + 'read GB/s']:.1f}")
                 cells.append(f"{case[at + '2 bits of read']:.2f} / {case[at + '4 bits of read']:.2f}")
-                cells.append(
-                    f"{case[at + 'torch bf16'] / case[at + '2 bits']:.1f}×, {case[at + 'torch bf16'] / case[at + '4 bits']:.1f}×"
-                )
+                bf16 = case[at + "torch bf16"]
+                cells.append(f"{bf16 / case[at + '2 bits']:.1f}×, {bf16 / case[at + '4 bits']:.1f}×")
                 print(f"| {case['m']} × {case['n']} | " + " | ".join(cells) + " |")
 
 

@@ -26,7 +26,7 @@ LEVELS = ("portable", "avx2", "avx512")
 """Instruction sets, narrowest first; a CPU that has one has those before it."""
 SWITCH = "LLAVA_FA_NATIVE"
 # As in csrc/library.cpp: raised whenever an exported function changes.
-_ABI = 4
+_ABI = 5
 
 
 @cache

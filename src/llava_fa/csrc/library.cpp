@@ -52,7 +52,7 @@ int64_t over_rows(int64_t threads, int64_t lanes, int64_t rows, size_t scratch_b
 }  // namespace
 
 // Raised whenever an exported function changes, so that a library of older sources is not called.
-EXPORT int64_t llava_fa_abi() { return 4; }
+EXPORT int64_t llava_fa_abi() { return 5; }
 
 // The best level that this CPU and this build have.
 EXPORT int64_t llava_fa_level() {

@@ -8,10 +8,10 @@ Others fall into fields of 4, 2 and 1 bits, from the low bits on, as b has them:
 make vector v (the first in the low half), the pairs of bits of c_4v … c_4v+3 the next two, the single bits of
 c_0 … c_7 the last. Shape [blocks, units · b, 64].
 
-*Trellis codes.* A row's string of bits is cut into words of 16, b for 16 coefficients. A unit of one block is b vectors:
-word j of the unit's first 16 coefficients in the low half of dword i, of row i, of vector j, word j of its last 16 in the
-high half: one shift finds windows of both. One more vector holds the word in which the last window ends. Shape
-[blocks, units · b + 1, 64].
+*Trellis codes.* A row's string of bits is cut into words of 16 bits, b for 16 coefficients. A unit of one block is b
+vectors of a dword a row: in vector j the low half is word j of the unit's first 16 coefficients, the high half word j
+of its last 16, so that one shift finds windows of both. One more vector holds the word in which the last window ends.
+Shape [blocks, units · b + 1, 64].
 """
 
 from __future__ import annotations
