@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import official_files
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -18,36 +19,65 @@ def run(*args):
 
 
 def test_eval_json_is_one_object(tmp_path):
-    answers = tmp_path / "answers.json"
-    result = run("eval", "tiny", "--limit", "18", "--json", "--answers", answers)
+    result = run("eval", "tiny", "--limit", "18", "--json", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert set(values["tasks"]) == set(TASKS)
-    assert values["accuracy"] == pytest.approx(sum(t["score"] for t in values["tasks"].values()) / len(TASKS))
-    rows = json.loads(answers.read_text())
+    assert (
+        values["score"]
+        == values["figures"]["accuracy"]
+        == pytest.approx(sum(t["score"] for t in values["tasks"].values()) / len(TASKS))
+    )
+    rows = json.loads((tmp_path / "run" / "answers.json").read_text())
     assert values["questions"] == len(rows) == sum(t["questions"] for t in values["tasks"].values())
-    assert {"task", "question", "expected", "answer"} == set(rows[0])
+    assert {"id", "task", "question", "pictures", "expected", "answer", "score"} == set(rows[0])
 
 
 def test_eval_without_pictures_knows_less():
     seen, blank = (
-        json.loads(run("eval", "tiny", "--limit", "54", "--json", *more).stdout)["accuracy"]
-        for more in ([], ["--blank"])
+        json.loads(run("eval", "tiny", "--limit", "54", "--json", *more).stdout)["score"] for more in ([], ["--blank"])
     )
     assert seen > blank + 0.25
 
 
-def test_eval_refuses_an_unknown_suite_and_a_missing_model():
-    assert run("eval", "tiny", "--suite", "gqa").exit_code == 2
+def test_eval_refuses_an_unknown_task_and_a_missing_model(tmp_path):
+    assert run("eval", "tiny", "--task", "gta").exit_code == 2
+    assert run("eval", "tiny", "--task", "gqa").exit_code == 2  # needs --data
+    assert run("eval", "tiny", "--task", "gqa", "--data", tmp_path).exit_code == 2  # and --out
+    assert run("eval", "tiny", "--data", tmp_path).exit_code == 2  # the world needs none
+    assert run("eval", "tiny", "--task", "gqa", "--data", tmp_path, "--out", tmp_path, "--seed", 1).exit_code == 2
     missing = run("eval", "./nowhere", "--json")
     assert missing.exit_code == 1
     assert "no such folder" in json.loads(missing.stdout)["error"]["message"]
 
 
-def test_eval_names_an_answer_file_that_cannot_be_written(tmp_path):
-    result = run("eval", "tiny", "--limit", "9", "--json", "--answers", tmp_path / "no" / "answers.json")
+def test_eval_names_an_out_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "no").write_text("")
+    result = run("eval", "tiny", "--limit", "9", "--json", "--out", tmp_path / "no" / "run")
     assert result.exit_code == 1
-    assert "answers.json" in json.loads(result.stdout)["error"]["where"]
+    assert str(tmp_path / "no") in json.loads(result.stdout)["error"]["where"]
+
+
+def test_eval_of_official_files_compares_two_runs(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    official_files.pope(data, 4)
+    options = ("--task", "pope", "--data", data, "--batch-size", 6, "--json")
+    first = run("eval", "tiny", *options, "--out", tmp_path / "seen")
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)["questions"] == 12
+    second = run("eval", "tiny", *options[:-1], "--out", tmp_path / "blank", "--blank", "--against", tmp_path / "seen")
+    assert second.exit_code == 0, second.output
+    shown = " ".join(second.stdout.split())
+    assert "F1, mean of the categories" in shown
+    assert "questions lost" in shown
+    assert "adversarial" in shown
+    assert (tmp_path / "blank" / "changes.json").is_file()
+    other = run("eval", "tiny", *options, "--out", tmp_path / "seen", "--blank")
+    assert other.exit_code == 1
+    assert "it holds another run: blank was False, is True" in json.loads(other.stdout)["error"]["message"]
+    nothing = run("eval", "tiny", *options, "--out", tmp_path / "x", "--data", tmp_path / "seen")
+    assert "pope needs coco_pope_random.json" in json.loads(nothing.stdout)["error"]["remedy"]
 
 
 def test_world_sample_writes_what_it_says(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,57 +10,88 @@ from typing import Annotated, Any
 import typer
 
 from llava_fa.cli.output import VISUAL_TOKENS, print_json, stderr, stdout, visual_tokens_option
-from llava_fa.errors import FourierError
+from llava_fa.eval.benchmarks import WHERE
 
-SUITES = ("world", "video")
+GENERATED = {"world": 2250, "world-video": 300}
+"""Tasks that need no files → about how many questions by default."""
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="`tiny`, a folder, or a hub id; original or compressed.")],
-    suite: Annotated[str, typer.Option(help=f"Which questions: {', '.join(SUITES)}.")] = "world",
+    task: Annotated[str, typer.Option(help=f"Which questions: {', '.join(WHERE)}.")] = "world",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmark's official files (docs/benchmarks.md).")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run: answers, scores, submission; goes on where it stopped. Needed with --data."
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another run's folder: a paired test, and the questions that changed.")
+    ] = None,
     limit: Annotated[
-        int, typer.Option(min=9, help="About how many questions (of clips a seventh), shared equally by the tasks.")
-    ] = 2250,
-    seed: Annotated[int, typer.Option(help="Of the test pictures.")] = 0,
+        int | None,
+        typer.Option(min=1, help="About how many questions. [default: all; of the world 2250, of its clips 300]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the world's test pictures.")] = 0,
     blank: Annotated[bool, typer.Option(help="Show a grey picture instead: what is known without looking.")] = False,
     visual_tokens: Annotated[str | None, typer.Option(help=VISUAL_TOKENS)] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Questions at a time. [default: 16, of the world 64]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    answers: Annotated[Path | None, typer.Option(help="Also write every answer to this JSON file.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Answer held-out questions and score each task with its namesake's metric."""
-    if suite not in SUITES:
-        raise typer.BadParameter(f"{suite!r} is not one of {', '.join(SUITES)}", param_hint="--suite")
+    """Ask a benchmark's questions and score the answers by its official rules; by default those of the world."""
+    if task not in WHERE:
+        raise typer.BadParameter(f"{task!r} is not one of {', '.join(WHERE)}", param_hint="--task")
+    generated = task in GENERATED
+    if generated and data is not None:
+        raise typer.BadParameter(f"{task} needs no files", param_hint="--data")
+    if not generated and (data is None or out is None):
+        raise typer.BadParameter(f"{task} needs one", param_hint="--data" if data is None else "--out")
+    if not generated and seed:
+        raise typer.BadParameter(f"{task} has no seed", param_hint="--seed")
     count, elastic = visual_tokens_option(visual_tokens)
-    from llava_fa.eval.runner import evaluate_video, evaluate_world
+    from llava_fa.eval.benchmarks import benchmark
+    from llava_fa.eval.benchmarks.run import run
     from llava_fa.hub.loading import load
 
-    loaded, processor = load(model, device, visual_tokens=count)
+    options = {"limit": limit or GENERATED[task], "seed": seed} if generated else {}
     with counting("answering") as progress:
-        result = (evaluate_world if suite == "world" else evaluate_video)(
-            loaded,
-            processor,
-            limit=limit if suite == "world" else max(9, limit // 7),
-            seed=seed,
+        result = run(
+            benchmark(task, data or Path(), **options),
+            lambda: load(model, device, visual_tokens=count),
+            model=model,
+            out=out,
+            limit=None if generated else limit,
             blank=blank,
-            batch_size=batch_size,
+            visual_tokens=count,
             elastic=elastic,
+            batch_size=batch_size or (64 if generated else 16),
+            against=against,
             progress=progress,
         )
-    rows = result.pop("answers")
-    if answers is not None:
-        try:
-            answers.write_text(json.dumps(rows, indent=1))
-        except OSError as error:
-            raise FourierError(str(error.strerror), remedy="Give a writable path", where=str(answers)) from None
-    result = {"model": model, "suite": suite, "seed": seed, "blank": blank, **result}
     if json_output:
         print_json(result)
     else:
-        stdout().print(task_table(model, result))
-        if elastic:
-            stdout().print(cost_line(result["visual_tokens"]))
+        _show(model, result)
+
+
+def _show(model: str, result: dict[str, Any]) -> None:
+    console = stdout()
+    console.print(task_table(f"{model}, {result['task']}", result))
+    others = [f"{name} {value:.4g}" for name, value in result["figures"].items() if isinstance(value, (int, float))]
+    if result["task"] not in GENERATED and others:
+        console.print(", ".join(others), highlight=False)
+    if result.get("visual_tokens_cost"):
+        console.print(cost_line(result["visual_tokens_cost"]))
+    if "against" in result:
+        console.print(against_line(result), highlight=False)
+    if result["out"]:
+        console.print(f"[dim]answers, scores and submission are in {result['out']}[/]", highlight=False)
 
 
 def cost_line(cost: dict[str, Any]) -> str:
@@ -73,8 +103,22 @@ def cost_line(cost: dict[str, Any]) -> str:
     )
 
 
+def against_line(result: dict[str, Any]) -> str:
+    """What the comparison with another run came to."""
+    found, scale = result["against"], 100 if result["percent"] else 1
+    told = f"against {found['run']}: "
+    if "p" in found:
+        told += (
+            f"{scale * found['difference']:+.1f} "
+            f"({' to '.join(f'{scale * end:+.1f}' for end in found['interval'])}), "
+            f"p = {found['p']:.2g} ({found['test']}); "
+        )
+    told += f"{found['lost']} questions lost, {found['gained']} gained, {found['answers_that_differ']} answers differ"
+    return told + (f"; which: {result['out']}/changes.json" if result["out"] else "")
+
+
 def task_table(title: str, result: dict[str, Any]) -> Any:
-    """One row a task, and the mean."""
+    """One row a part, and the headline with its interval."""
     from rich.table import Table
 
     table = Table(title=f"{title}: {result['questions']} questions in {result['seconds']:.0f} s", title_justify="left")
@@ -82,16 +126,18 @@ def task_table(title: str, result: dict[str, Any]) -> Any:
         table.add_column(heading)
     for heading in ("score", "95 %", "questions"):
         table.add_column(heading, justify="right")
-    for name, task in result["tasks"].items():
-        table.add_row(name, task["metric"], *_figures(task["score"], task["interval"]), str(task["questions"]))
+    for name, part in result["tasks"].items():
+        table.add_row(name, part["metric"], *_figures(part, 100), str(part["questions"]))
     table.add_section()
-    mean = _figures(result["accuracy"], result["interval"])
-    table.add_row("accuracy", "mean of the tasks", *mean, str(result["questions"]))
+    headline = _figures(result, 100 if result["percent"] else 1)
+    table.add_row("all", result["metric"], *headline, str(result["questions"]))
     return table
 
 
-def _figures(score: float, interval: list[float]) -> tuple[str, str]:
-    return f"{100 * score:.1f}", f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+def _figures(found: dict[str, Any], scale: int) -> tuple[str, str]:
+    if found["score"] is None:
+        return "not known here", ""
+    return f"{scale * found['score']:.1f}", "–".join(f"{scale * end:.1f}" for end in found["interval"])
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     share, extra = right / count, NORMAL**2 / count
     middle = share + extra / 2
     half = NORMAL * math.sqrt(share * (1 - share) / count + extra / (4 * count))
-    return max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra))
+    low, high = (middle - half) / (1 + extra), (middle + half) / (1 + extra)
+    return max(0.0, min(share, low)), min(1.0, max(share, high))  # at 0 and 1 rounding would leave the share outside
 
 
 def f1_interval(hits: int, false_alarms: int, misses: int, others: int) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = re.compile(r"[^\w\s$]")
@@ -20,14 +20,16 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
     return _mean([normalise(p) == normalise(a) for p, a in zip(predictions, answers, strict=True)])
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+def vqa_accuracy(prediction: str, answers: Sequence[str], clean: Callable[[str], str] = normalise) -> float:
     """Mean over annotators left out in turn of min(1, agreeing others / 3) (Antol et al. 2015; TextVQA, VizWiz).
 
     Args:
         prediction: the model's answer.
         answers: one per annotator; with fewer than four, all of them must agree for a full score.
+        clean: what makes two answers comparable.
     """
-    agree = [normalise(prediction) == normalise(answer) for answer in answers]
+    said = clean(prediction)
+    agree = [said == clean(answer) for answer in answers]
     if len(agree) < 4:
         return float(bool(agree) and all(agree))
     return _mean([min(1.0, (sum(agree) - this) / 3) for this in agree])

@@ -12,12 +12,10 @@ from PIL import Image
 from llava_fa.errors import FourierError
 from llava_fa.eval.intervals import interval_of_mean
 from llava_fa.eval.metrics import normalise
-from llava_fa.eval.world import score, score_video
+from llava_fa.eval.world import score
 from llava_fa.hub.flops import count_flops
 from llava_fa.hub.visual_tokens import set_visual_tokens, visual_tokens_of
 from llava_fa.world.samples import held_out_samples
-from llava_fa.world.video import TASKS as VIDEO_TASKS
-from llava_fa.world.video import VideoSample, video_samples
 
 _MARKS = 2
 """Tokens that a chat template adds at least."""
@@ -134,55 +132,40 @@ def answer_elastic(
 
 
 def evaluate_world(
-    model: Any, processor: Any, *, limit: int = 2250, seed: int = 0, blank: bool = False, **options: Any
+    model: Any,
+    processor: Any,
+    *,
+    limit: int = 2250,
+    seed: int = 0,
+    blank: bool = False,
+    elastic: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Score a model on held-out questions of the world.
+    """Score a model on held-out questions of the world, in memory (`benchmarks.run` keeps a run on disk).
 
     Args:
         model, processor: as for `answer`.
         limit: about how many questions, shared equally by the tasks.
         seed: of the test pictures.
         blank: show a grey picture instead of each: what the model knows without looking.
-        options: ``elastic=True`` chooses the number of visual tokens for every question (`answer_elastic`); the others
-            are those of `answer`.
+        elastic: choose the number of visual tokens for every question (`answer_elastic`).
+        options: those of `answer`.
 
     Returns:
         ``accuracy`` (mean of the tasks' scores), its 95 % ``interval``, ``tasks`` (task → score, metric, interval,
         ...), ``questions``, ``seconds``, and ``answers``: one row per question, for comparing models; with ``elastic``
         also ``visual_tokens``, the cost.
     """
-    return _evaluate(model, processor, held_out_samples(limit, seed), score, blank, **options)
-
-
-def evaluate_video(
-    model: Any, processor: Any, *, limit: int = 300, seed: int = 0, blank: bool = False, **options: Any
-) -> dict[str, Any]:
-    """Score a model on held-out clips of the world, each shown as its frames; arguments and result as above."""
-    samples = video_samples("test", seed, max(1, limit // len(VIDEO_TASKS)))
-    return _evaluate(model, processor, samples, score_video, blank, **options)
-
-
-def _evaluate(
-    model: Any,
-    processor: Any,
-    samples: Sequence[Any],
-    scorer: Callable[[Any, Sequence[str]], dict[str, dict[str, Any]]],
-    blank: bool,
-    *,
-    elastic: bool = False,
-    **options: Any,
-) -> dict[str, Any]:
     began = time.monotonic()
-    shown = [list(s.frames) if isinstance(s, VideoSample) else [s.image] for s in samples]
-    if blank:
-        shown = [[Image.new("RGB", picture.size, (128, 128, 128)) for picture in seen] for seen in shown]
-    pairs = [(seen, s.question.text) for seen, s in zip(shown, samples, strict=True)]
+    samples = held_out_samples(limit, seed)
+    shown = [Image.new("RGB", s.image.size, (128, 128, 128)) if blank else s.image for s in samples]
+    pairs = [(picture, s.question.text) for picture, s in zip(shown, samples, strict=True)]
     cost: dict[str, Any] = {}
     if elastic:
         predictions, _, cost = answer_elastic(model, processor, pairs, **options)
     else:
         predictions = answer(model, processor, pairs, **options)
-    tasks = scorer(samples, predictions)
+    tasks = score(samples, predictions)
     return {
         "accuracy": sum(task["score"] for task in tasks.values()) / len(tasks),
         "interval": list(interval_of_mean(tasks)),

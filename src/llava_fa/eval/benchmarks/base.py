@@ -1,0 +1,268 @@
+"""What every benchmark is: questions read from the files as they are published, and the official rules that score them.
+
+A benchmark is a folder of the user's, read into `Item`s by `Benchmark.read`; the runner (`.run`) asks a model; and
+`Benchmark.score` turns the answers into a `Score`: the official figures, and statistics that intervals and comparisons
+are drawn from (`.statistics`). Downloading is left to the user: nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from llava_fa.errors import FourierError
+from llava_fa.eval.intervals import wilson
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+"""The two instructions of LLaVA-1.5's evaluation (Liu et al. 2023, appendix)."""
+
+Picture = "Path | str | Image.Image"
+"""A file, base64 text as in the TSV files, or a picture in memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question to ask. ``id`` is unique in the benchmark; ``unit`` ties questions that only count together."""
+
+    id: str
+    prompt: str
+    pictures: tuple[Any, ...]
+    expected: Any = None
+    part: str = ""
+    unit: str = ""
+    row: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    """What the official file says of it, for scoring and for the submission."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Scored answers.
+
+    Attributes:
+        figures: the official figures by name, shares as shares (0.5, not 50), the headline figure excepted.
+        parts: category → ``{"score", "metric", "interval", "questions"}``.
+        correct: item id → share of the question that was answered right, in [0, 1]; None where it is not known.
+        units: names of what is drawn together when the benchmark is resampled: a question, a pair, a rotation.
+        statistics: float64 [units, k]; the headline figure is `Benchmark.headline` of their sum.
+        read: item id → what the official rules made of the answer, where they do more than compare.
+        interval: ([low, high], how) of the headline where the benchmark has its own; else drawn from the statistics.
+    """
+
+    figures: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+    correct: dict[str, float | None]
+    units: list[str]
+    statistics: np.ndarray
+    read: dict[str, Any] = dataclasses.field(default_factory=dict)
+    interval: tuple[list[float], str] | None = None
+
+
+class Benchmark:
+    """One benchmark: subclasses say how its files are read, scored and written.
+
+    ``options`` holds what only some benchmarks need (a judge's address); a benchmark takes from it what it knows.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    """Name of the headline figure."""
+    percent: ClassVar[bool] = True
+    """Whether the headline figure is a share, shown times 100."""
+    max_new_tokens: ClassVar[int] = 128
+    """LLaVA-1.5's limit for short answers; long ones have their own."""
+    files: ClassVar[str] = ""
+    """What belongs into the folder, for help and for errors."""
+    from_files: ClassVar[bool] = True
+    """Whether ``--data`` is needed."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.folder = folder
+        self.options = options
+
+    def read(self) -> list[Item]:
+        """The questions, in the files' order.
+
+        Raises:
+            FourierError: a file is missing or broken; says which, what is wrong and what is expected.
+        """
+        raise NotImplementedError
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
+        """The official figures of these answers. Items may be a part of the benchmark; units are whole."""
+        raise NotImplementedError
+
+    def headline(self, sums: np.ndarray) -> np.ndarray:
+        """Headline figure of summed statistics, [..., k] → [...]; by default Σ score / Σ count."""
+        return sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
+
+    def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
+        """Write the files that the official scorer or server takes; returns them."""
+        raise NotImplementedError
+
+    def missing(self, path: Path) -> FourierError:
+        """The error for a file that is not there."""
+        return FourierError("no such file", remedy=f"{self.name} needs {self.files}", where=str(path))
+
+    def first(self, *patterns: str) -> Path:
+        """The first file that matches a pattern in the folder; several matches of one pattern are ambiguous."""
+        for pattern in patterns:
+            found = sorted(self.folder.glob(pattern))
+            if len(found) > 1:
+                names = ", ".join(path.name for path in found)
+                raise FourierError(
+                    f"several files fit {pattern}: {names}", remedy="Keep one a folder", where=str(self.folder)
+                )
+            if found:
+                return found[0]
+        raise self.missing(self.folder / patterns[0])
+
+    def pictures_in(self, *names: str) -> Path:
+        """The first of these folders that exists; the benchmark's own folder where ``.`` is the last."""
+        for name in names:
+            if (self.folder / name).is_dir():
+                return self.folder / name
+        raise FourierError(
+            "no such folder", remedy=f"{self.name} needs {self.files}", where=str(self.folder / names[0])
+        )
+
+
+def mean_parts(
+    items: Sequence[Item], correct: dict[str, float | None], metric: str, names: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Mean correctness of every part, in order of appearance (or of ``names``)."""
+    groups: dict[str, list[float]] = {name: [] for name in names}
+    for item in items:
+        if item.part:
+            groups.setdefault(item.part, []).append(correct[item.id] or 0.0)
+    return {
+        name: {
+            "score": sum(values) / len(values),
+            "metric": metric,
+            "interval": list(wilson(sum(values), len(values))),
+            "questions": len(values),
+        }
+        for name, values in groups.items()
+        if values
+    }
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or `FourierError` with file, line and column."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FourierError("no such file", remedy="Check --data", where=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FourierError(f"it cannot be read ({error})", remedy="Check the file", where=str(path)) from None
+    except json.JSONDecodeError as error:
+        raise FourierError(
+            f"it is not JSON (line {error.lineno}, column {error.colno}: {error.msg})",
+            remedy="Fetch it again: downloads that were cut short look like this",
+            where=str(path),
+        ) from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """One JSON object a line; a file that holds one list of objects is read too."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FourierError(f"it cannot be read ({error})", remedy="Check the file", where=str(path)) from None
+    if text.lstrip().startswith("["):
+        rows = read_json(path)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise FourierError(
+                        f"line {number} is not JSON ({error.msg})", remedy="Fetch it again", where=str(path)
+                    ) from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise FourierError("its rows are not objects", remedy="Give the official file", where=str(path))
+    return rows
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a TSV file with a header; cells may hold line ends and pictures."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream, delimiter="\t"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FourierError(f"it cannot be read ({error})", remedy="Give the official TSV", where=str(path)) from None
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise FourierError(
+                f"row {number} has not as many cells as the header", remedy="Fetch it again", where=str(path)
+            )
+    return rows
+
+
+def fields(row: dict[str, Any], names: Sequence[str], where: str) -> list[Any]:
+    """The named fields of a row; one that is missing is an error with the row's place."""
+    absent = [name for name in names if name not in row]
+    if absent:
+        raise FourierError(
+            f"it has no {', '.join(map(repr, absent))} (it has {', '.join(map(repr, row)) or 'nothing'})",
+            remedy="Give the official file",
+            where=where,
+        )
+    return [row[name] for name in names]
+
+
+def open_picture(picture: Any, where: str) -> Image.Image:
+    """An RGB picture from a path, from base64 text, or from memory."""
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        if isinstance(picture, Path):
+            with Image.open(picture) as image:
+                return image.convert("RGB")
+        with Image.open(io.BytesIO(base64.b64decode(picture, validate=True))) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FourierError("no such picture", remedy="Check the folder of pictures", where=str(picture)) from None
+    except (binascii.Error, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        named = str(picture) if isinstance(picture, Path) else where
+        raise FourierError(f"the picture cannot be read ({error})", remedy="Fetch it again", where=named) from None
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write through a temporary name."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write JSON through a temporary name; NaN is refused."""
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """One object a line, through a temporary name."""
+    return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def statistics_of(values: Sequence[float]) -> np.ndarray:
+    """Statistics [units, 2] of a figure that is a mean: (value, 1) a unit."""
+    return np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], axis=1).reshape(-1, 2)
+
+
+Reporter = Callable[[int, int], None]

@@ -1,0 +1,352 @@
+"""Ask a model a benchmark's questions, and keep what comes of it: a run, a folder that resumes and can be compared.
+
+======================  ==========================================================================================
+``run.json``            what was asked of which model, with which settings; a folder never mixes two of these
+``predictions.jsonl``   one line a question, appended as answers come: where a killed run goes on
+``answers.json``        every question with picture, expected answer, answer, how it was read and its score
+``results.json``        the figures, their interval, versions; with ``against`` the comparison
+``submission/``         what the official scorer or server takes
+``changes.json``        with ``against``: the questions whose score changed, and both answers
+======================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava_fa.errors import FourierError
+from llava_fa.eval.benchmarks.base import Benchmark, Item, Reporter, Score, open_picture, write_json
+from llava_fa.eval.benchmarks.statistics import interval, paired
+from llava_fa.eval.runner import answer, answer_elastic
+
+BATCHES = 4
+"""Batches between two writes: enough to sort questions by length, little to lose."""
+
+Loader = Callable[[], "tuple[Any, Any]"]
+
+
+def run(
+    benchmark: Benchmark,
+    load: Loader,
+    *,
+    model: str,
+    out: Path | None = None,
+    limit: int | None = None,
+    blank: bool = False,
+    visual_tokens: int | None = None,
+    elastic: bool = False,
+    batch_size: int = 16,
+    against: Path | None = None,
+    progress: Reporter = lambda done, total: None,
+) -> dict[str, Any]:
+    """Answer a benchmark's questions, score them, and write the run's folder.
+
+    Args:
+        benchmark: which one.
+        load: gives (model, processor); called only where a question is left to ask, so that scoring and comparing a
+            finished run costs seconds.
+        model: its name, for the records.
+        out: the run's folder; None keeps nothing. A folder with answers of the same run goes on where it stopped.
+        limit: about how many questions, evenly spaced over the benchmark; pairs and rotations stay whole.
+        blank: show a grey picture instead of each: what is known without looking.
+        visual_tokens: for the records; `load` is to give a model that is set to it.
+        elastic: as few visual tokens as each question needs (`answer_elastic`).
+        batch_size: questions at a time.
+        against: the folder of another run of the benchmark: adds a paired test and ``changes.json``.
+        progress: called with (answered, all).
+
+    Returns:
+        What ``results.json`` holds, and ``out``.
+
+    Raises:
+        FourierError: a file of the benchmark is missing or broken; the folder holds another run; ``against`` is no run
+            of these questions.
+    """
+    began = time.monotonic()
+    items = _spread(benchmark.read(), limit)
+    _check_items(items, benchmark)
+    other = _predictions_of(against, benchmark, items) if against is not None else None
+    settings = {
+        "task": benchmark.name,
+        "model": model,
+        "data": str(benchmark.folder) if benchmark.from_files else None,
+        "limit": limit,
+        "blank": blank,
+        "visual_tokens": "auto" if elastic else visual_tokens,
+        "max_new_tokens": benchmark.max_new_tokens,
+        **benchmark.options,
+    }
+    rows = _resume(out, settings, items) if out is not None else {}
+    before = len(rows)
+    progress(before, len(items))
+    left = [item for item in items if item.id not in rows]
+    if left:
+        rows |= _ask(benchmark, load, left, out, blank, elastic, batch_size, lambda n: progress(before + n, len(items)))
+    answers = [rows[item.id]["answer"] for item in items]
+    scored = benchmark.score(items, answers)
+    result = {
+        **settings,
+        **figures_of(benchmark, scored),
+        "questions": len(items),
+        "resumed": before,
+        "seconds": time.monotonic() - began,
+        **({"visual_tokens_cost": _cost(list(rows.values()))} if elastic else {}),
+        "versions": {name: version(name) for name in ("llava-fa", "torch", "transformers")},
+    }
+    if other is not None:
+        result["against"], changes = compare(benchmark, items, other, answers)
+        result["against"]["run"] = str(against)
+    if out is not None:
+        folder = out / "submission"
+        folder.mkdir(exist_ok=True)
+        result["submission"] = [str(path) for path in benchmark.submission(items, answers, folder)]
+        write_json(out / "answers.json", answer_rows(items, answers, scored))
+        if other is not None:
+            write_json(out / "changes.json", changes)
+        write_json(out / "results.json", result)
+    elif other is not None:
+        result["against"]["changes"] = changes
+    return {**result, "out": str(out) if out is not None else None}
+
+
+def figures_of(benchmark: Benchmark, scored: Score) -> dict[str, Any]:
+    """``score``, its ``interval`` and how that was drawn, ``figures``, ``tasks`` (the parts); None where unknown."""
+    score, found, how = None, None, None
+    if scored.units:
+        score = float(benchmark.headline(scored.statistics.sum(0)))
+        found, how = scored.interval or interval(scored.statistics, benchmark.headline, share=_is_share(benchmark))
+    return {
+        "score": score,
+        "metric": benchmark.metric,
+        "percent": benchmark.percent,
+        "interval": found,
+        "interval_method": how,
+        "figures": scored.figures,
+        "tasks": scored.parts,
+    }
+
+
+def compare(
+    benchmark: Benchmark, items: Sequence[Item], first: Sequence[str], second: Sequence[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(Paired test and counts, the questions whose score changed: those lost first.) First is the other run."""
+    one, two = benchmark.score(items, first), benchmark.score(items, second)
+    changes = []
+    for item, a, b in zip(items, first, second, strict=True):
+        was, now = one.correct[item.id], two.correct[item.id]
+        if was is not None and now is not None and was != now:
+            changes.append(
+                {
+                    **_told(item),
+                    "change": "lost" if now < was else "gained",
+                    "before": {"answer": a, "score": was},
+                    "now": {"answer": b, "score": now},
+                }
+            )
+    changes.sort(key=lambda row: row["now"]["score"] - row["before"]["score"])
+    summary: dict[str, Any] = {
+        "lost": sum(row["change"] == "lost" for row in changes),
+        "gained": sum(row["change"] == "gained" for row in changes),
+        "answers_that_differ": sum(a.strip() != b.strip() for a, b in zip(first, second, strict=True)),
+    }
+    if one.units:
+        headline, share = benchmark.headline, _is_share(benchmark)
+        summary["score"] = float(headline(one.statistics.sum(0)))
+        summary |= paired(one.statistics, two.statistics, headline, share=share)
+    return summary, changes
+
+
+def answer_rows(items: Sequence[Item], answers: Sequence[str], scored: Score) -> list[dict[str, Any]]:
+    """What ``answers.json`` holds."""
+    return [
+        {
+            **_told(item),
+            "answer": text,
+            **({"read": scored.read[item.id]} if item.id in scored.read else {}),
+            "score": scored.correct[item.id],
+        }
+        for item, text in zip(items, answers, strict=True)
+    ]
+
+
+def _told(item: Item) -> dict[str, Any]:
+    shown = [str(picture) for picture in item.pictures if isinstance(picture, Path)]
+    return {
+        "id": item.id,
+        "task": item.part,
+        "question": item.prompt,
+        "pictures": shown,
+        "expected": item.expected,
+    }
+
+
+def _is_share(benchmark: Benchmark) -> bool:
+    return type(benchmark).headline is Benchmark.headline
+
+
+def _spread(items: list[Item], limit: int | None) -> list[Item]:
+    if limit is None or limit >= len(items):
+        return items
+    units = list(dict.fromkeys(item.unit or item.id for item in items))
+    wanted = max(1, round(limit * len(units) / len(items)))
+    chosen = {units[i * len(units) // wanted] for i in range(wanted)}
+    return [item for item in items if (item.unit or item.id) in chosen]
+
+
+def _check_items(items: Sequence[Item], benchmark: Benchmark) -> None:
+    if not items:
+        raise FourierError(
+            "there is no question in it",
+            remedy=f"{benchmark.name} needs {benchmark.files}",
+            where=str(benchmark.folder),
+        )
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise FourierError(f"question {item.id} is there twice", remedy="Mend it", where=str(benchmark.folder))
+        seen.add(item.id)
+    shown = dict.fromkeys(p for item in items for p in item.pictures if isinstance(p, Path))
+    lost = [path for path in shown if not path.is_file()]
+    if lost:
+        raise FourierError(
+            f"{len(lost)} pictures are missing, the first is {lost[0]}",
+            remedy=f"{benchmark.name} needs {benchmark.files}",
+            where=str(benchmark.folder),
+        )
+
+
+def _ask(
+    benchmark: Benchmark,
+    load: Loader,
+    items: Sequence[Item],
+    out: Path | None,
+    blank: bool,
+    elastic: bool,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> dict[str, dict[str, Any]]:
+    model, processor = load()
+    if not getattr(processor, "chat_template", None):
+        raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja to the model")
+    rows: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(items), BATCHES * batch_size):
+        some = items[start : start + BATCHES * batch_size]
+        opened = [[open_picture(picture, f"question {item.id}") for picture in item.pictures] for item in some]
+        if blank:
+            opened = [[Image.new("RGB", picture.size, (128, 128, 128)) for picture in seen] for seen in opened]
+        pairs = [(seen, item.prompt) for seen, item in zip(opened, some, strict=True)]
+        options = {"batch_size": batch_size, "max_new_tokens": benchmark.max_new_tokens}
+        if elastic:
+            texts, enough, cost = answer_elastic(model, processor, pairs, **options)
+            # means over these questions in every row: their mean over all rows is the mean over all questions
+            extra = [{"enough": n, **{name: cost[name] for name in ("tokens_spent", "flops_share")}} for n in enough]
+        else:
+
+            def count(done: int, total: int, start: int = start) -> None:
+                progress(start + done)
+
+            texts = answer(model, processor, pairs, **options, progress=count)
+            extra = [{} for _ in some]
+        new = [
+            {"id": item.id, "question": item.prompt, "answer": text, **more}
+            for item, text, more in zip(some, texts, extra, strict=True)
+        ]
+        if out is not None:
+            with (out / "predictions.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
+                stream.flush()
+                os.fsync(stream.fileno())
+        rows |= {row["id"]: row for row in new}
+        progress(len(rows))
+    return rows
+
+
+def _cost(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    counts = [row["enough"] for row in rows]
+    return {
+        "mean_tokens": sum(counts) / len(counts),
+        **{name: sum(row[name] for row in rows) / len(rows) for name in ("tokens_spent", "flops_share")},
+        "enough": {str(count): counts.count(count) for count in sorted(set(counts))},
+    }
+
+
+def _resume(out: Path, settings: dict[str, Any], items: Sequence[Item]) -> dict[str, dict[str, Any]]:
+    """Answers that the folder already holds, after checks that they are this run's."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "run.json").exists():
+            if any(out.iterdir()):
+                raise FourierError("it is not empty, and no run", remedy="Give another --out", where=str(out))
+            write_json(out / "run.json", settings)
+            return {}
+    except OSError as error:
+        raise FourierError(str(error.strerror), remedy="Give a writable --out", where=str(out)) from None
+    kept = _read_run(out)
+    if kept != json.loads(json.dumps(settings)):
+        differs = [name for name in sorted({*kept, *settings}) if kept.get(name) != settings.get(name)]
+        told = ", ".join(f"{name} was {kept.get(name)!r}, is {settings.get(name)!r}" for name in differs)
+        raise FourierError(f"it holds another run: {told}", remedy="Give another --out", where=str(out))
+    path = out / "predictions.jsonl"
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:  # killed while it wrote a line
+        with path.open("r+b") as stream:
+            stream.truncate(len(whole.encode("utf-8")))
+    rows = _rows(path, whole)
+    prompts = {item.id: item.prompt for item in items}
+    for name, row in rows.items():
+        if row["question"] != prompts.get(name):
+            raise FourierError(
+                f"question {name} is not what it was", remedy="The data changed: give another --out", where=str(path)
+            )
+    return rows
+
+
+def _predictions_of(folder: Path, benchmark: Benchmark, items: Sequence[Item]) -> list[str]:
+    """Another run's answers to these questions."""
+    kept = _read_run(folder)
+    if kept.get("task") != benchmark.name:
+        raise FourierError(
+            f"it is a run of {kept.get('task')}", remedy=f"Give a run of {benchmark.name}", where=str(folder)
+        )
+    path = folder / "predictions.jsonl"
+    rows = _rows(path, path.read_text(encoding="utf-8")) if path.exists() else {}
+    absent = [item.id for item in items if rows.get(item.id, {}).get("question") != item.prompt]
+    if absent:
+        raise FourierError(
+            f"{len(absent)} of these {len(items)} questions are not in it, the first is {absent[0]}",
+            remedy="Let it finish, or give the same --data, --limit and --seed",
+            where=str(folder),
+        )
+    return [rows[item.id]["answer"] for item in items]
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise FourierError("it is no run", remedy="Give the --out folder of `llava-fa eval`", where=str(folder))
+    return found
+
+
+def _rows(path: Path, text: str) -> dict[str, dict[str, Any]]:
+    rows = {}
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # answers may hold other line ends
+        try:
+            row = json.loads(line)
+            rows[row["id"]] = {**row, "question": row["question"], "answer": row["answer"]}
+        except (ValueError, KeyError, TypeError):
+            raise FourierError(f"line {number} is broken", remedy="Remove the line", where=str(path)) from None
+    return rows

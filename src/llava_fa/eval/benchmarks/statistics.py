@@ -1,0 +1,100 @@
+"""Whether two models differ, and how sure a score of any form is: paired tests, the bootstrap over units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llava_fa.eval.intervals import wilson
+
+RESAMPLES = 2000
+_CHUNK = 50
+
+Headline = Callable[[np.ndarray], np.ndarray]
+
+
+def bootstrap(statistics: np.ndarray, headline: Headline, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of ``headline(Σ statistics)`` over resampled units.
+
+    Args:
+        statistics: float64 [units, k].
+        headline: [..., k] → [...].
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3.
+    """
+    if not len(statistics):
+        return 0.0, 1.0
+    drawn = headline(_resample(statistics, seed))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def interval(statistics: np.ndarray, headline: Headline, *, share: bool, seed: int = 0) -> tuple[list[float], str]:
+    """([low, high], how): Wilson's where the figure is a share of units, the bootstrap's elsewhere."""
+    if share and _binary(statistics):
+        return list(wilson(float(statistics[:, 0].sum()), len(statistics))), "Wilson"
+    return list(bootstrap(statistics, headline, seed)), f"bootstrap, {RESAMPLES} resamples"
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value that both models are right equally often, from the units where just one of them is.
+
+        p = min(1, 2 Σ_{i ≤ min(b, c)} C(b+c, i) / 2^(b+c))
+
+    Source: McNemar (1947), the exact form.
+    """
+    total, least = only_first + only_second, min(only_first, only_second)
+    whole = math.lgamma(total + 1) - total * math.log(2)
+    return min(
+        1.0, 2 * sum(math.exp(whole - math.lgamma(i + 1) - math.lgamma(total - i + 1)) for i in range(least + 1))
+    )
+
+
+def paired(first: np.ndarray, second: np.ndarray, headline: Headline, *, share: bool, seed: int = 0) -> dict[str, Any]:
+    """Difference of the headline figure, second minus first, on the same units: interval and p-value.
+
+    The interval is the paired bootstrap's: both models on the same drawn units. p is McNemar's exact one where every
+    unit is simply right or wrong, else twice the smaller share of resamples on either side of zero.
+
+    Args:
+        first, second: statistics float64 [units, k] of both models, row by row the same unit.
+        headline: [..., k] → [...].
+        share: whether the figure is a share of units.
+    """
+    difference = float(headline(second.sum(0)) - headline(first.sum(0)))
+    both = _resample(np.concatenate([first, second], axis=1), seed)
+    k = first.shape[1]
+    drawn = headline(both[:, k:]) - headline(both[:, :k])
+    low, high = (float(value) for value in np.quantile(drawn, [0.025, 0.975]))
+    result = {"difference": difference, "interval": [low, high], "units": len(first)}
+    if share and _binary(first) and _binary(second):
+        only_first = int(((first[:, 0] == 1) & (second[:, 0] == 0)).sum())
+        only_second = int(((first[:, 0] == 0) & (second[:, 0] == 1)).sum())
+        return {
+            **result,
+            "test": "McNemar, exact",
+            "p": mcnemar(only_first, only_second),
+            "only_first_right": only_first,
+            "only_second_right": only_second,
+        }
+    # the observed sample counts as one of the resamples: p is never zero
+    below, above = ((drawn <= 0).sum() + 1, (drawn >= 0).sum() + 1)
+    p = min(1.0, 2 * float(min(below, above)) / (len(drawn) + 1))
+    return {**result, "test": f"paired bootstrap, {RESAMPLES} resamples", "p": p}
+
+
+def _binary(statistics: np.ndarray) -> bool:
+    return bool(np.isin(statistics[:, 0], (0, 1)).all() and (statistics[:, 1] == 1).all())
+
+
+def _resample(statistics: np.ndarray, seed: int) -> np.ndarray:
+    """[RESAMPLES, k]: sums over as many units as there are, drawn with replacement."""
+    rng, units = np.random.default_rng(seed), len(statistics)
+    sums = []
+    for _ in range(RESAMPLES // _CHUNK):
+        counts = rng.multinomial(units, np.full(units, 1 / units), size=_CHUNK)
+        sums.append(counts @ statistics)
+    return np.concatenate(sums)

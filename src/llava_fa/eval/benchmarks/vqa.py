@@ -1,0 +1,247 @@
+"""TextVQA, VizWiz-VQA and GQA: one short answer a question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_fa.errors import FourierError
+from llava_fa.eval.benchmarks.base import (
+    SHORT,
+    Benchmark,
+    Item,
+    Score,
+    fields,
+    mean_parts,
+    read_json,
+    read_json_lines,
+    statistics_of,
+    write_json,
+)
+from llava_fa.eval.metrics import vqa_accuracy
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED)}
+ARTICLES = frozenset(("a", "an", "the"))
+_DIGITS_WITH_COMMA = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_MOST_PERIODS = 32
+"""The official code passes a flag in the place of a count: no more than this many periods go."""
+_WITH_APOSTROPHE = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't
+    it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
+    somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's
+    they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
+    where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
+    there'd've they'd've we'd've who'd've wouldn't've you'd've y'all'll y'all'd've 'ow's'at
+"""
+
+
+def _contractions() -> dict[str, str]:
+    """Every form with one apostrophe left out → the form with all of them; the official table is this and one slip."""
+    found = {"somebody'd": "somebodyd"}
+    for word in _WITH_APOSTROPHE.split():
+        for place in (match.start() for match in re.finditer("'", word)):
+            found[word[:place] + word[place + 1 :]] = word
+    return found
+
+
+CONTRACTIONS = _contractions()
+
+
+def clean_answer(text: str) -> str:
+    """An answer as VQA's official evaluation compares it.
+
+    Lower case; commas and question marks away; punctuation away where it stands beside a space (or where the text has a
+    number with a comma), a space elsewhere; periods away except before a digit; articles away; number words up to ten
+    as digits; apostrophes put back where they are often left out.
+
+    Source: the answer processor of TextVQA's evaluation (Singh et al. 2019), after VQA's (Antol et al. 2015).
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    whole, together = text, _DIGITS_WITH_COMMA.search(text) is not None
+    for mark in PUNCTUATION:
+        beside = together or f"{mark} " in whole or f" {mark}" in whole
+        text = text.replace(mark, "" if beside else " ")
+    text = _PERIOD.sub("", text, count=_MOST_PERIODS)
+    words = [NUMBERS.get(word, word) for word in text.split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+class TextVQA(Benchmark):
+    """TextVQA's validation set (Singh et al. 2019): VQA accuracy over ten annotators, each left out in turn."""
+
+    name = "textvqa"
+    metric = "VQA accuracy"
+    files = (
+        "TextVQA_0.5.1_val.json and train_images/ (val's pictures are there); with llava_textvqa_val_v051_ocr.jsonl of "
+        "LLaVA's eval.zip beside them its prompts, which name OCR tokens"
+    )
+
+    def read(self) -> list[Item]:
+        """One item a question; the prompts of LLaVA's own file where it is there."""
+        path = self.first("TextVQA_*_val.json", "TextVQA_*_test.json")
+        pictures = self.pictures_in("train_images", "test_images" if "test" in path.name else "val_images")
+        prompts = self._prompts_with_tokens()
+        items = []
+        for number, row in enumerate(_rows_of(read_json(path), "data", path)):
+            where = f"{path.name} row {number}"
+            name, question, image = fields(row, ("question_id", "question", "image_id"), where)
+            prompt = f"{question}\n{SHORT}"
+            if prompts is not None:
+                key = (str(image), question.lower())
+                if key not in prompts:
+                    raise FourierError(
+                        f"it has no prompt for question {name} ({question!r})",
+                        remedy="Take the file of the same version of TextVQA, or leave it out",
+                        where=str(self.folder / OCR_PROMPTS),
+                    )
+                prompt = prompts[key]
+            items.append(Item(str(name), prompt, (pictures / f"{image}.jpg",), row.get("answers"), row=row))
+        return items
+
+    def _prompts_with_tokens(self) -> dict[tuple[str, str], str] | None:
+        path = self.folder / OCR_PROMPTS
+        if not path.exists():
+            return None
+        found = {}
+        for number, row in enumerate(read_json_lines(path)):
+            name, text = fields(row, ("question_id", "text"), f"{path.name} row {number}")
+            lines = text.split("\n")
+            asked = lines[1] if lines[0].startswith("Reference OCR token") else lines[0]
+            found[str(name), asked.lower()] = text
+        return found
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
+        """VQA accuracy; also tells whether the prompts named OCR tokens."""
+        tokens = any("Reference OCR token" in item.prompt for item in items)
+        return _vqa_score(items, answers, {"ocr_tokens": tokens})
+
+    def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
+        """EvalAI's format."""
+        rows = [
+            {"question_id": item.row["question_id"], "answer": clean_answer(text)}
+            for item, text in zip(items, answers, strict=True)
+        ]
+        return [write_json(folder / "textvqa.json", rows)]
+
+
+OCR_PROMPTS = "llava_textvqa_val_v051_ocr.jsonl"
+
+
+class VizWiz(Benchmark):
+    """VizWiz-VQA (Gurari et al. 2018): VQA accuracy; half of the questions of blind people cannot be answered."""
+
+    name = "vizwiz"
+    metric = "VQA accuracy"
+    files = "val.json and val/ (scored here), or test.json and test/ (scored by the challenge's server)"
+
+    def read(self) -> list[Item]:
+        """One item a picture; the validation set where its file is there, else the test set."""
+        path = self.first("val.json", "[Aa]nnotations/val.json", "test.json", "[Aa]nnotations/test.json")
+        pictures = self.pictures_in(path.stem, f"images/{path.stem}")
+        items = []
+        for number, row in enumerate(_rows_of(read_json(path), None, path)):
+            image, question = fields(row, ("image", "question"), f"{path.name} row {number}")
+            given = row.get("answers")
+            expected = [answer["answer"] for answer in given] if given is not None else None
+            prompt = f"{question}\n{UNANSWERABLE}\n{SHORT}"
+            part = row.get("answer_type", "")
+            items.append(Item(image, prompt, (pictures / image,), expected, part=part, row={"image": image}))
+        return items
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
+        """VQA accuracy; nothing where the file has no answers."""
+        return _vqa_score(items, answers, {})
+
+    def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
+        """The challenge's format; answers in the form in which they are compared, as LLaVA-1.5 sends them."""
+        rows = [
+            {"image": item.row["image"], "answer": clean_answer(text)}
+            for item, text in zip(items, answers, strict=True)
+        ]
+        return [write_json(folder / "vizwiz.json", rows)]
+
+
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+
+
+class GQA(Benchmark):
+    """GQA's balanced testdev questions (Hudson and Manning 2019): exact match."""
+
+    name = "gqa"
+    metric = "accuracy"
+    files = "testdev_balanced_questions.json (or val_…, test_…) and images/"
+
+    def read(self) -> list[Item]:
+        """One item a question; parts are the structural types."""
+        splits = ("testdev", "val", "test")
+        names = [f"{folder}{split}_balanced_questions.json" for split in splits for folder in ("", "questions*/")]
+        path = self.first(*names)
+        pictures = self.pictures_in("images", "allImages/images")
+        questions = read_json(path)
+        if not isinstance(questions, dict):
+            raise FourierError("it is not a table of questions", remedy="Give the official file", where=str(path))
+        items = []
+        for name, row in questions.items():
+            question, image = fields(row, ("question", "imageId"), f"{path.name} question {name}")
+            part = row.get("types", {}).get("structural", "")
+            picture = pictures / f"{image}.jpg"
+            items.append(Item(name, f"{question}\n{SHORT}", (picture,), row.get("answer"), part=part, row=row))
+        return items
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
+        """Exact match after lower case and without a last period, as LLaVA-1.5 hands answers to the official scorer."""
+        read = {item.id: gqa_answer(text) for item, text in zip(items, answers, strict=True)}
+        if any(item.expected is None for item in items):
+            return Score({}, {}, dict.fromkeys(read), [], statistics_of([]), read)
+        correct: dict[str, float | None] = {item.id: float(read[item.id] == item.expected) for item in items}
+        binary = [correct[item.id] for item in items if item.part != "query"]
+        free = [correct[item.id] for item in items if item.part == "query"]
+        values = [correct[item.id] or 0.0 for item in items]
+        figures: dict[str, Any] = {"accuracy": sum(values) / len(values)}
+        for name, some in (("binary", binary), ("open", free)):
+            if some and all(item.part for item in items):
+                figures[name] = sum(value or 0.0 for value in some) / len(some)
+        parts = mean_parts(items, correct, self.metric)
+        return Score(figures, parts, correct, list(correct), statistics_of(values), read)
+
+    def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
+        """What the official ``eval.py`` reads."""
+        rows = [
+            {"questionId": item.id, "prediction": gqa_answer(text)} for item, text in zip(items, answers, strict=True)
+        ]
+        return [write_json(folder / "testdev_balanced_predictions.json", rows)]
+
+
+def gqa_answer(text: str) -> str:
+    """Lower case, without periods at the end."""
+    return text.rstrip(".").lower()
+
+
+def _vqa_score(items: Sequence[Item], answers: Sequence[str], figures: dict[str, Any]) -> Score:
+    read = {item.id: clean_answer(text) for item, text in zip(items, answers, strict=True)}
+    if any(item.expected is None for item in items):
+        return Score(figures, {}, dict.fromkeys(read), [], statistics_of([]), read)
+    correct: dict[str, float | None] = {
+        item.id: vqa_accuracy(text, item.expected, clean_answer) for item, text in zip(items, answers, strict=True)
+    }
+    values = [correct[item.id] or 0.0 for item in items]
+    figures = {"accuracy": sum(values) / len(values), **figures}
+    return Score(
+        figures, mean_parts(items, correct, "VQA accuracy"), correct, list(correct), statistics_of(values), read
+    )
+
+
+def _rows_of(value: Any, key: str | None, path: Path) -> list[dict[str, Any]]:
+    if key is not None:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        what = f"it has no list {key!r}" if key else "it is no list of questions"
+        raise FourierError(what, remedy="Give the official file", where=str(path))
+    return value
