@@ -36,6 +36,9 @@ def evaluate(
         typer.Option(min=1, help="About how many questions. [default: all; of the world 2250, of its clips 300]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the world's test pictures.")] = 0,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Of the task video: frames a clip is shown in. [default: 8]")
+    ] = None,
     blank: Annotated[bool, typer.Option(help="Show a grey picture instead: what is known without looking.")] = False,
     visual_tokens: Annotated[str | None, typer.Option(help=VISUAL_TOKENS)] = None,
     batch_size: Annotated[
@@ -54,12 +57,16 @@ def evaluate(
         raise typer.BadParameter(f"{task} needs one", param_hint="--data" if data is None else "--out")
     if not generated and seed:
         raise typer.BadParameter(f"{task} has no seed", param_hint="--seed")
+    if task != "video" and frames is not None:
+        raise typer.BadParameter(f"{task} is not shown in frames of yours", param_hint="--frames")
     count, elastic = visual_tokens_option(visual_tokens)
     from llava_fa.eval.benchmarks import benchmark
     from llava_fa.eval.benchmarks.run import run
     from llava_fa.hub.loading import load
 
     options = {"limit": limit or GENERATED[task], "seed": seed} if generated else {}
+    if task == "video":
+        options = {"frames": frames or 8}
     with counting("answering") as progress:
         result = run(
             benchmark(task, data or Path(), **options),

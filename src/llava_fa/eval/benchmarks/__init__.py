@@ -22,6 +22,8 @@ WHERE = {
     "mme": "yes_no.MME",
     "mmbench": "choice.MMBench",
     "mmbench-cn": "choice.MMBenchCN",
+    "object-halbench": "captions.ObjectHalBench",
+    "video": "video.Video",
 }
 """Name of a task → where its class is; looked up late, since commands list the names before anything heavy loads."""
 

@@ -1,0 +1,100 @@
+"""Questions about clips of the user's own: a folder of frames, or one animated file, a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from llava_fa.errors import FourierError
+from llava_fa.eval.benchmarks.base import (
+    SHORT,
+    Benchmark,
+    Item,
+    Score,
+    fields,
+    mean_parts,
+    read_json_lines,
+    statistics_of,
+    write_json,
+)
+from llava_fa.eval.metrics import normalise
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class Video(Benchmark):
+    """Clips as frames, evenly spaced: exact match with one of the answers given.
+
+    ``questions.jsonl`` (or ``.json``) has a row a question: ``video`` (a folder of pictures, in the order of their
+    names, or a GIF or WebP), ``question``, and where it is to be scored ``answer``, one text or several; ``task`` groups.
+
+    Options: ``frames``, how many a clip is shown in.
+    """
+
+    name = "video"
+    metric = "exact match"
+    files = "questions.jsonl (video, question and answer in each row) and the clips: folders of frames, GIF or WebP"
+
+    def read(self) -> list[Item]:
+        """One item a row."""
+        path = self.first("questions.jsonl", "questions.json")
+        items = []
+        for number, row in enumerate(read_json_lines(path), 1):
+            where = f"{path.name} row {number}"
+            clip, question = fields(row, ("video", "question"), where)
+            answers = row.get("answer")
+            expected = [answers] if isinstance(answers, str) else answers
+            frames = self._frames(self.folder / clip, where)
+            items.append(Item(str(number), f"{question}\n{SHORT}", frames, expected, part=row.get("task", ""), row=row))
+        return items
+
+    def _frames(self, clip: Path, where: str) -> tuple[Any, ...]:
+        wanted = self.options["frames"]
+        if clip.is_dir():
+            frames = sorted(path for path in clip.iterdir() if path.suffix.lower() in PICTURES)
+            if not frames:
+                raise FourierError(f"there is no picture in {clip}", remedy="Give its frames", where=where)
+            return tuple(frames[i] for i in _even(len(frames), wanted))
+        try:
+            with Image.open(clip) as film:
+                shown = []
+                for i in _even(getattr(film, "n_frames", 1), wanted):
+                    film.seek(i)
+                    shown.append(film.convert("RGB"))
+                return tuple(shown)
+        except FileNotFoundError:
+            raise FourierError(f"there is no {clip}", remedy="Check the row's video", where=where) from None
+        except (UnidentifiedImageError, OSError) as error:
+            raise FourierError(
+                f"{clip} cannot be read ({error})",
+                remedy="Give a folder of frames (ffmpeg -i clip.mp4 -vf fps=1 clip/%04d.jpg), a GIF or a WebP",
+                where=where,
+            ) from None
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
+        """Right where the answer is one of the given ones, but for case, articles and punctuation."""
+        read = {item.id: normalise(text) for item, text in zip(items, answers, strict=True)}
+        if any(item.expected is None for item in items):
+            return Score({}, {}, dict.fromkeys(read), [], statistics_of([]), read)
+        correct: dict[str, float | None] = {
+            item.id: float(read[item.id] in map(normalise, item.expected)) for item in items
+        }
+        values = [value or 0.0 for value in correct.values()]
+        figures = {"accuracy": sum(values) / len(values)}
+        parts = mean_parts(items, correct, self.metric)
+        return Score(figures, parts, correct, list(correct), statistics_of(values), read)
+
+    def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
+        """The rows with ``prediction``."""
+        rows = [{**item.row, "prediction": text} for item, text in zip(items, answers, strict=True)]
+        return [write_json(folder / "video.json", rows)]
+
+
+def _even(count: int, wanted: int) -> list[int]:
+    """Places of ``wanted`` frames among ``count``, each in the middle of its share; all where there are no more."""
+    if count <= wanted:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
