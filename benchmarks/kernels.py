@@ -10,6 +10,9 @@ rounds, and in the tables, with --least, the least: what remains comparable wher
 *of read* is the time that reading a layer's bytes takes over the time of the layer, transform, int8 rounding, scales
 and the Python call included. Resumable: finished cases are read from --out and not run again.
 
+--busy 1 keeps one other process computing meanwhile: what a layer whose threads wait for each other loses by it. The
+number of threads that this process ends with is noted: torch's, and no second pool.
+
 Codes are random bits; bits are per weight (a code of b bits is a complex coefficient, two weights). torch int4:
 `_weight_int4pack_mm_for_cpu`, groups of 32. Prints the tables of docs/results.md, "Kernels on a CPU".
 """
@@ -17,10 +20,14 @@ Codes are random bits; bits are per weight (a code of b bits is a complex coeffi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -125,26 +132,39 @@ def measure(m: int, n: int, batch: int, hot: bool, seconds: float) -> dict[str, 
     return found
 
 
+@contextlib.contextmanager
+def others(count: int) -> Iterator[None]:
+    """Inside this context so many processes compute."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
+
+
 def report(out: Path, least: bool) -> None:
     at = "least " if least else ""
     cases = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
-    for hot in (False, True):
-        for batch in sorted({case["batch"] for case in cases if case["hot"] == hot}):
-            rows = [case for case in cases if case["hot"] == hot and case["batch"] == batch]
-            print(f"\nBatch {batch}{', hot' if hot else ''}; microseconds\n")
-            print(
-                "| m × n | "
-                + " | ".join(OURS)
-                + " | torch int4 | torch bf16 | read GB/s | of read, 2 / 4 bits | bf16 / 2, 4 bits |"
+    for hot, busy, batch in sorted({(case["hot"], case["busy"], case["batch"]) for case in cases}):
+        rows = [case for case in cases if (case["hot"], case["busy"], case["batch"]) == (hot, busy, batch)]
+        print(f"\nBatch {batch}{', hot' if hot else ''}{f', beside {busy} busy' if busy else ''}; microseconds\n")
+        print(
+            "| m × n | "
+            + " | ".join(OURS)
+            + " | torch int4 | torch bf16 | read GB/s | of read, 2 / 3 / 4 bits | bf16 / 2, 4 bits, trellis |"
+        )
+        print("|---" * (len(OURS) + 6) + "|")
+        for case in sorted(rows, key=lambda case: (case["m"] * case["n"], case["m"])):
+            cells = [f"{case[at + name]:.0f}" for name in (*OURS, "torch int4", "torch bf16")]
+            cells.append(f"{case[at + 'read GB/s']:.1f}")
+            cells.append(" / ".join(f"{case[f'{at}{bits} bits of read']:.2f}" for bits in (2, 3, 4)))
+            bf16 = case[at + "torch bf16"]
+            cells.append(
+                ", ".join(f"{bf16 / case[at + name]:.1f}×" for name in ("2 bits", "4 bits", "2 bits, trellis"))
             )
-            print("|---" * (len(OURS) + 6) + "|")
-            for case in sorted(rows, key=lambda case: (case["m"] * case["n"], case["m"])):
-                cells = [f"{case[at + name]:.0f}" for name in (*OURS, "torch int4", "torch bf16")]
-                cells.append(f"{case[at + 'read GB/s']:.1f}")
-                cells.append(f"{case[at + '2 bits of read']:.2f} / {case[at + '4 bits of read']:.2f}")
-                bf16 = case[at + "torch bf16"]
-                cells.append(f"{bf16 / case[at + '2 bits']:.1f}×, {bf16 / case[at + '4 bits']:.1f}×")
-                print(f"| {case['m']} × {case['n']} | " + " | ".join(cells) + " |")
+            print(f"| {case['m']} × {case['n']} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -153,6 +173,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="MxN …, instead of the models'")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 512])
     parser.add_argument("--hot", action="store_true")
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
     parser.add_argument("--seconds", type=float, default=3.0, help="of alternating rounds a case, five at least")
     parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
     parser.add_argument("--report", action="store_true")
@@ -168,11 +189,14 @@ def main() -> None:
     kernel = layer_kernel()
     for m, n in dict.fromkeys(shapes):
         for batch in args.batches:
-            path = args.out / f"{m}x{n}-{batch}{'-hot' if args.hot else ''}.json"
+            kind = f"{'-hot' if args.hot else ''}{f'-busy{args.busy}' if args.busy else ''}"
+            path = args.out / f"{m}x{n}-{batch}{kind}.json"
             if path.exists():
                 continue
-            found = measure(m, n, batch, args.hot, args.seconds)
-            case = {"m": m, "n": n, "batch": batch, "hot": args.hot, "threads": torch.get_num_threads()}
+            with others(args.busy):
+                found = measure(m, n, batch, args.hot, args.seconds)
+            case = {"m": m, "n": n, "batch": batch, "hot": args.hot, "busy": args.busy}
+            case |= {"threads": torch.get_num_threads(), "threads of process": len(os.listdir("/proc/self/task"))}
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps({**case, "kernel": kernel.name if kernel else None, **found}, indent=1))
             partial.rename(path)

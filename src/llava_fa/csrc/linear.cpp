@@ -2,6 +2,7 @@
 
 #include "linear.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -128,6 +129,7 @@ struct Call {
   int64_t element() const { return kind == 2 ? 4 : 2; }
   // Rows of R that one task takes.
   static constexpr int64_t RIGHT = 8;
+  int64_t block_codes() const { return job.state_bits ? job.words * 64 : job.units * job.code_bits * 64; }  // bytes
   int64_t first_tasks() const { return batch + (rank + RIGHT - 1) / RIGHT; }
 
   void transform(int64_t column, char* scratch) {
@@ -189,14 +191,21 @@ struct Call {
       else
         times_right(task - batch);
     }
+    // While another transforms x, the codes of this thread's first blocks come into its cache.
+    int64_t first = next_block.fetch_add(at_once), fetched = 0;
+    const uint8_t* codes = job.codes + first * block_codes();
+    const int64_t wanted = std::min(at_once, job.blocks - first) * block_codes();
     for (int64_t spins = 0; done.load(std::memory_order_acquire) < tasks; spins++) {
       if (failed) return;
-      if (spins > 1 << 12)
+      if (fetched < wanted)
+        for (const int64_t stop = fetched + 1024; fetched < stop && fetched < wanted; fetched += 64)
+          __builtin_prefetch(codes + fetched, 0, 2);
+      else if (spins > 1 << 14)  // longer than any transform takes: a thread that does one has no core
         std::this_thread::yield();
       else
         pause();
     }
-    for (int64_t first; (first = next_block.fetch_add(at_once)) < job.blocks;)
+    for (; first < job.blocks; first = next_block.fetch_add(at_once))
       rows(first, job.blocks - first < at_once ? job.blocks - first : at_once, reinterpret_cast<float*>(scratch),
            scratch + y_bytes);
   } catch (const std::bad_alloc&) {
@@ -233,7 +242,7 @@ int64_t run(Call& call, int64_t threads, Parallel parallel) {
   call.job.x_bias = call.x_bias;
   call.job.x_float = call.x_float;
   // Blocks at a time: few enough that all threads have some, and about 64 KB of codes for a thread to read on in.
-  const int64_t bytes = job.state_bits ? job.words * 64 : job.units * job.code_bits * 64;
+  const int64_t bytes = call.block_codes();
   int64_t at_once = bytes > 1 << 16 ? 1 : (1 << 16) / bytes;
   if (call.batch > 1 && at_once < 4) at_once = 4;  // x goes through the cache once for all of them
   if (at_once > 16) at_once = 16;

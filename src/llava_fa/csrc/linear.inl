@@ -245,6 +245,10 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
   Codes source;
   Codes::start(source, job);
   std::memset(y, 0, static_cast<size_t>(count * job.batch * ROWS) * sizeof(float));
+  if (job.batch == 1 && count > 1) {  // nothing to share: one block's points stay in the first-level cache, tables beside them
+    for (int64_t b = 0; b < count; b++) int8_blocks<Codes>(job, first + b, 1, y + b * ROWS, scratch);
+    return;
+  }
   for (int64_t group = 0; group < job.groups; group++) {
     const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
     for (int64_t b = 0; b < count; b++)
