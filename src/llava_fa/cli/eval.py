@@ -39,6 +39,10 @@ def evaluate(
     frames: Annotated[
         int | None, typer.Option(min=1, help="Of the task video: frames a clip is shown in. [default: 8]")
     ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Of mmhal: base URL of an OpenAI-compatible judge; answers are sent there.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Which model the judge is.")] = None,
     blank: Annotated[bool, typer.Option(help="Show a grey picture instead: what is known without looking.")] = False,
     visual_tokens: Annotated[str | None, typer.Option(help=VISUAL_TOKENS)] = None,
     batch_size: Annotated[
@@ -57,6 +61,10 @@ def evaluate(
         raise typer.BadParameter(f"{task} needs one", param_hint="--data" if data is None else "--out")
     if not generated and seed:
         raise typer.BadParameter(f"{task} has no seed", param_hint="--seed")
+    if task != "mmhal" and (judge or judge_model):
+        raise typer.BadParameter(f"{task} needs no judge", param_hint="--judge")
+    if (judge is None) != (judge_model is None):
+        raise typer.BadParameter("--judge and --judge-model go together", param_hint="--judge")
     if task != "video" and frames is not None:
         raise typer.BadParameter(f"{task} is not shown in frames of yours", param_hint="--frames")
     count, elastic = visual_tokens_option(visual_tokens)
@@ -67,6 +75,8 @@ def evaluate(
     options = {"limit": limit or GENERATED[task], "seed": seed} if generated else {}
     if task == "video":
         options = {"frames": frames or 8}
+    if task == "mmhal":
+        options = {"judge": judge, "judge_model": judge_model, "reviews": str(out / "reviews.jsonl") if out else None}
     with counting("answering") as progress:
         result = run(
             benchmark(task, data or Path(), **options),

@@ -23,6 +23,7 @@ WHERE = {
     "mmbench": "choice.MMBench",
     "mmbench-cn": "choice.MMBenchCN",
     "object-halbench": "captions.ObjectHalBench",
+    "mmhal": "judged.MMHalBench",
     "video": "video.Video",
 }
 """Name of a task → where its class is; looked up late, since commands list the names before anything heavy loads."""

@@ -28,6 +28,9 @@ SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 """The two instructions of LLaVA-1.5's evaluation (Liu et al. 2023, appendix)."""
 
+Reporter = Callable[[int, int], None]
+"""Called with (done, all)."""
+
 Picture = "Path | str | Image.Image"
 """A file, base64 text as in the TSV files, or a picture in memory."""
 
@@ -90,6 +93,12 @@ class Benchmark:
     def __init__(self, folder: Path, **options: Any) -> None:
         self.folder = folder
         self.options = options
+        self.progress: Reporter = lambda done, total: None
+        """Told of scoring that takes long."""
+
+    def asked_with(self) -> dict[str, Any]:
+        """The options that answers depend on: a run is continued only with the same."""
+        return self.options
 
     def read(self) -> list[Item]:
         """The questions, in the files' order.
@@ -263,6 +272,3 @@ def write_json_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def statistics_of(values: Sequence[float]) -> np.ndarray:
     """Statistics [units, 2] of a figure that is a mean: (value, 1) a unit."""
     return np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], axis=1).reshape(-1, 2)
-
-
-Reporter = Callable[[int, int], None]

@@ -82,7 +82,7 @@ def run(
         "blank": blank,
         "visual_tokens": "auto" if elastic else visual_tokens,
         "max_new_tokens": benchmark.max_new_tokens,
-        **benchmark.options,
+        **benchmark.asked_with(),
     }
     rows = _resume(out, settings, items) if out is not None else {}
     before = len(rows)
@@ -91,6 +91,7 @@ def run(
     if left:
         rows |= _ask(benchmark, load, left, out, blank, elastic, batch_size, lambda n: progress(before + n, len(items)))
     answers = [rows[item.id]["answer"] for item in items]
+    benchmark.progress = progress
     scored = benchmark.score(items, answers)
     result = {
         **settings,

@@ -29,7 +29,8 @@ class Video(Benchmark):
     """Clips as frames, evenly spaced: exact match with one of the answers given.
 
     ``questions.jsonl`` (or ``.json``) has a row a question: ``video`` (a folder of pictures, in the order of their
-    names, or a GIF or WebP), ``question``, and where it is to be scored ``answer``, one text or several; ``task`` groups.
+    names, or a GIF or WebP), ``question``, and where it is to be scored ``answer``, one text or several; ``task`` is
+    the part it counts to.
 
     Options: ``frames``, how many a clip is shown in.
     """
