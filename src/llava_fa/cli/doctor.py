@@ -36,10 +36,12 @@ def _show(found: dict[str, Any]) -> None:
         (f"layer, {dtype}", f"{layer['implementation']} ({layer['reason']}), {layer['activations']} activations")
         for dtype, layer in found["layer"].items()
     ]
-    worst = {
-        kind: max((check["error"] for check in found["checks"] if check["activations"] == kind), default=0.0)
-        for kind in ("exact", "int8")
-    }
+    gpu = found["gpu"]
+    on = f"{gpu['device']}: {gpu['implementation']} ({gpu['reason']})" if gpu["device"] else f"none ({gpu['reason']})"
+    lines.append(("GPU", f"{on}; Triton {gpu['triton'] or 'not installed'}"))
+    worst: dict[str, float] = {"exact": 0.0, "int8": 0.0}
+    for check in found["checks"]:
+        worst[check["activations"]] = max(worst.get(check["activations"], 0.0), check["error"])
     wrong = [
         f"{check['level']}, {check['codes']}, {check['activations']}" for check in found["checks"] if not check["ok"]
     ]
@@ -47,8 +49,8 @@ def _show(found: dict[str, Any]) -> None:
     lines.append(
         (
             "checks",
-            f"{len(found['checks'])} layers against float64: {verdict}; largest error {worst['exact']:.1e} exact, "
-            f"{worst['int8']:.1e} int8",
+            f"{len(found['checks'])} layers against float64: {verdict}; largest error "
+            + ", ".join(f"{error:.1e} {kind}" for kind, error in worst.items()),
         )
     )
     for name, text in lines:

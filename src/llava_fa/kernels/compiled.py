@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.errors import FourierError
-from llava_fa.kernels.interleaved import best_layout, interleave, is_interleaved
+from llava_fa.kernels.interleaved import as_stored, best_layout, interleave, is_interleaved
 
 SWITCH = "LLAVA_FA_ACTIVATIONS"
 """``int8`` or ``exact``: how T (x / s) enters the products; unset, as `exact_activations` says."""
@@ -83,7 +83,8 @@ def linear(
     if batch == 0:
         return out
     if not is_interleaved(codes):
-        codes = interleave(codes, best_layout(m, n, code_bits, state_bits))
+        layout = best_layout(m, n, code_bits, state_bits)
+        codes = interleave(as_stored(codes, layout), layout)
     half = x.dtype == torch.float16
     given = (x.to(torch.float32) if half else x).contiguous()
     made = out.to(torch.float32) if half else out

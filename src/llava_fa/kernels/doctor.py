@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from llava_fa import native
-from llava_fa.kernels import compiled, reference, registry
+from llava_fa.kernels import compiled, reference, registry, triton
 from llava_fa.kernels.interleaved import best_layout
 from llava_fa.maths.bitpack import pack
 from llava_fa.maths.dft import random_signs
 
-# Errors, relative to the largest output, above which a kernel is broken: float32's own, and that of int8.
-_EXACT, _INT8 = 1e-5, 0.05
+# Errors, relative to the largest output, above which a kernel is broken: float32's own, those of int8 and bf16.
+_EXACT, _INT8, _BF16 = 1e-5, 0.05, 0.02
 
 
 def diagnose() -> dict[str, Any]:
@@ -38,6 +38,9 @@ def diagnose() -> dict[str, Any]:
             "activations": "exact" if exact else "int8",
         }
     checks = list(_checks())
+    gpu = _gpu()
+    if gpu["implementation"] == "triton":
+        checks += _gpu_checks(torch.device("cuda"))
     return {
         "versions": {name: version(name) for name in ("llava-fa", "torch", "transformers")}
         | {"python": platform.python_version()},
@@ -51,6 +54,7 @@ def diagnose() -> dict[str, Any]:
             "layer": kernel.name if kernel else None,
         },
         "layer": layers,
+        "gpu": gpu,
         "checks": checks,
         "ok": all(check["ok"] for check in checks),
     }
@@ -63,27 +67,55 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _gpu() -> dict[str, Any]:
+    """The GPU, and what a packed layer runs there."""
+    found: dict[str, Any] = {"device": None, "triton": triton.triton_version(), "implementation": None}
+    if not torch.cuda.is_available():
+        return {**found, "reason": "torch sees no GPU"}
+    choice = registry.choose("best_linear", torch.empty(1, 2, dtype=torch.bfloat16, device="cuda"))
+    name = torch.cuda.get_device_name()
+    return {**found, "device": name, "implementation": choice.name, "reason": choice.reason}
+
+
+# Bits of a coefficient's code and of a trellis' window.
+_CODES = [*((bits, 0) for bits in range(2, 9)), (4, 12)]
+
+
+def _case(code_bits: int, state_bits: int) -> tuple[list[Any], Tensor, Tensor]:
+    """A small layer, as arguments of ``best_linear``; three inputs; what it should give, in float64."""
+    packed: list[Any] = [*_layer(40, 2 * 3 * 37, code_bits, state_bits), *[None] * 5, code_bits, state_bits]
+    x = torch.randn(3, 2 * 3 * 37, generator=torch.Generator().manual_seed(1)).bfloat16()
+    return packed, x, reference.best_linear(x.double(), *packed)
+
+
+def _check(codes: tuple[int, int], level: str, activations: str, got: Tensor, wanted: Tensor) -> dict[str, Any]:
+    error = float((got.double().cpu() - wanted).abs().max() / wanted.abs().max())
+    allowed = {"exact": _EXACT, "int8": _INT8, "bf16": _BF16}[activations]
+    name = f"trellis {codes[0]}" if codes[1] else f"rings {codes[0]}"
+    return {"codes": name, "level": level, "activations": activations, "error": error, "ok": error < allowed}
+
+
 def _checks() -> Iterator[dict[str, Any]]:
     """A small layer of every size of code through every build, against the definition in float64."""
-    for code_bits, state_bits in [(bits, 0) for bits in range(2, 9)] + [(4, 12)]:
-        stored = _layer(40, 2 * 3 * 37, code_bits, state_bits)
-        packed: Any = [*stored, None, None, None, None, None, code_bits, state_bits]
-        x = torch.randn(3, 2 * 3 * 37, generator=torch.Generator().manual_seed(1))
-        wanted = reference.best_linear(x.double(), *packed)
+    for code_bits, state_bits in _CODES:
+        packed, x, wanted = _case(code_bits, state_bits)
         for level in native.levels():
             for exact in (True, False):
                 with native.using(level):
                     if not exact and compiled.exact_activations(torch.bfloat16, native.layer_kernel()):
                         continue
-                    got = compiled.linear(*[x, *packed, exact])
-                error = float((got.double() - wanted).abs().max() / wanted.abs().max())
-                yield {
-                    "codes": f"trellis {code_bits}" if state_bits else f"rings {code_bits}",
-                    "level": level,
-                    "activations": "exact" if exact else "int8",
-                    "error": error,
-                    "ok": error < (_EXACT if exact else _INT8),
-                }
+                    got = compiled.linear(*[x.float(), *packed, exact])
+                yield _check((code_bits, state_bits), level, "exact" if exact else "int8", got, wanted)
+
+
+def _gpu_checks(device: torch.device) -> Iterator[dict[str, Any]]:
+    """The same through Triton: one input, and several by tensor cores."""
+    for codes in _CODES:
+        packed, x, wanted = _case(*codes)
+        moved = [value.to(device) if isinstance(value, Tensor) else value for value in packed]
+        one, several = triton.linear(x[:1].float().to(device), *moved), triton.linear(x.to(device), *moved)
+        yield _check(codes, "triton", "exact", one, wanted[:1])
+        yield _check(codes, "triton", "bf16", several, wanted)
 
 
 def _layer(m: int, n: int, code_bits: int, state_bits: int) -> tuple[Tensor, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.config import Codes
+from llava_fa.kernels import words
 from llava_fa.kernels.layout import Layout
 from llava_fa.maths.bitpack import pack, unpack
 
@@ -48,8 +49,15 @@ def interleaved_shape(layout: Layout) -> tuple[int, int, int]:
 
 
 def is_interleaved(codes: Tensor) -> bool:
-    """Whether these are interleaved codes, not stored ones."""
-    return codes.dim() == 3
+    """Whether these are interleaved codes, not stored ones or words."""
+    return codes.dim() == 3 and codes.dtype == torch.uint8
+
+
+def as_stored(codes: Tensor, layout: Layout) -> Tensor:
+    """Codes in any order → as stored, uint8 [m, bytes]."""
+    if words.is_words(codes):
+        return words.from_words(codes, layout)
+    return deinterleave(codes, layout) if is_interleaved(codes) else codes
 
 
 def interleave(codes: Tensor, layout: Layout) -> Tensor:

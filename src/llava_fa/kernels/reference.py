@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fa.kernels.interleaved import best_layout, deinterleave, is_interleaved
+from llava_fa.kernels.interleaved import as_stored, best_layout
 from llava_fa.maths.bitpack import packed_bytes, unpack, unpack_windows
 from llava_fa.maths.dft import packed_dft, packed_idft, padded
 from llava_fa.maths.polar import polar_dequant
@@ -178,15 +178,13 @@ def best_linear(
     """y = `best_matmul` + left (right x) + bias, rounded once: [..., n] → [..., m] in x's dtype.
 
     Args:
-        codes: as stored, or interleaved (`kernels.interleaved`).
+        codes: as stored, or in a kernel's order (`kernels.interleaved`, `kernels.words`).
         left, right, left_scale, right_scale: the low-rank part as stored, or None.
         bias: [m] or None.
         code_bits, state_bits: of the layout.
         Others: see `best_matmul`.
     """
-    if is_interleaved(codes):
-        m, n = row_scale.shape[0], x.shape[-1]
-        codes = deinterleave(codes, best_layout(m, n, code_bits, state_bits))
+    codes = as_stored(codes, best_layout(row_scale.shape[0], x.shape[-1], code_bits, state_bits))
     y = best_matmul(x, codes, row_scale, input_scale, signs, codebook, code_bits if state_bits else 0)
     if left is not None and right is not None:
         low, high = factor(right, right_scale, y.dtype, 0), factor(left, left_scale, y.dtype, 1)

@@ -8,7 +8,7 @@
 | ``llava_fa::best_linear``  | best_matmul + left (right x) + bias         | `reference.best_linear`  |
 
 All are linear in their first argument, and all but the last differentiable to it, any number of times; packed weights
-are data. The last is what inference runs where a compiled kernel serves; it has no gradient.
+are data. The last is what inference runs, by the compiled kernels on a CPU and by Triton on a GPU; it has no gradient.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from llava_fa import native
 from llava_fa.errors import FourierError
-from llava_fa.kernels import compiled, reference
-from llava_fa.kernels.interleaved import deinterleave, interleave, is_interleaved
+from llava_fa.kernels import compiled, reference, triton, words
+from llava_fa.kernels.interleaved import as_stored, interleave, is_interleaved
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.reference import factor, working_dtype
 
@@ -55,7 +55,7 @@ class Choice:
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
     op: {"reference": getattr(reference, op)} for op in _SCHEMAS
 }
-_IMPLEMENTATIONS["best_linear"]["compiled"] = compiled.linear
+_IMPLEMENTATIONS["best_linear"] |= {"compiled": compiled.linear, "triton": triton.linear}
 _forced: list[str] = []
 
 
@@ -69,6 +69,11 @@ def choose(op: str, x: Tensor) -> Choice:
                 f"{op} has no implementation {name!r}", remedy=f"There are {', '.join(sorted(available))}"
             )
         return Choice(name, "asked for by registry.use", available[name])
+    if "triton" in available and x.device.type == "cuda":
+        reason = triton.refusal(x)
+        if reason is not None:
+            return Choice("reference", reason, available["reference"])
+        return Choice("triton", f"Triton {triton.triton_version()} on {x.device}", available["triton"])
     if "compiled" in available:
         kernel = compiled.kernel_for(x)
         if kernel is None:
@@ -96,7 +101,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
 def _kernel(op: str) -> Callable[..., Tensor]:
     def run(x: Tensor, *args: Any) -> Tensor:
         chosen = choose(op, x)
-        if chosen.name == "compiled":
+        if chosen.name != "reference":
             return chosen.function(x, *args)
         with without_autocast(x.device.type):
             return chosen.function(x, *args)
@@ -168,10 +173,10 @@ for _op, _schema in _SCHEMAS.items():
 
 
 def apply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout: Layout) -> Tensor:
-    """`linear` for a layer that may hold interleaved codes: by ``best_linear`` unless a gradient is asked for.
+    """`linear` for a layer that may hold codes in a kernel's order: by ``best_linear`` unless a gradient is asked for.
 
     Args:
-        x: [..., n], floating. tensors: of the layout, codes as stored or interleaved. bias: [m] or None.
+        x: [..., n], floating. tensors: of the layout, codes as stored or in a kernel's order. bias: [m] or None.
     """
     if layout.method == "best" and not _gradient(x, bias):
         get = tensors.get
@@ -191,8 +196,7 @@ def apply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout:
             layout.state_bits,
         )
         return result
-    if is_interleaved(tensors["codes"]):
-        tensors = {**tensors, "codes": deinterleave(tensors["codes"], layout)}
+    tensors = {**tensors, "codes": as_stored(tensors["codes"], layout)}
     return linear(x, tensors, bias, *layout.op_bits)
 
 
@@ -200,10 +204,12 @@ def preferred(codes: Tensor, x: Tensor, bias: Tensor | None, layout: Layout) -> 
     """The codes in the order in which what `apply` runs for this input reads them: these, or converted."""
     if layout.method != "best" or torch.compiler.is_compiling() or type(codes) is not Tensor:
         return codes
-    wanted = not _gradient(x, bias) and choose("best_linear", x).name == "compiled"
-    if wanted == is_interleaved(codes):
-        return codes
-    return interleave(codes, layout) if wanted else deinterleave(codes, layout)
+    name = "reference" if _gradient(x, bias) else choose("best_linear", x).name
+    if name == "triton":
+        return codes if words.is_words(codes) else words.to_words(as_stored(codes, layout), layout)
+    if name == "compiled":
+        return codes if is_interleaved(codes) else interleave(as_stored(codes, layout), layout)
+    return as_stored(codes, layout)
 
 
 def direct(x: Tensor, bias: Tensor | None, layout: Layout) -> native.LayerKernel | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.kernels import compiled, registry
-from llava_fa.kernels.interleaved import deinterleave, interleave, is_interleaved
+from llava_fa.kernels.interleaved import as_stored, interleave, is_interleaved
 from llava_fa.kernels.layout import Layout
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class FourierLinear(Stored):
     The packed tensors are buffers under the names of `Layout.tensors`. Their dtypes are part of the format:
     ``.to(dtype)``, ``.half()`` and their like cast the bias and leave them alone, so a cast never changes W.
 
-    Where a compiled kernel runs, ``codes`` lie in the order it reads them from the first forward on
-    (`kernels.interleaved`; one copy, never two). `packed` and state dicts always have them as stored.
+    Where a kernel runs, ``codes`` lie in the order it reads them from the first forward on (`kernels.interleaved`
+    on a CPU, `kernels.words` on a GPU; one copy, never two). `packed` and state dicts always have them as stored.
 
     Args:
         layout: which tensors there are.
@@ -160,7 +160,7 @@ class FourierLinear(Stored):
         tensors = self._buffers
         codes, get = tensors["codes"], tensors.get
         if not is_interleaved(codes):
-            self.codes = codes = interleave(codes, self.layout)
+            self.codes = codes = interleave(as_stored(codes, self.layout), self.layout)
         return compiled.linear(
             x,
             codes,
@@ -183,12 +183,13 @@ class FourierLinear(Stored):
         return {name: self._buffers[name] for name in self._stored}
 
     def _stored_codes(self) -> Tensor:
-        return deinterleave(self.codes, self.layout) if is_interleaved(self.codes) else self.codes
+        return as_stored(self.codes, self.layout)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if is_interleaved(self.codes):
-            destination[prefix + "codes"] = self._stored_codes()
+        stored = self._stored_codes()
+        if stored is not self.codes:
+            destination[prefix + "codes"] = stored
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.codes = self._stored_codes()

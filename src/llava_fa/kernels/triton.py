@@ -1,0 +1,290 @@
+"""The packed layer on a GPU, through Triton: when it serves, and the call.
+
+Two launches for up to `_FEW` inputs: one transforms and begins the low-rank part (`triton_kernels.transform_kernel`), the
+other multiplies with the codes and finishes (`vector_kernel` for one input, `matrix_kernel` for more). Beyond that,
+or where the length has a large prime factor, torch.fft transforms. Nothing waits for the GPU: calls can be captured
+in a CUDA graph once each shape has run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_fa.errors import FourierError
+from llava_fa.kernels import words
+from llava_fa.kernels.interleaved import as_stored, best_layout
+from llava_fa.kernels.reference import factor, unpack_signs
+from llava_fa.maths.dft import packed_dft, padded
+
+SWITCH = "LLAVA_FA_TRITON"
+"""``off``: the reference on GPUs too."""
+_SERVED = (torch.bfloat16, torch.float16, torch.float32)
+# z is so many bf16 numbers for inputs of this dtype; float32 inputs keep it in float32.
+_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 1}
+# Inputs up to which the transform is a kernel of ours, and the longest of its two sums.
+_FEW, _LONGEST = 16, 256
+_OLDEST = (8, 0)
+
+
+# Stages: loads are fetched ahead in the source; Triton's pipeline would take the look-ups through shared memory.
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Numbers a kernel is compiled for: rows, inputs and units of a tile, warps; what `benchmarks/gpu.py` varies."""
+
+    rows: int
+    inputs: int
+    units: int
+    warps: int
+
+
+def tiles(m: int, batch: int, codes: int, units: int, dtype: torch.dtype) -> Tiles:
+    """The tile for a layer of m rows of so many units, each of so many codes."""
+    if batch == 1:
+        # Wide enough for few steps, without a last step that is mostly padding.
+        width = min((64, 128, 32, 16), key=lambda width: -(-units // width) * width)
+        rows = 16 if m >= 8192 else 8 if m >= 2048 else 4
+        return Tiles(min(rows, 128 // codes), 1, width, 4)  # registers: all codes of a unit are unrolled
+    if batch <= 16 or dtype == torch.float32:
+        return Tiles(64 if m >= 4096 else 32 if m >= 2048 else 16, 16, 32 if units > 16 else 16, 4)
+    return Tiles(128, 128, 32, 8) if batch > 64 else Tiles(64, 64, 32, 4)
+
+
+def triton_version() -> str | None:
+    """Of the installed Triton; None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+@cache
+def _unfit(device: torch.device) -> str | None:
+    if triton_version() is None:
+        return "Triton is not installed (pip install triton)"
+    if torch.version.hip:
+        return "the Triton kernels are made for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]} has no bf16 tensor cores"
+    return None
+
+
+def refusal(x: Tensor) -> str | None:
+    """Why these kernels do not multiply this input; None where they do.
+
+    Raises:
+        FourierError: `LLAVA_FA_TRITON` is neither unset nor ``off``.
+    """
+    asked = os.environ.get(SWITCH, "")
+    if asked not in ("", "off"):
+        raise FourierError(f"{SWITCH}={asked}", remedy="Give off, or unset it")
+    if asked:
+        return f"{SWITCH}=off"
+    if x.dtype not in _SERVED:
+        return f"the Triton kernels compute in float32, not in {x.dtype}"
+    return _unfit(x.device)
+
+
+def split(size: int) -> tuple[int, int] | None:
+    """N1 ≤ N2 with N1 N2 = size, as near to each other as can be; None if N2 would be longer than `_LONGEST`."""
+    first = math.isqrt(size)
+    while size % first:
+        first -= 1
+    return (first, size // first) if size // first <= _LONGEST else None
+
+
+@cache
+def _tables(first: int, second: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Roots of unity, as planes (re, im): w1[k1, n1], w2[n2, k2], twiddle[k1, n2] √(2 / N)."""
+
+    def roots(rows: int, columns: int, order: int, size: float = 1.0) -> Tensor:
+        product = torch.outer(torch.arange(rows), torch.arange(columns)) % order
+        angle = product.to(torch.float64) * (-2 * math.pi / order)
+        return (torch.stack([angle.cos(), angle.sin()]) * size).to(torch.float32).to(device)
+
+    size = first * second
+    return roots(first, first, first), roots(second, second, second), roots(first, second, size, math.sqrt(2 / size))
+
+
+def transform_tile(second: int) -> dict[str, int]:
+    """What `triton_kernels.transform_kernel` is compiled for, where its second sum has so many terms."""
+    width = max(16, 1 << (second - 1).bit_length())
+    large = width > 128
+    return {"BLOCK1": 16, "BLOCK2": width, "BLOCK_K": 16, "BLOCK_N": 1024, "num_warps": 8 if large else 4}
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    row_scale: Tensor,
+    input_scale: Tensor,
+    signs: Tensor,
+    codebook: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
+    bias: Tensor | None,
+    code_bits: int,
+    state_bits: int,
+    tile: Tiles | None = None,
+) -> Tensor:
+    """y = diag(row_scale) codebook[codes] T (x / s) + left (right x) + bias, rounded once, to x's dtype.
+
+    Args:
+        x: [..., n], bf16, f16 or float32.
+        codes: as `words.to_words` gives them, or in another order, which costs the conversion at every call.
+        left, right, left_scale, right_scale: the low-rank part as stored, or None.
+        bias: [m] or None.
+        code_bits, state_bits: of the layout.
+        tile: instead of what `tiles` says.
+
+    Returns:
+        [..., m] in x's dtype. One input is multiplied in float32; more of them with T (x / s) as one bf16 number (bf16
+        inputs), two (f16) or in float32 (float32), sums in float32. Source: docs/method.md, "Kernels".
+    """
+    m, n = row_scale.shape[0], x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], m)
+    batch = out.numel() // m
+    if batch == 0:
+        return out
+    if not words.is_words(codes):
+        layout = best_layout(m, n, code_bits, state_bits)
+        codes = words.to_words(as_stored(codes, layout), layout)
+    given = x.reshape(batch, n).contiguous()
+    tile = tile or tiles(m, batch, words.unit(code_bits)[0], codes.shape[2], x.dtype)
+    exact = batch == 1 or x.dtype == torch.float32
+    terms = 1 if exact else _TERMS[x.dtype]
+    guard: Any = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        low = x.new_empty(0, dtype=torch.float32)
+        rank = 0 if left is None else left.shape[1]
+        if rank:
+            low = x.new_empty(batch, rank, dtype=torch.float32)
+        z_type = torch.float32 if exact else torch.bfloat16
+        z = x.new_empty(terms, batch, -(-codes.shape[2] // 16), words.unit(code_bits)[0], 2, 16, dtype=z_type)
+        lengths = split(padded(n)) if batch <= _FEW else None
+        if lengths:
+            _transform(given, input_scale, signs, right, right_scale, left_scale, z, low, lengths)
+        else:
+            _transform_by_fft(given, input_scale, signs, z)
+            if right is not None:
+                torch.mm(given.to(torch.float32), factor(right, right_scale, torch.float32, 0).T, out=low)
+                if left_scale is not None:
+                    low *= left_scale
+        _multiply(out, codes, codebook, z, row_scale, left, low, bias, rank, batch, code_bits, state_bits, tile)
+    return out
+
+
+def _transform(
+    x: Tensor,
+    input_scale: Tensor,
+    signs: Tensor,
+    right: Tensor | None,
+    right_scale: Tensor | None,
+    left_scale: Tensor | None,
+    z: Tensor,
+    low: Tensor,
+    lengths: tuple[int, int],
+) -> None:
+    from llava_fa.kernels.triton_kernels import transform_kernel
+
+    rank = 0 if right is None else right.shape[0]
+    first, second = lengths
+    transform_kernel[(first + rank, x.shape[0])](
+        x,
+        input_scale,
+        signs,
+        *_tables(first, second, x.device),
+        z,
+        input_scale if right is None else right,
+        input_scale if right_scale is None else right_scale,
+        input_scale if left_scale is None else left_scale,
+        low,
+        x.shape[1],
+        first,
+        second,
+        z.shape[2],
+        rank,
+        x.shape[0],
+        CODES=z.shape[3],
+        TERMS=z.shape[0],
+        SCALED=right_scale is not None,
+        **transform_tile(second),
+        **OPTIONS,
+    )
+
+
+def _transform_by_fft(x: Tensor, input_scale: Tensor, signs: Tensor, z: Tensor) -> None:
+    terms, batch, blocks, codes, _, _ = z.shape
+    spectrum = packed_dft(x.to(torch.float32) / input_scale.to(torch.float32), unpack_signs(signs, x.shape[1]))
+    spectrum = torch.nn.functional.pad(spectrum, (0, 32 * codes * blocks - spectrum.shape[1]))
+    spectrum = spectrum.view(batch, blocks, 16, codes, 2).permute(0, 1, 3, 4, 2)
+    for term in range(terms):
+        z[term] = spectrum
+        if term + 1 < terms:
+            spectrum = spectrum - z[term]
+
+
+def _multiply(
+    out: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    z: Tensor,
+    row_scale: Tensor,
+    left: Tensor | None,
+    low: Tensor,
+    bias: Tensor | None,
+    rank: int,
+    batch: int,
+    code_bits: int,
+    state_bits: int,
+    tile: Tiles,
+) -> None:
+    from llava_fa.kernels.triton_kernels import matrix_kernel, vector_kernel
+
+    m = row_scale.shape[0]
+    tensors = (
+        out,
+        codes,
+        codebook.contiguous().view(torch.int32),
+        z,
+        row_scale,
+        row_scale if left is None else left,
+        low,
+        row_scale if bias is None else bias,
+    )
+    numbers: dict[str, Any] = {
+        "BITS": code_bits,
+        "WINDOW": state_bits or code_bits,
+        "CODES": z.shape[3],
+        "WORDS": codes.shape[1],
+        "LOW_RANK": rank > 0,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": tile.rows,
+        "BLOCK_U": tile.units,
+        "BLOCK_R": 16 if rank <= 16 else 32,
+        "num_warps": tile.warps,
+        **OPTIONS,
+    }
+    quads = codes.shape[2] // 4
+    grid = (-(-m // tile.rows), -(-batch // tile.inputs))
+    if batch == 1:
+        vector_kernel[grid[:1]](*tensors, m, quads, rank, **numbers)
+    else:
+        matrix_kernel[grid](*tensors, m, quads, rank, batch, z.shape[2], TERMS=z.shape[0], BLOCK_B=tile.inputs, **numbers)
