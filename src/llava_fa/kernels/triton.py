@@ -50,13 +50,13 @@ class Tiles:
     warps: int
 
 
-def tiles(m: int, batch: int, codes: int, units: int, dtype: torch.dtype) -> Tiles:
-    """The tile for a layer of m rows of so many units, each of so many codes."""
+def tiles(m: int, batch: int, units: int, dtype: torch.dtype) -> Tiles:
+    """The tile for a layer of m rows of so many units."""
     if batch == 1:
         # Wide enough for few steps, without a last step that is mostly padding.
         width = min((64, 128, 32, 16), key=lambda width: -(-units // width) * width)
         rows = 16 if m >= 8192 else 8 if m >= 2048 else 4
-        return Tiles(min(rows, 128 // codes), 1, width, 4)  # registers: all codes of a unit are unrolled
+        return Tiles(rows, 1, width, 4)
     if batch <= 16 or dtype == torch.float32:
         return Tiles(64 if m >= 4096 else 32 if m >= 2048 else 16, 16, 32 if units > 16 else 16, 4)
     return Tiles(128, 128, 32, 8) if batch > 64 else Tiles(64, 64, 32, 4)
@@ -167,7 +167,7 @@ def linear(
         layout = best_layout(m, n, code_bits, state_bits)
         codes = words.to_words(as_stored(codes, layout), layout)
     given = x.reshape(batch, n).contiguous()
-    tile = tile or tiles(m, batch, words.unit(code_bits)[0], codes.shape[2], x.dtype)
+    tile = tile or tiles(m, batch, codes.shape[2], x.dtype)
     exact = batch == 1 or x.dtype == torch.float32
     terms = 1 if exact else _TERMS[x.dtype]
     guard: Any = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

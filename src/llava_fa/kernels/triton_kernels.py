@@ -130,14 +130,10 @@ def transform_kernel(
 
 
 @triton.jit
-def load_high(
-    at, start, mask, mask_next, units, v: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr
-):
-    """The word after word v of a unit: the next, or for trellis codes the first of the next unit."""
-    if v + 1 < WORDS:
-        high = tl.load(at + start + (v + 1) * units, mask=mask, other=0)
-    elif WINDOW > BITS:
-        high = tl.load(at + start + 1, mask=mask_next, other=0)
+def load_high(at, start, mask, BITS: tl.constexpr, WINDOW: tl.constexpr):
+    """The first word of the next unit, into which trellis codes reach."""
+    if WINDOW > BITS:
+        high = tl.load(at + start + 1, mask=mask, other=0)
     else:
         high = tl.zeros(at.shape, tl.int32)  # no code reaches there
     return high
@@ -151,6 +147,31 @@ def look_up(points, low, high, SHIFT: tl.constexpr, WINDOW: tl.constexpr):
     else:
         code = ((low >> SHIFT) & ((1 << (32 - SHIFT)) - 1)) | ((high << (32 - SHIFT)) & ((1 << WINDOW) - 1))
     return tl.load(points + code)
+
+
+@triton.jit
+def look_up_at(
+    points, at, mask, mask_next, units, j, WORDS: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr
+):
+    """The same for a code known at run time: its words are read again, but a unit of 32 codes need not be unrolled."""
+    bit = tl.zeros([1, 1], tl.int32) + j * BITS
+    v = bit // 32
+    shift = bit % 32
+    low = tl.load(at + v * units, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    last = v + 1 == WORDS
+    inside = (last & mask_next) | ((v + 1 < WORDS) & mask)
+    high = tl.load(at + tl.where(last, 1, (v + 1) * units), mask=inside & (shift + WINDOW > 32), other=0).to(tl.uint32, bitcast=True)
+    code = ((low >> shift) | ((high << 1) << (31 - shift))) & ((1 << WINDOW) - 1)
+    return tl.load(points + code.to(tl.int32))
+
+
+@triton.jit
+def part_of(point, IMAG: tl.constexpr, kind: tl.constexpr):
+    """The real or imaginary number of a point, as bf16 or float32."""
+    if kind == tl.float32:
+        return ((point & -65536) if IMAG else (point << 16)).to(tl.float32, bitcast=True)
+    else:
+        return ((point >> 16) if IMAG else point).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -185,23 +206,25 @@ def vector_kernel(
     ahead = tl.load(at, mask=(rows < m)[:, None] & (u < units)[None, :], other=0)
     for start in range(0, units, BLOCK_U):
         word = ahead
-        ahead = tl.load(
-            at + start + BLOCK_U, mask=(rows < m)[:, None] & (start + BLOCK_U + u < units)[None, :], other=0
-        )
+        if WORDS == 1:
+            ahead = tl.load(
+                at + start + BLOCK_U, mask=(rows < m)[:, None] & (start + BLOCK_U + u < units)[None, :], other=0
+            )
         mask_u = start + u < units
         here = z + place(start + u, CODES)
         mask = (rows < m)[:, None] & mask_u[None, :]
         mask_next = (rows < m)[:, None] & (start + u + 1 < units)[None, :]
-        for v in tl.static_range(WORDS):
-            high = load_high(at, start, mask, mask_next, units, v, WORDS, BITS, WINDOW)
+        if WORDS == 1:
+            high = load_high(at, start, mask_next, BITS, WINDOW)
             for j in tl.static_range(CODES):
-                if j * BITS // 32 == v:
-                    point = look_up(points, word, high, j * BITS % 32, WINDOW)
-                    z_re = tl.load(here + 32 * j, mask=mask_u, other=0.0)
-                    z_im = tl.load(here + 32 * j + 16, mask=mask_u, other=0.0)
-                    total += (point << 16).to(tl.float32, bitcast=True) * z_re[None, :]
-                    total += (point & -65536).to(tl.float32, bitcast=True) * z_im[None, :]
-            word = high
+                point = look_up(points, word, high, j * BITS, WINDOW)
+                total += part_of(point, 0, tl.float32) * tl.load(here + 32 * j, mask=mask_u, other=0.0)[None, :]
+                total += part_of(point, 1, tl.float32) * tl.load(here + 32 * j + 16, mask=mask_u, other=0.0)[None, :]
+        else:
+            for j in range(CODES):
+                point = look_up_at(points, at + start, mask, mask_next, units, j, WORDS, BITS, WINDOW)
+                total += part_of(point, 0, tl.float32) * tl.load(here + 32 * j, mask=mask_u, other=0.0)[None, :]
+                total += part_of(point, 1, tl.float32) * tl.load(here + 32 * j + 16, mask=mask_u, other=0.0)[None, :]
     out = tl.sum(total, axis=1) * tl.load(row_scale + rows, mask=rows < m, other=0.0).to(tl.float32)
     if LOW_RANK:
         part = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -214,15 +237,6 @@ def vector_kernel(
     if HAS_BIAS:
         out += tl.load(bias + rows, mask=rows < m, other=0.0).to(tl.float32)
     tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < m)
-
-
-@triton.jit
-def part_of(point, IMAG: tl.constexpr, kind: tl.constexpr):
-    """The real or imaginary number of a point, as bf16 or float32."""
-    if kind == tl.float32:
-        return ((point & -65536) if IMAG else (point << 16)).to(tl.float32, bitcast=True)
-    else:
-        return ((point >> 16) if IMAG else point).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -273,23 +287,27 @@ def matrix_kernel(
     ahead = tl.load(at, mask=(rows < m)[:, None] & (u < units)[None, :], other=0)
     for start in range(0, units, BLOCK_U):
         word = ahead
-        ahead = tl.load(
-            at + start + BLOCK_U, mask=(rows < m)[:, None] & (start + BLOCK_U + u < units)[None, :], other=0
-        )
+        if WORDS == 1:
+            ahead = tl.load(
+                at + start + BLOCK_U, mask=(rows < m)[:, None] & (start + BLOCK_U + u < units)[None, :], other=0
+            )
         mask = (rows < m)[:, None] & (start + u < units)[None, :]
         mask_next = (rows < m)[:, None] & (start + u + 1 < units)[None, :]
         z_at = b[None, :] * numbers + place(start + u, CODES)[:, None]
         z_mask = (b < batch)[None, :] & (start + u < units)[:, None]
-        for v in tl.static_range(WORDS):
-            high = load_high(at, start, mask, mask_next, units, v, WORDS, BITS, WINDOW)
+        if WORDS == 1:
+            high = load_high(at, start, mask_next, BITS, WINDOW)
             for j in tl.static_range(CODES):
-                if j * BITS // 32 == v:
-                    point = look_up(points, word, high, j * BITS % 32, WINDOW)
-                    for part in tl.static_range(2):
-                        weight = part_of(point, part == 1, kind)
-                        here = z_at + (32 * j + 16 * part)
-                        total = multiply(total, weight, z, here, z_mask, batch * numbers, TERMS)
-            word = high
+                point = look_up(points, word, high, j * BITS, WINDOW)
+                for part in tl.static_range(2):
+                    weight = part_of(point, part, kind)
+                    total = multiply(total, weight, z, z_at + (32 * j + 16 * part), z_mask, batch * numbers, TERMS)
+        else:
+            for j in range(CODES):
+                point = look_up_at(points, at + start, mask, mask_next, units, j, WORDS, BITS, WINDOW)
+                for part in tl.static_range(2):
+                    weight = part_of(point, part, kind)
+                    total = multiply(total, weight, z, z_at + (32 * j + 16 * part), z_mask, batch * numbers, TERMS)
     total = total * tl.load(row_scale + rows, mask=rows < m, other=0.0).to(tl.float32)[:, None]
     if LOW_RANK:
         for start in range(0, rank, BLOCK_R):

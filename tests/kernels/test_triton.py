@@ -1,0 +1,183 @@
+"""The GPU's kernels under Triton's interpreter: as accurate as PyTorch at the same dtype, whatever the shape and codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton_interpreter  # noqa: F401  (skips this file, or interprets what follows)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_layers import LAYOUTS, best, exact_weight, layout_id, random_tensors, trellis
+from torch import nn
+
+from llava_fa import FourierError, FourierLinear
+from llava_fa.kernels import doctor, registry, triton, words
+from llava_fa.kernels.interleaved import interleave
+from llava_fa.kernels.layout import Layout
+from llava_fa.maths.trellis import STATE_BITS
+
+BEST = [layout for layout in LAYOUTS if layout.method == "best"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def run(layout: Layout, tensors, x, bias=None, codes=None, tile=None):
+    factors = [tensors.get(name) for name in ("left", "right", "left_scale", "right_scale")]
+    stored = [tensors[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
+    codes = words.to_words(tensors["codes"], layout) if codes is None else codes
+    return triton.linear(x, codes, *stored, *factors, bias, layout.code_bits, layout.state_bits, tile)
+
+
+def check(layout: Layout, batch: int, dtype: torch.dtype, with_bias: bool = True, tile=None) -> None:
+    """Norm of the error at most twice that of PyTorch's layer with the dequantised weight, and a few ulp of float32."""
+    tensors = random_tensors(layout, seed=layout.out_features)
+    generator = torch.Generator().manual_seed(layout.in_features)
+    x = torch.randn(batch, layout.in_features, generator=generator).to(dtype)
+    bias = torch.linspace(-1, 1, layout.out_features).to(dtype) if with_bias else None
+    weight = exact_weight(layout, tensors)
+    wanted = nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+    torchs = nn.functional.linear(x, weight.to(dtype), bias)
+    ours = run(layout, tensors, x, bias, tile=tile)
+    assert ours.dtype == dtype
+    size = max(1.0, float(wanted.abs().max())) * wanted.numel() ** 0.5
+    assert (ours.double() - wanted).norm() <= 2 * (torchs.double() - wanted).norm() + 1e-6 * size
+
+
+@pytest.mark.parametrize("layout", BEST, ids=layout_id)
+@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_accurate_as_torch(layout, batch, dtype):
+    check(layout, batch, dtype)
+
+
+# Two sums up to 256 terms each; torch.fft where a factor is larger (2 · 499), and an odd n has a zero behind it.
+@pytest.mark.parametrize("n", [37 * 16, 43 * 8, 19 * 32, 2 * 3 * 5 * 7, 998, 511, 1, 2, 31])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_lengths_of_the_transform(n, batch):
+    assert (triton.split(n + n % 2) is None) == (n == 998)
+    check(best(20, n, 8), batch, torch.float32)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 90),
+    n=st.integers(1, 300),
+    bits=st.integers(2, 8),
+    batch=st.sampled_from([1, 2, 3, 16, 17, 40, 70]),
+    rank=st.integers(0, 40),
+    factors=st.sampled_from(["int8", "bf16"]),
+    is_trellis=st.booleans(),
+    with_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(m, n, bits, batch, rank, factors, is_trellis, with_bias, dtype):
+    rank = min(rank, m, n)
+    layout = trellis(m, n, bits, STATE_BITS, rank) if is_trellis else best(m, n, bits, rank, factors)
+    check(layout, batch, dtype, with_bias)
+
+
+@pytest.mark.parametrize("layout", [best(70, 500, 8, rank=20), trellis(70, 400, 3)], ids=layout_id)
+@pytest.mark.parametrize(
+    ("batch", "tile"),
+    [
+        (1, triton.Tiles(16, 1, 32, 4)),
+        (1, triton.Tiles(4, 1, 16, 4)),
+        (5, triton.Tiles(16, 16, 16, 4)),
+        (40, triton.Tiles(64, 32, 32, 4)),
+    ],
+)
+def test_any_tile(layout, batch, tile):
+    check(layout, batch, torch.bfloat16, tile=tile)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in BEST if layout.in_features > 1], ids=layout_id)
+def test_words_are_the_stored_codes_in_another_order(layout):
+    tensors = random_tensors(layout)
+    made = words.to_words(tensors["codes"], layout)
+    assert made.dtype == torch.int32
+    assert tuple(made.shape) == (layout.out_features, words.unit(layout.code_bits)[1], words.units(layout))
+    assert torch.equal(words.from_words(made, layout), tensors["codes"])
+
+
+def test_the_op_takes_every_order():
+    layout = best(24, 64, 6)
+    tensors, x = random_tensors(layout), torch.randn(2, 64)
+    wanted = run(layout, tensors, x)
+    for codes in (tensors["codes"], interleave(tensors["codes"], layout)):
+        assert torch.equal(run(layout, tensors, x, codes=codes), wanted)
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (2, 1, 3)], ids=str)
+def test_leading_shapes_and_strides(lead):
+    layout = best(24, 32, 4, rank=3)
+    tensors = random_tensors(layout)
+    wide = torch.randn(*lead, 64).bfloat16()
+    y = run(layout, tensors, wide[..., ::2])
+    assert y.shape == (*lead, 24)
+    assert torch.equal(y, run(layout, tensors, wide[..., ::2].contiguous()))
+    if lead == (2, 1, 3):
+        turned = wide[..., :32].transpose(0, 2)
+        assert torch.equal(run(layout, tensors, turned), run(layout, tensors, wide[..., :32]).transpose(0, 2))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", [best(24, 64, 4, rank=2), trellis(24, 64, 5)], ids=layout_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, of the interpreter
+def test_what_is_not_a_number_propagates_and_stays_in_its_row(layout, bad, dtype):
+    tensors, x = random_tensors(layout), torch.randn(3, 64).to(dtype)
+    clean = run(layout, tensors, x)
+    x[1, 5] = bad
+    y = run(layout, tensors, x)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    assert not run(layout, tensors, x[1]).isfinite().any()
+
+
+def test_a_layer_runs_it_and_shows_its_codes_as_stored():
+    layout = best(24, 64, 3, rank=2)
+    tensors, x = random_tensors(layout), torch.randn(2, 64)
+    layer = FourierLinear.from_tensors(layout, tensors, torch.ones(24))
+    with torch.no_grad():
+        plain = layer(x)
+        with registry.use("triton"):
+            ours = layer(x)
+            assert words.is_words(layer.codes)
+            assert torch.equal(ours, layer(x))
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+        assert torch.equal(layer.packed()["codes"], tensors["codes"])
+        assert torch.equal(layer.state_dict()["codes"], tensors["codes"])
+        assert torch.equal(layer(x), plain)  # and back, to whatever serves here
+    with registry.use("triton"), torch.no_grad():
+        layer(x)
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.codes, tensors["codes"])
+    x.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(2, 64))
+
+
+def test_opcheck():
+    layout = best(7, 33, 5, rank=2)
+    tensors = random_tensors(layout)
+    stored = [tensors[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
+    factors = [tensors.get(name) for name in ("left", "right", "left_scale", "right_scale")]
+    args = (torch.randn(2, 33), words.to_words(tensors["codes"], layout), *stored, *factors, None, 5, 0)
+    with registry.use("triton"):
+        torch.library.opcheck(torch.ops.llava_fa.best_linear.default, args)
+
+
+def test_doctor_finds_every_size_of_code_right():
+    checks = list(doctor._gpu_checks(torch.device("cpu")))
+    assert len(checks) == 16
+    assert all(check["ok"] for check in checks), checks
+    assert max(check["error"] for check in checks) > 0
+
+
+def test_the_switch(monkeypatch):
+    monkeypatch.setenv(triton.SWITCH, "off")
+    assert triton.refusal(torch.zeros(1)) == "LLAVA_FA_TRITON=off"
+    monkeypatch.setenv(triton.SWITCH, "on")
+    with pytest.raises(FourierError, match=r"LLAVA_FA_TRITON=on.*off"):
+        triton.refusal(torch.zeros(1))
+    monkeypatch.delenv(triton.SWITCH)
+    assert "not in torch.float64" in triton.refusal(torch.zeros(1).double())
