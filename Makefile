@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+TRITON := .venv-triton
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all lint format bench docs clean native
+.PHONY: setup demo test test-all test-triton lint format bench docs clean native
 
 setup: $(VENV)/.ready
 
@@ -26,6 +27,17 @@ test: setup
 
 test-all: setup lint
 	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800
+
+# Triton is 1 GB that CPUs have no use for, and its interpreter must be asked for before it is imported: apart.
+test-triton: $(TRITON)/.ready
+	TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest tests/kernels/test_triton.py
+	$(TRITON)/bin/python -m pytest tests/kernels/test_triton_compiles.py
+
+$(TRITON)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/llava_fa/csrc/*)
+	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gpu]'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -56,4 +68,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/ll
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo-out build dist src/llava_fa/*.so
+	rm -rf $(VENV) $(PEERS) $(TRITON) demo-out build dist src/llava_fa/*.so

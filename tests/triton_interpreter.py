@@ -1,4 +1,4 @@
-"""Triton's interpreter, with bf16 as GPUs have it: it truncates where they round, and multiplies the bits, not the numbers.
+"""Triton's interpreter, with bf16 as on GPUs: it truncates where they round, and multiplies bits, not numbers.
 
 Skips the test file that imports it where there is no Triton, or one that was imported to compile: `make test-triton`.
 """

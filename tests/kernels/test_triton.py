@@ -1,4 +1,4 @@
-"""The GPU's kernels under Triton's interpreter: as accurate as PyTorch at the same dtype, whatever the shape and codes."""
+"""The GPU's kernels under Triton's interpreter: as accurate as PyTorch at the same dtype, whatever shape and codes."""
 
 from __future__ import annotations
 
@@ -43,26 +43,27 @@ def check(layout: Layout, batch: int, dtype: torch.dtype, with_bias: bool = True
 
 
 @pytest.mark.parametrize("layout", BEST, ids=layout_id)
-@pytest.mark.parametrize("batch", [1, 3, 17])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "dtype"), [(1, torch.float32), (3, torch.bfloat16), (17, torch.float16)], ids=lambda value: str(value)
+)
 def test_as_accurate_as_torch(layout, batch, dtype):
     check(layout, batch, dtype)
 
 
 # Two sums up to 256 terms each; torch.fft where a factor is larger (2 · 499), and an odd n has a zero behind it.
-@pytest.mark.parametrize("n", [37 * 16, 43 * 8, 19 * 32, 2 * 3 * 5 * 7, 998, 511, 1, 2, 31])
+@pytest.mark.parametrize("n", [37 * 8, 43 * 4, 19 * 16, 998, 511, 1, 2, 31])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_lengths_of_the_transform(n, batch):
     assert (triton.split(n + n % 2) is None) == (n == 998)
     check(best(20, n, 8), batch, torch.float32)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
-    m=st.integers(1, 90),
-    n=st.integers(1, 300),
+    m=st.integers(1, 70),
+    n=st.integers(1, 200),
     bits=st.integers(2, 8),
-    batch=st.sampled_from([1, 2, 3, 16, 17, 40, 70]),
+    batch=st.sampled_from([1, 2, 16, 17, 70]),
     rank=st.integers(0, 40),
     factors=st.sampled_from(["int8", "bf16"]),
     is_trellis=st.booleans(),
@@ -75,7 +76,7 @@ def test_any_shape(m, n, bits, batch, rank, factors, is_trellis, with_bias, dtyp
     check(layout, batch, dtype, with_bias)
 
 
-@pytest.mark.parametrize("layout", [best(70, 500, 8, rank=20), trellis(70, 400, 3)], ids=layout_id)
+@pytest.mark.parametrize("layout", [best(40, 300, 8, rank=20), trellis(40, 200, 3)], ids=layout_id)
 @pytest.mark.parametrize(
     ("batch", "tile"),
     [
@@ -120,11 +121,11 @@ def test_leading_shapes_and_strides(lead):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("layout", [best(24, 64, 4, rank=2), trellis(24, 64, 5)], ids=layout_id)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [best(8, 64, 4, rank=2), trellis(8, 32, 5)], ids=layout_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, of the interpreter
 def test_what_is_not_a_number_propagates_and_stays_in_its_row(layout, bad, dtype):
-    tensors, x = random_tensors(layout), torch.randn(3, 64).to(dtype)
+    tensors, x = random_tensors(layout), torch.randn(3, layout.in_features).to(dtype)
     clean = run(layout, tensors, x)
     x[1, 5] = bad
     y = run(layout, tensors, x)

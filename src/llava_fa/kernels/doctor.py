@@ -112,7 +112,7 @@ def _gpu_checks(device: torch.device) -> Iterator[dict[str, Any]]:
     """The same through Triton: one input, and several by tensor cores."""
     for codes in _CODES:
         packed, x, wanted = _case(*codes)
-        moved = [value.to(device) if isinstance(value, Tensor) else value for value in packed]
+        moved: list[Any] = [value.to(device) if isinstance(value, Tensor) else value for value in packed]
         one, several = triton.linear(x[:1].float().to(device), *moved), triton.linear(x.to(device), *moved)
         yield _check(codes, "triton", "exact", one, wanted[:1])
         yield _check(codes, "triton", "bf16", several, wanted)

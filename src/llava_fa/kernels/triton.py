@@ -1,7 +1,7 @@
 """The packed layer on a GPU, through Triton: when it serves, and the call.
 
-Two launches for up to `_FEW` inputs: one transforms and begins the low-rank part (`triton_kernels.transform_kernel`), the
-other multiplies with the codes and finishes (`vector_kernel` for one input, `matrix_kernel` for more). Beyond that,
+Two launches for up to `_FEW` inputs: one transforms and begins the low-rank part (`triton_kernels.transform_kernel`),
+the other multiplies with the codes and finishes (`vector_kernel` for one input, `matrix_kernel` for more). Beyond that,
 or where the length has a large prime factor, torch.fft transforms. Nothing waits for the GPU: calls can be captured
 in a CUDA graph once each shape has run.
 """
@@ -287,4 +287,6 @@ def _multiply(
     if batch == 1:
         vector_kernel[grid[:1]](*tensors, m, quads, rank, **numbers)
     else:
-        matrix_kernel[grid](*tensors, m, quads, rank, batch, z.shape[2], TERMS=z.shape[0], BLOCK_B=tile.inputs, **numbers)
+        matrix_kernel[grid](
+            *tensors, m, quads, rank, batch, z.shape[2], TERMS=z.shape[0], BLOCK_B=tile.inputs, **numbers
+        )

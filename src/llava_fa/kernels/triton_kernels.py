@@ -2,8 +2,8 @@
 
 Codes come in the order of `kernels.words`: [m, WORDS, units]. The transformed inputs z come in the same units, by 16:
 z[TERMS, batch, blocks, CODES, 2, 16] holds, of coefficient (16 block + i) CODES + j, the real (0) or imaginary part (1)
-of T (x / s). So what belongs to code j of the units of a tile lies side by side, whatever the bits of a code: shifts and
-offsets are compile-time constants, and nothing is interleaved or transposed in registers.
+of T (x / s). So what belongs to code j of the units of a tile lies side by side, whatever the bits of a code: shifts
+and offsets are compile-time constants, and nothing is interleaved or transposed in registers.
 
 A point is one 32-bit word, two bf16 numbers. They are exact in a bf16 tensor-core product; z is, as TERMS bf16 numbers
 whose sum it is: 1 for bf16 inputs (z is rounded as a bf16 layer's input is), 2 for f16.
@@ -64,7 +64,7 @@ def transform_kernel(
 
         Y[n2] = Σ_n1 (σ x / s)[n1 N2 + n2] w1[k1, n1],     X[k1 + N1 k2] = Σ_n2 Y[n2] twiddle[k1, n2] w2[n2, k2]
 
-    written as packed coefficients into z. Programs k1 ≥ N1: entry k1 - N1 of (scales · right x), into low [batch, rank].
+    written as packed coefficients into z. Programs k1 ≥ N1: entry k1 - N1 of (scales · right x), into low.
     """
     k1 = tl.program_id(0)
     row = tl.program_id(1)
@@ -132,7 +132,7 @@ def transform_kernel(
 @triton.jit
 def load_high(at, start, mask, BITS: tl.constexpr, WINDOW: tl.constexpr):
     """The first word of the next unit, into which trellis codes reach."""
-    if WINDOW > BITS:
+    if WINDOW > BITS:  # noqa: SIM108
         high = tl.load(at + start + 1, mask=mask, other=0)
     else:
         high = tl.zeros(at.shape, tl.int32)  # no code reaches there
@@ -150,9 +150,7 @@ def look_up(points, low, high, SHIFT: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def look_up_at(
-    points, at, mask, mask_next, units, j, WORDS: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr
-):
+def look_up_at(points, at, mask, mask_next, units, j, WORDS: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr):
     """The same for a code known at run time: its words are read again, but a unit of 32 codes need not be unrolled."""
     bit = tl.zeros([1, 1], tl.int32) + j * BITS
     v = bit // 32
@@ -160,7 +158,8 @@ def look_up_at(
     low = tl.load(at + v * units, mask=mask, other=0).to(tl.uint32, bitcast=True)
     last = v + 1 == WORDS
     inside = (last & mask_next) | ((v + 1 < WORDS) & mask)
-    high = tl.load(at + tl.where(last, 1, (v + 1) * units), mask=inside & (shift + WINDOW > 32), other=0).to(tl.uint32, bitcast=True)
+    wanted = inside & (shift + WINDOW > 32)
+    high = tl.load(at + tl.where(last, 1, (v + 1) * units), mask=wanted, other=0).to(tl.uint32, bitcast=True)
     code = ((low >> shift) | ((high << 1) << (31 - shift))) & ((1 << WINDOW) - 1)
     return tl.load(points + code.to(tl.int32))
 
@@ -275,7 +274,7 @@ def matrix_kernel(
     BLOCK_U: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The same for BLOCK_M rows and BLOCK_B inputs: tiles of points, decoded in registers, into tl.dot; y [batch, m]."""
+    """The same for BLOCK_M rows and BLOCK_B inputs: tiles of points, decoded in registers, into tl.dot."""
     units = quads * 4
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)

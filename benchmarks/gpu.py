@@ -1,0 +1,301 @@
+"""How right and how fast one packed layer is on a GPU, against torch's bf16 layer and the memory's own speed.
+
+    PYTHONPATH=src python3 benchmarks/gpu.py [--out runs/gpu.jsonl] [--seconds 240] [--sweep]
+    PYTHONPATH=src python3 benchmarks/gpu.py --compile      # no GPU needed: registers, spills, shared memory per kernel
+
+With a GPU: first every size of code, batch and dtype on small odd shapes against float64; then times. Every contender has
+copies of its weights that together exceed twice the second-level cache, all calls of a round are captured in one CUDA
+graph (launches cost what they cost inside one), and CUDA events time replays, alternating between contenders; figures
+are medians. *of copy* is the time that copying a layer's bytes (each read once and written once, so half the moved
+bytes are counted twice) would take at the measured copy bandwidth over the time of the layer, transform included; *eager* is a
+call from Python, launches included. --sweep tries other tiles. Cases run until --seconds are over, those of
+the goals first. One JSON object a line into --out. Prints the tables of docs/results.md, "Kernels on a GPU".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_fa.kernels import doctor, registry, triton, words
+from llava_fa.kernels.interleaved import best_layout
+from llava_fa.maths.polar import ring_codebook
+from llava_fa.maths.trellis import STATE_BITS, trellis_points
+
+SHAPES = [(18944, 3584), (3584, 18944), (4096, 4096), (14336, 4096), (4096, 14336), (3584, 3584), (512, 3584)]
+SHAPES += [(8960, 1536), (1536, 8960), (16384, 6144), (6144, 16384), (4096, 1024)]
+OURS = {"4 bits": (8, 0), "2 bits": (4, 0), "3 bits": (6, 0), "2.5 bits": (5, 0), "2 bits, trellis": (4, STATE_BITS)}
+# (m, n), batch, contender, at least this share of the copy bandwidth, at least so many times bf16.
+GOALS = [((18944, 3584), 1, "4 bits", 0.6, 2.5), ((18944, 3584), 16, "4 bits", 0.0, 1.5)]
+Call = Callable[[int], object]
+
+
+def cache_bytes() -> int:
+    return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20))
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written per second of a device-to-device copy of 2 GB."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    to = torch.empty_like(source)
+    times = [elapsed(lambda: to.copy_(source)) for _ in range(12)]
+    return 2 * source.numel() / (statistics.median(times[2:]) * 1e-6)
+
+
+def elapsed(run: Callable[[], object]) -> float:
+    """Microseconds between two CUDA events around it."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e3
+
+
+def graph_of(call: Call, calls: int) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(3):
+            call(i)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    return graph
+
+
+def packed(
+    m: int, n: int, x: torch.Tensor, bits: int, state: int, tile: triton.Tiles | None = None
+) -> tuple[Call, int]:
+    layout = best_layout(m, n, bits, state)
+    shape = (m, words.unit(bits)[1], words.units(layout))
+    first = torch.randint(-(1 << 31), (1 << 31) - 1, shape, dtype=torch.int32, device="cuda")
+    count = 1 + 2 * cache_bytes() // (4 * first.numel())
+    codes = [first, *(first.clone() for _ in range(count))]
+    points = (trellis_points(bits) if state else ring_codebook(bits)).bfloat16().cuda()
+    rest = (
+        torch.full((m,), n**-0.5, device="cuda").bfloat16(),
+        torch.ones(n, device="cuda").bfloat16(),
+        torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8, device="cuda"),
+        points,
+    )
+
+    def call(i: int) -> torch.Tensor:
+        return triton.linear(x, codes[i % len(codes)], *rest, *[None] * 5, bits, state, tile)
+
+    return call, sum(tensor.numel() * tensor.element_size() for tensor in (first, *rest))
+
+
+def bf16(m: int, n: int, x: torch.Tensor) -> Call:
+    count = 2 + 2 * cache_bytes() // (2 * m * n)
+    made = [torch.full((m, n), 0.01, dtype=torch.bfloat16, device="cuda") for _ in range(count)]
+    return lambda i: torch.nn.functional.linear(x, made[i % len(made)])
+
+
+def time_all(contenders: dict[str, Call], rounds: int, calls: int) -> dict[str, float]:
+    """Median microseconds a call, by graph; ``… eager`` without."""
+    graphs = {name: graph_of(call, calls) for name, call in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            times[name].append(elapsed(graph.replay) / calls)
+    found = {name: statistics.median(values[1:]) for name, values in times.items()}
+    for name, call in contenders.items():
+        found[f"{name} eager"] = elapsed(lambda call=call: [call(i) for i in range(calls)]) / calls
+    return found
+
+
+def measure(m: int, n: int, batch: int, copy: float, ours: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    x = torch.randn(batch, n, device="cuda").bfloat16()
+    contenders, sizes = {"torch bf16": bf16(m, n, x)}, {}
+    for name, (bits, state) in ours.items():
+        contenders[name], sizes[name] = packed(m, n, x, bits, state)
+    times = time_all(contenders, rounds=9, calls=20 if batch <= 16 else 5)
+    shares = {f"{name} of copy": size / copy * 1e6 / times[name] for name, size in sizes.items()}
+    gains = {f"{name} over bf16": times["torch bf16"] / times[name] for name in sizes}
+    return {"m": m, "n": n, "batch": batch, **times, **shares, **gains}
+
+
+def sweep(m: int, n: int, batch: int) -> list[dict[str, Any]]:
+    """Other tiles for the 4-bit layer, fastest first."""
+    if batch == 1:
+        some = [triton.Tiles(r, 1, u, w) for r in (4, 8, 16, 32) for u in (32, 64, 128) for w in (4, 8)]
+    else:
+        some = [triton.Tiles(r, 16, u, w) for r in (16, 32, 64, 128) for u in (16, 32, 64) for w in (4, 8)]
+    x, found = torch.randn(batch, n, device="cuda").bfloat16(), []
+    for tile in some:
+        call, _ = packed(m, n, x, 8, 0, tile)
+        found.append({"sweep": str(tile), "m": m, "n": n, "batch": batch, **time_all({"us": call}, 5, 20)})
+    return sorted(found, key=lambda row: row["us"])
+
+
+def correctness() -> list[dict[str, Any]]:
+    """Largest error over that of PyTorch's layer with the dequantised weight, both against float64."""
+    found = []
+    for bits, state in [*((bits, 0) for bits in range(2, 9)), (2, 12), (3, 12), (4, 12), (8, 12)]:
+        for m, n in ((203, 37 * 32), (70, 511), (33, 998), (128, 4096)):
+            layer: list[Any] = [*doctor._layer(m, n, bits, state), None, None, None, None, None, bits, state]
+            moved = [value.cuda() if isinstance(value, torch.Tensor) else value for value in layer]
+            codes, scale, inputs, signs, book = layer[:5]
+            named = {"codes": codes, "row_scale": scale, "input_scale": inputs, "signs": signs, "codebook": book}
+            weight = registry.dense(named, n, trellis_bits=bits if state else 0, dtype=torch.float64).cuda()
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for batch in (1, 3, 17, 130):
+                    x = torch.randn(batch, n, device="cuda").to(dtype) / 16
+                    wanted = x.double() @ weight.T
+                    theirs = (torch.nn.functional.linear(x, weight.to(dtype)).double() - wanted).norm()
+                    error = (triton.linear(x, *moved).double() - wanted).norm()
+                    share = float(error / (theirs + 1e-6 * wanted.norm()))
+                    case = {"bits": bits, "trellis": state > 0, "m": m, "n": n, "batch": batch}
+                    found.append({**case, "dtype": str(dtype), "error over PyTorch's": share, "ok": share <= 2})
+    return found
+
+
+def compile_all(architectures: list[int]) -> list[dict[str, Any]]:
+    """Every kernel of a 3584 × 18944 and an 18944 × 3584 layer, compiled for GPUs that need not be there."""
+    import triton as triton_lang
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from llava_fa.kernels import triton_kernels as kernels
+
+    tools = Path(triton_lang.__file__).parent / "backends" / "nvidia" / "bin"
+    types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+    def build(name: str, function: Any, pointers: dict[str, str], numbers: dict[str, int], constants: Any, warps: int):
+        signature = {**pointers, **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}
+        signature = {key: signature[key] for key in function.arg_names}
+        even = [key for key in signature if key in pointers or (key in numbers and numbers[key] % 16 == 0)]
+        attributes = {(function.arg_names.index(key),): [["tt.divisibility", 16]] for key in even}
+        source = ASTSource(function, signature, constants, attributes)
+        for architecture in architectures:
+            start = time.monotonic()
+            made = triton_lang.compile(
+                source, GPUTarget("cuda", architecture, 32), {"num_warps": warps, **triton.OPTIONS}
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = Path(folder) / "kernel.cubin"
+                cubin.write_bytes(made.asm["cubin"])
+                usage = subprocess.run(
+                    [tools / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+                ).stdout
+            registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+            row = {"kernel": name, "sm": architecture, "warps": warps, "registers": registers, "stack": stack}
+            row |= {"local": local, "shared": made.metadata.shared, "seconds": round(time.monotonic() - start, 1)}
+            row["tensor cores"] = (
+                "wgmma" if "wgmma" in made.asm["ptx"] else "mma" if "mma.sync" in made.asm["ptx"] else ""
+            )
+            print(row, flush=True)
+            yield row
+
+    for n in (3584, 18944):
+        first, second = triton.split(n)
+        pointers = dict.fromkeys(("input_scale", "right_scale", "left_scale"), "*bf16") | {"right": "*i8"}
+        pointers |= dict.fromkeys(("first", "second", "twiddle", "z", "low"), "*fp32") | {"x": "*bf16", "signs": "*u8"}
+        numbers = {"n": n, "N1": first, "N2": second, "blocks": 1, "rank": 1, "batch": 1}
+        constants = {"CODES": 4, "TERMS": 1, "SCALED": True, **triton.transform_tile(second)}
+        warps = constants.pop("num_warps")
+        yield from build(f"transform {n}", kernels.transform_kernel, pointers, numbers, constants, warps)
+    for bits, state in [(2, 0), (3, 0), (4, 0), (6, 0), (7, 0), (8, 0), (4, 12), (5, 12)]:
+        for batch, dtype in ((1, torch.bfloat16), (16, torch.bfloat16), (16, torch.float32), (512, torch.float16)):
+            if dtype != torch.bfloat16 and (bits, state) not in ((3, 0), (8, 0), (4, 12)):
+                continue
+            units = words.units(best_layout(18944, 3584, bits, state))
+            tile = triton.tiles(18944, batch, units, dtype)
+            exact = batch == 1 or dtype == torch.float32
+            pointers = {"y": types[dtype], "codes": "*i32", "points": "*i32", "z": "*fp32" if exact else "*bf16"}
+            pointers |= {"row_scale": "*bf16", "left": "*i8", "low": "*fp32", "bias": types[dtype]}
+            numbers = {"m": 18944, "quads": units // 4, "rank": 1}
+            codes, count = words.unit(bits)
+            constants = {"BITS": bits, "WINDOW": state or bits, "CODES": codes, "WORDS": count, "LOW_RANK": True}
+            constants |= {"HAS_BIAS": True, "BLOCK_M": tile.rows, "BLOCK_U": tile.units, "BLOCK_R": 16}
+            function = kernels.vector_kernel
+            if batch > 1:
+                function = kernels.matrix_kernel
+                numbers |= {"batch": batch, "blocks": 1}
+                constants |= {"TERMS": 1 if exact else triton._TERMS[dtype], "BLOCK_B": tile.inputs}
+            kind = f"{bits}-bit {'trellis' if state else 'rings'}, batch {batch}, {str(dtype)[6:]}"
+            yield from build(kind, function, pointers, numbers, constants, tile.warps)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    print("\n| m × n | batch | torch bf16 | " + " | ".join(f"{name}: µs, of copy, × bf16" for name in OURS) + " |")
+    print("|---" * (len(OURS) + 3) + "|")
+    for row in rows:
+        cells = [f"{row['m']} × {row['n']}", str(row["batch"]), f"{row['torch bf16']:.1f}"]
+        for name in OURS:
+            parts = (row.get(name), row.get(f"{name} of copy"), row.get(f"{name} over bf16"))
+            cells.append("" if parts[0] is None else f"{parts[0]:.1f}, {parts[1]:.2f}, {parts[2]:.2f}")
+        print("| " + " | ".join(cells) + " |")
+    for shape, batch, name, share, gain in GOALS:
+        for row in rows:
+            if (row["m"], row["n"]) == shape and row["batch"] == batch:
+                got = row[f"{name} of copy"], row[f"{name} over bf16"]
+                met = "met" if got[0] >= share and got[1] >= gain else "MISSED"
+                print(
+                    f"goal {shape}, batch {batch}, {name}: of copy {got[0]:.2f} (≥ {share}), × bf16 {got[1]:.2f} (≥ {gain}): {met}"
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"))
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--sm", nargs="+", type=int, default=[90, 80])
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    stop = time.monotonic() + args.seconds
+    with args.out.open("a") as file:
+
+        def keep(row: dict[str, Any]) -> dict[str, Any]:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            return row
+
+        if args.compile:
+            spilt = [row for row in map(keep, compile_all(args.sm)) if row["stack"] or row["local"]]
+            raise SystemExit(f"spills: {spilt}" if spilt else 0)
+        copy = copy_bandwidth()
+        device = torch.cuda.get_device_name()
+        print(keep({"device": device, "copy TB/s": copy / 1e12, "triton": triton.triton_version()}), flush=True)
+        cases = [(SHAPES[0], 1), (SHAPES[0], 16), *((shape, b) for b in (1, 16, 4, 512) for shape in SHAPES)]
+        rows = []
+        for i, (shape, batch) in enumerate(dict.fromkeys(cases)):
+            if i == 2:  # the goals' figures are in hand before anything else
+                checked = correctness()
+                wrong = [row for row in map(keep, checked) if not row["ok"]]
+                worst = max(row["error over PyTorch's"] for row in checked)
+                print(
+                    f"{len(checked)} cases against float64, {len(wrong)} wrong, worst {worst:.2f}",
+                    wrong[:5],
+                    flush=True,
+                )
+            if time.monotonic() > stop:
+                print(f"out of time: {len(dict.fromkeys(cases)) - i} cases left", flush=True)
+                break
+            ours = OURS if batch in (1, 16) else {"4 bits": OURS["4 bits"], "2 bits": OURS["2 bits"]}
+            rows.append(keep(measure(*shape, batch, copy, ours)))
+            print({key: round(value, 2) for key, value in rows[-1].items()}, flush=True)
+        if args.sweep:
+            for batch in (1, 16):
+                for row in map(keep, sweep(*SHAPES[0], batch)):
+                    print(row, flush=True)
+        report(rows)
+
+
+if __name__ == "__main__":
+    main()
