@@ -58,8 +58,11 @@ def tiles(m: int, batch: int, units: int, dtype: torch.dtype) -> Tiles:
         rows = 16 if m >= 8192 else 8 if m >= 2048 else 4
         return Tiles(rows, 1, width, 4)
     if batch <= 16 or dtype == torch.float32:
-        return Tiles(64 if m >= 4096 else 32 if m >= 2048 else 16, 16, 32 if units > 16 else 16, 4)
-    return Tiles(128, 128, 32, 8) if batch > 64 else Tiles(64, 64, 32, 4)
+        width = 32 if units > 16 and dtype != torch.float32 else 16
+        return Tiles(64 if m >= 4096 else 32 if m >= 2048 else 16, 16, width, 4)
+    if batch <= 64:
+        return Tiles(64, 64, 32, 4)
+    return Tiles(128, 128 if dtype == torch.bfloat16 else 64, 32, 8)  # two terms of z want the registers
 
 
 def triton_version() -> str | None:
