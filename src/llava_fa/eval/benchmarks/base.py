@@ -31,13 +31,13 @@ LETTER = "Answer with the option's letter from the given choices directly."
 Reporter = Callable[[int, int], None]
 """Called with (done, all)."""
 
-Picture = "Path | str | Image.Image"
-"""A file, base64 text as in the TSV files, or a picture in memory."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question to ask. ``id`` is unique in the benchmark; ``unit`` ties questions that only count together."""
+    """One question to ask. ``id`` is unique in the benchmark; ``unit`` ties questions that only count together.
+
+    A picture is a file, base64 text as in the TSV files, or a picture in memory.
+    """
 
     id: str
     prompt: str
