@@ -105,10 +105,12 @@ def test_one_configuration_for_all_unless_another_choice_saves_the_margin():
     saved = 1 - found.loss / found.uniform
     assert allocate(rows, total, margin=saved - 1e-6) == found
     even = allocate(rows, total, margin=saved + 1e-6)
-    assert set(even.choice) == {2} and even.loss == found.uniform == even.uniform
+    assert set(even.choice) == {2}
+    assert even.loss == found.uniform == even.uniform
     # where it leaves bytes unspent, they are spent
     more = allocate(rows, round(1.05 * total), margin=0.9)
-    assert more.loss < even.loss and more.nbytes > total
+    assert more.loss < even.loss
+    assert more.nbytes > total
 
 
 def test_more_budget_is_never_worse():
