@@ -19,9 +19,9 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="What requests call the model. [default: the last part of MODEL]")] = (
-        None
-    ),
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in requests. [default: the folder's name, or MODEL]")
+    ] = (None),
     api_key: Annotated[
         str | None, typer.Option(envvar="LLAVA_FA_API_KEY", help="Ask this of every client, as a bearer token.")
     ] = None,
@@ -57,7 +57,7 @@ def serve(
     from llava_fa.serve.limits import Limits
     from llava_fa.serve.pictures import Sources
 
-    called = name or Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else name or model
+    called = name or _name_of(model)
     listening = server.bind(host, port)  # before minutes of loading
     local = server.is_loopback(host)
     console = output.stderr()
@@ -95,3 +95,8 @@ def serve(
         server.run(app, listening, ready)
     except KeyboardInterrupt:
         console.print("stopped")
+
+
+def _name_of(model: str) -> str:
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model

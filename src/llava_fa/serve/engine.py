@@ -61,7 +61,7 @@ class _State(GenerationState):
         return self._generate_managers[model_id]
 
 
-class _Nobody(Exception):
+class _NobodyWaitsError(Exception):
     """Nobody waits for this answer any more."""
 
 
@@ -93,8 +93,11 @@ class _Manager(GenerateManager):
         return super().submit(functools.partial(_in_turn, current.get(), fn), *args, **kwargs)
 
     def async_submit(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        # Shielded: the thread sets the future's result, which a future cancelled by the client's leaving refuses.
-        return asyncio.shield(super().async_submit(functools.partial(_in_turn, current.get(), fn), *args, **kwargs))
+        # Shielded: the thread sets the future's result, which a future cancelled by the client's leaving refuses;
+        # and its error is looked at, for asyncio complains of one that nobody has seen.
+        future = super().async_submit(functools.partial(_in_turn, current.get(), fn), *args, **kwargs)
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return asyncio.shield(future)
 
     def _prepared(self, model: Any, processor: Any, inputs: Any, config: Any) -> tuple[Any, dict[str, Any]]:
         """(tokenizer, inputs): the prompt measured, pixels in the model's dtype, a way to stop."""
@@ -114,7 +117,7 @@ class _Manager(GenerateManager):
 
 def _in_turn(turn: Turn, fn: Any, *args: Any, **kwargs: Any) -> Any:
     if turn.cancelled:
-        raise _Nobody
+        raise _NobodyWaitsError
     if turn.seed is not None:
         torch.manual_seed(turn.seed)
     return fn(*args, **kwargs)

@@ -129,7 +129,9 @@ class Pictures:
         return bytes(data)
 
     def _read(self, url: str, param: str) -> bytes:
-        refused = ApiError(400, "This server does not read that file; send a data URL", param=param, code="file_refused")
+        refused = ApiError(
+            400, "This server does not read that file; send a data URL", param=param, code="file_refused"
+        )
         folder = self.sources.folder
         parts = urlsplit(url)
         if folder is None or parts.netloc not in ("", "localhost"):

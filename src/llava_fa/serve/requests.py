@@ -144,7 +144,9 @@ def _within(value: Any, low: float, high: float) -> bool:
 
 def _is_stop(value: Any) -> bool:
     stops = [value] if isinstance(value, str) else value
-    return isinstance(stops, list) and len(stops) <= STOPS and all(isinstance(s, str) and 0 < len(s) < 200 for s in stops)
+    return (
+        isinstance(stops, list) and len(stops) <= STOPS and all(isinstance(s, str) and 0 < len(s) < 200 for s in stops)
+    )
 
 
 def _is_tools(value: Any) -> bool:
