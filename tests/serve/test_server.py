@@ -13,9 +13,11 @@ import time
 import psutil
 import pytest
 
-REASON = "needs the extra [serve]: pip install 'llava-fa[serve]'"
-for package in ("fastapi", "uvicorn", "openai", "httpx", "prometheus_client"):
-    pytest.importorskip(package, reason=REASON)
+pytest.importorskip("fastapi", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
+pytest.importorskip("uvicorn", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
+pytest.importorskip("openai", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
+pytest.importorskip("httpx", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
+pytest.importorskip("prometheus_client", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
 
 import httpx
 import openai
