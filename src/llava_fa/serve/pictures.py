@@ -1,0 +1,178 @@
+"""Pictures of a request: where they may come from, and how large they may be.
+
+transformers opens whatever string it is given: a path, any URL with its redirects, any format that Pillow knows. Here
+every picture is brought to bytes under the server's rules, looked at, and handed on as a data URL.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from PIL import Image
+
+from llava_fa.serve.errors import ApiError
+from llava_fa.serve.limits import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Decoders that strangers' bytes may reach."""
+FETCH_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where pictures may come from besides data URLs: nowhere by default.
+
+    Attributes:
+        hosts: names of hosts from which http(s) URLs are fetched. Redirects are not followed, so a URL leads nowhere
+            else; what a name resolves to is its owner's business.
+        folder: the folder below which ``file://`` URLs are read; symbolic links do not lead out of it.
+    """
+
+    hosts: Sequence[str] = ()
+    folder: Path | None = None
+
+
+class Pictures:
+    """The pictures of one request, counted together."""
+
+    def __init__(self, limits: Limits, sources: Sources) -> None:
+        self.limits, self.sources = limits, sources
+        self.count = self.pixels = 0
+
+    def admit(self, url: object, param: str) -> str:
+        """The picture as a data URL that decodes within the limits.
+
+        Args:
+            url: what the request gives: ``data:``, ``http(s)://`` or ``file://``.
+            param: its place in the request, for errors.
+
+        Raises:
+            ApiError: 400, what it is or where it lies is not accepted, or it is no picture; 413, it is too large.
+        """
+        if not isinstance(url, str):
+            raise ApiError(400, "image_url.url is not a string", param=param, code="invalid_image")
+        self.count += 1
+        if self.count > self.limits.images:
+            raise ApiError(400, f"More than {self.limits.images} images", param=param, code="too_many_images")
+        scheme = url.split(":", 1)[0].lower() if ":" in url[:16] else ""
+        if scheme == "data":
+            data = self._decoded(url, param)
+        elif scheme in ("http", "https"):
+            data = self._fetched(url, param)
+        elif scheme == "file":
+            data = self._read(url, param)
+        else:
+            raise ApiError(
+                400, "An image is given as a data URL: data:image/png;base64,…", param=param, code="invalid_image_url"
+            )
+        kind = self._look(data, param)
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+    def _decoded(self, url: str, param: str) -> bytes:
+        head, comma, content = url.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise ApiError(400, "The data URL is not base64", param=param, code="invalid_image_url")
+        if len(content) * 3 // 4 > self.limits.image_bytes + 2:
+            raise self._too_large(param)
+        try:
+            raw = unquote_to_bytes(content) if "%" in content else content.encode()
+            data = base64.b64decode(b"".join(raw.split()), validate=True)
+        except (binascii.Error, ValueError):
+            raise ApiError(400, "The data URL is not valid base64", param=param, code="invalid_image_url") from None
+        if len(data) > self.limits.image_bytes:
+            raise self._too_large(param)
+        return data
+
+    def _fetched(self, url: str, param: str) -> bytes:
+        refused = ApiError(
+            400,
+            "This server does not fetch images from there; send a data URL",
+            param=param,
+            code="remote_image_refused",
+        )
+        if not self.sources.hosts:
+            raise refused
+        import httpx
+
+        try:
+            address = httpx.URL(url)  # read once: the host that is checked is the one that is asked
+        except httpx.InvalidURL:
+            raise refused from None
+        if address.host.lower() not in {name.lower() for name in self.sources.hosts}:
+            raise refused
+        failed = ApiError(400, "The image could not be fetched", param=param, code="image_not_fetched")
+        data, end = bytearray(), time.monotonic() + FETCH_SECONDS
+        try:
+            # trust_env: neither a proxy nor .netrc of the server's account may speak for a stranger's request
+            with (
+                httpx.Client(timeout=FETCH_SECONDS, trust_env=False, follow_redirects=False) as client,
+                client.stream("GET", address, headers={"accept-encoding": "identity"}) as reply,
+            ):
+                if reply.status_code != 200:
+                    raise failed
+                for part in reply.iter_raw():
+                    data += part
+                    if len(data) > self.limits.image_bytes:
+                        raise self._too_large(param)
+                    if time.monotonic() > end:
+                        raise failed
+        except httpx.HTTPError:
+            raise failed from None
+        return bytes(data)
+
+    def _read(self, url: str, param: str) -> bytes:
+        refused = ApiError(
+            400, "This server does not read that file; send a data URL", param=param, code="file_refused"
+        )
+        folder = self.sources.folder
+        parts = urlsplit(url)
+        if folder is None or parts.netloc not in ("", "localhost"):
+            raise refused
+        try:
+            path = Path(unquote_to_bytes(parts.path).decode()).resolve(strict=True)
+            if not path.is_relative_to(folder.resolve()) or not path.is_file():
+                raise refused
+            with path.open("rb") as file:
+                data = file.read(self.limits.image_bytes + 1)
+        except (OSError, ValueError):  # whether a file outside exists is nobody's business: one error for all
+            raise refused from None
+        if len(data) > self.limits.image_bytes:
+            raise self._too_large(param)
+        return data
+
+    def _look(self, data: bytes, param: str) -> str:
+        """The format's name, once size and content are known to be good; the size is read before any pixel is."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is the one that counts
+                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                    self.pixels += image.width * image.height
+                    if self.pixels > self.limits.pixels:
+                        raise ApiError(
+                            413,
+                            f"The images have more than {self.limits.pixels} pixels",
+                            param=param,
+                            code="image_too_large",
+                        )
+                    image.load()
+                    kind = image.format
+        except Image.DecompressionBombError:
+            raise ApiError(413, "The image has too many pixels", param=param, code="image_too_large") from None
+        except (OSError, SyntaxError, ValueError, EOFError):
+            raise ApiError(
+                400, f"This is not a readable image ({', '.join(FORMATS)})", param=param, code="invalid_image"
+            ) from None
+        return "jpeg" if kind in ("JPEG", "MPO") else str(kind).lower()
+
+    def _too_large(self, param: str) -> ApiError:
+        return ApiError(
+            413, f"An image has more than {self.limits.image_bytes} bytes", param=param, code="image_too_large"
+        )

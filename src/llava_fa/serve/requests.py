@@ -1,0 +1,174 @@
+"""The body of a chat completion: read, checked, and reduced to what transformers serve understands."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llava_fa.serve.errors import ApiError
+from llava_fa.serve.limits import Limits
+from llava_fa.serve.pictures import Pictures, Sources
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+HARMLESS = ("metadata", "parallel_tool_calls", "service_tier", "store", "stream_options", "user", "safety_identifier")
+"""Fields that change no answer: accepted, and dropped."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tool_choice": ("auto",),
+}
+"""Fields that transformers serve ignores: accepted only with the value that asks for nothing."""
+STOPS, BIASES = 4, 300
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A body that is fit to be handed on, and the seed, which is set where the tokens are drawn."""
+
+    body: dict[str, Any]
+    seed: int | None
+
+
+def read_chat(data: bytes, model: str, vocabulary: int, limits: Limits, sources: Sources) -> ChatRequest:
+    """A chat completion request, checked field by field; its pictures are data URLs that decode.
+
+    Args:
+        data: the body.
+        model: the name that the server's model goes by.
+        vocabulary: number of tokens, for ``logit_bias``.
+        limits, sources: the server's rules.
+
+    Raises:
+        ApiError: what is wrong, and with which parameter.
+    """
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "The body is not JSON", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise _invalid("The body is not a JSON object", None)
+    body = {key: value for key, value in body.items() if value is not None and key not in HARMLESS}
+    _check_model(body.get("model"), model)
+    for key, allowed in NEUTRAL.items():
+        if key in body and body.pop(key) not in allowed:
+            raise ApiError(400, f"{key} is not supported by this server", param=key, code="unsupported_parameter")
+    seed = body.pop("seed", None)
+    if seed is not None and not (_is_int(seed) and -(2**63) <= seed < 2**63):
+        raise _invalid("seed is not a 64-bit integer", "seed")
+    unknown = sorted(set(body) - set(_CHECKS) - {"model", "messages", "logit_bias"})
+    if unknown:
+        raise ApiError(400, f"Unrecognised parameter: {unknown[0]}", param=unknown[0], code="unknown_parameter")
+    for key, (check, meaning) in _CHECKS.items():
+        if key in body and not check(body[key]):
+            raise _invalid(f"{key} is not {meaning}", key)
+    if "logit_bias" in body:
+        body["logit_bias"] = _biases(body["logit_bias"], vocabulary)
+    body["messages"] = _messages(body.get("messages"), limits, sources)
+    return ChatRequest(body, seed)
+
+
+def _check_model(asked: Any, model: str) -> None:
+    if not isinstance(asked, str):
+        raise _invalid("model is missing, or not a string", "model")
+    if asked != model:
+        raise ApiError(
+            404, f"There is no model {asked[:200]!r} here; this is {model!r}", param="model", code="model_not_found"
+        )
+
+
+def _messages(messages: Any, limits: Limits, sources: Sources) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise _invalid("messages is not a list with at least one message", "messages")
+    pictures, characters, checked = Pictures(limits, sources), 0, []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise _invalid(f"A message has a role, one of {', '.join(ROLES)}", f"{where}.role")
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content", [])
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list) or ("content" not in message and "tool_calls" not in message):
+            raise _invalid("content is neither a string nor a list of parts", f"{where}.content")
+        message["content"] = [_part(part, f"{where}.content[{j}]", pictures) for j, part in enumerate(content)]
+        characters += sum(len(part.get("text", "")) for part in message["content"])
+        if "tool_calls" in message:
+            characters += len(json.dumps(message["tool_calls"]))
+        if characters > limits.text_characters:
+            raise ApiError(
+                400,
+                f"The messages have more than {limits.text_characters} characters",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        checked.append(message)
+    return checked
+
+
+def _part(part: Any, where: str, pictures: Pictures) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind == "image_url":
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else image
+        return {"type": "image_url", "image_url": {"url": pictures.admit(url, f"{where}.image_url")}}
+    raise _invalid("A content part is {type: text, text} or {type: image_url, image_url: {url}}", where)
+
+
+def _biases(value: Any, vocabulary: int) -> dict[str, float]:
+    if not isinstance(value, dict) or len(value) > BIASES:
+        raise _invalid(f"logit_bias is not an object of at most {BIASES} entries", "logit_bias")
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocabulary):
+            raise _invalid(f"logit_bias: {token[:20]!r} is no token of this model", "logit_bias")
+        if not _within(bias, -100, 100):
+            raise _invalid("logit_bias is between -100 and 100", "logit_bias")
+    return {token: float(bias) for token, bias in value.items()}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and low <= value <= high
+
+
+def _is_stop(value: Any) -> bool:
+    stops = [value] if isinstance(value, str) else value
+    return (
+        isinstance(stops, list) and len(stops) <= STOPS and all(isinstance(s, str) and 0 < len(s) < 200 for s in stops)
+    )
+
+
+def _is_tools(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 128 and all(isinstance(tool, dict) for tool in value)
+
+
+def _is_length(value: Any) -> bool:
+    return _is_int(value) and value >= 1
+
+
+_CHECKS = {
+    "stream": (lambda value: isinstance(value, bool), "true or false"),
+    "max_tokens": (_is_length, "a positive integer"),
+    "max_completion_tokens": (_is_length, "a positive integer"),
+    "temperature": (lambda value: _within(value, 0, 2), "a number from 0 to 2"),
+    "top_p": (lambda value: _within(value, 1e-6, 1), "a number above 0, at most 1"),
+    # transformers serve takes it as the repetition penalty 1 + f, which must be positive
+    "frequency_penalty": (lambda value: _within(value, -0.9, 2), "a number from -0.9 to 2"),
+    "stop": (_is_stop, f"a string or at most {STOPS} of them"),
+    "tools": (_is_tools, "a list of tools"),
+}
+
+
+def _invalid(message: str, param: str | None) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_value")

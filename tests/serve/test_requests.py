@@ -1,0 +1,134 @@
+"""What a chat completion request may say."""
+
+import json
+
+import pytest
+from test_pictures import data_url, encoded
+
+from llava_fa.serve.errors import ApiError, from_reply
+from llava_fa.serve.limits import Limits
+from llava_fa.serve.pictures import Sources
+from llava_fa.serve.requests import read_chat
+
+ASK = [{"role": "user", "content": "What is it?"}]
+
+
+def read(body, **limits):
+    data = body if isinstance(body, bytes) else json.dumps({"model": "tiny", "messages": ASK, **body}).encode()
+    return read_chat(data, "tiny", 453, Limits(**limits), Sources())
+
+
+def test_a_full_request_is_reduced_to_what_transformers_understands():
+    url = data_url(encoded())
+    content = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": url, "detail": "low"}}]
+    request = read(
+        {
+            "messages": [{"role": "system", "content": "Short."}, {"role": "user", "content": content}],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": 0.5,
+            "top_p": None,
+            "n": 1,
+            "seed": 7,
+            "user": "me",
+            "stop": ["\n"],
+            "logit_bias": {"452": -100},
+            "max_completion_tokens": 5,
+        }
+    )
+    assert request.seed == 7
+    assert request.body == {
+        "model": "tiny",
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Short."}]},
+            {"role": "user", "content": [content[0], {"type": "image_url", "image_url": {"url": url}}]},
+        ],
+        "stream": True,
+        "temperature": 0.5,
+        "stop": ["\n"],
+        "logit_bias": {"452": -100.0},
+        "max_completion_tokens": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code"),
+    [
+        (b"", 400, None, "invalid_json"),
+        (b"{", 400, None, "invalid_json"),
+        (b"[" * 100_000, 400, None, "invalid_json"),
+        (b"\xff\xfe{}", 400, None, "invalid_json"),
+        (b"[]", 400, None, "invalid_value"),
+        ({"model": None}, 400, "model", "invalid_value"),
+        ({"model": "gpt"}, 404, "model", "model_not_found"),
+        ({"messages": []}, 400, "messages", "invalid_value"),
+        ({"messages": "hi"}, 400, "messages", "invalid_value"),
+        ({"messages": ["hi"]}, 400, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "root", "content": "hi"}]}, 400, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "invalid_value"),
+        ({"messages": [*ASK, {"role": "user", "content": 3}]}, 400, "messages[1].content", "invalid_value"),
+        ({"n": 2}, 400, "n", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+        ({"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
+        ({"generation_config": '{"num_beams": 9999}'}, 400, "generation_config", "unknown_parameter"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, 400, "chat_template_kwargs", "unknown_parameter"),
+        ({"stream": 1}, 400, "stream", "invalid_value"),
+        ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ({"max_tokens": True}, 400, "max_tokens", "invalid_value"),
+        ({"max_completion_tokens": 1.5}, 400, "max_completion_tokens", "invalid_value"),
+        ({"temperature": -1}, 400, "temperature", "invalid_value"),
+        ({"temperature": float("nan")}, 400, "temperature", "invalid_value"),
+        ({"top_p": 0}, 400, "top_p", "invalid_value"),
+        ({"frequency_penalty": -1}, 400, "frequency_penalty", "invalid_value"),
+        ({"stop": [""]}, 400, "stop", "invalid_value"),
+        ({"stop": ["a"] * 5}, 400, "stop", "invalid_value"),
+        ({"tools": {}}, 400, "tools", "invalid_value"),
+        ({"seed": 2**63}, 400, "seed", "invalid_value"),
+        ({"seed": "x"}, 400, "seed", "invalid_value"),
+        ({"logit_bias": {"453": 1}}, 400, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"1": 101}}, 400, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"²": 1}}, 400, "logit_bias", "invalid_value"),
+    ],
+)
+def test_what_is_wrong_is_named(body, status, param, code):
+    with pytest.raises(ApiError) as caught:
+        read(body)
+    assert (caught.value.status, caught.value.param, caught.value.code) == (status, param, code)
+
+
+@pytest.mark.parametrize("kind", ["video_url", "audio_url", "input_audio", "image", "file", None])
+def test_parts_that_would_open_something_are_refused(kind):
+    part = {"type": kind, str(kind): {"url": "http://127.0.0.1/"}, "url": "http://127.0.0.1/"}
+    with pytest.raises(ApiError) as caught:
+        read({"messages": [{"role": "user", "content": [part]}]})
+    assert (caught.value.status, caught.value.param) == (400, "messages[0].content[0]")
+
+
+def test_the_place_of_a_bad_picture_is_named():
+    content = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]
+    with pytest.raises(ApiError) as caught:
+        read({"messages": [*ASK, {"role": "user", "content": content}]})
+    assert (caught.value.param, caught.value.code) == ("messages[1].content[1].image_url", "file_refused")
+
+
+def test_text_is_limited_over_all_messages():
+    messages = [{"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "x" * 50}]
+    assert read({"messages": messages}, text_characters=100)
+    with pytest.raises(ApiError, match="more than 99 characters"):
+        read({"messages": messages}, text_characters=99)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (422, b'{"detail": "Unexpected fields"}', (400, "Unexpected fields", "invalid_request_error")),
+        (400, b'{"detail": [{"msg": "a"}, {"msg": "b"}]}', (400, "a; b", "invalid_request_error")),
+        (404, b"Not Found", (404, "Not Found", "not_found_error")),
+        (500, b"secret path", (500, "The server failed to answer this request", "server_error")),
+        (503, b'{"error": "worker"}', (503, "The server failed to answer this request", "server_error")),
+    ],
+)
+def test_errors_of_the_inner_app_get_the_shape_of_openai(status, body, expected):
+    error = from_reply(status, body)
+    assert (error.status, error.message, error.body()["error"]["type"]) == expected
+    assert set(error.body()["error"]) == {"message", "type", "param", "code"}
