@@ -71,6 +71,8 @@ def given_command(context: typer.Context, **instead: str) -> str:
         if source is None or source.name != "COMMANDLINE" or name in ("json_output", "fresh"):
             continue
         value = instead.get(name, context.params[name])
+        if isinstance(value, float):
+            value = f"{value:.12g}"
         values = [str(one) for one in value] if isinstance(value, (list, tuple)) else [str(value)]
         if parameter.param_type_name == "argument":
             arguments += values
@@ -78,7 +80,12 @@ def given_command(context: typer.Context, **instead: str) -> str:
             options.append(parameter.opts[0])
         else:
             options += [word for one in values for word in (parameter.opts[0], one)]
-    return shlex.join(["llava-fa", *context.command_path.split()[1:], *arguments, *options])
+    names: list[str] = []
+    above = context
+    while above.parent is not None:  # the outermost is the program, whatever it was started as
+        names.insert(0, str(above.info_name))
+        above = above.parent
+    return shlex.join(["llava-fa", *names, *arguments, *options])
 
 
 VISUAL_TOKENS = "Tokens per picture, or `auto`: as few as each question needs. [default: as the model was saved]"

@@ -88,7 +88,7 @@ def _suite(found: Collected, suite: str) -> list[Html]:
     for name, own in blocks:
         marks = [(i, run.name, score, told.get("interval")) for i, run, score, told in own]
         ends = [score if interval is None else interval[0] for _, _, score, interval in marks]
-        low = max(0.0, math.floor(10 * min(ends)) / 10 if min(ends) < 0.9 else 0.8)
+        low = max(start for start in (0.0, 0.2, 0.4, 0.6, 0.8) if start <= min(ends))
         metric = own[0][3].get("metric", "")
         caption = [tag("b", name), f" {metric}" if metric else "", f", {own[0][3]['questions']} questions"]
         figures.append(tag("figure", tag("figcaption", caption), charts.intervals(marks, f"Scores of {name}", low)))
@@ -128,15 +128,16 @@ def divergence(found: Collected) -> list[Html]:
     runs = [(i, run, positions(run)) for i, run in enumerate(found.runs) if run.divergence]
     if not runs:
         return [tag("p", "Needs the original and its questions: give --original MODEL, and a --limit.", class_="note")]
-    floor = 1e-7
+    floor = 1e-6
     ys = [max(mean, floor) for _, _, rows in runs for _, mean, _, _ in rows]
     xs = [float(p) for _, _, rows in runs for p, _, _, _ in rows]
     plane = charts.Plane(xs, ys, logs=(False, True))
     drawn: list[Html] = []
     for i, _, rows in runs:
         x = [float(p) for p, _, _, _ in rows]
-        low = [max(mean - NORMAL * error, floor) for _, mean, error, _ in rows]
-        high = [max(mean + NORMAL * error, floor) for _, mean, error, _ in rows]
+        factors = [math.exp(min(20.0, NORMAL * error / max(mean, floor))) for _, mean, error, _ in rows]
+        low = [max(mean / factor, floor) for (_, mean, _, _), factor in zip(rows, factors, strict=True)]
+        high = [max(mean * factor, floor) for (_, mean, _, _), factor in zip(rows, factors, strict=True)]
         y = [max(mean, floor) for _, mean, _, _ in rows]
         drawn += [plane.band(x, low, high, i), plane.line(x, y, i)]
         drawn += [charts.mark(i, *plane.at(a, b), 3.5) for a, b in zip(x, y, strict=True)]
@@ -155,7 +156,8 @@ def divergence(found: Collected) -> list[Html]:
     headings = ["token", "answers", *(run.name for _, run, _ in runs)]
     asked = len(runs[0][1].divergence or [])
     said = "KL(original ‖ compressed) of the next token, given the picture, the question and the right answer so far, "
-    said += f"on {asked} held-out questions; shaded: 95 % intervals of the means."
+    said += f"on {asked} held-out questions; shaded: 95 % intervals of the means' logarithms; "
+    said += "at later positions only the captions are left."
     told = tag("p", said, class_="small")
     marks = _legend_of(found, [i for i, _, _ in runs])
     every = tag("details", tag("summary", "the numbers"), table(headings, [*rows, means], title))

@@ -220,7 +220,7 @@ def heatmap(
             drawn.append(tag("rect", hint, x=x, y=y, width=wide - 2, height=step - 2, class_=f"cell q{shade}"))
             text = f"{value:.2f}" if value >= 1 else f"{value:.3f}"[1:]
             drawn.append(
-                tag("text", text, x=x + wide / 2 - 1, y=y + 15, class_=f"mid small {'on' if shade > 4 else ''}")
+                tag("text", text, x=x + wide / 2 - 1, y=y + 15, class_="mid figure on" if shade > 4 else "mid figure")
             )
     said = f"{title}, from {number(low, 3)} to {number(high, 3)} {unit}"
     return svg(left + wide * len(columns) + 4, top + step * len(rows) + 4, said, drawn)

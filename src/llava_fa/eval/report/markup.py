@@ -15,7 +15,7 @@ class Html(str):
     __slots__ = ()
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Html:
+def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
     """One element. Children that are not `Html` are escaped, iterables are joined, None is left out.
 
     Attributes: None is left out, True stands alone, ``_`` at the end is dropped and ``_`` inside is a hyphen

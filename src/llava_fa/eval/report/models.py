@@ -125,7 +125,7 @@ def _heat(values: Sequence[tuple[LayerReport, float | None]], title: str, unit: 
     depths = sorted({depth for _, depth in cells})
     grid = {(modules.index(m), depths.index(d)): sum(v) / len(v) for (m, d), v in cells.items()}
     columns = ["" if depth < 0 else str(depth) for depth in depths]
-    caption = tag("figcaption", f"{title} ({unit}); columns are depths")
+    caption = tag("figcaption", f"{title} ({unit})" + ("; columns are depths" if max(depths) >= 0 else ""))
     drawn = charts.heatmap(columns, modules, grid, title, unit)
     return tag("figure", caption, scroll(drawn, title))
 
