@@ -155,12 +155,12 @@ def test_scores_are_those_of_eval(folders, text, tmp_path):
         low, high = result["interval"]
         assert rows[task][3] == f"{100 * result['score']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
     # a result can be given in the place of asking again
-    (tmp_path / "eval.json").write_text(json.dumps({**told, "accuracy": 0.4321, "suite": "given"}))
+    (tmp_path / "eval.json").write_text(json.dumps({**told, "score": 0.4321, "task": "given"}))
     found = collect([str(tmp_path / "eval.json")], None, Settings(limit=0), tmp_path / "work")
     assert found.runs[0].scores["given"]["accuracy"] == 0.4321
     assert found.runs[0].report.bits_per_weight == inspect_model(folders / "three").bits_per_weight
     assert not (tmp_path / "work").exists()
-    for bad in ("[]", "{}", '{"tasks": {"a": {"score": 7, "questions": 1}}, "accuracy": 0, "model": "x"}', "no"):
+    for bad in ("[]", "{}", '{"tasks": {"a": {"score": 7, "questions": 1}}, "score": 0, "model": "x"}', "no"):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(llava_fa.FourierError, match="no result of"):
             collect([str(tmp_path / "bad.json")], None, Settings(limit=0), tmp_path / "work")

@@ -81,7 +81,8 @@ def _suite(found: Collected, suite: str) -> list[Html]:
     runs = [(i, run, run.scores[suite]) for i, run in enumerate(found.runs) if suite in run.scores]
     tasks = list(dict.fromkeys(task for _, _, result in runs for task in result["tasks"]))
     figures, rows = [], []
-    blocks = [("all tasks, mean", [(i, run, result["accuracy"], result) for i, run, result in runs])]
+    whole = [(i, run, result["accuracy"], result) for i, run, result in runs if result["accuracy"] is not None]
+    blocks = [("all", whole)] if whole else []
     for task in tasks:
         own = [(i, run, r["tasks"][task]["score"], r["tasks"][task]) for i, run, r in runs if task in r["tasks"]]
         blocks.append((task, own))

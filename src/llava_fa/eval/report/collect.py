@@ -154,7 +154,7 @@ def _runs(models: Sequence[str], original: str | None) -> tuple[list[Run], Run |
         except FourierError:  # a result may outlive its model, or come from another machine
             key = result["model"]
         run = runs.setdefault(key, Run(result["model"], result["model"]))
-        suite = str(result.get("suite") or result.get("task") or where.stem)
+        suite = str(result.get("task") or where.stem)
         run.scores[suite] = result
     for key, run in runs.items():
         if isinstance(key, Path):
@@ -172,12 +172,14 @@ def _runs(models: Sequence[str], original: str | None) -> tuple[list[Run], Run |
 
 
 def _result(path: Path) -> tuple[Path, dict[str, Any]]:
+    """What `llava-fa eval --json` wrote; ``accuracy`` is the headline where it is a share, and None for points (MME)."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        tasks = result["tasks"]
-        good = (
-            bool(tasks) and all(0 <= task["score"] <= 1 for task in tasks.values()) and isinstance(result["model"], str)
-        )
+        tasks = {name: task for name, task in result["tasks"].items() if task["score"] is not None}
+        headline = result["score"] if result.get("percent", True) else None
+        good = bool(tasks) and isinstance(result["model"], str) and (headline is None or 0 <= headline <= 1)
+        good = good and all(0 <= task["score"] <= 1 and task["questions"] >= 0 for task in tasks.values())
+        result = {**result, "tasks": tasks, "accuracy": headline}
     except OSError as error:
         raise FourierError(str(error.strerror), remedy="Give a folder or a result", where=str(path)) from None
     except (ValueError, KeyError, TypeError, AttributeError):
