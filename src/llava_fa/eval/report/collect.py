@@ -172,7 +172,7 @@ def _runs(models: Sequence[str], original: str | None) -> tuple[list[Run], Run |
 
 
 def _result(path: Path) -> tuple[Path, dict[str, Any]]:
-    """What `llava-fa eval --json` wrote; ``accuracy`` is the headline where it is a share, and None for points (MME)."""
+    """What `llava-fa eval --json` wrote; ``accuracy`` is the headline where it is a share, None for points (MME)."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         tasks = {name: task for name, task in result["tasks"].items() if task["score"] is not None}
