@@ -5,7 +5,7 @@ PEERS := .venv-peers
 TRITON := .venv-triton
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all test-triton lint format bench docs clean native
+.PHONY: setup demo test test-all browser test-triton lint format bench docs clean native
 
 setup: $(VENV)/.ready
 
@@ -25,7 +25,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-test-all: setup lint
+test-all: setup lint browser
 	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800
 
 # Triton is 1 GB that CPUs have no use for, and its interpreter must be asked for before it is imported: apart.
@@ -38,6 +38,12 @@ $(TRITON)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/l
 	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gpu]'
 	touch $@
+
+# For the tests that look at pages. Where Playwright's own Chromium cannot be had, the system's serves (`apt install chromium`).
+browser: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	command -v chromium chromium-browser google-chrome || $(BIN)/playwright install chromium || \
+		echo "no Chromium: the tests that need one are skipped"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from divergence import Divergence
 from paper_claims import report
 from paper_variants import Variant, check, solve
 from real_layers import Subject, llava
@@ -30,6 +29,7 @@ from spectra import spectra
 from torch import Tensor
 
 from llava_fa import FourierConfig, approximate
+from llava_fa.eval.divergence import Divergence
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.loading import load
 from llava_fa.maths import metrics

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from divergence import Divergence
 from real_layers import collect
 
 import llava_fa
 import llava_fa.hub.inspect
 from llava_fa import Budget, FourierConfig, FourierLinear, approximate
+from llava_fa.eval.divergence import Divergence
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.loading import load

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from divergence import Divergence
 from peers import gptq, stored_bits
 from real_layers import collect
 from stagewise import units
 
 import llava_fa
 from llava_fa import Budget, Casp, FourierConfig, approximate
+from llava_fa.eval.divergence import Divergence
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub import allocation, attention, blocks, sensitivity
 from llava_fa.hub.calibrated import gather

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from divergence import Divergence
 
 import llava_fa
 from llava_fa import FourierConfig
+from llava_fa.eval.divergence import Divergence
 from llava_fa.hub import streaming
 from llava_fa.hub.loading import load
 from llava_fa.solver.drift import corrected_weight

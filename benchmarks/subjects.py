@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from divergence import Divergence
 from real_layers import collect, minilm_windows
 from stagewise import Rounded, round_layers
 from torch import Tensor, nn
 
 import llava_fa
 from llava_fa import Budget, FourierConfig
+from llava_fa.eval.divergence import Divergence
 from llava_fa.eval.metrics import normalise
 from llava_fa.eval.runner import answer
 from llava_fa.eval.world import score
@@ -44,7 +44,7 @@ class LMM:
         self.original.requires_grad_(False)
         self.names = list(classify(self.original).layers)
         self.inputs = list(prepare(self.samples, self.processor))
-        held_out = self.divergence.inputs[:: max(1, questions // MOMENT_SAMPLES)]
+        held_out = self.divergence.told.inputs[:: max(1, questions // MOMENT_SAMPLES)]
         layers = {name: self.original.get_submodule(name) for name in self.names}
         self.moments = collect(layers, lambda: [self.original(**x) for x in held_out])
 

@@ -34,15 +34,16 @@ def test_wilson_covers_the_truth_as_often_as_it_says():
 def test_f1_covers_the_truth():
     draw = random.Random(0)
     shares = {"hit": 0.4, "alarm": 0.1, "miss": 0.1, "rest": 0.4}  # F1 = 0.8
-    trials, covered = 200, 0
+    trials, covered = 1000, 0
     for _ in range(trials):
         drawn = draw.choices(list(shares), list(shares.values()), k=150)
-        low, high = f1_interval(*(drawn.count(name) for name in shares))
+        low, high = f1_interval(*(drawn.count(name) for name in ("hit", "alarm", "miss")))
         covered += low <= 0.8 <= high
-    assert 0.90 < covered / trials < 0.99
-    assert f1_interval(5, 0, 0, 5) == (1.0, 1.0)
-    assert f1_interval(0, 0, 0, 0) == (0.0, 1.0)
-    assert f1_interval(40, 3, 2, 40) == f1_interval(40, 3, 2, 40)
+    assert 0.92 < covered / trials < 0.98
+    low, high = f1_interval(5, 0, 0)
+    assert 0.6 < low < 0.8
+    assert high == pytest.approx(1.0)
+    assert f1_interval(0, 0, 0) == (0.0, 1.0)
 
 
 def test_the_mean_of_independent_tasks_is_surer_than_one_of_them():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ _SHOWN = 12
 
 
 def compress(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="`tiny` (the embedded model), a folder, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="New folder for the compressed model.")],
     method: Annotated[str, typer.Option(help="`best`, or `paper` (LLaVA-FA literally).")] = "best",
@@ -136,6 +138,7 @@ def compress(
 
     from llava_fa.hub.compress import compress as run
     from llava_fa.hub.parts import refuse_existing
+    from llava_fa.hub.provenance import record
 
     refuse_existing(out.expanduser())
     target = out
@@ -165,6 +168,8 @@ def compress(
         assert calibration is not None
         report = recover_from(model, target, out, calibration, images, recover, rank, visual_tokens, device, fresh)
     assert report is not None
+    told = record(out.expanduser(), output.given_command(context, out="OUT"))
+    report = dataclasses.replace(report, provenance=told)
     if json_output:
         output.print_json(report.to_dict())
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from llava_fa.cli.eval import counting
-from llava_fa.cli.output import layer_progress, print_json, size, stderr, stdout
+from llava_fa.cli.output import given_command, layer_progress, print_json, size, stderr, stdout
+from llava_fa.cli.report import write_report
 from llava_fa.errors import FourierError
 
 METHODS = ("best", "paper")
@@ -19,6 +21,7 @@ BITS = (4.0, 3.0, 2.0)
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the compressed models and `demo.json`.")] = Path("demo-out"),
     model: Annotated[str, typer.Option(help="Which model; any that `compress` takes.")] = "tiny",
     limit: Annotated[int, typer.Option(min=9, help="About how many held-out questions.")] = 900,
@@ -26,10 +29,11 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of questions and calibration samples.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Compress the embedded model by both methods at 4, 3 and 2 bits, evaluate, and print one table.
+    """Compress the embedded model by both methods at 4, 3 and 2 bits, evaluate, print one table and write a report.
 
     The folder is made anew: the compressed models of an earlier demo in it are replaced.
     """
+    from llava_fa.eval.report.collect import Settings
     from llava_fa.hub.source import resolve_model
 
     resolve_model(model)
@@ -37,10 +41,17 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FourierError(str(error.strerror), remedy="Give a writable folder", where=str(out)) from None
-    rows = [{"name": "original", **_evaluate(model, limit, seed), **_original(model)}]
-    for row in _compressed(model, out, limit, samples, seed):
+    answered: dict[str, Any] = {model: _evaluate(model, limit, seed)}
+    rows = [{"name": "original", **_told(answered[model]), **_original(model)}]
+    for row in _compressed(model, out, limit, samples, seed, answered):
         rows.append(row)
-    result = {"model": model, "seed": seed, "questions": rows[0]["questions"], "rows": rows}
+    page = out / "report.html"
+    settings = Settings(limit=limit, divergence=45, seed=seed)
+    write_report(
+        [name for name in answered if name != model], model, settings, page, [given_command(context)], answered
+    )
+    found = {"model": model, "seed": seed, "questions": rows[0]["questions"]}
+    result = {**found, "report": str(page), "rows": rows}
     (out / "demo.json").write_text(json.dumps(result, indent=1))
     if json_output:
         print_json(result)
@@ -51,11 +62,16 @@ def demo(
             f"worst layer of {row['name']}: {row['worst_layer']} (error {row['worst_error']:.3f})", highlight=False
         )
     best = out / "best-2bit"
-    stdout().print(f"\nThe models are in {out}. Try: llava-fa inspect {best}", highlight=False)
+    stdout().print(f"\nThe models are in {out}, and a report on them is {page}.", highlight=False)
+    stdout().print(f"Try: llava-fa inspect {best}", highlight=False)
 
 
-def _compressed(model: str, out: Path, limit: int, count: int, seed: int) -> Iterator[dict[str, Any]]:
+def _compressed(
+    model: str, out: Path, limit: int, count: int, seed: int, answered: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Each row; what was answered goes to ``answered`` under the folder's name."""
     from llava_fa import FourierConfig, compress
+    from llava_fa.hub.provenance import record
     from llava_fa.world.samples import calibration_samples
 
     samples = calibration_samples(count, seed)
@@ -70,21 +86,35 @@ def _compressed(model: str, out: Path, limit: int, count: int, seed: int) -> Ite
                 report = compress(
                     model,
                     out / name,
-                    FourierConfig(method=method, bits=bits),
+                    FourierConfig(method=method, bits=bits, seed=seed),
                     calibration,
                     fresh=True,
                     progress=progress,
                 )
+            record(out / name, equivalent(model, method, bits, count, seed))
             worst = report.worst
+            answered[str(out / name)] = _evaluate(out / name, limit, seed)
             yield {
                 "name": name,
-                **_evaluate(out / name, limit, seed),
+                **_told(answered[str(out / name)]),
                 "bits_per_weight": report.bits_per_weight,
                 "bytes": report.compressed_bytes,
                 "worst_layer": worst and worst.name,
                 "worst_error": worst and (worst.output_error if worst.output_error is not None else worst.weight_error),
                 "compress_seconds": report.seconds,
             }
+
+
+def equivalent(model: str, method: str, bits: float, samples: int, seed: int) -> str:
+    """The command that makes the same folder as the demo does."""
+    words = ["llava-fa", "compress", model, "OUT", "--method", method, "--bits", f"{bits:g}", "--seed", str(seed)]
+    if method == "best":
+        words += ["--calibration", "world", "--samples", str(samples)]
+    return shlex.join(words)
+
+
+def _told(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "answers"}
 
 
 def _original(model: str) -> dict[str, Any]:
@@ -100,9 +130,7 @@ def _evaluate(model: str | Path, limit: int, seed: int) -> dict[str, Any]:
 
     loaded, processor = load(model)
     with counting(f"answering with {model}") as progress:
-        result = evaluate_world(loaded, processor, limit=limit, seed=seed, progress=progress)
-    del result["answers"]
-    return result
+        return evaluate_world(loaded, processor, limit=limit, seed=seed, progress=progress)
 
 
 def table(rows: list[dict[str, Any]]) -> Any:

@@ -15,6 +15,7 @@ from llava_fa.cli.eval import evaluate
 from llava_fa.cli.explain import explain, flops
 from llava_fa.cli.inspect import inspect
 from llava_fa.cli.output import command
+from llava_fa.cli.report import report
 from llava_fa.cli.serve import serve
 from llava_fa.cli.train import train
 from llava_fa.cli.world import world
@@ -32,6 +33,7 @@ app.command()(command(compress))
 app.command()(command(inspect))
 app.command()(command(train))
 app.command("eval")(command(evaluate))
+app.command()(command(report))
 app.command()(command(chat))
 app.command()(command(serve))
 app.command()(command(explain))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -53,6 +54,38 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def given_command(context: typer.Context, **instead: str) -> str:
+    """The running command as it was typed, as one line of shell, without ``--json`` and ``--fresh``.
+
+    Args:
+        context: of the command.
+        instead: parameter → what to say in its place.
+    """
+    arguments: list[str] = []
+    options: list[str] = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in ("json_output", "fresh"):
+            continue
+        value = instead.get(name, context.params[name])
+        if isinstance(value, float):
+            value = f"{value:.12g}"
+        values = [str(one) for one in value] if isinstance(value, (list, tuple)) else [str(value)]
+        if parameter.param_type_name == "argument":
+            arguments += values
+        elif isinstance(value, bool):
+            options.append(parameter.opts[0])
+        else:
+            options += [word for one in values for word in (parameter.opts[0], one)]
+    names: list[str] = []
+    above = context
+    while above.parent is not None:  # the outermost is the program, whatever it was started as
+        names.insert(0, str(above.info_name))
+        above = above.parent
+    return shlex.join(["llava-fa", *names, *arguments, *options])
 
 
 VISUAL_TOKENS = "Tokens per picture, or `auto`: as few as each question needs. [default: as the model was saved]"

@@ -77,12 +77,12 @@ def _existence(rows: Rows) -> dict[str, Any]:
     }
 
 
-def _yes_counts(predictions: Sequence[str], answers: Sequence[str]) -> tuple[int, int, int, int]:
-    """Hits, false alarms, misses and the rest of "yes", as `yes_no_f1` tells them."""
+def _yes_counts(predictions: Sequence[str], answers: Sequence[str]) -> tuple[int, int, int]:
+    """Hits, false alarms and misses of "yes", as `yes_no_f1` tells them."""
     said = [normalise(p).startswith("yes") for p in predictions]
     true = [normalise(a) == "yes" for a in answers]
     hits = sum(s and t for s, t in zip(said, true, strict=True))
-    return hits, sum(said) - hits, sum(true) - hits, len(said) - sum(said) - sum(true) + hits
+    return hits, sum(said) - hits, sum(true) - hits
 
 
 def _grouped(metric: str) -> Callable[[Rows], dict[str, Any]]:

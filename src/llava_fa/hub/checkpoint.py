@@ -154,14 +154,15 @@ def codebook_digest(codebook: Tensor) -> str:
 
 def stored_tensors(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of layer ``name`` under their names in the file; its codebooks go to `codebook_key`."""
-    return {f"{name}.{key}": tensor for key, tensor in tensors.items() if not _is_codebook(key)}
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items() if not is_codebook(key)}
 
 
-def _is_codebook(key: str) -> bool:
+def is_codebook(key: str) -> bool:
+    """Whether a tensor of a layer is its codebook, which layers share."""
     return key.rpartition(".")[2] == "codebook"
 
 
-def _file_keys(name: str, layout: Layout | FactoredLayout) -> dict[str, str]:
+def file_keys(name: str, layout: Layout | FactoredLayout) -> dict[str, str]:
     """Tensor of a layer → its name in the file, codebooks included."""
     return {
         prefix + key: codebook_key(part.codebook) if key == "codebook" else f"{name}.{prefix}{key}"
@@ -299,7 +300,7 @@ def read_layer(folder: Path, name: str) -> PackedLinear:
         raise FourierError(f"no compressed layer {name!r}", remedy="`llava-fa inspect` lists them", where=str(folder))
     record = metadata.layers[name]
     entries = validate(weight_files(folder), dataclasses.replace(metadata, layers={name: record}))
-    tensors = {key: entries[stored].read() for key, stored in _file_keys(name, record.layout).items()}
+    tensors = {key: entries[stored].read() for key, stored in file_keys(name, record.layout).items()}
     check_content(name, record.layout, tensors)
     layer = layer_from_tensors(record.layout, tensors)
     layer.weight_error, layer.output_error = record.weight_error, record.output_error
@@ -332,7 +333,7 @@ def account(entries: Mapping[str, Entry], metadata: Metadata) -> Accounting:
     layers: dict[str, float] = {}
     packed, weights, seen = 0, 0, set()
     for name, record in metadata.layers.items():
-        keys = [stored for key, stored in _file_keys(name, record.layout).items() if not _is_codebook(key)]
+        keys = [stored for key, stored in file_keys(name, record.layout).items() if not is_codebook(key)]
         nbytes = sum(entries[key].nbytes for key in keys)
         count = record.layout.out_features * record.layout.in_features
         layers[name] = 8 * nbytes / count

@@ -14,7 +14,7 @@ import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub import allocation, attention, sensitivity
+from llava_fa.hub import allocation, attention, provenance, sensitivity
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
 from llava_fa.hub.checkpoint import account, read_metadata, validate
@@ -200,6 +200,7 @@ def describe(
         budget=metadata.budget,
         attention_density=metadata.attention_density,
         training=_training(folder),
+        provenance=provenance.read(folder),
     )
 
 

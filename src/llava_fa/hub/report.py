@@ -67,6 +67,8 @@ class Report:
         attention_density: attention module of the original → for every head the share of entries that hold 95 % of
             its attention (`solver.attention`), measured on calibration samples; None without any.
         training: what ``training.json`` of the folder says of recovery training (`llava_fa.train`); None without.
+        provenance: the command that made the folder, and with which versions (`hub.provenance`); None where it was
+            made through the Python API.
     """
 
     path: str
@@ -84,6 +86,7 @@ class Report:
     budget: dict[str, Any] | None = None
     attention_density: dict[str, list[float]] | None = None
     training: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

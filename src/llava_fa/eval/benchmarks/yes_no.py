@@ -87,7 +87,7 @@ class POPE(Benchmark):
                 parts[category] = {
                     "score": float(_f1(np.array([tp, fp, fn, tn]))),
                     "metric": "F1",
-                    "interval": list(f1_interval(int(tp), int(fp), int(fn), int(tn))),
+                    "interval": list(f1_interval(int(tp), int(fp), int(fn))),
                     "questions": total,
                     "accuracy": (tp + tn) / total,
                     "precision": tp / (tp + fp) if tp + fp else 0.0,

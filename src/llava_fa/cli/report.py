@@ -1,0 +1,126 @@
+"""`llava-fa report`: models, their errors and their answers in one HTML file."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llava_fa.cli import output
+from llava_fa.errors import FourierError
+
+
+def report(
+    context: typer.Context,
+    runs: Annotated[
+        list[str], typer.Argument(help="Compressed model folders, and results of `eval --json` (.json files).")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    original: Annotated[
+        str | None,
+        typer.Option(help="What they were compressed from (`tiny`, a folder, a hub id): to compare."),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=0, help="About how many held-out questions of the world; 0 asks none.")
+    ] = 450,
+    seed: Annotated[int, typer.Option(help="Of the questions' pictures.")] = 0,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer whose spectra are shown, name or pattern; repeatable. [default: each part's worst]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Write one self-contained HTML file to hand on: bytes, accuracy, divergence, layers, answers, commands."""
+    from llava_fa.eval.report.collect import Settings
+
+    settings = Settings(limit=limit, seed=seed, device=device, layers=tuple(layer or ()))
+    told = write_report(runs, original, settings, out, [output.given_command(context)])
+    if json_output:
+        output.print_json(told)
+    else:
+        output.stdout().print(f"{told['report']} ({output.size(told['bytes'])})", highlight=False, soft_wrap=True)
+
+
+def write_report(
+    models: list[str],
+    original: str | None,
+    settings: Any,
+    out: Path,
+    commands: list[str],
+    answered: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure, write the file, and say what it shows."""
+    from llava_fa.eval.report.answers import mean_divergence
+    from llava_fa.eval.report.collect import collect
+    from llava_fa.eval.report.page import page
+    from llava_fa.hub.parts import disk_errors
+    from llava_fa.hub.shards import write_text
+
+    out = out.expanduser().absolute()
+    if out.is_dir() or not out.parent.is_dir():
+        what = "this is a folder" if out.is_dir() else "no such folder"
+        raise FourierError(
+            what, remedy="Give a file in a folder that exists", where=str(out if out.is_dir() else out.parent)
+        )
+    work = out.with_name(f"{out.name}.partial")
+    with telling() as tell:
+        found = collect(models, original, settings, work, tell, answered)
+    text = page(found, commands, datetime.date.today())
+    with disk_errors(out):
+        write_text(out, text)
+    shutil.rmtree(work, ignore_errors=True)
+    rows = [
+        {
+            "name": run.name,
+            "bits_per_weight": run.report and run.report.bits_per_weight,
+            "bytes": run.report and run.report.compressed_bytes,
+            "accuracy": {suite: result["accuracy"] for suite, result in run.scores.items()},
+            "divergence": mean_divergence(run),
+            "differing": run.differing if run.differences else None,
+        }
+        for run in found.runs
+    ]
+    return {"report": str(out), "bytes": len(text.encode()), "models": rows}
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str, int, int], None]]:
+    """A (what, done, all) callback: a bar on a terminal's stderr, else a line now and then."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = output.stderr()
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task, current = bar.add_task("reading", total=None), ""
+
+            def update(what: str, done: int, total: int) -> None:
+                nonlocal current
+                if what != current:
+                    bar.reset(task, description=what, total=total)
+                    current = what
+                bar.update(task, completed=done, total=total)
+
+            yield update
+        return
+    last = time.monotonic()
+
+    def line(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= output.PLAIN_SECONDS:
+            last = time.monotonic()
+            console.print(f"{what} {done}/{total}", markup=False, highlight=False)
+
+    yield line

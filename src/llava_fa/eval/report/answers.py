@@ -1,0 +1,209 @@
+"""The report's sections on what the models answer: scores, divergence, the questions they differ on."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+
+from PIL import Image
+
+from llava_fa.eval.intervals import NORMAL
+from llava_fa.eval.report import charts
+from llava_fa.eval.report.collect import Collected, Difference, Run
+from llava_fa.eval.report.markup import Html, number, percent, scroll, size, table, tag
+
+SHOWN = 192
+"""Pixels of a picture's longer side at most."""
+_POSITIONS = 24
+
+
+def summary(found: Collected) -> list[Html]:
+    """One row a model."""
+    rows = []
+    base = found.original.scores.get("world") if found.original else None
+    for run in found.runs:
+        world = run.scores.get("world")
+        kept = None if not (world and base and base["accuracy"]) else world["accuracy"] / base["accuracy"]
+        mean = mean_divergence(run)
+        report = run.report
+        rows.append(
+            [
+                run.name,
+                "–" if report is None else number(report.bits_per_weight, 3),
+                "–" if report is None else size(report.compressed_bytes),
+                "–" if report is None else f"{report.compression_ratio:.2f}×",
+                "–" if world is None else percent(world["accuracy"]),
+                "–" if kept is None else percent(kept),
+                "–" if mean is None else number(mean, 3),
+            ]
+        )
+    headings = [
+        "model",
+        "bits per weight",
+        "size",
+        "smaller",
+        "accuracy (world)",
+        "of the original's",
+        "KL, nats a token",
+    ]
+    return [headline(found), table(headings, rows, "The models at a glance")]
+
+
+def headline(found: Collected) -> Html:
+    """The one sentence that a reader takes along."""
+    runs = [run for run in found.runs if run.compressed and run.report is not None]
+    if not runs:
+        return tag("p", f"{len(found.runs)} models.", class_="lead")
+    run = min(runs, key=lambda r: r.report.compressed_bytes if r.report else math.inf)
+    assert run.report is not None
+    said = f"The smallest, {run.name}, takes {size(run.report.compressed_bytes)} in the place of "
+    said += f"{size(run.report.original_bytes)}, {run.report.bits_per_weight:.2f} bits per weight"
+    base = found.original.scores.get("world") if found.original else None
+    if base and base["accuracy"] and (world := run.scores.get("world")):
+        said += f", and keeps {percent(world['accuracy'] / base['accuracy'])} of the original's accuracy"
+    return tag("p", said + ".", class_="lead")
+
+
+def scores(found: Collected) -> list[Html]:
+    """Accuracy per task with intervals."""
+    suites = list(dict.fromkeys(suite for run in found.runs for suite in run.scores))
+    if not suites:
+        return [tag("p", "Not measured: --limit was 0, and no result of eval was given.", class_="note")]
+    shown: list[Html] = []
+    for suite in suites:
+        shown += [tag("h3", f"suite {suite}")] if len(suites) > 1 else []
+        shown += _suite(found, suite)
+    return shown
+
+
+def _suite(found: Collected, suite: str) -> list[Html]:
+    runs = [(i, run, run.scores[suite]) for i, run in enumerate(found.runs) if suite in run.scores]
+    tasks = list(dict.fromkeys(task for _, _, result in runs for task in result["tasks"]))
+    figures, rows = [], []
+    whole = [(i, run, result["accuracy"], result) for i, run, result in runs if result["accuracy"] is not None]
+    blocks = [("all", whole)] if whole else []
+    for task in tasks:
+        own = [(i, run, r["tasks"][task]["score"], r["tasks"][task]) for i, run, r in runs if task in r["tasks"]]
+        blocks.append((task, own))
+    for name, own in blocks:
+        marks = [(i, run.name, score, told.get("interval")) for i, run, score, told in own]
+        ends = [score if interval is None else interval[0] for _, _, score, interval in marks]
+        low = max(start for start in (0.0, 0.2, 0.4, 0.6, 0.8) if start <= min(ends))
+        metric = own[0][3].get("metric", "")
+        caption = [tag("b", name), f" {metric}" if metric else "", f", {own[0][3]['questions']} questions"]
+        figures.append(tag("figure", tag("figcaption", caption), charts.intervals(marks, f"Scores of {name}", low)))
+        by_run = {i: _scored(score, told.get("interval")) for i, _, score, told in own}
+        rows.append([name, metric or "–", *(by_run.get(i, "–") for i, _, _ in runs)])
+    note = tag("p", "Scores in %, with 95 % intervals: two models whose intervals overlap may still differ, since they "
+               "answered the same questions; the questions they differ on are below.", class_="small")  # fmt: skip
+    headings = ["task", "metric", *(run.name for _, run, _ in runs)]
+    return [note, tag("div", figures, class_="cards"), table(headings, rows, f"Scores of suite {suite}", numbers=2)]
+
+
+def _scored(score: float, interval: list[float] | None) -> str:
+    return f"{100 * score:.1f}" + ("" if interval is None else f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})")
+
+
+def mean_divergence(run: Run) -> float | None:
+    """Nats per answer token, over the even sample of questions."""
+    if not run.divergence:
+        return None
+    return sum(map(sum, run.divergence)) / sum(map(len, run.divergence))
+
+
+def positions(run: Run) -> list[tuple[int, float, float, int]]:
+    """(position from 1, mean KL, its standard error, questions) of every position that some answer reaches."""
+    found = []
+    rows = run.divergence or []
+    for position in range(min(_POSITIONS, max(map(len, rows), default=0))):
+        values = [row[position] for row in rows if len(row) > position]
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
+        found.append((position + 1, mean, spread, len(values)))
+    return found
+
+
+def divergence(found: Collected) -> list[Html]:
+    """KL divergence of the original over the position in the answer."""
+    runs = [(i, run, positions(run)) for i, run in enumerate(found.runs) if run.divergence]
+    if not runs:
+        return [tag("p", "Needs the original and its questions: give --original MODEL, and a --limit.", class_="note")]
+    floor = 1e-6
+    ys = [max(mean, floor) for _, _, rows in runs for _, mean, _, _ in rows]
+    xs = [float(p) for _, _, rows in runs for p, _, _, _ in rows]
+    plane = charts.Plane(xs, ys, logs=(False, True))
+    drawn: list[Html] = []
+    for i, _, rows in runs:
+        x = [float(p) for p, _, _, _ in rows]
+        factors = [math.exp(min(20.0, NORMAL * error / max(mean, floor))) for _, mean, error, _ in rows]
+        low = [max(mean / factor, floor) for (_, mean, _, _), factor in zip(rows, factors, strict=True)]
+        high = [max(mean * factor, floor) for (_, mean, _, _), factor in zip(rows, factors, strict=True)]
+        y = [max(mean, floor) for _, mean, _, _ in rows]
+        drawn += [plane.band(x, low, high, i), plane.line(x, y, i)]
+        drawn += [charts.mark(i, *plane.at(a, b), 3.5) for a, b in zip(x, y, strict=True)]
+    title = "KL divergence from the original over the position in the answer"
+    figure = charts.svg(plane.width, plane.height, title, plane.frame("token of the answer", "nats"), drawn)
+    counted = runs[0][2]
+    rows = [
+        [str(position), str(questions), *(f"{told[k][1]:.3g} ± {NORMAL * told[k][2]:.2g}" for _, _, told in runs)]
+        for k, (position, _, _, questions) in enumerate(counted)
+    ]
+    means = [
+        "all tokens",
+        str(len(runs[0][1].divergence or [])),
+        *(number(mean_divergence(run), 4) for _, run, _ in runs),
+    ]
+    headings = ["token", "answers", *(run.name for _, run, _ in runs)]
+    asked = len(runs[0][1].divergence or [])
+    said = "KL(original ‖ compressed) of the next token, given the picture, the question and the right answer so far, "
+    said += f"on {asked} held-out questions; shaded: 95 % intervals of the means' logarithms; "
+    said += "at later positions only the captions are left."
+    told = tag("p", said, class_="small")
+    marks = _legend_of(found, [i for i, _, _ in runs])
+    every = tag("details", tag("summary", "the numbers"), table(headings, [*rows, means], title))
+    return [told, tag("figure", marks, scroll(figure, title)), every]
+
+
+def _legend_of(found: Collected, wanted: list[int]) -> Html:
+    entries = []
+    for i in wanted:
+        sign = [tag("line", x1=0, y1=7, x2=28, y2=7, class_=f"s{i % charts.KINDS}"), charts.mark(i, 14, 7)]
+        drawn = tag("svg", sign, width=28, height=14, aria_hidden="true")
+        entries.append(tag("li", drawn, " ", found.runs[i].name))
+    return tag("ul", entries, class_="legend")
+
+
+def questions(found: Collected) -> list[Html]:
+    """The questions on which each model and the original differ most."""
+    runs = [run for run in found.runs if run.differences]
+    if not runs:
+        return [tag("p", "Needs the original: give --original MODEL, and a --limit.", class_="note")]
+    shown = []
+    for run in runs:
+        asked = len(run.answers or [])
+        head = f"{run.name}: answers {run.differing} of {asked} questions differently"
+        cards = tag("ol", [_card(run, one) for one in run.differences], class_="questions")
+        shown.append(tag("details", tag("summary", head), cards, open=run is runs[-1]))
+    said = "Differing answers first, each group by the mean KL divergence over the right answer; of more than thirty "
+    said += "differing answers thirty are measured, spread over the tasks."
+    return [tag("p", said, class_="small"), *shown]
+
+
+def _card(run: Run, one: Difference) -> Html:
+    asked = one.sample.question
+    picture = tag("img", src=embedded(one.sample.image), alt=f"the picture of this question ({asked.task})",
+                  width=SHOWN, height=SHOWN, loading="lazy")  # fmt: skip
+    rows = [("expected", asked.answer), ("original", one.original), (run.name, one.compressed)]
+    said = tag("dl", [[tag("dt", who), tag("dd", what or "(nothing)")] for who, what in rows])
+    told = tag("p", f"{asked.task}, KL {number(one.kl, 3)} nats a token", class_="small")
+    return tag("li", picture, tag("div", tag("p", asked.text, class_="asked"), said, told))
+
+
+def embedded(picture: Image.Image) -> str:
+    """A picture as a data URI, small enough to be one of many."""
+    small = picture.convert("RGB")
+    small.thumbnail((SHOWN, SHOWN))
+    buffer = io.BytesIO()
+    small.save(buffer, format="WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,245 @@
+"""The report's sections on the models themselves: bytes, layers, bits and their reasons, spectra."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from llava_fa.eval.report import charts
+from llava_fa.eval.report.collect import Collected, Run, layer_error, part_of
+from llava_fa.eval.report.markup import Html, join, number, percent, scroll, size, table, tag
+from llava_fa.eval.spectra import REACH, Spectra
+from llava_fa.hub.report import LayerReport
+
+SPENT = ("codes", "low rank", "scales", "signs", "codebooks", "dense layers", "embeddings", "other")
+"""Kinds of bytes in the order of their hatchings."""
+
+MEANS = {
+    "codes": "codes of the Fourier coefficients",
+    "low rank": "low-rank factors",
+    "scales": "scales of rows and inputs",
+    "signs": "random signs",
+    "codebooks": "codebooks, shared by layers",
+    "dense layers": "linear layers that are not compressed",
+    "embeddings": "input and output embeddings",
+    "other": "norms, biases, positions",
+}
+ABOUT = (
+    "The transform is orthogonal: by itself it leaves singular values as they are, and what differs below comes of the "
+    "scales in front of it (and, for method paper, of the half of the spectrum that is left out). What it does change "
+    "is how the numbers are spread: outliers of single weights are shared by all coefficients, which come out nearly "
+    "Gaussian (kurtosis 3), and that is what the codebooks are made for."
+)
+ROWS = 400
+"""Rows of a table at most; the worst are kept."""
+
+
+def sizes(found: Collected) -> list[Html]:
+    """What the bytes are spent on."""
+    runs = [run for run in found.runs if run.spent is not None and run.report is not None]
+    if not runs:
+        return [tag("p", "Only results were given, no model folders.", class_="note")]
+    kinds = [kind for kind in SPENT if any((run.spent or {}).get(kind) for run in runs)]
+    rows = []
+    for run in runs:
+        assert run.report is not None
+        parts = [float((run.spent or {}).get(kind, 0)) for kind in kinds]
+        rows.append((run.name, parts, size(run.report.compressed_bytes)))
+    chart = scroll(charts.bars(rows, "Bytes of each model by what they are spent on"), "bytes by purpose")
+    cells = []
+    for kind in kinds:
+        each = [(run.spent or {}).get(kind, 0) for run in runs]
+        shares = [
+            f"{size(n)} ({percent(n / sum((run.spent or {}).values()), 1)})" if n else "–"
+            for n, run in zip(each, runs, strict=True)
+        ]
+        cells.append([MEANS[kind], *shares])
+    totals = ["all tensors", *(size(sum((run.spent or {}).values())) for run in runs)]
+    return [
+        tag("figure", charts.legend(kinds, filled=True), chart),
+        table(["bytes of", *(run.name for run in runs)], [*cells, totals], "What the bytes are spent on"),
+    ]
+
+
+def layers(found: Collected) -> list[Html]:
+    """Error and bits of every layer over depth and module."""
+    runs = [run for run in found.runs if run.compressed]
+    if not runs:
+        return [tag("p", "No compressed model folder was given.", class_="note")]
+    return [_layers_of(run, opened=run is runs[-1]) for run in runs]
+
+
+def _layers_of(run: Run, *, opened: bool) -> Html:
+    assert run.report is not None
+    rows = run.report.layers
+    measured = any(layer.output_error is not None for layer in rows)
+    which = "output error" if measured else "weight error"
+    shown: list[Html] = []
+    for part in ("vision tower", "projector", "language model"):
+        own = [layer for layer in rows if part_of(layer.name) == part]
+        if own:
+            shown.append(tag("h4", part))
+            errors = [(layer, layer_error(layer)) for layer in own]
+            shown.append(_heat(errors, f"{which} in {part}", "of the original's size"))
+            shown.append(_heat([(layer, layer.bits_per_weight) for layer in own], f"bits in {part}", "bits per weight"))
+    worst = sorted(rows, key=lambda layer: layer_error(layer) or 0.0, reverse=True)
+    cells = [
+        [
+            layer.name.removeprefix("model."),
+            "×".join(map(str, layer.shape)),
+            layer.codes,
+            number(layer.bits_per_weight, 3),
+            f"{layer.inner_rank} L R" if layer.inner_rank else layer.rank,
+            number(layer.weight_error, 3),
+            number(layer.output_error, 3),
+        ]
+        for layer in worst[:ROWS]
+    ]
+    headings = ["layer", "shape", "codes", "bits", "rank", "weight error", "output error"]
+    listed = (
+        f"the {ROWS} worst of {len(rows)} layers" if len(rows) > ROWS else f"all {len(rows)} layers, the worst first"
+    )
+    every = tag("details", tag("summary", listed), table(headings, cells, f"Layers of {run.name}"))
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for skipped in run.report.not_compressed:
+        kinds[skipped.reason].append(skipped.name)
+    rest = tag("ul", [tag("li", tag("b", reason), ": ", ", ".join(names[:6]), " …" if len(names) > 6 else None)
+                      for reason, names in kinds.items()])  # fmt: skip
+    worst_name = worst[0].name.removeprefix("model.")
+    head = f"{run.name}: worst layer {worst_name}, {which} {number(layer_error(worst[0]), 3)}"
+    left = tag("details", tag("summary", f"{len(run.report.not_compressed)} modules are not compressed"), rest)
+    return tag("details", tag("summary", head), shown, every, left, open=opened)
+
+
+def _heat(values: Sequence[tuple[LayerReport, float | None]], title: str, unit: str) -> Html:
+    """Rows are modules, columns depths; several layers in one cell (experts) are shown by their mean."""
+    cells: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for layer, value in values:
+        if value is not None:
+            cells[place(layer.name)].append(value)
+    if not cells:
+        return tag("p", f"{title}: not measured", class_="note")
+    modules = list(dict.fromkeys(module for module, _ in cells))
+    depths = sorted({depth for _, depth in cells})
+    grid = {(modules.index(m), depths.index(d)): sum(v) / len(v) for (m, d), v in cells.items()}
+    columns = ["" if depth < 0 else str(depth) for depth in depths]
+    caption = tag("figcaption", f"{title} ({unit})" + ("; columns are depths" if max(depths) >= 0 else ""))
+    drawn = charts.heatmap(columns, modules, grid, title, unit)
+    return tag("figure", caption, scroll(drawn, title))
+
+
+def place(layer: str) -> tuple[str, int]:
+    """(module, depth) of a layer's name; depth -1 outside of blocks. Numbers further in (experts) become ``*``."""
+    depth = re.search(r"\.(\d+)\.", layer)
+    if depth is None:
+        return layer.rpartition(".")[2], -1
+    return re.sub(r"\b\d+\b", "*", layer[depth.end() :]), int(depth.group(1))
+
+
+def allocation(found: Collected) -> list[Html]:
+    """Why each layer has its bits."""
+    runs = [run for run in found.runs if run.compressed]
+    budgeted = [run for run in runs if run.report is not None and run.report.budget is not None]
+    shown: list[Html] = []
+    if same := [run.name for run in runs if run not in budgeted]:
+        said = f"{', '.join(same)}: every layer was given the same bits; "
+        said += "a budget (compress --bits 2.25 or --size) gives each layer what it needs."
+        shown.append(tag("p", said, class_="note"))
+    for run in budgeted:
+        assert run.report is not None
+        assert run.report.budget is not None
+        shown.append(_allocation_of(run, run.report.budget))
+    return shown or [tag("p", "No compressed model folder was given.", class_="note")]
+
+
+def _allocation_of(run: Run, budget: dict[str, Any]) -> Html:
+    assert run.report is not None
+    rows = [layer for layer in run.report.layers if layer.sensitivity is not None]
+    given = (
+        f"{budget['bits']:g} bits per weight" if budget.get("bits") is not None else size(float(str(budget["size"])))
+    )
+    uniform = budget.get("uniform_loss")
+    beside = (
+        "no uniform bits fit" if uniform is None else f"{number(float(str(uniform)), 3)} with the same bits everywhere"
+    )
+    loss = number(float(str(budget["predicted_loss"])), 3)
+    told = tag("p", f"Budget {given}. Predicted loss {loss} {budget['unit']}; {beside}.")
+    known = [layer for layer in rows if layer.sensitivity]
+    figure = None
+    if known:
+        xs = [layer.sensitivity or 0.0 for layer in known]
+        plane = charts.Plane(xs, [layer.bits_per_weight for layer in known], logs=(True, False))
+        parts = ("vision tower", "projector", "language model")
+        marks = []
+        for layer, x in zip(known, xs, strict=True):
+            spot = charts.mark(parts.index(part_of(layer.name)), *plane.at(x, layer.bits_per_weight))
+            hint = f"{layer.name}: {layer.bits_per_weight:.3f} bits, sensitivity {x:.3g}"
+            marks.append(tag("g", tag("title", hint), spot))
+        title = f"Bits of each layer of {run.name} over its sensitivity"
+        frame = plane.frame("sensitivity: predicted loss per unit of distortion", "bits per weight")
+        drawn = charts.svg(plane.width, plane.height, title, frame, marks)
+        figure = tag("figure", tag("figcaption", title), charts.legend(parts), scroll(drawn, title))
+    rows.sort(key=lambda layer: layer.predicted_loss or 0.0, reverse=True)
+    cells = [
+        [
+            layer.name.removeprefix("model."),
+            number(layer.bits_per_weight, 3),
+            layer.codes,
+            f"{layer.inner_rank} L R" if layer.inner_rank else layer.rank,
+            f"{layer.sensitivity or 0.0:.3g}",
+            f"{layer.predicted_loss or 0.0:.3g}",
+        ]
+        for layer in rows[:ROWS]
+    ]
+    headings = ["layer", "bits", "codes", "rank", "sensitivity", "predicted loss"]
+    caption = f"What each layer of {run.name} was given, and why"
+    every = tag(
+        "details", tag("summary", "every layer, the largest predicted loss first"), table(headings, cells, caption)
+    )
+    return tag("section", tag("h3", run.name), told, figure, every)
+
+
+def inside(found: Collected) -> list[Html]:
+    """Singular values and histograms of the chosen layers."""
+    runs = [run for run in found.runs if run.spectra]
+    if not runs:
+        return [tag("p", "Needs the original's weights: give --original MODEL.", class_="note")]
+    shown = [tag("p", ABOUT)]
+    for run in runs:
+        body = [_spectra_of(one) for one in run.spectra]
+        shown.append(tag("details", tag("summary", f"{run.name}: {len(body)} layers"), body, open=run is runs[-1]))
+    return shown
+
+
+def _spectra_of(one: Spectra) -> Html:
+    floor = 1e-4
+    lines = [[max(value, floor) for value in one.singular[key]] for key in ("weight", "coded", "error")]
+    plane = charts.Plane(one.indices, [v for line in lines for v in line], size=(440, 250), logs=(False, True))
+    drawn = [plane.line(one.indices, line, i) for i, line in enumerate(lines)]
+    title = f"Singular values of {one.name}"
+    values = charts.svg(440, 250, title, plane.frame("number", "over the largest"), drawn)
+    bins = len(one.histogram["weight"])
+    xs = [REACH * (2 * (i + 0.5) / bins - 1) for i in range(bins)]
+    ys = [one.histogram[key] for key in ("weight", "coded")]
+    other = charts.Plane([-REACH, REACH], [0.0, *ys[0], *ys[1]], size=(440, 250))
+    curves = [other.line(xs, y, i) for i, y in enumerate(ys)]
+    spread = charts.svg(
+        440, 250, f"Histogram of {one.name}", other.frame("standard deviations", "share of entries"), curves
+    )
+    kurtosis = tag(
+        "p",
+        f"Kurtosis {one.kurtosis['weight']:.2f} before, {one.kurtosis['coded']:.2f} after; beyond {REACH:g} standard "
+        f"deviations {percent(one.beyond['weight'], 3)} before, {percent(one.beyond['coded'], 3)} after. "
+        f"Weight error {one.weight_error:.4f}. After the transform: {one.coded}.",
+        class_="small",
+    )
+    names = ("weight, before", "coefficients, after", "error, over the weight's largest")
+    figures = [
+        tag("figure", tag("figcaption", "singular values"), scroll(values, title)),
+        tag("figure", tag("figcaption", "how the numbers are spread"), scroll(spread, f"Histogram of {one.name}")),
+    ]
+    return join(
+        [tag("h4", one.name.removeprefix("model.")), charts.legend(names), tag("div", figures, class_="pair"), kurtosis]
+    )

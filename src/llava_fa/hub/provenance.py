@@ -1,0 +1,58 @@
+"""Where a compressed folder comes from: the command that made it, and with which versions (``compression.json``)."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llava_fa.errors import FourierError
+from llava_fa.hub.shards import write_text
+
+COMPRESSION = "compression.json"
+"""File of a compressed model's folder, beside its weights; the model does not need it."""
+
+PACKAGES = ("llava-fa", "torch", "transformers", "safetensors", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that decide what a model computes, and the machine."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from sources that are not installed
+            continue
+    return {**found, "platform": platform.platform(terse=True), "machine": platform.machine()}
+
+
+def record(folder: Path, command: str) -> dict[str, Any]:
+    """Write ``compression.json``: the command, with OUT in the place of the folder's name, and the versions.
+
+    The folder may be moved, and a resumed run ends with the same bytes: neither its name nor a date is kept.
+    """
+    told = {"command": command, "versions": versions()}
+    write_text(folder / COMPRESSION, json.dumps(told, indent=1))
+    return told
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What `record` wrote; None where the folder was made through the Python API.
+
+    Raises:
+        FourierError: the file is not what `record` writes.
+    """
+    path = folder / COMPRESSION
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not isinstance(told.get("command"), str):
+        raise FourierError(
+            "it is not a record of a compression", remedy="Remove it; the model does not need it", where=str(path)
+        )
+    return told
