@@ -68,7 +68,8 @@ def check(layout: Layout, tensors, x: torch.Tensor, bias=None) -> None:
     wanted = nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
     torchs = nn.functional.linear(x, weight.float(), bias)
     error = (run(layout, tensors, x, bias, exact=True).double() - wanted).norm()
-    size = max(1e-6, float(wanted.abs().max()))
+    # What an output of such weights is like: one alone may be small by cancellation, its error is not.
+    size = max(1e-6, float(wanted.abs().max()), float(weight.norm(dim=1).max()))
     assert error <= 2 * (torchs.double() - wanted).norm() + 4e-7 * size * wanted.numel() ** 0.5
     rounded = int8_activations(layout, tensors, x) + (0 if bias is None else bias.double())
     error = (run(layout, tensors, x, bias, exact=False).double() - wanted).norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -91,10 +92,9 @@ def serve(
         else:
             console.print(f"{called} at {url} (Ctrl-C stops it)", markup=False, highlight=False)
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # which a shell's background jobs are never told of
         server.run(app, listening, ready)
-    except KeyboardInterrupt:
-        console.print("stopped")
+    console.print("stopped")
 
 
 def _name_of(model: str) -> str:
