@@ -26,17 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 import llava_fa
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.inspect import inspect_model
 from llava_fa.hub.loading import load
 from llava_fa.nn.surgery import classify
+from llava_fa.nn.trainable import make_trainable
 from llava_fa.train.data import Collator
 from llava_fa.train.loss import ModelTeacher, RecoveryLoss
 from llava_fa.train.recover import recover
 from llava_fa.train.settings import TrainingSettings
-from llava_fa.train.trainer import RecoveryTrainer
+from llava_fa.train.trainer import TRAINED, RecoveryTrainer
 from llava_fa.world import calibration_samples
 from llava_fa.world.packed import PackedWorld
 
@@ -45,7 +47,7 @@ BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A starting point, the rank it is trained with, and what differs from the full row."""
+    """A starting point, the rank it is trained with, and what differs from the full row; ``times`` as many steps."""
 
     start: str
     rank: int | None = None
@@ -53,6 +55,7 @@ class Row:
     spatial: bool = False
     requantize: int = 0
     hidden: float = 2.0
+    times: int = 1
 
 
 STARTS: dict[str, dict[str, Any]] = {
@@ -62,7 +65,9 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 TABLE = {
     "2 bits": Row("2 bits", 4),
+    "2 bits, five times the steps": Row("2 bits", 4, times=5),
     "1.5 bits": Row("1.5 bits", 4),
+    "1.5 bits, five times the steps": Row("1.5 bits", 4, times=5),
     "1.5 bits, scales and norms alone": Row("1.5 bits"),
     "1.5 bits, a fifth of the data": Row("1.5 bits", 4, share=0.2),
     "1.5 bits, half of the data": Row("1.5 bits", 4, share=0.5),
@@ -82,7 +87,7 @@ class Bench:
 
     def __init__(self, out: Path, steps: int) -> None:
         self.out, self.file = out, out / "rows.jsonl"
-        self.settings = TrainingSettings(steps=steps, batch=BATCH, save_every=10, log_every=10, rate=1e-3, device="cpu")
+        self.settings = TrainingSettings(steps=steps, batch=BATCH, save_every=10, log_every=10, rate=1e-3, hidden=2.0)
         out.mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -102,8 +107,14 @@ class Bench:
         return float(self.rows()[name]["accuracy"])
 
     def measure(self, name: str, row: Row) -> None:
-        pictures = round(self.settings.steps * BATCH * row.share)
-        settings = dataclasses.replace(self.settings, rank=row.rank, requantize=row.requantize, hidden=row.hidden)
+        settings = dataclasses.replace(
+            self.settings,
+            steps=self.settings.steps * row.times,
+            rank=row.rank,
+            requantize=row.requantize,
+            hidden=row.hidden,
+        )
+        pictures = round(settings.steps * BATCH * row.share)
         if row.spatial:
             without_transform()
         original = self.baseline("original", "tiny")
@@ -145,6 +156,40 @@ class Bench:
             }
         )
 
+    def look(self) -> None:
+        """Divergence of everything in the folder from the original, on pictures that no run sees; half a minute."""
+        far = Distance()
+        for start in sorted(self.out.glob("start *")):
+            say({"model": start.name, **far(dense(start)[0])})
+        for name, row in TABLE.items():
+            if (self.out / name / "config.json").exists():
+                say({"model": name, **far(dense(self.out / name)[0])})
+            folders = (self.out / f"{name}.partial" / "training").glob("checkpoint-*")
+            for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1])):
+                tensors = load_file(folder / TRAINED)
+                ranks = {key[:-5]: tensors[key] for key in tensors if key.endswith(".left")}
+                model = load(self.out / f"start {row.start}", "cpu", torch.float32)[0]
+                make_trainable(model, {key: (left, tensors[f"{key}.right"]) for key, left in ranks.items()})
+                model.load_state_dict(tensors, strict=False)
+                say({"model": f"{name}, step {folder.name.split('-')[1]}", **far(model)})
+
+
+class Distance:
+    """Cross-entropy of answers and divergence from the original, in nats, on 32 packed pictures of their own seed."""
+
+    def __init__(self) -> None:
+        teacher, processor = load("tiny", "cpu", torch.float32)
+        data, collator = PackedWorld(processor, pictures=32, seed=77), Collator(0)
+        self.batches = [collator([data[i] for i in range(first, first + 8)]) for first in range(0, 32, 8)]
+        self.loss = RecoveryLoss(ModelTeacher(teacher), hidden=1.0)
+        self.targets = [self.loss.targets(batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def __call__(self, model: Any) -> dict[str, float]:
+        model.eval()
+        told = [self.loss(model, *both) for both in zip(self.batches, self.targets, strict=True)]
+        return {name: sum(float(row[name]) for row in told) / len(told) for name in told[0] if name != "loss"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,8 +197,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--report", action="store_true", help="print the table, measure nothing")
+    parser.add_argument(
+        "--look", action="store_true", help="print KL of all models and checkpoints there are, train none"
+    )
     args = parser.parse_args()
     bench = Bench(args.out, args.steps)
+    if args.look:
+        bench.look()
+        return
     for name, row in TABLE.items():
         if not args.report and fnmatch.fnmatch(name, args.only) and name not in bench.rows():
             bench.measure(name, row)
