@@ -234,15 +234,8 @@ def without_transform() -> None:
     def inverse(y: torch.Tensor, _: Any, n: int) -> torch.Tensor:
         return y[..., :n]
 
-    def rows_of(weight: torch.Tensor, _: Any, scales: torch.Tensor) -> torch.Tensor:
-        return padded(weight * scales)
-
-    def moment(h: torch.Tensor, _: Any) -> torch.Tensor:
-        return torch.nn.functional.pad(h, (0, h.shape[-1] % 2, 0, h.shape[-1] % 2)).clone()
-
     for module in (dft, reference, trainable):
         module.packed_dft, module.packed_idft = padded, inverse
-    dft.packed_dft_rows, dft.transform_moment = rows_of, moment
 
 
 def qlora(folder: Path, settings: TrainingSettings, pictures: int) -> tuple[Any, Any, dict[str, Any], float]:
