@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from llava_fa.hub.plan import Plan
     from llava_fa.hub.report import Report
 
+_NOTABLE = 0.2
+"""Share of the result from which embeddings that stay as they are are worth a line."""
+
 _SHOWN = 12
 """Names listed before a list is cut short; --json has them all."""
 
@@ -87,6 +90,14 @@ def compress(
     only: Annotated[
         list[str] | None, typer.Option(help="Compress only these layers (name or pattern; repeatable).")
     ] = None,
+    embeddings: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            help="Compress the word embedding and the output embedding too, to 1 to 4 bits: kept as they are, they can "
+            "be half of a small model at 2 bits. Not part of a budget in --bits.",
+        ),
+    ] = None,
     visual_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens per picture that the new model starts with: trained sets, or plain pooling."),
@@ -118,6 +129,8 @@ def compress(
         share = Casp.keep if casp_keep is None else casp_keep
         factored = Casp(keep=share, auto=casp_auto) if casp or casp_auto else None
         budget = _budget(method, bits, size, mixed)
+        if embeddings is not None:
+            FourierConfig(bits=embeddings)  # checks it
         config = FourierConfig(
             method=method,  # type: ignore[arg-type]  # FourierConfig checks it
             bits=MAX_BITS if bits is None or budget is not None else bits,
@@ -145,7 +158,7 @@ def compress(
     if recover is not None:
         from llava_fa.cli.train import before_recovery, recover_from
 
-        asked = (model, config, budget, factored, calibration, images, samples, seed, visual_tokens)
+        asked = (model, config, budget, factored, calibration, images, samples, seed, embeddings, visual_tokens)
         target = before_recovery(out, asked, fresh)
     report = None
     if target == out or not target.exists():
@@ -158,6 +171,7 @@ def compress(
                 data,
                 budget=budget,
                 casp=factored,
+                embeddings=embeddings,
                 visual_tokens=visual_tokens,
                 device=device,
                 fresh=fresh,
@@ -216,10 +230,26 @@ def show_plan(plan: Plan, config: FourierConfig) -> None:
         return
     weights = sum(layer.numel for layer in plan.layers)
     console.print(f"compressing {len(plan.layers)} layers, {weights / 1e6:.1f} M weights", highlight=False)
+    if plan.embeddings:
+        told = ", ".join(f"{layer.name} at {layer.config.bits:g} bits" for layer in plan.embeddings)
+        console.print(f"embeddings: {told}", markup=False, highlight=False)
+    elif (share := _words(plan) / max(1, plan.output_bytes)) > _NOTABLE:
+        told = f"the word embeddings stay as they are, {share:.0%} of the result: --embeddings compresses them"
+        console.print(told, highlight=False)
     if config.only:
         _list(console, "only", [layer.name for layer in plan.layers])
     if config.skip:
         _list(console, "skipped", [s.name for s in plan.not_compressed if s.reason.startswith("skipped")])
+
+
+def _words(plan: Plan) -> int:
+    """Bytes of the input and output embeddings that stay as they are."""
+    from llava_fa.hub.families import is_vision
+
+    reasons = ("embedding", "output embedding")
+    wordy = [kept.name for kept in plan.not_compressed if kept.reason in reasons and not is_vision(kept.name)]
+    kept = [f"{name}.weight" for name in wordy]
+    return sum(plan.source.entries[plan.names[name]].nbytes for name in kept if name in plan.names)
 
 
 def _list(console: Any, title: str, names: list[str]) -> None:

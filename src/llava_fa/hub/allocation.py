@@ -263,16 +263,17 @@ def layer_bytes(plan: Plan, budget: Budget, casp: Casp | None = None) -> int:
 
 def _others(plan: Plan, casp: Casp | None) -> int:
     """Bytes of all that is not compressed, and of the headers of the weight files."""
-    dense = {layer.weight.name for layer in plan.layers}
+    dense = {layer.weight.name for layer in plan.all_layers}
     modules = {key: name for name, key in plan.names.items()}
     names = [modules.get(key, key) for key in plan.source.entries if key not in dense]
-    names += [f"{layer.name}.{key}" for layer in plan.layers for key in layer.layout.tensors() if key != "codebook"]
+    names += [f"{layer.name}.{key}" for layer in plan.all_layers for key in layer.layout.tensors() if key != "codebook"]
     if casp is not None:  # two factors have twice the tensors
         names += [f"{layer.name}.right.input_scale" for layer in plan.layers if is_query_or_key(layer.name)] * 8
     names += [codebook_key("trellis_8_12")] * 2 * len(widths(plan.layers[0].config))  # as many as there can be
     headers = sum(_TENSOR_BYTES + len(name) for name in names)
     files = 1 + plan.source.nbytes // (SHARD_BYTES // 2)
-    return plan.source.nbytes - sum(layer.weight.nbytes for layer in plan.layers) + headers + files * _FILE_BYTES
+    kept = plan.source.nbytes - sum(layer.weight.nbytes for layer in plan.all_layers)
+    return kept + sum(layer.packed_bytes for layer in plan.embeddings) + headers + files * _FILE_BYTES
 
 
 def _too_small(plan: Plan, budget: Budget, casp: Casp | None, least: int) -> str:

@@ -66,6 +66,7 @@ def compress_calibrated(plan: Plan, work: WorkFolder, model: nn.Module, inputs: 
             capture(segment[:1], model, inputs)[1] if index and _to_do(segment, work) and _follows(segment) else None
             for index, segment in enumerate(chains)
         ]
+        _compress_embeddings(plan, work, model, tracker)
         for segment, origin in zip(chains, origins, strict=True):
             _compress_segment(segment, plan, work, model, inputs, tracker, origin)
     except torch.OutOfMemoryError as error:
@@ -79,6 +80,17 @@ def compress_calibrated(plan: Plan, work: WorkFolder, model: nn.Module, inputs: 
             if layer.name not in work:
                 note = "no calibration input reached it; compressed without data"
                 compress_layer(layer, plan, None, work, tracker, notes=(note,))
+
+
+def _compress_embeddings(plan: Plan, work: WorkFolder, model: nn.Module, tracker: Tracker) -> None:
+    """Before the layers, which then see what the compressed words give; tied weights share their numbers."""
+    for layer in plan.embeddings:
+        if layer.name not in work:
+            compress_layer(layer, plan, None, work, tracker)
+        packed = layer_from_tensors(layer.layout, work.load(layer.name))
+        weight = model.get_submodule(layer.name).weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(packed.dequantize())
 
 
 def _to_do(units: Sequence[Unit], work: WorkFolder) -> bool:

@@ -26,9 +26,11 @@ from llava_fa.kernels.layout import FactoredLayout, Layout, layout_from_dict
 from llava_fa.maths.dft import padded
 from llava_fa.nn.codebooks import MODULE, codebook_key
 from llava_fa.nn.factored_linear import PackedLinear, layer_from_tensors
+from llava_fa.nn.fourier_embedding import FourierEmbedding
 
-FORMAT_VERSION = 3
-"""The newest version; models without factored layers, or trellis codes, are written, as before, in versions 2 and 1."""
+FORMAT_VERSION = 4
+"""The newest version; models without embeddings, factored layers, or trellis codes are written, as before, in versions
+3, 2 and 1."""
 
 _SAFETENSORS = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
 _COMPRESS_AGAIN = "Compress the model again, or copy the folder again"
@@ -43,12 +45,16 @@ class LayerRecord:
     output_error: float | None = None
     sensitivity: float | None = None
     predicted_loss: float | None = None
+    embedding: bool = False
+    """Whether it is an embedding, looked up row by row; a tied output embedding uses the same tensors."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the last two only where there was a budget."""
         values = {"weight_error": self.weight_error, "output_error": self.output_error}
         if self.sensitivity is not None:
             values |= {"sensitivity": self.sensitivity, "predicted_loss": self.predicted_loss}
+        if self.embedding:
+            values["embedding"] = True
         return {**self.layout.to_dict(), **values}
 
     @classmethod
@@ -57,12 +63,19 @@ class LayerRecord:
         values = dict(values)
         known = ("weight_error", "output_error", "sensitivity", "predicted_loss")
         measured = [values.pop(name, None) for name in known]
-        return cls(layout_from_dict(values), *measured)
+        embedding = values.pop("embedding", False)
+        layout = layout_from_dict(values)
+        if embedding is not False and not (
+            embedding is True and isinstance(layout, Layout) and layout.method == "best"
+        ):
+            raise FourierError("no embedding can be stored like that", remedy=_COMPRESS_AGAIN)
+        return cls(layout, *measured, embedding=embedding)
 
     @classmethod
     def of(cls, layer: PackedLinear) -> LayerRecord:
         """The record of a layer in memory."""
-        return cls(layer.layout, layer.weight_error, layer.output_error)
+        wordy = isinstance(layer, FourierEmbedding)
+        return cls(layer.layout, layer.weight_error, layer.output_error, embedding=wordy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +136,7 @@ class Metadata:
             except FourierError as error:
                 raise error.at(name) from None
         if _version(layers) > version:
-            newer = "factored layers" if _version(layers) == 3 else "trellis codes"
+            newer = {2: "trellis codes", 3: "factored layers", 4: "packed embeddings"}[_version(layers)]
             raise FourierError(f"a checkpoint of version {version} has no {newer}", remedy=_COMPRESS_AGAIN)
         codebooks = {f"bits_{name}" if name.isdigit() else name: digest for name, digest in parts[2].items()}
         budget = None if budget is None else dict(budget)
@@ -142,6 +155,8 @@ def _densities(values: Any) -> dict[str, list[float]] | None:
 def _version(layers: Mapping[str, LayerRecord]) -> int:
     """The first format version in which such layers can be told."""
     layouts = [record.layout for record in layers.values()]
+    if any(record.embedding for record in layers.values()):
+        return 4
     if any(isinstance(layout, FactoredLayout) for layout in layouts):
         return 3
     return 2 if any(part.codes == "trellis" for layout in layouts for part in layout.parts().values()) else 1

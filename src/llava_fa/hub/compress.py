@@ -49,13 +49,14 @@ def compress(
     *,
     budget: Budget | None = None,
     casp: Casp | None = None,
+    embeddings: float | None = None,
     visual_tokens: int | None = None,
     device: str | torch.device = "cpu",
     fresh: bool = False,
     progress: ProgressCallback | None = None,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> Report:
-    """Compress every linear layer of vision tower, projector and language model.
+    """Compress every linear layer of vision tower, projector and language model, and, if asked, its word embeddings.
 
     Without calibration data the checkpoint is streamed: memory holds the largest layer, not the model, and
     what is known of a layer's inputs comes from the norm in front of it. With data the model is loaded, and
@@ -72,6 +73,9 @@ def compress(
             one) that make the predicted loss least (docs/method.md), and ``config.bits`` is the most it may get.
         casp: query and key projections as two narrow factors (arXiv 2503.05936); bits are then chosen under ``budget``,
             or, without one, within the very bytes that ``config`` would take without ``casp``.
+        embeddings: bits (1 to 4) of the word embedding, which a tied output embedding shares, and of an output
+            embedding of its own: half of a small model's bytes at 2 bits. Fitted without data, outside of a budget in
+            bits. None: both stay as they are.
         visual_tokens: how many tokens the new model is told a picture in (and is calibrated with): what is trained into
             it (`llava-fa train --matryoshka`), or plain pooling; whoever loads it can choose another number.
         device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
@@ -101,7 +105,7 @@ def compress(
     source = open_source(resolve_model(model))
     if visual_tokens is not None:
         source = with_visual_tokens(source, visual_tokens)
-    plan = make_plan(empty_model(source), source, config)
+    plan = make_plan(empty_model(source), source, config, embeddings)
     if casp is not None:
         allocation.check_casp(plan)
         if budget is None:
@@ -117,6 +121,7 @@ def compress(
         "calibration": None if data is None else fingerprint(data.inputs),
         **({} if budget is None else {"budget": budget.to_dict()}),
         **({} if casp is None else {"casp": casp.to_dict()}),
+        **({} if embeddings is None else {"embeddings": embeddings}),
         **({} if visual_tokens is None else {"visual_tokens": visual_tokens}),
     }
     with WorkFolder(out, manifest, fresh) as work:
@@ -142,7 +147,7 @@ def compress(
         elif loaded is not None:
             compress_calibrated(plan, work, loaded, data.inputs, tracker)
             del loaded
-        notes = {layer.name: work.report(layer.name).notes for layer in plan.layers}
+        notes = {layer.name: work.report(layer.name).notes for layer in plan.all_layers}
         tracker.tell("writing")
         assemble(plan, config, work, density)
         tracker.tell("done")
@@ -177,6 +182,7 @@ def describe(
             sensitivity=record.sensitivity,
             predicted_loss=record.predicted_loss,
             notes=(notes or {}).get(name, ()),
+            embedding=record.embedding,
             codes=kind_of_codes(record.layout),
         )
         for name, record in metadata.layers.items()
@@ -306,7 +312,7 @@ def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.
         size = 4 * sum(entry.numel for entry in plan.source.entries.values())
         if fast_dtype(device) == torch.float32 and size <= psutil.virtual_memory().available / 2:
             name = "float32"
-        elif any(layer.weight.dtype == "F16" for layer in plan.layers):
+        elif any(layer.weight.dtype == "F16" for layer in plan.all_layers):
             name = "bfloat16"
     with disk_errors(work.path):
         write_text(kept, name)

@@ -115,9 +115,25 @@ def feeding_norm(model: nn.Module, name: str) -> Feed | None:
     return None
 
 
+def final_norm(model: nn.Module, name: str) -> Feed | None:
+    """The norm whose outputs the output embedding ``name`` multiplies, or the word embedding that is tied to it.
+
+    None for a word embedding that is only looked up, and where the language model has no module ``norm`` beside it.
+    """
+    first, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    module = model.get_submodule(name)
+    weights = (getattr(head, "weight", None), getattr(first, "weight", None))
+    tied = weights[0] is weights[1] or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}).values()
+    if module is not head and not tied:
+        return None
+    inside = next(place for place, other in model.named_modules() if other is first).rpartition(".")[0]
+    norm = f"{inside}.norm".lstrip(".")
+    return _feed(model.get_submodule(norm), norm, module) if _has(model, norm) else None
+
+
 def _feed(norm: nn.Module, name: str, linear: nn.Module) -> Feed | None:
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    inputs = getattr(linear, "in_features", 0)
+    inputs = linear.weight.shape[1]  # type: ignore[union-attr,index]
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or inputs % weight.numel():
         return None
     plus_one = _adds_one(norm)

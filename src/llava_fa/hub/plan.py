@@ -11,7 +11,7 @@ from torch import nn
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub.families import Feed, feeding_norm
+from llava_fa.hub.families import Feed, feeding_norm, final_norm
 from llava_fa.hub.report import Skipped
 from llava_fa.hub.shards import FLOATS, Entry
 from llava_fa.hub.source import Source, match_names
@@ -21,7 +21,7 @@ from llava_fa.nn.surgery import classify
 
 @dataclasses.dataclass(frozen=True)
 class PlannedLayer:
-    """A linear layer to be compressed: module name, weight in the checkpoint, norm in front of it, and how."""
+    """A layer or embedding to be compressed: module name, weight in the checkpoint, norm in front of it, and how."""
 
     name: str
     weight: Entry
@@ -32,6 +32,8 @@ class PlannedLayer:
     """Under a budget: the predicted loss per unit of the codes' distortion."""
     predicted_loss: float | None = None
     """Under a budget: what this layer is predicted to add to the model's loss."""
+    embedding: bool = False
+    """Whether rows of it are looked up."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,6 +62,13 @@ class Plan:
     """Parameter in the model → name in the source checkpoint."""
     budget: dict[str, Any] | None = None
     """Under a budget: what it was and what it came to, as stored in the checkpoint (docs/format.md)."""
+    embeddings: tuple[PlannedLayer, ...] = ()
+    """Word embeddings that will be compressed, without data and outside of any budget."""
+
+    @property
+    def all_layers(self) -> tuple[PlannedLayer, ...]:
+        """Everything that will be compressed."""
+        return self.embeddings + self.layers
 
     def assign(self, layers: Mapping[str, PlannedLayer], budget: dict[str, Any]) -> Plan:
         """The same plan with layers of other configurations."""
@@ -68,32 +77,39 @@ class Plan:
     @property
     def part_bytes(self) -> int:
         """Disk the parts take while the work lasts."""
-        return sum(layer.packed_bytes for layer in self.layers)
+        return sum(layer.packed_bytes for layer in self.all_layers)
 
     @property
     def output_bytes(self) -> int:
         """Disk the new checkpoint's weights take."""
-        return self.source.nbytes - sum(layer.weight.nbytes for layer in self.layers) + self.part_bytes
+        return self.source.nbytes - sum(layer.weight.nbytes for layer in self.all_layers) + self.part_bytes
 
 
-def make_plan(model: nn.Module, source: Source, config: FourierConfig) -> Plan:
+def make_plan(model: nn.Module, source: Source, config: FourierConfig, embeddings: float | None = None) -> Plan:
     """Match the model's linear layers (``model`` may be on the meta device) with the checkpoint's tensors.
+
+    Args:
+        embeddings: bits of the word embedding, and of an output embedding of its own; None: they stay as they are.
 
     Raises:
         FourierError: a pattern that matches nothing, nothing left to compress, a rank that is too large for a
             layer (named), a weight whose shape or dtype is not what the model has (named).
     """
     names, converted = match_names(model, source)
-    choice = classify(model, config.skip, config.only)
+    choice = classify(model, config.skip, config.only, embeddings=embeddings is not None)
     rest = dict(choice.not_compressed)
-    layers = []
-    for name in choice.layers:
+    layers, wordy = [], []
+    for name in choice.layers + choice.embeddings:
         key = names.get(f"{name}.weight")
         if key is None:
             stacked = f"{name}.weight" in converted.values()
             rest[name] = "its weight is stored rearranged" if stacked else "its weight is not in the checkpoint"
             continue
-        layers.append(_planned(model, name, source.entries[key], config))
+        if name in choice.layers:
+            layers.append(_planned(model, name, source.entries[key], config, feeding_norm(model, name)))
+        elif embeddings is not None:
+            packed = config.replace(method="best", bits=embeddings, rank=0, inner_rank=0)
+            wordy.append(_planned(model, name, source.entries[key], packed, final_norm(model, name)))
     if not layers:
         raise FourierError(
             "none of its linear layers is stored as the model has it",
@@ -101,12 +117,11 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig) -> Plan:
             where=str(source.folder),
         )
     not_compressed = tuple(Skipped(name, reason) for name, reason in rest.items())
-    return Plan(source, tuple(layers), not_compressed, names)
+    return Plan(source, tuple(layers), not_compressed, names, embeddings=tuple(wordy))
 
 
-def _planned(model: nn.Module, name: str, entry: Entry, config: FourierConfig) -> PlannedLayer:
-    linear = model.get_submodule(name)
-    m, n = linear.out_features, linear.in_features
+def _planned(model: nn.Module, name: str, entry: Entry, config: FourierConfig, feed: Feed | None) -> PlannedLayer:
+    m, n = model.get_submodule(name).weight.shape  # type: ignore[union-attr]
     if entry.shape != (m, n):
         raise FourierError(
             f"its weight is {list(entry.shape)}, and config.json makes it {[m, n]}",
@@ -125,4 +140,5 @@ def _planned(model: nn.Module, name: str, entry: Entry, config: FourierConfig) -
             remedy=f"Give a rank of at most {min(m, n)}, or skip this layer",
             where=name,
         )
-    return PlannedLayer(name, entry, layout_of(config, m, n), feeding_norm(model, name), config)
+    embedding = isinstance(model.get_submodule(name), nn.Embedding)
+    return PlannedLayer(name, entry, layout_of(config, m, n), feed, config, embedding=embedding)

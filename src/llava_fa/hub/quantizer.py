@@ -23,8 +23,10 @@ from llava_fa.hub.checkpoint import LayerRecord, Metadata, check_content, codebo
 from llava_fa.hub.families import Feed, feeding_norm
 from llava_fa.hub.shards import Entry, read_header
 from llava_fa.hub.source import Source, match_names
+from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, Codebooks, attach, relink, share_codebooks
 from llava_fa.nn.factored_linear import PackedLinear, empty_layer, layer_from_approximation, packed_layers
+from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead, tie_head, untie_head
 from llava_fa.nn.surgery import classify, replace_module
 from llava_fa.solver.approximate import approximate
 
@@ -122,24 +124,12 @@ class FourierHfQuantizer(HfQuantizer):
         books: dict[str, int] = {}
         for name, record in self.metadata.layers.items():
             here = _find(model, name)
-            linear = model.get_submodule(here)
-            shape = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
-            layout = record.layout
-            if shape != (layout.out_features, layout.in_features):
-                raise FourierError(
-                    f"config.json has a layer of {layout.out_features}×{layout.in_features}, the model "
-                    f"{type(linear).__name__} {shape[0]}×{shape[1]}",
-                    remedy="Copy the folder again; config.json does not belong to these weights",
-                    where=name,
-                )
-            bias, dtype = linear.bias is not None, linear.weight.dtype
-            empty = empty_layer(layout, bias=bias, dtype=dtype, device="meta")
-            empty.weight_error, empty.output_error = record.weight_error, record.output_error
-            _exchange(model, here, empty)
-            for prefix, part in layout.parts().items():
+            _exchange(model, here, _empty(model.get_submodule(here), name, record))
+            for prefix, part in record.layout.parts().items():
                 self._stored.add(f"{here}.{prefix}".rstrip("."))
                 if part.method == "best":
                     books[part.codebook] = part.points
+        _tie_heads(model)
         if books:
             attach(model, Codebooks(books, device="meta"))
 
@@ -188,7 +178,12 @@ class FourierHfQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string
         for name, layer in packed_layers(model):
             layer.to(dtype)
-            _exchange(model, name, layer.to_linear())
+            if isinstance(layer, FourierEmbedding):
+                _exchange(model, name, plain := layer.to_embedding())
+                for head in [at for at, module in model.named_modules() if isinstance(module, TiedHead)]:
+                    untie_head(model, head, plain)
+            else:
+                _exchange(model, name, layer.to_linear())
         if hasattr(model, MODULE):
             delattr(model, MODULE)
         model._weight_conversions = None  # saved names are again those of the plain format
@@ -296,6 +291,35 @@ def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = Non
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
     model._weight_conversions = []  # the format's names are the module names
+
+
+def _empty(module: nn.Module, name: str, record: LayerRecord) -> PackedLinear:
+    """The packed module, on meta, that takes the place of this plain one."""
+    weight, layout = getattr(module, "weight", None), record.layout
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    kind = nn.Embedding if record.embedding else nn.Linear
+    if shape != (layout.out_features, layout.in_features) or not isinstance(module, kind):
+        raise FourierError(
+            f"config.json has a layer of {layout.out_features}×{layout.in_features}, the model "
+            f"{type(module).__name__} {'×'.join(map(str, shape))}",
+            remedy="Copy the folder again; config.json does not belong to these weights",
+            where=name,
+        )
+    empty: PackedLinear
+    if isinstance(module, nn.Embedding) and isinstance(layout, Layout):
+        empty = FourierEmbedding(layout, dtype=module.weight.dtype, device="meta")
+    else:
+        empty = empty_layer(layout, bias=module.bias is not None, dtype=module.weight.dtype, device="meta")
+    empty.weight_error, empty.output_error = record.weight_error, record.output_error
+    return empty
+
+
+def _tie_heads(model: nn.Module) -> None:
+    """Give an output embedding that is tied to a packed one its tensors."""
+    for key, of in list(getattr(model, "all_tied_weights_keys", {}).items()):
+        embedding = model.get_submodule(of.removesuffix(".weight"))
+        if isinstance(embedding, FourierEmbedding):
+            tie_head(model, key.removesuffix(".weight"), embedding)
 
 
 def _find(model: nn.Module, name: str) -> str:

@@ -17,6 +17,8 @@ class LayerReport:
 
     ``inner_rank``: width of the two factors that the layer is stored as (CASP); 0 for one matrix.
 
+    ``embedding``: whether it is an embedding, looked up row by row (a tied output embedding shares it).
+
     ``codes``: "rings", "trellis" or (method ``paper``) "grid"; None for a layer that is not compressed.
 
     Under a budget, ``predicted_loss`` is what the layer was expected to add to the model's loss, and ``sensitivity``
@@ -34,6 +36,7 @@ class LayerReport:
     sensitivity: float | None = None
     predicted_loss: float | None = None
     inner_rank: int = 0
+    embedding: bool = False
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerReport:

@@ -51,11 +51,11 @@ class Tracker:
     """Counts finished layers and tells the progress callback."""
 
     def __init__(self, plan: Plan, work: WorkFolder, callback: ProgressCallback) -> None:
-        found = [layer for layer in plan.layers if layer.name in work]
+        found = [layer for layer in plan.all_layers if layer.name in work]
         self.callback = callback
         self.resumed = self.done = len(found)
         self.weights = sum(layer.numel for layer in found)
-        self.total, self.all_weights = len(plan.layers), sum(layer.numel for layer in plan.layers)
+        self.total, self.all_weights = len(plan.all_layers), sum(layer.numel for layer in plan.all_layers)
 
     def tell(self, stage: str, name: str = "") -> None:
         """Report the present state."""
@@ -68,7 +68,7 @@ class Tracker:
 
 def compress_streaming(plan: Plan, work: WorkFolder, tracker: Tracker) -> None:
     """Compress every planned layer that has no part yet, in the order of the files; one layer in memory."""
-    for layer in sorted(plan.layers, key=lambda layer: (layer.weight.file.name, layer.weight.start)):
+    for layer in sorted(plan.all_layers, key=lambda layer: (layer.weight.file.name, layer.weight.start)):
         if layer.name not in work:
             compress_layer(layer, plan, None, work, tracker)
 
@@ -161,11 +161,12 @@ def _items(plan: Plan, config: FourierConfig, work: WorkFolder) -> tuple[list[It
     replaced = set()
     rest = {skipped.name: skipped.reason for skipped in plan.not_compressed}
     metadata = Metadata(config, not_compressed=rest, budget=plan.budget)
-    for layer in plan.layers:
+    for layer in plan.all_layers:
         entries = work.entries(layer.name)
         report = work.report(layer.name)
         errors = (report.weight_error, report.output_error)
-        metadata.layers[layer.name] = LayerRecord(layer.layout, *errors, layer.sensitivity, layer.predicted_loss)
+        predicted = (layer.sensitivity, layer.predicted_loss)
+        metadata.layers[layer.name] = LayerRecord(layer.layout, *errors, *predicted, layer.embedding)
         books = {prefix + "codebook": part.codebook for prefix, part in layer.layout.parts().items()}
         items += [Item.copy(entry, f"{layer.name}.{key}") for key, entry in entries.items() if key not in books]
         for key, book in books.items():

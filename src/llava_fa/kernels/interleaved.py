@@ -16,6 +16,7 @@ Shape [blocks, units · b + 1, 64].
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import torch
@@ -58,6 +59,15 @@ def as_stored(codes: Tensor, layout: Layout) -> Tensor:
     if words.is_words(codes):
         return words.from_words(codes, layout)
     return deinterleave(codes, layout) if is_interleaved(codes) else codes
+
+
+def stored_rows(codes: Tensor, layout: Layout, rows: Tensor) -> Tensor:
+    """Codes of some rows of a matrix, its codes in any order, as stored: rows int64 [k] → uint8 [k, bytes]."""
+    if not is_interleaved(codes):
+        return as_stored(codes[rows], layout)
+    blocks = dataclasses.replace(layout, out_features=ROWS * len(rows), rank=0)
+    whole = deinterleave(codes[rows // ROWS], blocks)
+    return whole.view(-1, ROWS, whole.shape[1])[torch.arange(len(rows), device=codes.device), rows % ROWS]
 
 
 def interleave(codes: Tensor, layout: Layout) -> Tensor:

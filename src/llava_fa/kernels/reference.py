@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fa.kernels.interleaved import as_stored, best_layout
+from llava_fa.kernels.interleaved import as_stored, best_layout, stored_rows
 from llava_fa.maths.bitpack import packed_bytes, unpack, unpack_windows
 from llava_fa.maths.dft import packed_dft, packed_idft, padded
 from llava_fa.maths.polar import polar_dequant
@@ -234,6 +234,44 @@ def best_dense(
         rows = decoding.decode(start, stop) * row_scale[start:stop, None].to(dtype)
         out[start:stop] = packed_idft(rows, plus_minus, n) / input_scale.to(dtype)
     return out
+
+
+def best_rows(
+    ids: Tensor,
+    codes: Tensor,
+    row_scale: Tensor,
+    input_scale: Tensor,
+    signs: Tensor,
+    codebook: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
+    code_bits: int,
+    state_bits: int,
+) -> Tensor:
+    """Rows of the weight that `best_linear` multiplies with: what an embedding looks up.
+
+    Args:
+        ids: int [...], each in 0 … m - 1.
+        Others: see `best_linear`; codes as stored, or in a kernel's order.
+
+    Returns:
+        float32 [..., n].
+
+    Raises:
+        IndexError: an id outside of the matrix.
+    """
+    m, n = row_scale.shape[0], input_scale.shape[0]
+    if ids.numel() == 0:
+        return row_scale.new_empty(*ids.shape, n, dtype=torch.float32)
+    rows = ids.reshape(-1).long()
+    scale = row_scale.index_select(0, rows)  # before the codes, where an id too large may still hit padding
+    some = stored_rows(codes, best_layout(m, n, code_bits, state_bits), rows)
+    out = best_dense(some, scale, input_scale, signs, codebook, torch.float32, code_bits if state_bits else 0)
+    if left is not None and right is not None:
+        out += factor(left[rows], left_scale, out.dtype, 1) @ factor(right, right_scale, out.dtype, 0)
+    return out.view(*ids.shape, n)
 
 
 def _complex(pairs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,9 +6,11 @@
 | ``llava_fa::paper_matmul`` | y = Re ifft_m(S (c · x̂))                    | `reference.paper_matmul` |
 | ``llava_fa::…_transposed`` | their adjoints, which are their gradients   | `reference.…_transposed` |
 | ``llava_fa::best_linear``  | best_matmul + left (right x) + bias         | `reference.best_linear`  |
+| ``llava_fa::best_rows``    | rows of the weight: an embedding's look-up  | `reference.best_rows`    |
 
-All are linear in their first argument, and all but the last differentiable to it, any number of times; packed weights
-are data. The last is what inference runs, by the compiled kernels on a CPU and by Triton on a GPU; it has no gradient.
+The products are linear in their first argument, and all but best_linear differentiable to it, any number of times;
+packed weights are data. best_linear is what inference runs, by the compiled kernels on a CPU and by Triton on a GPU; it
+has no gradient.
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.reference import factor, working_dtype
 
 _BEST_NAMES = ("codes", "row_scale", "input_scale", "signs", "codebook")
+_FACTOR_NAMES = ("left", "right", "left_scale", "right_scale")
 _BEST = ", ".join(f"Tensor {name}" for name in _BEST_NAMES) + ", int trellis_bits=0"
+_WHOLE = ", ".join([*(f"Tensor {name}" for name in _BEST_NAMES), *(f"Tensor? {name}" for name in _FACTOR_NAMES)])
 _PAPER = "Tensor codes, Tensor r_max, Tensor? left, Tensor? right, int amplitude_bits, int phase_bits"
 _SCHEMAS = {
     "best_matmul": f"(Tensor x, {_BEST}) -> Tensor",
     "best_matmul_transposed": f"(Tensor g, {_BEST}) -> Tensor",
     "paper_matmul": f"(Tensor x, {_PAPER}) -> Tensor",
     "paper_matmul_transposed": f"(Tensor g, {_PAPER}, int n) -> Tensor",
-    "best_linear": f"(Tensor x, {', '.join(f'Tensor {name}' for name in _BEST_NAMES)}, Tensor? left, Tensor? right, "
-    "Tensor? left_scale, Tensor? right_scale, Tensor? bias, int code_bits, int state_bits) -> Tensor",
+    "best_linear": f"(Tensor x, {_WHOLE}, Tensor? bias, int code_bits, int state_bits) -> Tensor",
+    "best_rows": f"(Tensor ids, {_WHOLE}, int code_bits, int state_bits) -> Tensor",
 }
 
 
@@ -117,6 +121,10 @@ def _fake_best_linear(x: Tensor, codes: Tensor, row_scale: Tensor, *_: Any) -> T
     return x.new_empty(*x.shape[:-1], row_scale.shape[0])
 
 
+def _fake_rows(ids: Tensor, codes: Tensor, row_scale: Tensor, input_scale: Tensor, *_: Any) -> Tensor:
+    return ids.new_empty(*ids.shape, input_scale.shape[0], dtype=torch.float32)
+
+
 def _fake_best_transposed(g: Tensor, codes: Tensor, row_scale: Tensor, input_scale: Tensor, *_: Any) -> Tensor:
     return g.new_empty(*g.shape[:-1], input_scale.shape[0], dtype=working_dtype(g))
 
@@ -131,6 +139,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "paper_matmul": _fake_best,
     "paper_matmul_transposed": _fake_paper_transposed,
     "best_linear": _fake_best_linear,
+    "best_rows": _fake_rows,
 }
 
 
@@ -179,25 +188,18 @@ def apply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, layout:
         x: [..., n], floating. tensors: of the layout, codes as stored or in a kernel's order. bias: [m] or None.
     """
     if layout.method == "best" and not _gradient(x, bias):
-        get = tensors.get
-        result: Tensor = torch.ops.llava_fa.best_linear(
-            autocast(x),
-            tensors["codes"],
-            tensors["row_scale"],
-            tensors["input_scale"],
-            tensors["signs"],
-            tensors["codebook"],
-            get("left"),
-            get("right"),
-            get("left_scale"),
-            get("right_scale"),
-            bias,
-            layout.code_bits,
-            layout.state_bits,
-        )
+        whole = [tensors.get(name) for name in (*_BEST_NAMES, *_FACTOR_NAMES)]
+        result: Tensor = torch.ops.llava_fa.best_linear(autocast(x), *whole, bias, layout.code_bits, layout.state_bits)
         return result
     tensors = {**tensors, "codes": as_stored(tensors["codes"], layout)}
     return linear(x, tensors, bias, *layout.op_bits)
+
+
+def rows(ids: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """Rows of a matrix of method ``best``, its codes in any order: ids int [...] → float32 [..., n]."""
+    whole = [tensors.get(name) for name in (*_BEST_NAMES, *_FACTOR_NAMES)]
+    result: Tensor = torch.ops.llava_fa.best_rows(ids, *whole, layout.code_bits, layout.state_bits)
+    return result
 
 
 def preferred(codes: Tensor, x: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:

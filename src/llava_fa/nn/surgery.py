@@ -23,20 +23,25 @@ class Classified:
     Attributes:
         layers: names of the linear modules to compress, in the model's order.
         not_compressed: name of a module (or of a parameter its module owns) → reason.
+        embeddings: names of the word embedding and of an output embedding of its own, where they are to be compressed.
     """
 
     layers: tuple[str, ...]
     not_compressed: dict[str, str]
+    embeddings: tuple[str, ...] = ()
 
 
-def classify(model: nn.Module, skip: Sequence[str] = (), only: Sequence[str] = ()) -> Classified:
+def classify(
+    model: nn.Module, skip: Sequence[str] = (), only: Sequence[str] = (), *, embeddings: bool = False
+) -> Classified:
     """Decide for every module of a model (on any device, meta included) whether it is compressed.
 
     Compressed is every plain `torch.nn.Linear` with both sides ≥ `SMALLEST_SIDE`, whatever part of the model
     it is in, unless it is the output embedding or patterns say otherwise.
 
     Args:
-        skip, only: patterns, see `resolve`.
+        skip, only: patterns, see `resolve`; ``only`` is about linear layers.
+        embeddings: whether the word embedding, and the output embedding, are compressed too.
 
     Raises:
         FourierError: a pattern that matches no module, or patterns that leave nothing to compress.
@@ -68,7 +73,29 @@ def classify(model: nn.Module, skip: Sequence[str] = (), only: Sequence[str] = (
     if not layers:
         what = "no layer is left to compress" if skip or only else "the model has no layer that can be compressed"
         raise FourierError(what, remedy="Check skip and only" if skip or only else "Give a model with linear layers")
-    return Classified(tuple(layers), rest)
+    wordy = _word_embeddings(model, rest, skipped) if embeddings else ()
+    return Classified(tuple(layers), {name: reason for name, reason in rest.items() if name not in wordy}, wordy)
+
+
+def _word_embeddings(model: nn.Module, rest: dict[str, str], skipped: dict[str, str]) -> tuple[str, ...]:
+    """Which embeddings of the language model can be compressed; corrects the reasons of the others."""
+    first, head, tied = model.get_input_embeddings(), _output_embedding(model), _tied(model)  # type: ignore[operator]
+    found = []
+    for name, module in model.named_modules():
+        if module is not first and (module is not head or f"{name}.weight" in tied):
+            continue
+        shape = getattr(getattr(module, "weight", None), "shape", (0,))
+        if name in skipped:
+            rest[name] = f"skipped by pattern {skipped[name]!r}"
+        elif type(module) not in (nn.Embedding, nn.Linear):
+            rest[name] = f"{type(module).__name__} is an embedding with a forward of its own"
+        elif min(shape) < SMALLEST_SIDE:
+            rest[name] = f"too small: one side is under {SMALLEST_SIDE}"
+        else:
+            found.append(name)
+    if not found:
+        raise FourierError("no embedding of this model can be compressed", remedy="Leave embeddings out")
+    return tuple(found)
 
 
 def _why_not(

@@ -16,6 +16,7 @@ from llava_fa.kernels import registry
 from llava_fa.kernels.layout import Layout
 from llava_fa.maths.lowrank import fourier_svd, weighted_low_rank
 from llava_fa.nn.factored_linear import FactoredLinear
+from llava_fa.nn.fourier_embedding import FourierEmbedding
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.trainable import Factors, TrainableLinear
 from llava_fa.solver.approximate import approximate
@@ -30,14 +31,14 @@ _DAMPING = 0.01
 
 
 def layers_by_name(model: nn.Module) -> dict[str, FourierLinear]:
-    """Every packed matrix that can have factors: those inside of a factored layer cannot."""
+    """Every packed matrix that can have factors: those inside of a factored layer and embeddings cannot."""
     inside = {
         id(part) for module in model.modules() if isinstance(module, FactoredLinear) for part in module.children()
     }
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, FourierLinear) and id(module) not in inside
+        if isinstance(module, FourierLinear) and not isinstance(module, FourierEmbedding) and id(module) not in inside
     }
 
 
