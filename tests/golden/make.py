@@ -35,7 +35,21 @@ def _numbers(name: str, shape: tuple[int, ...], low: int, high: int) -> torch.Te
 
 def versions() -> dict[Path, dict[str, Layout | FactoredLayout]]:
     """Folder → layers, for every version of the format."""
-    return {HERE: layouts(), HERE / "version2": trellis_layouts(), HERE / "version3": factored_layouts()}
+    return {
+        HERE: layouts(),
+        HERE / "version2": trellis_layouts(),
+        HERE / "version3": factored_layouts(),
+        HERE / "version4": embeddings(),
+    }
+
+
+def embeddings() -> dict[str, Layout | FactoredLayout]:
+    """Words of an even and an odd width, and a head of the same codes."""
+    return {
+        "words.even": Layout(method="best", out_features=6, in_features=12, code_bits=3),
+        "words.odd": Layout(method="best", out_features=3, in_features=7, code_bits=8),
+        "best.even": Layout(method="best", out_features=5, in_features=12, code_bits=3),
+    }
 
 
 def factored_layouts() -> dict[str, Layout | FactoredLayout]:
@@ -134,7 +148,9 @@ def build(folder: Path, layers: dict[str, Layout | FactoredLayout]) -> None:
                 stored[codebook_key(part.codebook)] = layer[prefix + "codebook"]
                 digests[part.codebook] = codebook_digest(layer[prefix + "codebook"])
     write_file(folder / "model.safetensors", [Item.of(name, tensor) for name, tensor in stored.items()])
-    records = {name: LayerRecord(layout, 0.25, None) for name, layout in layers.items()}
+    records = {
+        name: LayerRecord(layout, 0.25, None, embedding=name.startswith("words")) for name, layout in layers.items()
+    }
     parts = [part for layout in layers.values() for part in layout.parts().values()]
     codes = "auto" if any(part.state_bits for part in parts) else "rings"
     metadata = Metadata(FourierConfig(bits=1.5, codes=codes), records, {"lm_head": "output embedding"}, digests)

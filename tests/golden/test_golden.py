@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from llava_fa.hub.checkpoint import read_layer, read_metadata
 
 HERE = Path(__file__).parent
-FOLDERS = {1: HERE, 2: HERE / "version2", 3: HERE / "version3"}
+FOLDERS = {1: HERE, 2: HERE / "version2", 3: HERE / "version3", 4: HERE / "version4"}
 WEIGHTS = {version: json.loads((folder / "weights.json").read_text()) for version, folder in FOLDERS.items()}
 LAYERS = [(version, name) for version, weights in WEIGHTS.items() for name in weights]
 

@@ -112,10 +112,10 @@ def test_a_layer_reads_alone(folder):
         read_layer(folder, "lm_head")
 
 
-@pytest.mark.parametrize("version", [4, 0, None, "1"])
+@pytest.mark.parametrize("version", [5, 0, None, "1"])
 def test_an_unknown_format_version(folder, version):
     change_config(folder, lambda values: values.update(format_version=version))
-    refused(folder, f"format version is {version!r}; this package reads 1 to 3.*Update llava-fa")
+    refused(folder, f"format version is {version!r}; this package reads 1 to 4.*Update llava-fa")
 
 
 def test_a_damaged_configuration(folder):
