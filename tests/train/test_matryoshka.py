@@ -156,11 +156,13 @@ def test_the_command(tmp_path, compressed, rows):
 
 def test_compressed_and_trained_back_in_one_command(tmp_path, original, rows):
     out, asked = tmp_path / "out", ("--bits", 2, "--calibration", rows, "--visual-tokens", 4, "--recover", 1)
+    asked += ("--embeddings", 4)
     first = CliRunner().invoke(app, ["compress", *map(str, (original, out, *asked, "--json"))])
     assert first.exit_code == 0, first.output
     told = json.loads(first.stdout)
     assert told["training"]["steps"] == 1
-    assert {layer["rank"] for layer in told["layers"]} == {1}
+    assert {layer["rank"] for layer in told["layers"] if not layer["embedding"]} == {1}
+    assert [layer["rank"] for layer in told["layers"] if layer["embedding"]] == [0]
     model, processor = load(out, "cpu", torch.float32)
     assert (visual_tokens_of(model).tokens, processor.patch_size) == (4, 14)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
