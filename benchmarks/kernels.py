@@ -14,7 +14,9 @@ and the Python call included. Resumable: finished cases are read from --out and 
 number of threads that this process ends with is noted: torch's, and no second pool.
 
 Codes are random bits; bits are per weight (a code of b bits is a complex coefficient, two weights). torch int4:
-`_weight_int4pack_mm_for_cpu`, groups of 32. Prints the tables of docs/results.md, "Kernels on a CPU".
+`_weight_int4pack_mm_for_cpu`, groups of 32; torch float32: a product with a float32 weight that is there already, what
+decoding the weight at every call could come to if it took no time. Prints the tables of docs/results.md, "Kernels on a
+CPU".
 """
 
 from __future__ import annotations
@@ -99,6 +101,11 @@ def bf16(m: int, n: int, x: torch.Tensor, hot: bool) -> Contender:
     return Turns(made, lambda weight: torch.nn.functional.linear(x, weight))
 
 
+def float32(m: int, n: int, x: torch.Tensor, hot: bool) -> Contender:
+    made = copies(lambda: torch.full((m, n), 0.01), hot)
+    return Turns(made, lambda weight: torch.nn.functional.linear(x.float(), weight).bfloat16())
+
+
 def reading(size: int, hot: bool) -> Contender:
     """Sum as many bytes as float32: one read each, an addition for every four."""
     return Turns(copies(lambda: torch.ones(size // 4), hot), torch.sum)
@@ -112,6 +119,7 @@ def measure(m: int, n: int, batch: int, hot: bool, seconds: float) -> dict[str, 
     for name, (code_bits, state_bits) in OURS.items():
         contenders[name], sizes[name] = packed(m, n, x, code_bits, state_bits, hot)
     contenders["torch int4"], contenders["torch bf16"] = int4(m, n, x, hot), bf16(m, n, x, hot)
+    contenders["torch float32"] = float32(m, n, x, hot)
     contenders["read"] = reading(sizes["4 bits"], hot)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     with torch.inference_mode():
@@ -153,11 +161,12 @@ def report(out: Path, least: bool) -> None:
         print(
             "| m × n | "
             + " | ".join(OURS)
-            + " | torch int4 | torch bf16 | read GB/s | of read, 2 / 3 / 4 bits | bf16 / 2, 4 bits, trellis |"
+            + " | torch int4 | torch bf16 | torch float32 | read GB/s | of read, 2 / 3 / 4 bits "
+            + "| bf16 / 2, 4 bits, trellis |"
         )
-        print("|---" * (len(OURS) + 6) + "|")
+        print("|---" * (len(OURS) + 7) + "|")
         for case in sorted(rows, key=lambda case: (case["m"] * case["n"], case["m"])):
-            cells = [f"{case[at + name]:.0f}" for name in (*OURS, "torch int4", "torch bf16")]
+            cells = [f"{case[at + name]:.0f}" for name in (*OURS, "torch int4", "torch bf16", "torch float32")]
             cells.append(f"{case[at + 'read GB/s']:.1f}")
             cells.append(" / ".join(f"{case[f'{at}{bits} bits of read']:.2f}" for bits in (2, 3, 4)))
             bf16 = case[at + "torch bf16"]

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_layers import best, random_tensors
+from packed_layers import best, random_tensors, trellis
 
 import llava_fa
 from llava_fa import native
 from llava_fa.kernels import compiled, doctor
 from llava_fa.kernels.interleaved import interleave
+from llava_fa.kernels.layout import Layout
 
 CSRC = Path(llava_fa.__file__).parent / "csrc"
+SECONDS = 700  # for a build or a run: half a minute each on a machine with nothing else to do
 FLAGS = ("-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=off")
 
 pytestmark = [
@@ -28,7 +30,7 @@ pytestmark = [
 
 def build(folder: Path, *flags: str) -> None:
     sources = sorted(map(str, CSRC.glob("*.cpp")))
-    subprocess.run(["c++", *FLAGS, *flags, *sources, "-o", str(folder / "libllava_fa.so")], check=True, timeout=280)
+    subprocess.run(["c++", *FLAGS, *flags, *sources, "-o", str(folder / "libllava_fa.so")], check=True, timeout=SECONDS)
 
 
 def outputs() -> list[torch.Tensor]:
@@ -101,6 +103,87 @@ def test_the_address_sanitizer_finds_nothing(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
     }
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=False, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, check=False, env=environment
     )
     assert done.stdout.endswith("fine\n"), done.stdout + done.stderr[-5000:]
+
+
+# Calls of the layer, one after the other: seven numbers, then its tensors, each after its size in bytes.
+DRIVER = """
+#include <cstdint>
+#include <cstdio>
+#include <vector>
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+extern "C" int64_t llava_fa_linear(int64_t, int64_t, Parallel, const char*, int64_t, int64_t, char*, const uint8_t*,
+    const uint16_t*, const uint16_t*, const uint8_t*, const uint16_t*, const char*, const char*, const uint16_t*,
+    const uint16_t*, int64_t, const char*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+int main() {
+  int64_t kind, batch, rank, m, n, code_bits, state_bits, bytes;
+  while (std::scanf("%ld %ld %ld %ld %ld %ld %ld", &kind, &batch, &rank, &m, &n, &code_bits, &state_bits) == 7) {
+    std::vector<char> t[10];
+    for (auto& one : t) {
+      if (std::scanf("%ld", &bytes) != 1) return 2;
+      std::getchar();
+      one.resize(bytes + 1);
+      if (std::fread(one.data(), 1, bytes, stdin) != size_t(bytes)) return 3;
+    }
+    const auto at = [&](int i) { return t[i].size() > 1 ? t[i].data() : nullptr; };
+    const auto half = [&](int i) { return reinterpret_cast<const uint16_t*>(at(i)); };
+    const auto byte = [&](int i) { return reinterpret_cast<const uint8_t*>(at(i)); };
+    std::vector<char> out(batch * m * (kind == 2 ? 4 : 2));
+    if (llava_fa_linear(0, 2, nullptr, at(0), kind, batch, out.data(), byte(1), half(2), half(3), byte(4), half(5),
+                        at(6), at(7), half(8), half(9), rank, nullptr, 0, m, n, code_bits, state_bits, 0))
+      return 4;
+    std::fwrite(out.data(), 1, out.size(), stdout);
+  }
+}
+"""
+ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
+
+
+def arm_case(layout: Layout, x: torch.Tensor) -> tuple[bytes, torch.Tensor]:
+    """What the driver reads, and what this machine's portable kernel makes of it."""
+    t = random_tensors(layout)
+    codes = interleave(t["codes"], layout)
+    stored = [t[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
+    factors = [t.get(name) for name in ("left", "right", "left_scale", "right_scale")]
+    with native.using("portable"):
+        ours = compiled.linear(x, codes, *stored, *factors, None, layout.code_bits, layout.state_bits)
+    kind = 2 if x.dtype == torch.float32 else 0
+    numbers = (kind, len(x), layout.rank, layout.out_features, x.shape[1], layout.code_bits, layout.state_bits)
+    given = b" ".join(str(number).encode() for number in numbers)
+    for tensor in (x, codes, *stored, *factors):
+        raw = b"" if tensor is None else bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
+        given += f" {len(raw)}\n".encode() + raw
+    return given + b"\n", ours
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ARM)), reason="no cross compiler, or no emulator, for 64-bit ARM")
+@pytest.mark.skipif(not native.levels(), reason="no library of this machine's to compare with")
+def test_the_portable_kernel_gives_the_same_on_arm(tmp_path):
+    """Compiled for 64-bit ARM, where the compiler makes NEON of its loops, and run by an emulator."""
+    (tmp_path / "driver.cpp").write_text(DRIVER)
+    sources = [*sorted(map(str, CSRC.glob("*.cpp"))), str(tmp_path / "driver.cpp")]
+    flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
+    command = [ARM[0], *flags, "-O3", "-static", *sources, "-o", str(tmp_path / "layer")]
+    subprocess.run(command, check=True, timeout=SECONDS)
+    layouts = [best(40, 1994, bits, 3, "int8" if bits % 2 else "bf16") for bits in range(2, 9)]
+    layouts += [best(33, 37 * 32, 4), best(5, 31, 3), trellis(33, 96, 3), trellis(17, 1536, 4, 12, 2)]
+    cases = [
+        arm_case(layout, torch.randn(batch, layout.in_features).to(dtype))
+        for layout in layouts
+        for batch, dtype in ((1, torch.float32), (1, torch.bfloat16), (9, torch.float32))
+    ]
+    given = b"".join(case for case, _ in cases)
+    done = subprocess.run(
+        [ARM[1], str(tmp_path / "layer")], input=given, capture_output=True, timeout=SECONDS, check=True
+    )
+    read = 0
+    for _, ours in cases:
+        size = ours.numel() * ours.element_size()
+        theirs = torch.frombuffer(bytearray(done.stdout[read : read + size]), dtype=ours.dtype).view_as(ours)
+        read += size
+        torch.testing.assert_close(
+            theirs, ours, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=1e-5 * float(ours.abs().max())
+        )
+    assert read == len(done.stdout)

@@ -19,7 +19,7 @@ _KINDS = {torch.bfloat16: 0, torch.float32: 2}
 
 def kernel_for(x: Tensor) -> native.LayerKernel | None:
     """The kernel that multiplies this input, None where the reference does."""
-    return native.layer_kernel() if x.dtype in _SERVED and x.device.type == "cpu" else None
+    return native.layer_kernel() if x.is_cpu and x.dtype in _SERVED else None
 
 
 def refusal(x: Tensor) -> str:

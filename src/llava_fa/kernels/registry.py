@@ -219,7 +219,8 @@ def direct(x: Tensor, bias: Tensor | None, layout: Layout) -> native.LayerKernel
     small layer: it may then be called past it, by `compiled.linear`. x as `autocast` leaves it.
     """
     unseen = (
-        layout.method == "best"
+        x.is_cpu
+        and layout.method == "best"
         and type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not _forced
@@ -237,6 +238,8 @@ def _gradient(x: Tensor, bias: Tensor | None) -> bool:
 
 def autocast(x: Tensor) -> Tensor:
     """x as `torch.nn.functional.linear` would take it under autocast."""
+    if x.is_cpu and not torch.is_autocast_enabled("cpu"):  # felt once a token and layer
+        return x
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))

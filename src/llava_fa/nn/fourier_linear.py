@@ -147,20 +147,20 @@ class FourierLinear(Stored):
                 f"FourierLinear got {x.dtype} {list(x.shape)}",
                 remedy=f"Give a floating [..., {self.in_features}]",
             )
-        x = registry.autocast(x)
-        kernel = registry.direct(x, self.bias, self.layout)
+        x, bias, layout = registry.autocast(x), self.bias, self.layout
+        kernel = registry.direct(x, bias, layout)
         if kernel is not None:
-            return self._infer(x, kernel)
-        codes = registry.preferred(self.codes, x, self.bias, self.layout)
+            return self._infer(x, bias, kernel)
+        codes = registry.preferred(self.codes, x, bias, layout)
         if codes is not self.codes:
             self.codes = codes
-        return registry.apply(x, self._tensors(), self.bias, self.layout)
+        return registry.apply(x, self._tensors(), bias, layout)
 
-    def _infer(self, x: Tensor, kernel: LayerKernel) -> Tensor:
-        tensors = self._buffers
+    def _infer(self, x: Tensor, bias: Tensor | None, kernel: LayerKernel) -> Tensor:
+        tensors, layout = self._buffers, self.layout
         codes, get = tensors["codes"], tensors.get
         if not is_interleaved(codes):
-            self.codes = codes = interleave(as_stored(codes, self.layout), self.layout)
+            self.codes = codes = interleave(as_stored(codes, layout), layout)
         return compiled.linear(
             x,
             codes,
@@ -172,9 +172,9 @@ class FourierLinear(Stored):
             get("right"),
             get("left_scale"),
             get("right_scale"),
-            self.bias,
-            self.layout.code_bits,
-            self.layout.state_bits,
+            bias,
+            layout.code_bits,
+            layout.state_bits,
             None,
             kernel,
         )
