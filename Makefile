@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
 TRITON := .venv-triton
+WEB := .venv-web
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all browser test-triton lint format bench docs clean native
+.PHONY: setup demo test test-all browser test-web test-triton lint format bench docs clean native
 
 setup: $(VENV)/.ready
 
@@ -25,8 +26,22 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-test-all: setup lint browser
+test-all: setup lint browser test-web
 	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800
+
+# gradio asks for a Pillow older than ours, and brings pandas, which transformers imports where it finds it: apart.
+test-web: $(WEB)/.ready
+	$(WEB)/bin/python -m pytest -m 'slow or not slow' --timeout 900 tests/web tests/cli/test_cli_compare.py
+
+$(WEB)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/llava_fa/csrc/*)
+	test -x $(WEB)/bin/python || $(PYTHON) -m venv $(WEB)
+	sed 's/^pillow==.*/pillow<13/' constraints.txt > $(WEB)/constraints.txt
+	$(WEB)/bin/python -m pip install --quiet --disable-pip-version-check -c $(WEB)/constraints.txt torch
+	$(WEB)/bin/python -m pip install --quiet --disable-pip-version-check -c $(WEB)/constraints.txt -e '.[dev,web,browser]'
+	$(WEB)/bin/python -m pip check
+	command -v chromium chromium-browser google-chrome || $(WEB)/bin/playwright install chromium || \
+		echo "no Chromium: the tests that need one are skipped"
+	touch $@
 
 # Triton is 1 GB that CPUs have no use for, and its interpreter must be asked for before it is imported: apart.
 test-triton: $(TRITON)/.ready
@@ -74,4 +89,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/ll
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) demo-out build dist src/llava_fa/*.so
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(WEB) demo-out build dist src/llava_fa/*.so

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from llava_fa.cli import output
-from llava_fa.errors import FourierError
 
 
 def chat(
@@ -25,13 +24,12 @@ def chat(
     """Ask a model one question about a picture, or about several; the answer streams."""
     count, elastic = output.visual_tokens_option(visual_tokens)
     from llava_fa.hub.calibration_data import open_image
-    from llava_fa.hub.loading import load
+    from llava_fa.hub.loading import check_chat_template, load
 
     pictures = [open_image(path.expanduser(), "--image") for path in image]
     start = time.monotonic()
     loaded, processor = load(model, device, visual_tokens=count)
-    if not getattr(processor, "chat_template", None):
-        raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja", where=model)
+    check_chat_template(processor, model)
     if elastic:
         from llava_fa.eval.runner import answer_elastic
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llava_fa.cli.chat import chat
+from llava_fa.cli.compare import compare
 from llava_fa.cli.compress import compress
 from llava_fa.cli.demo import demo
 from llava_fa.cli.doctor import doctor
@@ -35,6 +36,7 @@ app.command()(command(train))
 app.command("eval")(command(evaluate))
 app.command()(command(report))
 app.command()(command(chat))
+app.command()(command(compare))
 app.command()(command(serve))
 app.command()(command(explain))
 app.command()(command(flops))

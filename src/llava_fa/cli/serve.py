@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -83,8 +84,7 @@ def serve(
         api_key=api_key,
         hosts=(*LOOPBACK, host.lower()) if local else None,
     )
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listening.getsockname()[1]}/v1"
+    url = address(host, listening) + "/v1"
 
     def ready() -> None:
         if json_output:
@@ -95,6 +95,11 @@ def serve(
     with contextlib.suppress(KeyboardInterrupt):  # which a shell's background jobs are never told of
         server.run(app, listening, ready)
     console.print("stopped")
+
+
+def address(host: str, listening: socket.socket) -> str:
+    """Where a server is reached, without a path."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
 
 def _name_of(model: str) -> str:

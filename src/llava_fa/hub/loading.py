@@ -52,6 +52,17 @@ def load(
     return loaded.eval().to(place), processor
 
 
+def check_chat_template(processor: Any, model: str | Path) -> None:
+    """`FourierError` if the processor of this model cannot write a question down."""
+    if not getattr(processor, "chat_template", None):
+        raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja", where=str(model))
+
+
+def context_length(model: Any) -> int:
+    """Longest prompt and answer together, in tokens."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
 def check_device(device: str | torch.device) -> torch.device:
     """The device, if there is one of that name here; `FourierError` if not."""
     try:

@@ -20,6 +20,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
+from llava_fa.hub.loading import context_length
 from llava_fa.serve.turn import Turn, current
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,6 @@ def chat_app(name: str, model: Any, processor: Any, tokens: int) -> Any:
     chat = _Chat(manager, state, tokens)
     missing: Any = None
     return build_server(manager, chat, missing, missing, missing, missing, state)
-
-
-def context_length(model: Any) -> int:
-    """Longest prompt and answer together, in tokens."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
 class _OneModel(ModelManager):

@@ -80,7 +80,7 @@ def guarded(
             Route("/v1/models/{name:path}", one),
             Route("/v1/chat/completions", chat, methods=["POST"]),
         ],
-        middleware=[Middleware(_Door, api_key=api_key, hosts=hosts)],
+        middleware=[Middleware(Door, api_key=api_key, hosts=hosts)],
         exception_handlers={ApiError: _reply, HTTPException: _reply, Exception: _reply},
     )
     app.router.redirect_slashes = False
@@ -99,13 +99,14 @@ def _shaped(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status, headers=extra)
 
 
-class _Door:
-    """Who may come in: the Host header and the key."""
+class Door:
+    """Who may come in: the Host header and the key (`guarded` says more)."""
 
-    def __init__(self, app: Any, api_key: str | None, hosts: Sequence[str] | None) -> None:
+    def __init__(self, app: Any, api_key: str | None = None, hosts: Sequence[str] | None = None) -> None:
         self.app, self.key, self.hosts = app, api_key, hosts
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        """The app, or an error."""
         error = self._refusal(scope) if scope["type"] == "http" else None
         await (_shaped(error) if error else self.app)(scope, receive, send)
 

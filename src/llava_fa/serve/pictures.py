@@ -73,7 +73,8 @@ class Pictures:
             raise ApiError(
                 400, "An image is given as a data URL: data:image/png;base64,…", param=param, code="invalid_image_url"
             )
-        kind = self._look(data, param)
+        image = self.look(data, param)
+        kind = "jpeg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
     def _decoded(self, url: str, param: str) -> bytes:
@@ -87,8 +88,6 @@ class Pictures:
             data = base64.b64decode(b"".join(raw.split()), validate=True)
         except (binascii.Error, ValueError):
             raise ApiError(400, "The data URL is not valid base64", param=param, code="invalid_image_url") from None
-        if len(data) > self.limits.image_bytes:
-            raise self._too_large(param)
         return data
 
     def _fetched(self, url: str, param: str) -> bytes:
@@ -141,15 +140,18 @@ class Pictures:
             if not path.is_relative_to(folder.resolve()) or not path.is_file():
                 raise refused
             with path.open("rb") as file:
-                data = file.read(self.limits.image_bytes + 1)
+                return file.read(self.limits.image_bytes + 1)
         except (OSError, ValueError):  # whether a file outside exists is nobody's business: one error for all
             raise refused from None
+
+    def look(self, data: bytes, param: str | None = None) -> Image.Image:
+        """The decoded picture in these bytes; its size is read before any pixel is.
+
+        Raises:
+            ApiError: 400, it is no picture; 413, it is too large.
+        """
         if len(data) > self.limits.image_bytes:
             raise self._too_large(param)
-        return data
-
-    def _look(self, data: bytes, param: str) -> str:
-        """The format's name, once size and content are known to be good; the size is read before any pixel is."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is the one that counts
@@ -163,16 +165,15 @@ class Pictures:
                             code="image_too_large",
                         )
                     image.load()
-                    kind = image.format
+                    return image
         except Image.DecompressionBombError:
             raise ApiError(413, "The image has too many pixels", param=param, code="image_too_large") from None
         except (OSError, SyntaxError, ValueError, EOFError):
             raise ApiError(
                 400, f"This is not a readable image ({', '.join(FORMATS)})", param=param, code="invalid_image"
             ) from None
-        return "jpeg" if kind in ("JPEG", "MPO") else str(kind).lower()
 
-    def _too_large(self, param: str) -> ApiError:
+    def _too_large(self, param: str | None) -> ApiError:
         return ApiError(
             413, f"An image has more than {self.limits.image_bytes} bytes", param=param, code="image_too_large"
         )

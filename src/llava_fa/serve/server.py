@@ -5,12 +5,12 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
 from llava_fa.errors import FourierError
-from llava_fa.hub.loading import load
+from llava_fa.hub.loading import check_chat_template, load
 from llava_fa.serve.engine import chat_app
 from llava_fa.serve.guard import guarded
 from llava_fa.serve.limits import Limits
@@ -42,8 +42,7 @@ def build_app(
         FourierError: the model does not load, or has no chat template.
     """
     loaded, processor = load(model, device, visual_tokens=visual_tokens)
-    if not getattr(processor, "chat_template", None):
-        raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja", where=model)
+    check_chat_template(processor, model)
     limits = limits or Limits()
     return guarded(
         chat_app(name, loaded, processor, limits.tokens),
@@ -79,14 +78,27 @@ def bind(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def run(app: Any, listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM; ``ready`` is called once connections are accepted."""
+def run(
+    app: Any,
+    listening: socket.socket,
+    ready: Callable[[], None],
+    *,
+    lifespan: Literal["on", "off"] = "off",
+    closing: int = CLOSING_SECONDS,
+) -> None:
+    """Serve until SIGINT or SIGTERM; ``ready`` is called once connections are accepted.
+
+    Args:
+        app, listening, ready: as said.
+        lifespan: whether the app wants to be told of beginning and end.
+        closing: seconds that requests under way have to end in.
+    """
     config = uvicorn.Config(
         app,
         log_level="warning",
-        timeout_graceful_shutdown=CLOSING_SECONDS,
+        timeout_graceful_shutdown=closing,
         server_header=False,
-        lifespan="off",
+        lifespan=lifespan,
         ws="none",
     )
     _Server(config, ready).run(sockets=[listening])

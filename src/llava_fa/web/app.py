@@ -1,0 +1,131 @@
+"""The page as an ASGI app that keeps to itself: what it serves, to whom, and what the browser may ask for."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+from llava_fa.errors import FourierError
+from llava_fa.serve.guard import Door, Receive, Send
+from llava_fa.serve.limits import Limits
+from llava_fa.web.desk import Desk, Question
+from llava_fa.web.side import load_side
+from llava_fa.world.samples import held_out_samples
+
+API = "/gradio_api"
+SERVED = re.compile(
+    r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/.*"
+    rf"|{API}/(queue/(join|data)|upload|upload_progress|file=.*|heartbeat/\w+|startup-events|app_id|theme\.css)"
+)
+"""All of gradio that the page needs. gradio has more: events under an API, runs kept, recordings, a proxy."""
+POLICY = (
+    # gradio's HTML component makes functions of its templates: unsafe-eval
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+"""Nothing is asked of any other host, whatever a library or an answer would like."""
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+]
+
+
+@contextmanager
+def compare_app(
+    original: str,
+    compressed: str,
+    *,
+    device: str = "auto",
+    limits: Limits | None = None,
+    hosts: Sequence[str] | None = None,
+) -> Iterator[Any]:
+    """The ASGI app on which two models are compared; what visitors upload is deleted at the end.
+
+    Args:
+        original, compressed: each ``tiny``, a folder or a hub id.
+        device: of both, as in `hub.loading.load`.
+        limits: of questions and pictures.
+        hosts: as in `serve.guard.guarded`.
+
+    Raises:
+        FourierError: a model does not load, or has no chat template.
+    """
+    limits = limits or Limits()
+    with tempfile.TemporaryDirectory(prefix="llava-fa-") as folder:
+        # gradio reads its settings when it is imported.
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        import gradio as gr
+
+        from llava_fa.web.page import build_page
+
+        desk = Desk((load_side(original, device), load_side(compressed, device)), limits)
+        try:
+            warm_up(desk)
+            app = FastAPI(
+                openapi_url=None,
+                middleware=[Middleware(_Keeper), Middleware(Door, hosts=hosts)],
+            )
+            theme = gr.themes.Base(
+                font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
+                font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+            )
+            yield gr.mount_gradio_app(
+                app,
+                build_page(desk, Path(folder)),
+                "/",
+                footer_links=[],
+                run_history=False,
+                max_file_size=limits.image_bytes,
+                ssr_mode=False,
+                show_error=False,
+                enable_monitoring=False,
+                pwa=False,
+                mcp_server=False,
+                theme=theme,
+                css=Path(__file__).with_name("style.css").read_text(),
+            )
+        finally:
+            desk.close()
+
+
+def warm_up(desk: Desk) -> None:
+    """Ask both models once: a first call prepares what later ones find, and its times would be nobody's.
+
+    Raises:
+        FourierError: they do not answer.
+    """
+    sample = held_out_samples(1)[0]
+    asked = desk.ask("", Question(sample.image, sample.question.text, max_new_tokens=2))
+    asked.wait()
+    if asked.error:
+        raise FourierError(asked.error)
+
+
+class _Keeper:
+    """Only what the page needs, under the policy."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *HEADERS]}
+            await send(message)
+
+        if scope["type"] == "http" and not SERVED.fullmatch(scope["path"]):
+            await PlainTextResponse("Not served here", 404)(scope, receive, sent)
+        else:
+            await self.app(scope, receive, sent)

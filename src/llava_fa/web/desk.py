@@ -1,0 +1,193 @@
+"""Who is answered when: one question at a time, both models, in the order of arrival.
+
+Two generations at once would take each other's cores, caches and memory bandwidth, and neither time would be its
+model's own. So the sides answer one after the other, each with the whole machine, on one thread for everybody; whoever
+would rather see both write at once asks for it, and the answers say that they shared the machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import Image
+
+from llava_fa.errors import FourierError
+from llava_fa.serve.limits import Limits
+from llava_fa.web.side import Answer, Side, generate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a visitor asks both models.
+
+    Attributes:
+        picture, text: the question.
+        max_new_tokens: longest answer.
+        visual_tokens: one number a side; None for as many as the model was saved with.
+        together: both at once.
+    """
+
+    picture: Image.Image
+    text: str
+    max_new_tokens: int
+    visual_tokens: tuple[int | None, int | None] = (None, None)
+    together: bool = False
+
+
+class Asked:
+    """A question on its way: its answers so far, and how it ended."""
+
+    def __init__(self, question: Question, end: float) -> None:
+        self.question, self.end = question, end
+        self.answers = (Answer(shared=question.together), Answer(shared=question.together))
+        self.started = False
+        self.error: str | None = None
+        self.late = False
+        """Whether time ran out."""
+        self._over, self._done = threading.Event(), threading.Event()
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: it ends at the next token, or does not begin."""
+        self._over.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was given up before it was answered."""
+        return self._over.is_set()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing will change any more."""
+        return self._done.is_set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """`done`, waited for."""
+        return self._done.wait(seconds)
+
+    def stopped(self) -> bool:
+        """Whether to stop: given up, or out of time."""
+        if not self.cancelled and time.monotonic() > self.end:
+            self.late = True
+        return self.cancelled or self.late
+
+    def finish(self) -> None:
+        """Nothing will change any more."""
+        self._done.set()
+
+
+class Desk:
+    """Both models, and the questions that wait for them.
+
+    Args:
+        sides: the original and the compressed model.
+        limits: of questions; ``requests`` wait at most, ``seconds`` are from the question to the end of both answers,
+            waiting included.
+    """
+
+    def __init__(self, sides: tuple[Side, Side], limits: Limits) -> None:
+        self.sides, self.limits = sides, limits
+        self._line: deque[tuple[str, Asked]] = deque()
+        self._lock = threading.Lock()
+        # One thread a side: torch's pool of workers belongs to the thread that calls it.
+        self._first, self._second = (ThreadPoolExecutor(1, f"side{i}") for i in range(2))
+        self._turns = ThreadPoolExecutor(1, "turns")
+
+    def ask(self, visitor: str, question: Question) -> Asked:
+        """Join the line. A visitor has one question at a time: an earlier one of theirs is given up.
+
+        Raises:
+            FourierError: there is nothing to ask, it is too long, or too many wait.
+        """
+        if not question.text.strip():
+            raise FourierError("there is no question", remedy="Type one")
+        if len(question.text) > self.limits.text_characters:
+            raise FourierError(f"the question has more than {self.limits.text_characters} characters")
+        asked = Asked(question, time.monotonic() + self.limits.seconds)
+        with self._lock:
+            self._give_up(visitor)
+            if sum(not other.cancelled for _, other in self._line) >= self.limits.requests:
+                raise FourierError(
+                    f"{self.limits.requests} people are being answered already", remedy="Try again in a moment"
+                )
+            self._line.append((visitor, asked))
+            self._turns.submit(self._turn, asked)
+        return asked
+
+    def stop(self, visitor: str) -> None:
+        """Give up what this visitor has asked."""
+        with self._lock:
+            self._give_up(visitor)
+
+    def ahead(self, asked: Asked) -> int:
+        """How many are answered before this one."""
+        with self._lock:
+            before = 0
+            for _, other in self._line:
+                if other is asked:
+                    break
+                before += not other.cancelled
+        return before
+
+    def close(self) -> None:
+        """Give up everything and end the threads."""
+        with self._lock:
+            for _, asked in self._line:
+                asked.cancel()
+        for pool in (self._turns, self._first, self._second):
+            pool.shutdown(wait=True)
+
+    def _give_up(self, visitor: str) -> None:
+        for owner, asked in self._line:
+            if owner == visitor:
+                asked.cancel()
+
+    def _turn(self, asked: Asked) -> None:
+        try:
+            if not asked.stopped():
+                asked.started = True
+                self._answer(asked)
+        except FourierError as error:
+            asked.error = str(error)
+        except Exception:  # the visitor is told that it failed, the log why
+            logger.exception("a question was not answered")
+            asked.error = "The model failed on this question; the terminal that runs the page says why."
+        finally:
+            with self._lock:
+                self._line = deque(pair for pair in self._line if pair[1] is not asked)
+            asked.finish()
+
+    def _answer(self, asked: Asked) -> None:
+        if asked.question.together:
+            both = [self._start(asked, index) for index in range(2)]
+            try:
+                for future in both:
+                    future.result()
+            except BaseException:
+                asked.cancel()  # the other need not go on
+                for future in both:
+                    future.exception()
+                raise
+        else:
+            for index in range(2):
+                if not asked.stopped():
+                    self._start(asked, index).result()
+
+    def _start(self, asked: Asked, index: int) -> Future[None]:
+        question = asked.question
+        return (self._first, self._second)[index].submit(
+            generate,
+            self.sides[index],
+            question.picture,
+            question.text,
+            asked.answers[index],
+            max_new_tokens=min(question.max_new_tokens, self.limits.tokens),
+            visual_tokens=question.visual_tokens[index],
+            stopped=asked.stopped,
+        )
