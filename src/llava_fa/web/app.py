@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from llava_fa.errors import FourierError
+from llava_fa.hub.source import read_config, resolve_model
 from llava_fa.serve.guard import Door, Receive, Send
 from llava_fa.serve.limits import Limits
 from llava_fa.web.desk import Desk, Question
@@ -62,6 +63,8 @@ def compare_app(
         FourierError: a model does not load, or has no chat template.
     """
     limits = limits or Limits()
+    for model in (original, compressed):  # both, before either is loaded
+        read_config(resolve_model(model))
     with tempfile.TemporaryDirectory(prefix="llava-fa-") as folder:
         # gradio reads its settings when it is imported.
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))

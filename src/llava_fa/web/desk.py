@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from PIL import Image
@@ -166,14 +166,12 @@ class Desk:
     def _answer(self, asked: Asked) -> None:
         if asked.question.together:
             both = [self._start(asked, index) for index in range(2)]
-            try:
-                for future in both:
-                    future.result()
-            except BaseException:
+            done, _ = wait(both, return_when=FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
                 asked.cancel()  # the other need not go on
-                for future in both:
-                    future.exception()
-                raise
+            wait(both)
+            for future in both:
+                future.result()
         else:
             for index in range(2):
                 if not asked.stopped():

@@ -17,6 +17,8 @@ from llava_fa.web.side import Answer, Side
 
 POLL_SECONDS = 0.1
 MIN_WIDTH = 300
+SPARE_SLOTS = 16
+"""Events that gradio runs at a time besides questions: clicks are not to wait behind those who wait for an answer."""
 DELETE_SECONDS = (600, 3600)
 """How often visitors' pictures are looked through, and from which age on they are deleted."""
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
@@ -89,7 +91,8 @@ def build_page(desk: Desk, folder: Path) -> gr.Blocks:
         given = [picture, question, longest, together, *sliders]
         gr.on([ask.click, question.submit], answer, given, shown, **PRIVATE)
         stop.click(give_up, **PRIVATE)
-    return page
+    page.max_threads = desk.limits.requests + SPARE_SLOTS
+    return page.queue()
 
 
 def _take_files_only(picture: Any) -> None:

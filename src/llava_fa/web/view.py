@@ -70,7 +70,7 @@ def figures(sides: Sequence[Side], index: int, answer: Answer) -> Html:
         ),
     ]
     cells = [
-        tag("tr", tag("th", name, scope="row"), tag("td", value), tag("td", remark, class_="remark"))
+        tag("tr", tag("th", name, scope="row"), tag("td", value, tag("span", f" {remark}") if remark else None))
         for name, value, remark in rows
     ]
     return tag("table", tag("tbody", cells), class_="figures")
