@@ -1,8 +1,8 @@
 """The report in a real browser: headless Chromium, wide and narrow, light and dark."""
 
 import datetime
-import shutil
 
+import chromium
 import helpers
 import pytest
 import torch
@@ -11,22 +11,13 @@ import llava_fa
 from llava_fa.eval.report.collect import Settings, collect
 from llava_fa.eval.report.page import page
 
-SCREENS = {"wide": (1280, 900), "narrow": (360, 800)}
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+TEXTS = "p, li, td, th, dt, dd, summary, figcaption, h1, h2, h3, h4, a, pre, caption"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """Playwright's own Chromium, or the system's."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: `make browser` installs it")
-    with playwright.sync_playwright() as running:
-        there = [path for name in BROWSERS if (path := shutil.which(name))]
-        try:
-            started = running.chromium.launch(args=["--no-sandbox"], executable_path=there[0] if there else None)
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium that starts ({str(error).splitlines()[0]}): `make browser` installs one")
-        yield started
-        started.close()
+    with chromium.started() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +34,9 @@ def report(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize("screen", chromium.SCREENS)
 def test_in_chromium(browser, report, screen, scheme, tmp_path):
-    wide, high = SCREENS[screen]
+    wide, high = chromium.SCREENS[screen]
     context = browser.new_context(viewport={"width": wide, "height": high}, color_scheme=scheme)
     opened = context.new_page()
     said, asked = [], []
@@ -63,7 +54,7 @@ def test_in_chromium(browser, report, screen, scheme, tmp_path):
         "[...document.querySelectorAll('svg[role=img]')].every(s => s.getBoundingClientRect().width > 0)"
     )
     # ink and ground of every text are apart as WCAG's AA asks (4.5), in both schemes
-    assert opened.evaluate(CONTRAST) >= 4.5
+    assert opened.evaluate(chromium.CONTRAST, TEXTS) >= 4.5
     opened.screenshot(path=tmp_path / f"{screen}-{scheme}.png", full_page=True)
     context.close()
 
@@ -71,25 +62,4 @@ def test_in_chromium(browser, report, screen, scheme, tmp_path):
 PICTURES = """async () => {
   await Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode(); }));
   return document.images.length;
-}"""
-CONTRAST = """() => {
-  const luminance = (color) => {
-    const [r, g, b] = color.match(/[\\d.]+/g).map(Number).map(v => v / 255)
-      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const ground = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const color = getComputedStyle(e).backgroundColor;
-      if (!/, 0\\)$/.test(color) && color !== 'transparent') return color;
-    }
-    return 'rgb(255, 255, 255)';
-  };
-  let least = 21;
-  const texts = 'p, li, td, th, dt, dd, summary, figcaption, h1, h2, h3, h4, a, pre, caption';
-  for (const e of document.querySelectorAll(texts)) {
-    const [a, b] = [luminance(getComputedStyle(e).color), luminance(ground(e))].sort((x, y) => y - x);
-    least = Math.min(least, (a + 0.05) / (b + 0.05));
-  }
-  return least;
 }"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -35,6 +36,8 @@ POLICY = (
     "form-action 'self'; frame-ancestors 'none'"
 )
 """Nothing is asked of any other host, whatever a library or an answer would like."""
+ENVELOPE_BYTES = 64 * 1024
+"""What a form adds to the file in it."""
 HEADERS = [
     (b"content-security-policy", POLICY.encode()),
     (b"referrer-policy", b"no-referrer"),
@@ -78,7 +81,7 @@ def compare_app(
             warm_up(desk)
             app = FastAPI(
                 openapi_url=None,
-                middleware=[Middleware(_Keeper), Middleware(Door, hosts=hosts)],
+                middleware=[Middleware(_Keeper, limits=limits, folder=Path(folder)), Middleware(Door, hosts=hosts)],
             )
             theme = gr.themes.Base(
                 font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
@@ -117,18 +120,78 @@ def warm_up(desk: Desk) -> None:
 
 
 class _Keeper:
-    """Only what the page needs, under the policy."""
+    """Only what the page needs, of bounded size, about pictures of its own folder, and under the policy.
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    gradio takes a picture by its path, which a visitor's browser names. Where the app is mounted instead of launched it
+    takes any file of this machine, and an address it fetches. So paths are looked at here, whatever they come in.
+    """
+
+    def __init__(self, app: Any, limits: Limits, folder: Path) -> None:
+        self.app, self.folder = app, folder.resolve()
+        self.most = {f"{API}/upload": limits.image_bytes + ENVELOPE_BYTES}
+        self.usual = limits.body_bytes
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], *HEADERS]}
             await send(message)
 
-        if scope["type"] == "http" and not SERVED.fullmatch(scope["path"]):
-            await PlainTextResponse("Not served here", 404)(scope, receive, sent)
-        else:
-            await self.app(scope, receive, sent)
+        refusal, taken = None, receive
+        if not SERVED.fullmatch(scope["path"]):
+            refusal = PlainTextResponse("Not served here", 404)
+        elif scope["method"] == "POST":
+            body = await self._body(receive, self.most.get(scope["path"], self.usual))
+            if body is None:
+                refusal = PlainTextResponse("This is too large", 413)
+            elif scope["path"] == f"{API}/queue/join" and not self._ours(body):
+                refusal = PlainTextResponse("Pictures are uploaded here, not fetched from elsewhere", 400)
+            else:
+                taken = _again(body, receive)
+        await (refusal or self.app)(scope, taken, sent)
+
+    async def _body(self, receive: Receive, most: int) -> bytes | None:
+        """All of it; None if that is too much."""
+        data, more = bytearray(), True
+        while more and len(data) <= most:
+            message = await receive()
+            data += message.get("body", b"")
+            more = message.get("more_body", False)  # a client that left sends no more
+        return bytes(data) if len(data) <= most else None
+
+    def _ours(self, body: bytes) -> bool:
+        try:
+            return all(self._inside(file) for file in _files(json.loads(body)))
+        except (ValueError, RecursionError):
+            return False
+
+    def _inside(self, file: dict[str, Any]) -> bool:
+        path, url = file.get("path"), file.get("url")
+        if not isinstance(path, str) or not (url is None or f"{API}/file=" in str(url)):
+            return False
+        return Path(path).resolve().is_relative_to(self.folder)
+
+
+def _files(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object that gradio could take for a file, wherever in a body."""
+    if isinstance(value, dict):
+        if "path" in value or "url" in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from _files(one)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """``receive`` that begins with a body that has been read."""
+    unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def received() -> Any:
+        return unread.pop() if unread else await receive()
+
+    return received

@@ -46,7 +46,6 @@ def build_page(desk: Desk, folder: Path) -> gr.Blocks:
                     height=280,
                     elem_id="picture",
                 )
-                _take_files_only(picture)
             with gr.Column(min_width=MIN_WIDTH):
                 question = gr.Textbox(
                     label="Question", lines=3, max_lines=8, placeholder="What is in the picture?", elem_id="question"
@@ -93,22 +92,6 @@ def build_page(desk: Desk, folder: Path) -> gr.Blocks:
         stop.click(give_up, **PRIVATE)
     page.max_threads = desk.limits.requests + SPARE_SLOTS
     return page.queue()
-
-
-def _take_files_only(picture: Any) -> None:
-    """gradio fetches a picture whose address is given in place of an upload. Not on strangers' behalf.
-
-    Not by a subclass: gradio writes a .pyi file beside the source of every subclass of its components.
-    """
-    take = picture.async_move_resource_to_block_cache
-
-    async def taken(path: str | Path | None) -> str | None:
-        if "://" in str(path):
-            raise gr.Error("Pictures are uploaded here, not fetched from elsewhere.", print_exception=False)
-        found: str | None = await take(path)
-        return found
-
-    picture.async_move_resource_to_block_cache = taken
 
 
 def _settings(most: int) -> tuple[Any, Any]:
