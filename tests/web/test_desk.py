@@ -129,7 +129,9 @@ def test_stopping_while_it_answers_and_asking_anew(open_desk, models):
 def test_stopping_while_waiting_takes_nobodys_turn(open_desk, models):
     desk = open_desk()
     first, second, third = (desk.ask(name, question(name)) for name in ("ann", "bob", "cid"))
+    assert not second.done
     desk.stop("bob")
+    assert second.done  # though its turn is yet to come
     assert desk.ahead(third) == 1
     models.leave.release(4)
     assert texts(third) == ["left says cid", "right says cid"]

@@ -51,7 +51,7 @@ class Asked:
         self.error: str | None = None
         self.late = False
         """Whether time ran out."""
-        self._over, self._done = threading.Event(), threading.Event()
+        self._over, self._done, self._lock = threading.Event(), threading.Event(), threading.Lock()
 
     def cancel(self) -> None:
         """Nobody wants it any more: it ends at the next token, or does not begin."""
@@ -64,12 +64,19 @@ class Asked:
 
     @property
     def done(self) -> bool:
-        """Whether nothing will change any more."""
-        return self._done.is_set()
+        """Whether nothing will change any more; of one that is stopped while it waits, at once."""
+        with self._lock:
+            return self._done.is_set() or (not self.started and self.stopped())
 
     def wait(self, seconds: float | None = None) -> bool:
-        """`done`, waited for."""
+        """Wait until its turn is over; whether it is."""
         return self._done.wait(seconds)
+
+    def begin(self) -> bool:
+        """Its turn has come; False if it is to be passed over."""
+        with self._lock:
+            self.started = not self.stopped()
+            return self.started
 
     def stopped(self) -> bool:
         """Whether to stop: given up, or out of time."""
@@ -150,8 +157,7 @@ class Desk:
 
     def _turn(self, asked: Asked) -> None:
         try:
-            if not asked.stopped():
-                asked.started = True
+            if asked.begin():
                 self._answer(asked)
         except FourierError as error:
             asked.error = str(error)
