@@ -4,9 +4,10 @@ VENV := .venv
 PEERS := .venv-peers
 TRITON := .venv-triton
 WEB := .venv-web
+HARNESS := .venv-harness
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all browser test-web test-triton lint format bench docs clean native
+.PHONY: setup demo test test-all browser test-web test-harness test-triton lint format bench docs clean native
 
 setup: $(VENV)/.ready
 
@@ -26,7 +27,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-test-all: setup lint browser test-web
+test-all: setup lint browser test-web test-harness
 	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800
 
 # gradio asks for a Pillow older than ours, and brings pandas, which transformers imports where it finds it: apart.
@@ -52,6 +53,18 @@ $(TRITON)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/l
 	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
 	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gpu]'
+	touch $@
+
+# lmms-eval brings 110 packages, and transformers reads pictures otherwise where it finds torchvision among them: apart.
+# PyPI's torchvision is built for torch's CUDA wheel and cannot be loaded beside the CPU's; nothing here needs it.
+test-harness: $(HARNESS)/.ready
+	$(HARNESS)/bin/python -m pytest -m 'slow or not slow' --timeout 1800 tests/eval/test_harness.py
+
+$(HARNESS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/llava_fa/csrc/*)
+	test -x $(HARNESS)/bin/python || $(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(HARNESS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lmms-eval]'
+	$(HARNESS)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 # For the tests that look at pages. Where Playwright's own Chromium cannot be had, the system's serves (`apt install chromium`).
@@ -89,4 +102,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/ll
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(WEB) demo-out build dist src/llava_fa/*.so
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(WEB) $(HARNESS) demo-out build dist src/llava_fa/*.so

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from llava_fa.hub.flops import count_flops
 from llava_fa.hub.visual_tokens import set_visual_tokens, visual_tokens_of
 from llava_fa.world.samples import held_out_samples
 
+PICTURE = "<image>"
+"""What stands for a picture in the text of a question; transformers' name for it in the prompts of LLaVA."""
 _MARKS = 2
 """Tokens that a chat template adds at least."""
 
@@ -29,40 +31,78 @@ def answer(
     *,
     batch_size: int = 64,
     max_new_tokens: int = 48,
+    until: Sequence[str] = (),
+    sampling: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Greedy answers to (picture or frames, question) pairs, in their order.
+    """Answers to (picture or frames, question) pairs, in their order; greedy ones unless ``sampling`` says otherwise.
 
     Args:
         model: any image-text-to-text model of transformers, original or compressed.
         processor: its processor, with a chat template.
-        questions: the pairs; longer questions are batched together, so padding is little.
+        questions: the pairs, a pair without pictures too; longer questions are batched together, so padding is little.
         batch_size: questions at a time.
         max_new_tokens: where an answer is cut off.
+        until: texts at which an answer ends; they are left out.
+        sampling: how the next token is chosen, by the names of `generate`; ``{"do_sample": True, "top_p": 0.9}``.
         progress: called with (answered, all) after every batch.
     """
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i][1]))
     answers = [""] * len(questions)
     shown = [[seen] if isinstance(seen, Image.Image) else list(seen) for seen, _ in questions]
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, **(sampling or {})}
+    if until:
+        options |= {"stop_strings": list(until), "tokenizer": processor.tokenizer}
     processor.tokenizer.padding_side = "left"
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        prompts = [_prompt(processor, len(shown[i]), questions[i][1]) for i in chosen]
-        inputs = processor(images=[shown[i] for i in chosen], text=prompts, padding=True, return_tensors="pt").to(
+    done = 0
+    for chosen in batches([(len(q), len(s)) for (_, q), s in zip(questions, shown, strict=True)], batch_size):
+        prompts = [prompt(processor, len(shown[i]), questions[i][1]) for i in chosen]
+        pictures = [shown[i] for i in chosen] if shown[chosen[0]] else None
+        inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt").to(
             model.device, model.dtype
         )
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = model.generate(**inputs, **options)
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text.strip()
-        progress(min(first + batch_size, len(order)), len(order))
+            answers[i] = text[: min((text.find(end) for end in until if end in text), default=None)].strip()
+        done += len(chosen)
+        progress(done, len(questions))
     return answers
 
 
-def _prompt(processor: Any, pictures: int, question: str) -> str:
-    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
-    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return text
+def batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[int]]:
+    """Questions of like length, by index, given (characters, pictures) of each; all of a batch have pictures, or none."""
+    for with_pictures in (False, True):
+        order = [i for i, (_, pictures) in enumerate(sizes) if bool(pictures) == with_pictures]
+        order.sort(key=lambda i: sizes[i][0])
+        yield from (order[first : first + batch_size] for first in range(0, len(order), batch_size))
+
+
+def prompt(processor: Any, pictures: int, question: str, answer: str | None = None) -> str:
+    """A question as the model's chat template has it, up to where the answer begins; or up to the end of ``answer``.
+
+    The pictures come first, as in LLaVA's training, unless the question itself holds `PICTURE` once for each.
+    """
+    parts = [question]
+    if PICTURE in question:
+        parts = [part.strip() for part in question.split(PICTURE)]
+    if len(parts) - 1 != pictures:
+        parts = [*[""] * pictures, "\n".join(filter(None, parts))]
+    content: list[dict[str, str]] = []
+    for number, part in enumerate(parts):
+        content += [{"type": "image"}] if number else []
+        content += [{"type": "text", "text": part}] if part else []
+    messages = [{"role": "user", "content": content}]
+    text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
+    said = (answer or "").strip()
+    if answer is None or not said:
+        return text
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+    whole: str = processor.apply_chat_template(messages)
+    told = whole[len(text) :]
+    space = told[: len(told) - len(told.lstrip())]
+    if not whole.startswith(text) or not told.lstrip().startswith(said):
+        return text + answer  # a template that rewrites what comes before, or thinks first
+    return text + space + said
 
 
 def answer_elastic(

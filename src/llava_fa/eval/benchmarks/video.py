@@ -48,32 +48,9 @@ class Video(Benchmark):
             clip, question = fields(row, ("video", "question"), where)
             answers = row.get("answer")
             expected = [answers] if isinstance(answers, str) else answers
-            frames = self._frames(self.folder / clip, where)
+            frames = frames_of(self.folder / clip, self.options["frames"], where)
             items.append(Item(str(number), f"{question}\n{SHORT}", frames, expected, part=row.get("task", ""), row=row))
         return items
-
-    def _frames(self, clip: Path, where: str) -> tuple[Any, ...]:
-        wanted = self.options["frames"]
-        if clip.is_dir():
-            frames = sorted(path for path in clip.iterdir() if path.suffix.lower() in PICTURES)
-            if not frames:
-                raise FourierError(f"there is no picture in {clip}", remedy="Give its frames", where=where)
-            return tuple(frames[i] for i in _even(len(frames), wanted))
-        try:
-            with Image.open(clip) as film:
-                shown = []
-                for i in _even(getattr(film, "n_frames", 1), wanted):
-                    film.seek(i)
-                    shown.append(film.convert("RGB"))
-                return tuple(shown)
-        except FileNotFoundError:
-            raise FourierError(f"there is no {clip}", remedy="Check the row's video", where=where) from None
-        except (UnidentifiedImageError, OSError) as error:
-            raise FourierError(
-                f"{clip} cannot be read ({error})",
-                remedy="Give a folder of frames (ffmpeg -i clip.mp4 -vf fps=1 clip/%04d.jpg), a GIF or a WebP",
-                where=where,
-            ) from None
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
         """Right where the answer is one of the given ones, but for case, articles and punctuation."""
@@ -92,6 +69,34 @@ class Video(Benchmark):
         """The rows with ``prediction``."""
         rows = [{**item.row, "prediction": text} for item, text in zip(items, answers, strict=True)]
         return [write_json(folder / "video.json", rows)]
+
+
+def frames_of(clip: Path, wanted: int, where: str) -> tuple[Any, ...]:
+    """At most ``wanted`` frames of a folder of pictures (their paths), a GIF or a WebP, evenly spaced.
+
+    Raises:
+        FourierError: there is no picture; ``where`` says who asked for it.
+    """
+    if clip.is_dir():
+        frames = sorted(path for path in clip.iterdir() if path.suffix.lower() in PICTURES)
+        if not frames:
+            raise FourierError(f"there is no picture in {clip}", remedy="Give its frames", where=where)
+        return tuple(frames[i] for i in _even(len(frames), wanted))
+    try:
+        with Image.open(clip) as film:
+            shown = []
+            for i in _even(getattr(film, "n_frames", 1), wanted):
+                film.seek(i)
+                shown.append(film.convert("RGB"))
+            return tuple(shown)
+    except FileNotFoundError:
+        raise FourierError(f"there is no {clip}", remedy="Check the row's video", where=where) from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise FourierError(
+            f"{clip} cannot be read ({error})",
+            remedy="Give a folder of frames (ffmpeg -i clip.mp4 -vf fps=1 clip/%04d.jpg), a GIF or a WebP",
+            where=where,
+        ) from None
 
 
 def _even(count: int, wanted: int) -> list[int]:
