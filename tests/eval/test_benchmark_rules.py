@@ -10,7 +10,7 @@ import pytest
 from llava_fa import FourierError
 from llava_fa.eval.benchmarks import benchmark
 from llava_fa.eval.benchmarks.base import Item
-from llava_fa.eval.benchmarks.choice import MMBench, ScienceQA, option_of, rotations, science_answer
+from llava_fa.eval.benchmarks.choice import MMBench, ScienceQA, option_of, options_in, rotations, science_answer
 from llava_fa.eval.benchmarks.spreadsheet import write_spreadsheet
 from llava_fa.eval.benchmarks.vqa import CONTRACTIONS, GQA, TextVQA, VizWiz, clean_answer
 from llava_fa.eval.benchmarks.yes_no import MME, POPE, mme_answer, pope_answer
@@ -179,6 +179,9 @@ def test_mme_by_hand(tmp_path):
         (" B ", "B"),
         ("B. 5 cm", "B"),
         ("The answer is C.", "C"),
+        ("The answer is C, since it is blue", "C"),  # any sign may follow the letter
+        ("The answer is C", None),  # but one must
+        ("The answer is F.", None),
         ("The answer is C. No, The answer is D.", None),
         ("B 5 cm", None),
         ("b", None),
@@ -250,6 +253,12 @@ def test_rotations_move_every_option_through_every_place():
     assert sorted(row["answer"] for row in turned) == ["A", "B", "C"]
     assert all(row["D"] == "nan" for row in turned)
     assert {row["A"] for row in turned} == {"red", "blue", "green"}
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "None", "none", "N/A", "NA", "null", " NaN "])
+def test_cells_that_the_official_reader_takes_for_empty(cell):
+    assert list(options_in(table_row(5, D=cell))) == ["A", "B", "C"]
+    assert list(options_in(table_row(5, D="none of them"))) == ["A", "B", "C", "D"]
 
 
 def test_circular_accuracy_wants_every_rotation(tmp_path):

@@ -180,6 +180,17 @@ def test_ocr_prompts_are_taken_as_they_stand(tmp_path):
         benchmark("textvqa", data).read()
 
 
+def test_questions_begin_with_their_only_capital_as_in_llavas_files(tmp_path):
+    for name, file in (("textvqa", "TextVQA_0.5.1_val.json"), ("vizwiz", "val.json")):
+        path = files(name, tmp_path / name) / file
+        content = json.loads(path.read_text())
+        rows = content["data"] if name == "textvqa" else content
+        rows[0]["question"], rows[1]["question"] = "is this denny's?", "How long do I bake this? Thanks. "
+        path.write_text(json.dumps(content))
+        told = [item.prompt.split("\n")[0] for item in benchmark(name, path.parent).read()[:2]]
+        assert told == ["Is this denny's?", "How long do i bake this? thanks. "]
+
+
 def test_prompts_are_llavas(tmp_path):
     told = {name: benchmark(name, files(name, tmp_path / name)).read()[0].prompt for name in official_files.WRITERS}
     short = "\nAnswer the question using a single word or phrase."

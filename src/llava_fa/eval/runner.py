@@ -70,7 +70,7 @@ def answer(
 
 
 def batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[int]]:
-    """Questions of like length, by index, given (characters, pictures) of each; all of a batch have pictures, or none."""
+    """Questions of like length, by index, given (characters, pictures) of each; those without pictures go apart."""
     for with_pictures in (False, True):
         order = [i for i, (_, pictures) in enumerate(sizes) if bool(pictures) == with_pictures]
         order.sort(key=lambda i: sizes[i][0])

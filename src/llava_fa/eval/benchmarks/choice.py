@@ -23,18 +23,22 @@ from llava_fa.eval.benchmarks.base import (
 from llava_fa.eval.benchmarks.spreadsheet import write_spreadsheet
 
 LETTERS = "ABCDE"
-_STATED = re.compile(r"The answer is ([A-Z])\.")
+_STATED = re.compile(r"The answer is ([A-Z]).")
+"""As in LLaVA's script: any sign may follow the letter, but one must."""
 
 
 def science_answer(text: str) -> str | None:
-    """The letter of an answer: alone, at the start before ``". "``, or in one "The answer is X."; LLaVA's rule."""
+    """The letter of an answer: alone, at the start before ``". "``, or in one "The answer is X."; LLaVA's rule.
+
+    Source: ``llava/eval/eval_science_qa.py`` of LLaVA-1.5.
+    """
     text = text.strip()
     if text in tuple(LETTERS):
         return text
     if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
         return text[0]
     stated = _STATED.findall(text)
-    return stated[0] if len(stated) == 1 else None
+    return stated[0] if len(stated) == 1 and stated[0] in LETTERS else None
 
 
 class ScienceQA(Benchmark):
@@ -247,8 +251,30 @@ def rotations(row: dict[str, str]) -> list[dict[str, str]]:
     return found
 
 
+_NOTHING = frozenset(
+    (
+        "",
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "n/a",
+        "null",
+    )
+)
+"""What the official scripts' reader of tables (pandas) takes for an empty cell."""
+
+
 def _is_told(cell: str) -> bool:
-    return cell.strip() not in ("", "nan", "NaN", "None")
+    cell = cell.strip()
+    return cell not in _NOTHING and cell.lower() not in ("nan", "-nan", "none")
 
 
 def _unreadable(read: dict[str, str | None]) -> float:

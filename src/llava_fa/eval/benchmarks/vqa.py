@@ -26,7 +26,6 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED)}
 ARTICLES = frozenset(("a", "an", "the"))
-_DIGITS_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32
 """The official code passes a flag in the place of a count: no more than this many periods go."""
@@ -56,17 +55,17 @@ CONTRACTIONS = _contractions()
 def clean_answer(text: str) -> str:
     """An answer as VQA's official evaluation compares it.
 
-    Lower case; commas and question marks away; punctuation away where it stands beside a space (or where the text has a
-    number with a comma), a space elsewhere; periods away except before a digit; articles away; number words up to ten
-    as digits; apostrophes put back where they are often left out.
+    Lower case; commas and question marks away; other punctuation away where it stands beside a space, else a space in
+    its place; periods away except before a digit; articles away; number words up to ten as digits; apostrophes put back
+    where they are often left out.
 
     Source: the answer processor of TextVQA's evaluation (Singh et al. 2019), after VQA's (Antol et al. 2015).
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    whole, together = text, _DIGITS_WITH_COMMA.search(text) is not None
+    whole = text
     for mark in PUNCTUATION:
-        beside = together or f"{mark} " in whole or f" {mark}" in whole
+        beside = f"{mark} " in whole or f" {mark}" in whole
         text = text.replace(mark, "" if beside else " ")
     text = _PERIOD.sub("", text, count=_MOST_PERIODS)
     words = [NUMBERS.get(word, word) for word in text.split()]
@@ -92,7 +91,7 @@ class TextVQA(Benchmark):
         for number, row in enumerate(_rows_of(read_json(path), "data", path)):
             where = f"{path.name} row {number}"
             name, question, image = fields(row, ("question_id", "question", "image_id"), where)
-            prompt = f"{question}\n{SHORT}"
+            prompt = f"{question.capitalize()}\n{SHORT}"  # as in LLaVA's files
             if prompts is not None:
                 key = (str(image), question.lower())
                 if key not in prompts:
@@ -150,7 +149,7 @@ class VizWiz(Benchmark):
             image, question = fields(row, ("image", "question"), f"{path.name} row {number}")
             given = row.get("answers")
             expected = [answer["answer"] for answer in given] if given is not None else None
-            prompt = f"{question}\n{UNANSWERABLE}\n{SHORT}"
+            prompt = f"{question.capitalize()}\n{UNANSWERABLE}\n{SHORT}"  # as in LLaVA's llava_test.jsonl
             part = row.get("answer_type", "")
             items.append(Item(image, prompt, (pictures / image,), expected, part=part, row={"image": image}))
         return items
