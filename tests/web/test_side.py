@@ -8,7 +8,7 @@ from PIL import Image
 from llava_fa.errors import FourierError
 from llava_fa.eval.runner import answer as answer_batched
 from llava_fa.hub.inspect import inspect_model
-from llava_fa.web.side import Answer, generate, load_side
+from llava_fa.web.side import Answer, chosen_counts, generate, load_side
 from llava_fa.world.samples import held_out_samples
 
 
@@ -89,6 +89,14 @@ def test_visual_tokens_hold_for_one_question(tiny, samples):
     after = asked(tiny, caption(samples))
     assert after.visual_tokens == 64
     assert after.prompt_tokens == fewer.prompt_tokens + 60
+
+
+def test_a_side_without_a_choice_of_visual_tokens_takes_no_place_among_the_sliders(tiny):
+    fixed = dataclasses.replace(tiny, counts=(), saved=0)
+    assert chosen_counts((tiny, tiny), [3, 0]) == (64, 1)
+    assert chosen_counts((fixed, tiny), [1]) == (None, 4)
+    assert chosen_counts((tiny, fixed), [1]) == (4, None)
+    assert chosen_counts((fixed, fixed), []) == (None, None)
 
 
 def test_what_cannot_be_asked(tiny, samples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -44,6 +45,8 @@ def compare(
         ) from None
     from llava_fa.serve.limits import Limits
 
+    # A service manager's way to stop it: uploads are to be deleted then, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = output.stderr()
     local = server.is_loopback(host)
     with server.bind(host, port) as listening:  # before minutes of loading

@@ -13,7 +13,7 @@ from llava_fa.errors import FourierError
 from llava_fa.web import view
 from llava_fa.web.desk import Asked, Desk, Question
 from llava_fa.web.pictures import read_picture, write_examples
-from llava_fa.web.side import Answer, Side
+from llava_fa.web.side import Answer, Side, chosen_counts
 
 POLL_SECONDS = 0.1
 MIN_WIDTH = 300
@@ -70,7 +70,7 @@ def build_page(desk: Desk, folder: Path) -> gr.Blocks:
             news = _News()
             try:
                 seen = await asyncio.to_thread(read_picture, path, desk.limits)
-                given = Question(seen, text or "", tokens, _counts(sides, places), both)
+                given = Question(seen, text or "", tokens, chosen_counts(sides, places), both)
                 asked = desk.ask(str(request.session_hash), given)
             except FourierError as error:
                 yield [view.problem(str(error)), *[gr.skip()] * (len(shown) - 1)]
@@ -160,13 +160,6 @@ def _examples(folder: Path, picture: Any, question: Any, right: Any) -> None:
     # Another picture or another question, and the example's answer is not the right one any more.
     changed = [picture.upload, picture.clear, question.input]
     gr.on(changed, lambda: "", None, right, **PRIVATE)
-
-
-def _counts(sides: Sequence[Side], places: Sequence[int]) -> tuple[int | None, int | None]:
-    """Numbers of visual tokens from the positions of those sliders that there are."""
-    left = iter(places)
-    first, second = (side.counts[next(left)] if len(side.counts) > 1 else None for side in sides)
-    return first, second
 
 
 def _state(desk: Desk, asked: Asked, done: bool) -> list[Any]:

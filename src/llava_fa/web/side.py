@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,18 @@ def load_side(model: str, device: str = "auto") -> Side:
         saved=module.tokens if module else max(counts, default=0),
         trained=module is not None and module.kind != "pooling",
     )
+
+
+def chosen_counts(sides: Sequence[Side], places: Sequence[int]) -> tuple[int | None, int | None]:
+    """Numbers of visual tokens: one a side, None where it has no choice.
+
+    Args:
+        sides: the two.
+        places: an index into ``counts`` for each side that has a choice, in their order.
+    """
+    left = iter(places)
+    first, second = (side.counts[next(left)] if len(side.counts) > 1 else None for side in sides)
+    return first, second
 
 
 def _memory(model: torch.nn.Module) -> int:
