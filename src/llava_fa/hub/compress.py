@@ -14,7 +14,7 @@ import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub import allocation, attention, provenance, sensitivity
+from llava_fa.hub import allocation, attention, proofread, provenance, sensitivity
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
 from llava_fa.hub.checkpoint import account, read_metadata, validate
@@ -127,7 +127,7 @@ def compress(
     with WorkFolder(out, manifest, fresh) as work:
         tracker = Tracker(plan, work, callback)
         loaded = None
-        if data is not None and tracker.done < tracker.total:
+        if data is not None and (tracker.done < tracker.total or not proofread.settle(work)):
             tracker.tell("loading the model")
             loaded = _load(source.folder, _running_dtype(plan, place, work), place)
             if visual_tokens is not None:
@@ -145,7 +145,10 @@ def compress(
         if data is None:
             compress_streaming(plan, work, tracker)
         elif loaded is not None:
+            tracker.tell("reading the answers")
+            answers = proofread.Answers.of(loaded, data.inputs, data.answers())
             compress_calibrated(plan, work, loaded, data.inputs, tracker)
+            proofread.proofread(plan, work, loaded, answers, tracker)
             del loaded
         notes = {layer.name: work.report(layer.name).notes for layer in plan.all_layers}
         tracker.tell("writing")
@@ -278,8 +281,12 @@ class _Data:
     def some(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """The samples that sensitivity is measured on, with the positions of their answers."""
         indices = sensitivity.chosen(len(self.inputs))
-        inputs = [self.inputs[i] for i in indices]
-        return inputs, [answer_start(self.samples[i], self.inputs[i], self.processor) for i in indices]
+        return [self.inputs[i] for i in indices], self.answers(indices)
+
+    def answers(self, indices: Sequence[int] | None = None) -> list[int]:
+        """Where the answers of these samples, or of all, begin."""
+        chosen = range(len(self.inputs)) if indices is None else indices
+        return [answer_start(self.samples[i], self.inputs[i], self.processor) for i in chosen]
 
 
 def load_processor(folder: Path) -> Any:

@@ -141,6 +141,11 @@ class WorkFolder:
         """What was measured when the layer was compressed."""
         return LayerReport.from_dict(json.loads(read_metadata(self._part(name))["report"]))
 
+    def replace(self, name: str, by: str) -> None:
+        """Let the finished layer ``by`` take the place of ``name``."""
+        with disk_errors(self.path):
+            os.replace(self._part(by), self._part(name))
+
     def finish(self) -> None:
         """Give the finished result its name and remove the work folder."""
         with disk_errors(self.path):

@@ -24,6 +24,7 @@ from llava_fa.hub.source import INDEX, SINGLE
 from llava_fa.maths import metrics
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.approximate import approximate
+from llava_fa.solver.approximation import Approximation
 from llava_fa.solver.drift import corrected_weight
 
 SHARD_BYTES = 4_000_000_000
@@ -100,6 +101,19 @@ def compress_layer(
     off; an output error under that promise would be no measurement, and is not reported.
     """
     tracker.tell("compressing", layer.name)
+    result, report = approximated(layer, plan, second_moment, notes, drift)
+    work.save(layer.name, result.tensors, report)
+    tracker.finished(layer)
+
+
+def approximated(
+    layer: PlannedLayer,
+    plan: Plan,
+    second_moment: torch.Tensor | None,
+    notes: tuple[str, ...] = (),
+    drift: torch.Tensor | None = None,
+) -> tuple[Approximation, LayerReport]:
+    """One layer as `compress_layer` keeps it, and what is to be told of it."""
     measured = second_moment is not None
     try:
         if not measured and layer.config.calibration != "none":
@@ -125,8 +139,7 @@ def compress_layer(
         codes=kind_of_codes(layer.layout),
         inner_rank=layer.config.inner_rank,
     )
-    work.save(layer.name, result.tensors, report)
-    tracker.finished(layer)
+    return result, report
 
 
 def assemble(

@@ -1,0 +1,62 @@
+"""How much a compressed model hangs on chance: the same compression with other random signs.
+
+    .venv/bin/python benchmarks/draws.py [--bits 2] [--codes trellis] [--seeds 4] [--questions 180]
+
+KL: nats per answer token against the original, on held-out questions with their true answers; *worst*: of one token;
+*broken*: questions with a token of more than `BROKEN` nats, by task. Rows in OUT/draws.jsonl are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import llava_fa
+from llava_fa import FourierConfig
+from llava_fa.eval.divergence import Divergence, token_divergences
+from llava_fa.hub.loading import load
+from llava_fa.world.samples import calibration_samples, held_out_samples
+
+BROKEN = 3.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/draws"))
+    parser.add_argument("--bits", type=float, default=2.0)
+    parser.add_argument("--codes", choices=("rings", "trellis"), default="trellis")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--questions", type=int, default=180)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "draws.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    divergence, asked = Divergence("tiny", args.questions), held_out_samples(args.questions)
+    print("| seed | KL | worst token | broken |\n|---|---|---|---|")
+    for seed in range(args.seeds):
+        key = {"bits": args.bits, "codes": args.codes, "seed": seed, "questions": args.questions}
+        found = next((row for row in rows if key.items() <= row.items()), None)
+        if found is None:
+            folder = args.out / f"model-{args.codes}-{args.bits:g}-{seed}"
+            shutil.rmtree(folder, ignore_errors=True)
+            config = FourierConfig(bits=args.bits, codes=args.codes, seed=seed)
+            llava_fa.compress("tiny", folder, config, calibration_samples(128), fresh=True)
+            model, _ = load(folder, dtype=torch.float32)
+            model.dequantize()
+            each = token_divergences(divergence.logs, divergence.told.log_probabilities(model))
+            every = torch.cat(each)
+            broken = [s.question.task for s, one in zip(asked, each, strict=True) if float(one.max()) > BROKEN]
+            found = key | {"kl": float(every.mean()), "worst": float(every.max()), "broken": Counter(broken)}
+            with file.open("a") as handle:
+                handle.write(json.dumps(found) + "\n")
+        told = ", ".join(f"{count} {task}" for task, count in found["broken"].items()) or "none"
+        print(f"| {seed} | {found['kl']:.4f} | {found['worst']:.1f} | {told} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Answers that broke are found, blamed on the right attention module, and mended with other signs in the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llava_fa
+from llava_fa import FourierConfig
+from llava_fa.hub import compress as whole
+from llava_fa.hub import proofread
+from llava_fa.hub.calibrated import compress_calibrated
+from llava_fa.hub.checkpoint import read_layer
+from llava_fa.hub.loading import load
+from llava_fa.nn.factored_linear import layer_from_tensors
+from llava_fa.world.samples import calibration_samples
+
+ATTENTION = "model.language_model.layers.{}.self_attn"
+BROKEN = f"{ATTENTION.format(0)}.k_proj"
+CONFIG = FourierConfig(bits=4, refine_passes=0, only=(f"{ATTENTION.format(0)}.*", f"{ATTENTION.format(3)}.*"))
+
+
+@pytest.fixture
+def samples():
+    return calibration_samples(10, 0)
+
+
+@pytest.fixture
+def sabotage(monkeypatch):
+    """`compress` whose compressed keys of the first attention module point the other way."""
+    tensors = {}
+
+    def broken(plan, work, model, inputs, tracker):
+        compress_calibrated(plan, work, model, inputs, tracker)
+        report = work.report(BROKEN)
+        if not tensors:  # a resumed run finds it broken already
+            tensors.update(work.load(BROKEN))
+            tensors["signs"] = 255 - tensors["signs"]
+        layout = next(layer.layout for layer in plan.layers if layer.name == BROKEN)
+        with torch.no_grad():
+            model.get_parameter(f"{BROKEN}.weight").copy_(layer_from_tensors(layout, tensors).dequantize())
+        work.save(BROKEN, tensors, report)
+
+    monkeypatch.setattr(whole, "compress_calibrated", broken)
+
+
+def seeds(report):
+    return {layer.name.rpartition(".self_attn.")[2]: layer.notes for layer in report.layers if layer.notes}
+
+
+def test_what_is_whole_is_left_alone(tmp_path, samples, digest, monkeypatch):
+    report = llava_fa.compress("tiny", tmp_path / "a", CONFIG, samples)
+    assert not seeds(report)
+    monkeypatch.setattr(proofread, "proofread", lambda *_: None)
+    llava_fa.compress("tiny", tmp_path / "b", CONFIG, samples)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_broken_keys_are_drawn_anew(tmp_path, samples, sabotage):
+    report = llava_fa.compress("tiny", tmp_path / "out", CONFIG, samples)
+    found = seeds(report)
+    assert set(found) == {"q_proj", "k_proj"}
+    assert all("drawn anew with seed 1" in note for (note,) in found.values())
+    assert [layer.name for layer in report.layers if layer.notes] == [f"{ATTENTION.format(0)}.{p}_proj" for p in "qk"]
+    first, last = (read_layer(tmp_path / "out", f"{ATTENTION.format(i)}.k_proj") for i in (0, 3))
+    assert not torch.equal(first.signs, last.signs)
+    weight = load("tiny")[0].get_parameter(f"{BROKEN}.weight").detach()
+    assert float((first.dequantize() - weight).norm() / weight.norm()) < 0.15
+
+
+@pytest.mark.parametrize("when", ["before the decision", "between the two parts"])
+def test_a_kill_costs_nothing(tmp_path, samples, sabotage, digest, monkeypatch, when):
+    llava_fa.compress("tiny", tmp_path / "whole", CONFIG, samples)
+    left = [1]
+
+    def interrupted(real):
+        def call(*args, **kwargs):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        target = (proofread, "approximated") if when == "before the decision" else (whole.WorkFolder, "replace")
+        patch.setattr(*target, interrupted(getattr(*target)))
+        with pytest.raises(KeyboardInterrupt):
+            llava_fa.compress("tiny", tmp_path / "cut", CONFIG, samples)
+    again = llava_fa.compress("tiny", tmp_path / "cut", CONFIG, samples)
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    assert set(seeds(again)) == {"q_proj", "k_proj"}
+
+
+def test_no_better_draw_leaves_the_first(tmp_path, samples, sabotage, monkeypatch):
+    """The broken layer stays as it was found, to the byte, and the run ends."""
+    kept = {}
+    monkeypatch.setattr(proofread, "_redraw", lambda *_: kept)
+    report = llava_fa.compress("tiny", tmp_path / "out", CONFIG, samples)
+    assert not seeds(report)
+
+
+def test_lost_is_what_the_sure_tokens_lost():
+    """Against a hand computation: only tokens the original gave half or more, and only what became less likely."""
+    logits = [torch.tensor([[[0.0, 3, 0], [0, 0.1, 0], [2, 0, 0], [9, 9, 9]]])]
+
+    class Said:
+        def __init__(self, logits):
+            self.logits = logits
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, **_):
+            return Said(logits[0])
+
+    model, inputs = Model(), [{"input_ids": torch.zeros(1, 4)}]
+    answers = proofread.Answers.of(model, inputs, [1])
+    assert answers.tokens[0].tolist() == [1, 1, 0]
+    assert torch.equal(answers.lost(model, [0])[0], torch.zeros(3))
+    before = logits[0][0, :3].log_softmax(-1)
+    logits[0] = torch.tensor([[[4.0, 0, 0], [5, 0, 0], [8, 0, 0], [0, 0, 0]]])
+    now = logits[0][0, :3].log_softmax(-1)
+    expected = torch.tensor([float(before[0, 1] - now[0, 1]), 0.0, 0.0])  # unsure; and become more likely
+    torch.testing.assert_close(answers.lost(model, [0])[0], expected)
