@@ -13,6 +13,10 @@ and the Python call included. Resumable: finished cases are read from --out and 
 --busy 1 keeps one other process computing meanwhile: what a layer whose threads wait for each other loses by it. The
 number of threads that this process ends with is noted: torch's, and no second pool.
 
+--together: what q, k and v, and gate and up, would gain if they were one layer: their calls one after the other against
+one of all their rows, batch 1; and what one transform with its int8 rounding takes on one thread (the slope over 20 and
+60 vectors through 16 rows), which is what they would save by sharing that alone.
+
 Codes are random bits; bits are per weight (a code of b bits is a complex coefficient, two weights). torch int4:
 `_weight_int4pack_mm_for_cpu`, groups of 32; torch float32: a product with a float32 weight that is there already, what
 decoding the weight at every call could come to if it took no time. Prints the tables of docs/results.md, "Kernels on a
@@ -140,6 +144,40 @@ def measure(m: int, n: int, batch: int, hot: bool, seconds: float) -> dict[str, 
     return found
 
 
+def together(n: int, groups: dict[str, tuple[int, ...]], seconds: float) -> dict[str, float]:
+    """Median microseconds of layers apart and as one, at 2 and 4 bits; of one transform of length n."""
+    x, found = torch.randn(1, n).bfloat16(), {}
+    with torch.inference_mode():
+        for name, parts in groups.items():
+            for bits in (2, 4):
+                apart = [packed(m, n, x, 2 * bits, 0, False)[0] for m in parts]
+                one = packed(sum(parts), n, x, 2 * bits, 0, False)[0]
+                times: list[list[float]] = [[], []]
+                stop = time.monotonic() + seconds
+                while time.monotonic() < stop:
+                    for layers, taken in zip((apart, [one]), times, strict=True):
+                        start = time.perf_counter()
+                        for layer in layers:
+                            layer()
+                        taken.append(time.perf_counter() - start)
+                for way, taken in zip(("apart", "one"), times, strict=True):
+                    found[f"{name}, {bits} bits, {way}"] = statistics.median(taken) * 1e6
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        few, many = (packed(16, n, torch.randn(count, n).bfloat16(), 4, 0, True)[0] for count in (20, 60))
+        slopes = []
+        stop = time.monotonic() + seconds
+        while time.monotonic() < stop:
+            start = time.perf_counter()
+            few()
+            middle = time.perf_counter()
+            many()
+            slopes.append((time.perf_counter() - middle - (middle - start)) / 40)
+        torch.set_num_threads(threads)
+        found["transform"] = statistics.median(slopes) * 1e6
+    return found
+
+
 @contextlib.contextmanager
 def others(count: int) -> Iterator[None]:
     """Inside this context so many processes compute."""
@@ -183,6 +221,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 512])
     parser.add_argument("--hot", action="store_true")
     parser.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--seconds", type=float, default=3.0, help="of alternating rounds a case, five at least")
     parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
     parser.add_argument("--report", action="store_true")
@@ -191,6 +230,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.report:
         report(args.out, args.least)
+        return
+    if args.together:
+        for model in args.models:
+            (hidden, _), (keys, _), (inner, _) = MODELS[model][:3]
+            groups = {"q, k, v": (hidden, keys, keys), "gate, up": (inner, inner)}
+            found = together(hidden, groups, args.seconds)
+            print(model, {key: round(value, 1) for key, value in found.items()}, flush=True)
         return
     shapes = [shape for model in args.models for shape in MODELS[model]]
     if args.shapes:
