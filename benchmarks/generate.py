@@ -7,9 +7,10 @@
 *qwen1.5b* is a LLaVA with CLIP-L's vision tower and the shape of Qwen2.5-1.5B, its weights repeated noise: it says
 nothing, at the speed and in the memory of one that does. Prompt: 576 visual tokens and 24 of text (tiny: as its
 processor makes it). Word embeddings, which this model ties, are packed at 4 bits, but for the rows that say "words
-kept". *first token* is the time until `generate` hands it out, *tokens/s* the rate of the further ones; each the median
-of --repeats, after a few words to warm up. *peak* is the most memory that the process held (VmHWM). Each row in a
-process of its own, written to --out, and not run again when it is there.
+kept". Models are in bf16, those of rows that say "float32" in float32, with packed layers as fast as in bf16
+(LLAVA_FA_ACTIVATIONS=int8). *first token* is the time until `generate` hands it out, *tokens/s* the rate of the further
+ones; each the median of --repeats, after a few words to warm up. *peak* is the most memory that the process held
+(VmHWM). Each row in a process of its own, written to --out, and not run again when it is there.
 
 --accuracy: the embedded model compressed without data, in bf16: the nine tasks through the compiled kernel and through
 PyTorch's definition of the layer.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from torch import nn
 from llava_fa import FourierConfig, FourierLinear, compress, native
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.loading import load
+from llava_fa.kernels.compiled import SWITCH
 from llava_fa.kernels.layout import Layout
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.nn.codebooks import share_codebooks
@@ -43,7 +46,18 @@ from llava_fa.nn.fourier_embedding import FourierEmbedding, tie_head
 from llava_fa.nn.surgery import classify, replace_module
 
 KEPT = ", words kept"
-ROWS = ("bf16", "4 bits", "3 bits", "2 bits", f"4 bits{KEPT}", f"2 bits{KEPT}")
+FLOAT = ", float32"
+ROWS = (
+    "bf16",
+    "float32",
+    "4 bits",
+    "3 bits",
+    "2 bits",
+    f"4 bits{FLOAT}",
+    f"2 bits{FLOAT}",
+    f"4 bits{KEPT}",
+    f"2 bits{KEPT}",
+)
 WORD_BITS = 4
 IMAGE_TOKENS, TEXT_TOKENS = 576, 24
 
@@ -132,7 +146,7 @@ def materialise(model: nn.Module, code_bits: int, words: bool) -> None:
 
 
 def prepared(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:
-    bits, kept = 0 if row == "bf16" else int(row.split()[0]), row.endswith(KEPT)
+    bits, kept = 0 if row in ("bf16", "float32") else int(row.split()[0]), row.endswith(KEPT)
     if name == "tiny":
         with tempfile.TemporaryDirectory() as folder:
             if bits:
@@ -173,6 +187,9 @@ class Clock:
 @torch.inference_mode()
 def measure(name: str, row: str, tokens: int, repeats: int) -> dict[str, Any]:
     model, inputs = prepared(name, row)
+    if row.endswith("float32"):
+        os.environ[SWITCH] = "int8"
+        model, inputs = model.float(), {**inputs, "pixel_values": inputs["pixel_values"].float()}
 
     def times(inputs: dict[str, Any], count: int) -> list[float]:
         clock = Clock()
