@@ -8,6 +8,8 @@ import helpers
 import pytest
 import tiled_models
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 import llava_fa
@@ -172,3 +174,87 @@ def test_other_families(make, tmp_path, quick):
     assert names == [WORDS]
     ids = torch.tensor([[5, 6, 7]])
     assert small(input_ids=ids).logits.isfinite().all()
+
+
+def twice(folder, other: bool):
+    """A tied model whose checkpoint has its output embedding too, or that alone; ``other``: with other numbers."""
+    source = helpers.save_llava(folder, model=helpers.random_llava(tied=True))
+    tensors = load_file(source / "model.safetensors")
+    words = next(key for key in tensors if key.endswith("embed_tokens.weight"))
+    tensors["language_model.lm_head.weight"] = tensors[words] + other
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source, tensors, words
+
+
+def test_a_tied_head_that_is_stored_too_is_left_out(tmp_path, quick, digest):
+    plain = helpers.save_llava(tmp_path / "plain", model=helpers.random_llava(tied=True))
+    llava_fa.compress(plain, tmp_path / "once", quick, embeddings=4)
+    source, tensors, words = twice(tmp_path / "both", other=False)
+    report = llava_fa.compress(source, tmp_path / "twice", quick, embeddings=4)
+    size = sum(path.stat().st_size for path in (tmp_path / "twice").glob("*.safetensors"))
+    budget = Budget(size=size + 9000)  # well under the 57.6 kB of a second head
+    llava_fa.compress(source, tmp_path / "budget", FourierConfig(refine_passes=0), budget=budget, embeddings=4)
+    del tensors[words]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    llava_fa.compress(source, tmp_path / "head", quick, embeddings=4)
+    stored = [load_file(tmp_path / name / "model.safetensors") for name in ("once", "twice", "head")]
+    assert [layer.name for layer in report.layers if layer.embedding] == [WORDS]
+    for found in stored[1:]:
+        assert found.keys() == stored[0].keys()
+        assert all(torch.equal(found[key], stored[0][key]) for key in found)
+
+
+def test_a_head_that_is_tied_by_name_alone(tmp_path, quick):
+    """transformers then loads two weights; sharing the first would be another model."""
+    source, _, _ = twice(tmp_path / "source", other=True)
+    with pytest.raises(FourierError, match="another one in the checkpoint"):
+        llava_fa.compress(source, tmp_path / "out", quick, embeddings=4)
+
+
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TEXT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def blip():
+    text = {**TEXT, "intermediate_size": 64, "encoder_hidden_size": 32, "bos_token_id": 1, "sep_token_id": 2}
+    config = transformers.BlipConfig(vision_config=TOWER, text_config=text, tie_word_embeddings=True)
+    return transformers.BlipForConditionalGeneration(config)
+
+
+def git():
+    config = transformers.GitConfig(vision_config=TOWER, **TEXT, intermediate_size=64, tie_word_embeddings=True)
+    return transformers.GitForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [blip, git])
+def test_heads_with_a_bias_stay_tied_and_dense(make, tmp_path, quick):
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "source")
+    with pytest.raises(FourierError, match="no embedding"):
+        llava_fa.compress(tmp_path / "source", tmp_path / "none", quick, embeddings=4)
+    llava_fa.compress(tmp_path / "source", tmp_path / "out", quick)
+    small = type(make()).from_pretrained(tmp_path / "out")
+    assert small.get_input_embeddings().weight.shape == (300, 32)
+
+
+def test_a_tie_within_the_language_model(tmp_path, quick):
+    text = {**TEXT, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32, "tie_word_embeddings": True}
+    former = {**TEXT, "intermediate_size": 64, "encoder_hidden_size": 32}
+    config = transformers.Blip2Config(vision_config=TOWER, qformer_config=former, text_config=text, num_query_tokens=4)
+    transformers.Blip2ForConditionalGeneration(config).save_pretrained(tmp_path / "source")
+    llava_fa.compress(tmp_path / "source", tmp_path / "out", quick, embeddings=4)
+    model = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    head = model.language_model.lm_head
+    assert isinstance(head, TiedHead)
+    assert torch.equal(head.weight, model.get_input_embeddings().weight)
+    model.tie_weights()
+    plain = model.dequantize()
+    plain.tie_weights()
+    assert plain.language_model.lm_head.weight is plain.get_input_embeddings().weight

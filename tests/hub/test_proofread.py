@@ -125,3 +125,24 @@ def test_lost_is_what_the_sure_tokens_lost():
     now = logits[0][0, :3].log_softmax(-1)
     expected = torch.tensor([float(before[0, 1] - now[0, 1]), 0.0, 0.0])  # unsure; and become more likely
     torch.testing.assert_close(answers.lost(model, [0])[0], expected)
+
+
+def test_queries_and_keys_of_cross_attention_have_two_inputs(samples):
+    model, processor = load("tiny")[:2]
+    from llava_fa.hub.calibration_data import answer_start, prepare
+
+    inputs = list(prepare(samples[:2], processor))
+    starts = [answer_start(sample, one, processor) for sample, one in zip(samples, inputs, strict=False)]
+    answers = proofread.Answers.of(model, inputs, starts)
+    logits = model(**inputs[0]).logits[0, starts[0] - 1 : -1]
+    assert torch.equal(answers.tokens[0], logits.argmax(-1))
+    torch.testing.assert_close(answers.logs[0], logits.log_softmax(-1).amax(-1), rtol=1e-4, atol=1e-4)
+
+    class Layer:
+        def __init__(self, name):
+            self.name, self.shape = name, tuple(model.get_submodule(name).weight.shape)
+
+    one, other = Layer(BROKEN), Layer(BROKEN.replace("layers.0", "layers.1"))
+    found = proofread._moments(model, answers, [one, other])  # here: of two modules
+    assert found.keys() == {one.name, other.name}
+    assert not torch.equal(found[one.name], found[other.name])

@@ -263,7 +263,7 @@ def layer_bytes(plan: Plan, budget: Budget, casp: Casp | None = None) -> int:
 
 def _others(plan: Plan, casp: Casp | None) -> int:
     """Bytes of all that is not compressed, and of the headers of the weight files."""
-    dense = {layer.weight.name for layer in plan.all_layers}
+    dense = {entry.name for entry in (*(layer.weight for layer in plan.all_layers), *plan.repeated)}
     modules = {key: name for name, key in plan.names.items()}
     names = [modules.get(key, key) for key in plan.source.entries if key not in dense]
     names += [f"{layer.name}.{key}" for layer in plan.all_layers for key in layer.layout.tensors() if key != "codebook"]
@@ -272,8 +272,7 @@ def _others(plan: Plan, casp: Casp | None) -> int:
     names += [codebook_key("trellis_8_12")] * 2 * len(widths(plan.layers[0].config))  # as many as there can be
     headers = sum(_TENSOR_BYTES + len(name) for name in names)
     files = 1 + plan.source.nbytes // (SHARD_BYTES // 2)
-    kept = plan.source.nbytes - sum(layer.weight.nbytes for layer in plan.all_layers)
-    return kept + sum(layer.packed_bytes for layer in plan.embeddings) + headers + files * _FILE_BYTES
+    return plan.kept_bytes + sum(layer.packed_bytes for layer in plan.embeddings) + headers + files * _FILE_BYTES
 
 
 def _too_small(plan: Plan, budget: Budget, casp: Casp | None, least: int) -> str:

@@ -260,8 +260,8 @@ def _shown(unit: Unit, layers: Sequence[PlannedLayer], see: Callable[[PlannedLay
         yield
 
 
-def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int) -> Any:
-    """The model's output on one sample; None where a hook ended the pass.
+def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int, **options: Any) -> Any:
+    """The model's output on one sample, with further arguments of its own; None where a hook ended the pass.
 
     Raises:
         FourierError: the model fails on the sample, which is named.
@@ -269,7 +269,7 @@ def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int) -> Any:
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     moved = {key: x.to(device, dtype) if x.is_floating_point() else x.to(device) for key, x in sample.items()}
     try:
-        return model(**moved, use_cache=False)
+        return model(**moved, use_cache=False, **options)
     except _Stop:
         return None
     except (FourierError, torch.OutOfMemoryError):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from llava_fa.config import FourierConfig
@@ -16,7 +17,7 @@ from llava_fa.hub.report import Skipped
 from llava_fa.hub.shards import FLOATS, Entry
 from llava_fa.hub.source import Source, match_names
 from llava_fa.kernels.layout import FactoredLayout, Layout, layout_of
-from llava_fa.nn.surgery import classify
+from llava_fa.nn.surgery import classify, tied_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Plan:
     """Under a budget: what it was and what it came to, as stored in the checkpoint (docs/format.md)."""
     embeddings: tuple[PlannedLayer, ...] = ()
     """Word embeddings that will be compressed, without data and outside of any budget."""
+    repeated: tuple[Entry, ...] = ()
+    """Tensors of tied output embeddings that repeat one of ``embeddings``; the new checkpoint leaves them out."""
 
     @property
     def all_layers(self) -> tuple[PlannedLayer, ...]:
@@ -82,7 +85,13 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Disk the new checkpoint's weights take."""
-        return self.source.nbytes - sum(layer.weight.nbytes for layer in self.all_layers) + self.part_bytes
+        return self.kept_bytes + self.part_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the source's tensors that the new checkpoint has as they are."""
+        gone = [layer.weight for layer in self.all_layers] + list(self.repeated)
+        return self.source.nbytes - sum(entry.nbytes for entry in gone)
 
 
 def make_plan(model: nn.Module, source: Source, config: FourierConfig, embeddings: float | None = None) -> Plan:
@@ -98,9 +107,10 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig, embedding
     names, converted = match_names(model, source)
     choice = classify(model, config.skip, config.only, embeddings=embeddings is not None)
     rest = dict(choice.not_compressed)
-    layers, wordy = [], []
+    layers, wordy, repeated = [], [], []
     for name in choice.layers + choice.embeddings:
-        key = names.get(f"{name}.weight")
+        stored = [names[key] for key in (f"{name}.weight", *tied_to(model, name)) if key in names]
+        key = stored[0] if stored else None
         if key is None:
             stacked = f"{name}.weight" in converted.values()
             rest[name] = "its weight is stored rearranged" if stacked else "its weight is not in the checkpoint"
@@ -108,6 +118,11 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig, embedding
         if name in choice.layers:
             layers.append(_planned(model, name, source.entries[key], config, feeding_norm(model, name)))
         elif embeddings is not None:
+            twins = [source.entries[twin] for twin in stored[1:]]
+            if not all(_same(source.entries[key], twin) for twin in twins):
+                rest[name] = f"config.json ties it to {twins[0].name}, which is another one in the checkpoint"
+                continue
+            repeated += twins
             packed = config.replace(method="best", bits=embeddings, rank=0, inner_rank=0)
             wordy.append(_planned(model, name, source.entries[key], packed, final_norm(model, name)))
     if not layers:
@@ -116,8 +131,17 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig, embedding
             remedy="Load and save it once with transformers, then compress that folder",
             where=str(source.folder),
         )
+    if choice.embeddings and not wordy:
+        name = choice.embeddings[0]
+        raise FourierError(
+            f"no embedding of this model can be compressed: {rest[name]}", remedy="Leave embeddings out", where=name
+        )
     not_compressed = tuple(Skipped(name, reason) for name, reason in rest.items())
-    return Plan(source, tuple(layers), not_compressed, names, embeddings=tuple(wordy))
+    return Plan(source, tuple(layers), not_compressed, names, embeddings=tuple(wordy), repeated=tuple(repeated))
+
+
+def _same(one: Entry, other: Entry) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(one.read(), other.read())
 
 
 def _planned(model: nn.Module, name: str, entry: Entry, config: FourierConfig, feed: Feed | None) -> PlannedLayer:

@@ -14,10 +14,12 @@ replaced, so that a killed run ends with the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,11 @@ class Answers:
 
 
 def _log_probabilities(model: nn.Module, inputs: Inputs, starts: Sequence[int], index: int) -> Tensor:
-    logits = forward(model, inputs[index], index).logits[0, starts[index] - 1 : -1]
+    """Of the answer alone: logits of every token of a sample can be gigabytes."""
+    wanted = inputs[index]["input_ids"].shape[1] - starts[index] + 1
+    knows = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": wanted} if knows else {}
+    logits = forward(model, inputs[index], index, **options).logits[0, -wanted:-1]
     found: Tensor = logits.float().log_softmax(-1).cpu()
     return found
 
@@ -162,6 +168,21 @@ def _original(model: nn.Module, layers: Sequence[PlannedLayer]) -> Iterator[None
             weight.copy_(before)
 
 
+def _moments(model: nn.Module, answers: Answers, layers: Sequence[PlannedLayer]) -> dict[str, Tensor]:
+    """Second moments of the inputs of each layer; those of cross-attention have not one input but two."""
+    sums = {layer.name: SecondMoment(layer.shape[1], name=layer.name) for layer in layers}
+    with ExitStack() as stack:
+        for name, total in sums.items():
+
+            def see(_: nn.Module, given: Any, total: SecondMoment = total) -> None:
+                total.add(given[0])
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(see).remove)
+        for index in range(len(answers.inputs)):
+            _log_probabilities(model, answers.inputs, answers.starts, index)
+    return {name: total.value() for name, total in sums.items()}
+
+
 def _redraw(
     plan: Plan,
     model: nn.Module,
@@ -175,11 +196,7 @@ def _redraw(
 
     ``before``: cost of the broken samples, and of all.
     """
-    moment = SecondMoment(layers[0].shape[1], name=layers[0].name)
-    watch = model.get_submodule(layers[0].name).register_forward_pre_hook(lambda _, args: moment.add(args[0]))
-    for index in range(len(answers.inputs)):
-        forward(model, answers.inputs[index], index)
-    watch.remove()
+    moments = _moments(model, answers, layers)
     weights = _weights(model, layers)
     kept = [weight.clone() for weight in weights]
     best: tuple[float, list[Tensor], Redrawn] = (before[0], kept, {})
@@ -190,7 +207,7 @@ def _redraw(
             seed = layer.config.seed + draw
             note = f"drawn anew with seed {seed}: with the first the answers to {len(broken)} samples broke"
             again = dataclasses.replace(layer, config=layer.config.replace(seed=seed))
-            result, report = approximated(again, plan, moment.value(), notes=(note,))
+            result, report = approximated(again, plan, moments[layer.name], notes=(note,))
             found[layer.name] = result.tensors, report
             weight.copy_(result.dequantize())
         cost = _cost(answers.lost(model, broken))

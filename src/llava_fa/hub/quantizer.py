@@ -27,7 +27,7 @@ from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, Codebooks, attach, relink, share_codebooks
 from llava_fa.nn.factored_linear import PackedLinear, empty_layer, layer_from_approximation, packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead, tie_head, untie_head
-from llava_fa.nn.surgery import classify, replace_module
+from llava_fa.nn.surgery import classify, replace_module, tied_to
 from llava_fa.solver.approximate import approximate
 
 
@@ -316,9 +316,9 @@ def _empty(module: nn.Module, name: str, record: LayerRecord) -> PackedLinear:
 
 def _tie_heads(model: nn.Module) -> None:
     """Give an output embedding that is tied to a packed one its tensors."""
-    for key, of in list(getattr(model, "all_tied_weights_keys", {}).items()):
-        embedding = model.get_submodule(of.removesuffix(".weight"))
-        if isinstance(embedding, FourierEmbedding):
+    words = [(name, module) for name, module in model.named_modules() if isinstance(module, FourierEmbedding)]
+    for name, embedding in words:
+        for key in tied_to(model, name):
             tie_head(model, key.removesuffix(".weight"), embedding)
 
 

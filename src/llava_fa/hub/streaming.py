@@ -171,7 +171,7 @@ def assemble(
 
 def _items(plan: Plan, config: FourierConfig, work: WorkFolder) -> tuple[list[Item], Metadata]:
     items: list[Item] = []
-    replaced = set()
+    replaced = {entry.name for entry in plan.repeated}
     rest = {skipped.name: skipped.reason for skipped in plan.not_compressed}
     metadata = Metadata(config, not_compressed=rest, budget=plan.budget)
     for layer in plan.all_layers:

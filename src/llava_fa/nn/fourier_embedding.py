@@ -71,6 +71,11 @@ class TiedHead(nn.Module):
         """W x: [..., n] → [..., m]."""
         return self.embedding.project(x)
 
+    @property
+    def weight(self) -> Tensor:
+        """That of the embedding, decoded anew on every access: for code that reads weights."""
+        return self.embedding.weight
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, tied to the input embedding"
@@ -82,8 +87,12 @@ def tie_head(model: nn.Module, name: str, embedding: FourierEmbedding) -> None:
     transformers ties parameters by name whenever it pleases (`tie_weights`); here there are none.
     """
     replace_module(model, name, TiedHead(embedding))
-    rules = {key: of for key, of in model.all_tied_weights_keys.items() if key != f"{name}.weight"}
-    model.all_tied_weights_keys = model._tied_weights_keys = rules  # type: ignore[assignment]
+    for place, module in model.named_modules():  # the rule may be that of a model within the model
+        inside = f"{place}." if place else ""
+        rules = getattr(module, "all_tied_weights_keys", None)
+        if isinstance(rules, dict) and any(inside + key == f"{name}.weight" for key in rules):
+            rules = {key: of for key, of in rules.items() if inside + key != f"{name}.weight"}
+            module.all_tied_weights_keys = module._tied_weights_keys = rules  # type: ignore[assignment]
 
 
 def untie_head(model: nn.Module, name: str, embedding: nn.Embedding) -> None:
@@ -92,5 +101,8 @@ def untie_head(model: nn.Module, name: str, embedding: nn.Embedding) -> None:
     head = nn.Linear(width, words, bias=False, device="meta")
     head.weight = embedding.weight
     replace_module(model, name, head)
-    del model._tied_weights_keys  # the class has its own
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+    changed = [module for module in model.modules() if "_tied_weights_keys" in vars(module)]
+    for module in changed:
+        del module._tied_weights_keys  # the class has its own
+    for module in changed:
+        module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]

@@ -91,11 +91,25 @@ def _word_embeddings(model: nn.Module, rest: dict[str, str], skipped: dict[str, 
             rest[name] = f"{type(module).__name__} is an embedding with a forward of its own"
         elif min(shape) < SMALLEST_SIDE:
             rest[name] = f"too small: one side is under {SMALLEST_SIDE}"
+        elif odd := [key for key in tied_to(model, name) if not _plain_head(model, key)]:
+            rest[name] = f"tied to {odd[0]}, which is no plain output embedding without bias"
         else:
             found.append(name)
     if not found:
         raise FourierError("no embedding of this model can be compressed", remedy="Leave embeddings out")
     return tuple(found)
+
+
+def tied_to(model: nn.Module, name: str) -> list[str]:
+    """Parameters that transformers' rules tie to the weight of the module ``name``."""
+    rules = getattr(model, "all_tied_weights_keys", None)
+    return [key for key, of in rules.items() if of == f"{name}.weight"] if isinstance(rules, dict) else []
+
+
+def _plain_head(model: nn.Module, key: str) -> bool:
+    module, _, own = key.rpartition(".")
+    head = model.get_submodule(module)
+    return own == "weight" and type(head) is nn.Linear and head.bias is None
 
 
 def _why_not(

@@ -312,7 +312,9 @@ def chosen_layers(report: Report, wanted: Sequence[str]) -> list[str]:
             found += hits
         return list(dict.fromkeys(found))
     worst: dict[str, LayerReport] = {}
-    for layer in sorted(report.layers, key=lambda layer: layer_error(layer) or 0.0, reverse=True):
+    # An embedding's error is never an output error, and its matrix is too large to take apart unasked.
+    plain = [layer for layer in report.layers if not layer.embedding]
+    for layer in sorted(plain, key=lambda layer: layer_error(layer) or 0.0, reverse=True):
         worst.setdefault(part_of(layer.name), layer)
     return [worst[part].name for part in ("vision tower", "projector", "language model") if part in worst]
 
