@@ -146,3 +146,12 @@ def test_queries_and_keys_of_cross_attention_have_two_inputs(samples):
     found = proofread._moments(model, answers, [one, other])  # here: of two modules
     assert found.keys() == {one.name, other.name}
     assert not torch.equal(found[one.name], found[other.name])
+
+
+def test_logits_that_are_no_numbers_are_no_loss_and_hide_none(monkeypatch):
+    logs = torch.tensor([[-0.1, -3.0], [float("nan"), -0.1], [-9.0, -0.1], [float("-inf"), -0.1]])
+    answers = proofread.Answers([{}], [1], [torch.zeros(4, dtype=torch.long)], [torch.full((4,), -0.1)])
+    monkeypatch.setattr(proofread, "_log_probabilities", lambda *_: logs)
+    lost = answers.lost(torch.nn.Module(), [0])
+    torch.testing.assert_close(lost[0][:3], torch.tensor([0.0, 0.0, 8.9]))
+    assert 1000 < proofread._cost(lost) < float("inf")

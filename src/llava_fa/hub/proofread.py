@@ -39,6 +39,9 @@ SURE, BROKEN = 0.5, 3.0
 SAMPLES, MODULES, DRAWS = 8, 3, 6
 """Broken samples that are looked at, the worst first; modules mended at most; draws tried for each."""
 
+_INFINITE = 1e4
+"""Nats that stand for a probability of zero, so that costs stay comparable."""
+
 Redrawn = dict[str, tuple[dict[str, Tensor], LayerReport]]
 
 
@@ -69,7 +72,8 @@ class Answers:
             now = _log_probabilities(model, self.inputs, self.starts, index)
             there = now.gather(-1, self.tokens[index][:, None])[:, 0]
             sure = self.logs[index] > math.log(SURE)
-            found[index] = torch.where(sure, self.logs[index] - there, 0.0).clamp_min(0)
+            lost = torch.where(sure, self.logs[index] - there, 0.0).clamp_min(0)
+            found[index] = lost.nan_to_num(nan=0.0, posinf=_INFINITE)  # float16 overflows: nothing to compare
         return found
 
 
