@@ -7,6 +7,7 @@ are drawn from (`.statistics`). Downloading is left to the user: nothing here to
 
 from __future__ import annotations
 
+import abc
 import base64
 import binascii
 import csv
@@ -72,7 +73,7 @@ class Score:
     interval: tuple[list[float], str] | None = None
 
 
-class Benchmark:
+class Benchmark(abc.ABC):
     """One benchmark: subclasses say how its files are read, scored and written.
 
     ``options`` holds what only some benchmarks need (a judge's address); a benchmark takes from it what it knows.
@@ -100,25 +101,25 @@ class Benchmark:
         """The options that answers depend on: a run is continued only with the same."""
         return self.options
 
+    @abc.abstractmethod
     def read(self) -> list[Item]:
         """The questions, in the files' order.
 
         Raises:
             FourierError: a file is missing or broken; says which, what is wrong and what is expected.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
         """The official figures of these answers. Items may be a part of the benchmark; units are whole."""
-        raise NotImplementedError
 
     def headline(self, sums: np.ndarray) -> np.ndarray:
         """Headline figure of summed statistics, [..., k] → [...]; by default Σ score / Σ count."""
         return sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
 
+    @abc.abstractmethod
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """Write the files that the official scorer or server takes; returns them."""
-        raise NotImplementedError
 
     def missing(self, path: Path) -> FourierError:
         """The error for a file that is not there."""
