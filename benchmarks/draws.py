@@ -1,6 +1,6 @@
 """How much a compressed model hangs on chance: the same compression with other random signs.
 
-    .venv/bin/python benchmarks/draws.py [--bits 2] [--codes trellis] [--seeds 4] [--questions 180]
+    .venv/bin/python benchmarks/draws.py [--bits 2] [--codes trellis] [--seeds 4] [--questions 180] [--limit 2250]
 
 KL: nats per answer token against the original, on held-out questions with their true answers; *worst*: of one token;
 *broken*: questions with a token of more than `BROKEN` nats, by task. Rows in OUT/draws.jsonl are not measured again.
@@ -19,6 +19,7 @@ import torch
 import llava_fa
 from llava_fa import FourierConfig
 from llava_fa.eval.divergence import Divergence, token_divergences
+from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.loading import load
 from llava_fa.world.samples import calibration_samples, held_out_samples
 
@@ -32,30 +33,33 @@ def main() -> None:
     parser.add_argument("--codes", choices=("rings", "trellis"), default="trellis")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--questions", type=int, default=180)
+    parser.add_argument("--limit", type=int, default=0, help="questions answered too, for the accuracy")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "draws.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     divergence, asked = Divergence("tiny", args.questions), held_out_samples(args.questions)
-    print("| seed | KL | worst token | broken |\n|---|---|---|---|")
+    print("| seed | KL | worst token | broken | accuracy |\n|---|---|---|---|---|")
     for seed in range(args.seeds):
-        key = {"bits": args.bits, "codes": args.codes, "seed": seed, "questions": args.questions}
+        key = {"bits": args.bits, "codes": args.codes, "seed": seed, "questions": args.questions, "limit": args.limit}
         found = next((row for row in rows if key.items() <= row.items()), None)
         if found is None:
             folder = args.out / f"model-{args.codes}-{args.bits:g}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             config = FourierConfig(bits=args.bits, codes=args.codes, seed=seed)
             llava_fa.compress("tiny", folder, config, calibration_samples(128), fresh=True)
-            model, _ = load(folder, dtype=torch.float32)
+            model, processor = load(folder, dtype=torch.float32)
             model.dequantize()
             each = token_divergences(divergence.logs, divergence.told.log_probabilities(model))
             every = torch.cat(each)
             broken = [s.question.task for s, one in zip(asked, each, strict=True) if float(one.max()) > BROKEN]
             found = key | {"kl": float(every.mean()), "worst": float(every.max()), "broken": Counter(broken)}
+            found["accuracy"] = evaluate_world(model, processor, limit=args.limit)["accuracy"] if args.limit else None
             with file.open("a") as handle:
                 handle.write(json.dumps(found) + "\n")
+        accuracy = "-" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f}"
         told = ", ".join(f"{count} {task}" for task, count in found["broken"].items()) or "none"
-        print(f"| {seed} | {found['kl']:.4f} | {found['worst']:.1f} | {told} |", flush=True)
+        print(f"| {seed} | {found['kl']:.4f} | {found['worst']:.1f} | {told} | {accuracy} |", flush=True)
 
 
 if __name__ == "__main__":
