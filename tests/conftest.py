@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llava_fa import native
+from llava_fa.kernels import compiled
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -17,3 +18,9 @@ def every_kernel(request, monkeypatch):
     """The test runs with PyTorch's form of the kernels and with every compiled one that this CPU has."""
     monkeypatch.setenv(native.SWITCH, request.param)
     return request.param
+
+
+@pytest.fixture
+def exact_activations(monkeypatch):
+    """Compiled layers do not round their inputs to int8, so that they give what PyTorch's form gives."""
+    monkeypatch.setenv(compiled.SWITCH, "exact")

@@ -22,6 +22,7 @@ def tensors_of(folder):
     return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
 
 
+@pytest.mark.usefixtures("exact_activations")
 def test_the_result_loads_and_computes_with_the_approximated_weights(checkpoint, compressed):
     out, report = compressed
     model = LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32)

@@ -93,6 +93,7 @@ def test_every_byte_is_counted(factored):
     assert layer.bits_per_weight == 8 * (own + sum(books.values())) / (48 * 48)
 
 
+@pytest.mark.usefixtures("exact_activations")
 def test_it_loads_and_answers(factored, tmp_path):
     """from_pretrained; biases of queries and keys as they were; the same function as its dense weights."""
     model = LlavaForConditionalGeneration.from_pretrained(factored[0], dtype=torch.float32)

@@ -53,6 +53,7 @@ def test_the_report_tells_them(case):
     assert kept.compressed_bytes > report.compressed_bytes
 
 
+@pytest.mark.usefixtures("exact_activations")
 def test_what_is_loaded_is_what_was_stored(case):
     _, out, _, tied = case
     model = LlavaForConditionalGeneration.from_pretrained(out)
@@ -69,6 +70,7 @@ def test_what_is_loaded_is_what_was_stored(case):
     torch.testing.assert_close(found, logits(plain, processor), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures("exact_activations")
 def test_saved_again_and_dequantised(case, tmp_path):
     _, out, _, tied = case
     processor = helpers.processor()

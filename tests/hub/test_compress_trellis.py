@@ -27,6 +27,7 @@ def model(request, checkpoint, samples, tmp_path_factory):
     return out, llava_fa.compress(checkpoint, out, AUTO, samples if request.param == "calibrated" else None)
 
 
+@pytest.mark.usefixtures("exact_activations")
 def test_it_loads_and_computes_with_what_is_stored(model, checkpoint):
     out, report = model
     loaded = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)

@@ -160,6 +160,7 @@ def test_what_the_files_hold(packed, plain):
     assert metadata.not_compressed == classify(load(plain)).not_compressed
 
 
+@pytest.mark.usefixtures("exact_activations")
 @both_methods
 @pytest.mark.parametrize("reloaded", [False, True])
 def test_dequantize_gives_a_plain_model(packed, plain, inputs, tmp_path, config, reloaded):

@@ -268,6 +268,7 @@ def test_opcheck(layout):
 
 
 @pytest.mark.parametrize("layout", [best(24, 64, 4, rank=2), trellis(24, 33)], ids=layout_id)
+@pytest.mark.usefixtures("exact_activations")
 def test_both_forms_of_the_op_take_both_orders(layout):
     layer = FourierLinear.from_tensors(layout, random_tensors(layout))
     x = torch.randn(2, layout.in_features)
@@ -320,19 +321,21 @@ def test_a_gradient_is_pytorchs_work():
     assert is_interleaved(layer.codes)
 
 
-def test_activations_by_dtype_and_by_choice(monkeypatch):
-    def activations(dtype):
-        return compiled.exact_activations(dtype, native.layer_kernel())
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_int8_unless_exact_ones_are_asked_for(dtype, monkeypatch):
+    layout = best(64, 1536, 4)
+    tensors = random_tensors(layout, seed=1)
+    x = torch.randn(2, 1536, generator=torch.Generator().manual_seed(1)).to(dtype)
     monkeypatch.delenv(compiled.SWITCH, raising=False)
-    assert [activations(t) for t in (torch.bfloat16, torch.float16, torch.float32)] == [0, 0, 1]
+    first = run(layout, tensors, x)
+    assert torch.equal(first, run(layout, tensors, x, exact=not native.layer_kernel().int8))
     monkeypatch.setenv(compiled.SWITCH, "exact")
-    assert activations(torch.bfloat16)
+    assert torch.equal(run(layout, tensors, x), run(layout, tensors, x, exact=True))
     monkeypatch.setenv(compiled.SWITCH, "int8")
-    assert not activations(torch.float32)
+    assert torch.equal(run(layout, tensors, x), first)
     monkeypatch.setenv(compiled.SWITCH, "int4")
     with pytest.raises(FourierError, match=r"LLAVA_FA_ACTIVATIONS=int4.*int8 or exact"):
-        activations(torch.float32)
+        run(layout, tensors, x)
 
 
 def test_the_choice_says_why():

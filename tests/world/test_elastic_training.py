@@ -31,8 +31,17 @@ def processor():
     return AutoProcessor.from_pretrained(resolve_model("tiny"))
 
 
-def batch_of(processor, pictures=8):
-    return WorldBatches(processor.tokenizer, split="train", seed=5, batch=pictures, text=60, start=0, stop=1)[0]
+def batch_of(processor, pictures=8, **more):
+    return WorldBatches(processor.tokenizer, split="train", seed=5, batch=pictures, text=60, start=0, stop=1, **more)[0]
+
+
+def test_some_pictures_are_full_of_writing_and_asked_about(processor):
+    """Every third of them; at other places in the next batch, so that no scale of `shared_out` gets them all."""
+    plain, more = (batch_of(processor, 9, tasks=("reading",), written=written) for written in (0, 3))
+    written = (plain["pixels"] != more["pixels"]).flatten(1).any(1)
+    assert written.nonzero().flatten().tolist() == [0, 3, 6]
+    assert more["character"][::3].count_nonzero() > 2 * plain["character"][::3].count_nonzero()
+    assert (more["segment"][::3].amax(1) >= 2).all()
 
 
 def test_inner_scales_get_more_pictures():

@@ -31,7 +31,7 @@ def diagnose() -> dict[str, Any]:
     layers = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         choice = registry.choose("best_linear", torch.empty(1, 2, dtype=dtype))
-        exact = choice.name != "compiled" or compiled.exact_activations(dtype, kernel)
+        exact = choice.name != "compiled" or compiled.exact_activations(kernel)
         layers[str(dtype).removeprefix("torch.")] = {
             "implementation": choice.name,
             "reason": choice.reason,
@@ -102,7 +102,7 @@ def _checks() -> Iterator[dict[str, Any]]:
         for level in native.levels():
             for exact in (True, False):
                 with native.using(level):
-                    if not exact and compiled.exact_activations(torch.bfloat16, native.layer_kernel()):
+                    if not exact and compiled.exact_activations(native.layer_kernel()):
                         continue
                     got = compiled.linear(*[x.float(), *packed, exact])
                 yield _check((code_bits, state_bits), level, "exact" if exact else "int8", got, wanted)

@@ -24,6 +24,9 @@ from llava_fa.world.render import GRID
 INNER = 3
 """Pictures that a scale between the first and the last gets for each of theirs."""
 
+READING = ("reading", "reading")
+"""What few tokens cost most, and a model that is asked for it as seldom as the world does forgets (docs/results.md)."""
+
 _ALONG = ("ids", "target", "segment", "position", "task")
 
 
@@ -40,6 +43,8 @@ def elastic_recipe(kind: str, steps: int, *, start: str = "tiny", seed: int = 1)
         start=start,
         visual_tokens=kind,
         seed=seed,
+        written=3,
+        asked_more=READING,
     )
 
 

@@ -39,6 +39,7 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         text: tokens for questions and answers in a sequence; 0 leaves the questions out (vision only).
         start, stop: the batch numbers that `len` and `__getitem__` span.
         tasks: the families of questions to ask; one that is named twice comes twice as often.
+        written: every so many-th picture with questions is full of writing; 0: as few as the world has.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         start: int,
         stop: int,
         tasks: tuple[str, ...] = TASK_NAMES,
+        written: int = 0,
     ) -> None:
         self.split, self.seed, self.batch, self.text = split, seed, batch, text
-        self.start, self.stop, self.wordy, self.tasks = start, stop, wordy, tasks
+        self.start, self.stop, self.wordy, self.tasks, self.written = start, stop, wordy, tasks, written
         self.prefix = tokenizer.convert_tokens_to_ids([USER] + [IMAGE] * (GRID * GRID))
         self.marks = tuple(tokenizer.convert_tokens_to_ids([ASSISTANT, END]))
         self.pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
@@ -78,7 +80,7 @@ class WorldBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def _row(self, index: int) -> dict[str, np.ndarray[Any, Any]]:
         rng = scene_rng(self.split, self.seed, index)
-        scene = sample_scene(rng, self.split)
+        scene = sample_scene(rng, self.split, wordy=self.written > 0 and index % self.written == 0)
         row = _picture(scene, rng)
         if self.text:
             row |= self._pack(scene, row["focus"], self._questions(scene, rng))

@@ -54,7 +54,8 @@ class Recipe:
     ``muon_rate`` and ``adam_rate`` are those of the vision stage; in the language stage everything learns at
     ``language_scale`` of them, and the vision tower, after ``frozen_steps`` of rest, at ``vision_scale``.
     ``start`` is a model to go on from instead of nothing, ``visual_tokens`` the kind of elastic visual tokens to attach
-    and train over all scales (`llava_fa.world.elastic`).
+    and train over all scales (`llava_fa.world.elastic`), ``written`` and ``asked_more`` what is asked more often than
+    the world does (`llava_fa.world.packing.WorldBatches`: ``written``, ``tasks``).
     """
 
     vision_steps: int = 1200
@@ -76,6 +77,8 @@ class Recipe:
     seed: int = 1
     start: str | None = None
     visual_tokens: str | None = None
+    written: int = 0
+    asked_more: tuple[str, ...] = LEARNED_LAST
 
     @property
     def steps(self) -> int:
@@ -131,7 +134,8 @@ def train(
             wordy=0 if learner.frozen else recipe.wordy_batch,
             start=learner.step,
             stop=recipe.stage_end(learner.step),
-            tasks=(*TASK_NAMES, *LEARNED_LAST),
+            tasks=(*TASK_NAMES, *recipe.asked_more),
+            written=recipe.written,
         )
         loader = torch.utils.data.DataLoader(
             batches, batch_size=None, num_workers=workers, prefetch_factor=6 if workers else None
