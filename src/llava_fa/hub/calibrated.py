@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from llava_fa.errors import FourierError
 from llava_fa.hub.blocks import Call, Inputs, Unit, advance, capture, find_units, replay, segments, stages
 from llava_fa.hub.parts import WorkFolder
 from llava_fa.hub.plan import Plan, PlannedLayer
@@ -59,22 +58,15 @@ def compress_calibrated(plan: Plan, work: WorkFolder, model: nn.Module, inputs: 
     Raises:
         FourierError: the model fails on a sample (named), or a layer cannot be approximated (named).
     """
-    try:
-        chains, idle = segments(model, find_units(model, plan.layers), inputs)
-        # Before the first layer is compressed; where the first segment starts nothing ever drifts.
-        origins = [
-            capture(segment[:1], model, inputs)[1] if index and _to_do(segment, work) and _follows(segment) else None
-            for index, segment in enumerate(chains)
-        ]
-        _compress_embeddings(plan, work, model, tracker)
-        for segment, origin in zip(chains, origins, strict=True):
-            _compress_segment(segment, plan, work, model, inputs, tracker, origin)
-    except torch.OutOfMemoryError as error:
-        raise FourierError(
-            "the device ran out of memory while the model ran on the samples",
-            remedy="Finished layers are kept: the same command with --device cpu goes on from them",
-            where=str(next(model.parameters()).device),
-        ) from error
+    chains, idle = segments(model, find_units(model, plan.layers), inputs)
+    # Before the first layer is compressed; where the first segment starts nothing ever drifts.
+    origins = [
+        capture(segment[:1], model, inputs)[1] if index and _to_do(segment, work) and _follows(segment) else None
+        for index, segment in enumerate(chains)
+    ]
+    _compress_embeddings(plan, work, model, tracker)
+    for segment, origin in zip(chains, origins, strict=True):
+        _compress_segment(segment, plan, work, model, inputs, tracker, origin)
     for unit in idle:  # unused heads: no inputs to learn from
         for layer in unit.layers:
             if layer.name not in work:

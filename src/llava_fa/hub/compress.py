@@ -18,7 +18,7 @@ from llava_fa.hub import allocation, attention, proofread, provenance, sensitivi
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
 from llava_fa.hub.checkpoint import account, read_metadata, validate
-from llava_fa.hub.loading import check_device, fast_dtype
+from llava_fa.hub.loading import check_device, fast_dtype, memory_errors
 from llava_fa.hub.parts import WorkFolder, check_space, disk_errors, refuse_existing
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.report import (
@@ -124,7 +124,7 @@ def compress(
         **({} if embeddings is None else {"embeddings": embeddings}),
         **({} if visual_tokens is None else {"visual_tokens": visual_tokens}),
     }
-    with WorkFolder(out, manifest, fresh) as work:
+    with WorkFolder(out, manifest, fresh) as work, memory_errors(place):
         tracker = Tracker(plan, work, callback)
         loaded = None
         if data is not None and (tracker.done < tracker.total or not proofread.settle(work)):

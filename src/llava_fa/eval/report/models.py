@@ -107,8 +107,9 @@ def _layers_of(run: Run, *, opened: bool) -> Html:
         kinds[skipped.reason].append(skipped.name)
     rest = tag("ul", [tag("li", tag("b", reason), ": ", ", ".join(names[:6]), " …" if len(names) > 6 else None)
                       for reason, names in kinds.items()])  # fmt: skip
-    worst_name = worst[0].name.removeprefix("model.")
-    head = f"{run.name}: worst layer {worst_name}, {which} {number(layer_error(worst[0]), 3)}"
+    # embeddings have no output error, which is another scale than the weights'
+    first = next((layer for layer in worst if (layer.output_error is not None) == measured), worst[0])
+    head = f"{run.name}: worst layer {first.name.removeprefix('model.')}, {which} {number(layer_error(first), 3)}"
     left = tag("details", tag("summary", f"{len(run.report.not_compressed)} modules are not compressed"), rest)
     return tag("details", tag("summary", head), shown, every, left, open=opened)
 
