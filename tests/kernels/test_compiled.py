@@ -321,6 +321,21 @@ def test_a_gradient_is_pytorchs_work():
     assert is_interleaved(layer.codes)
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_quarter_of_the_points_gives_what_all_of_them_give(batch, level):
+    """The shipped 8-bit codebook is looked up by quadrant; with an unused point elsewhere it no longer is."""
+    layout = best(40, 600, 8)
+    tensors = random_tensors(layout, seed=3)
+    codes = unpack(tensors["codes"], 8, layout.coefficients).clamp(max=254)
+    assert len(codes.unique()) == 255
+    tensors |= {"codes": codes.to(torch.uint8), "codebook": ring_codebook(8).bfloat16()}
+    x = torch.randn(batch, 600, generator=torch.Generator().manual_seed(batch))
+    quarter = run(layout, tensors, x)
+    tensors["codebook"] = tensors["codebook"].clone()
+    tensors["codebook"][255] = 0
+    assert torch.equal(run(layout, tensors, x), quarter)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_int8_unless_exact_ones_are_asked_for(dtype, monkeypatch):
     layout = best(64, 1536, 4)

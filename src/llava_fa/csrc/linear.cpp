@@ -69,6 +69,17 @@ char* workspace(size_t bytes) {
   return space.memory.get() + (64 - reinterpret_cast<uintptr_t>(space.memory.get()) % 64) % 64;
 }
 
+// Whether 256 points, bf16 (re, im), are 64 and their reflections: re minus at the codes with bit 7, im at those with bit 6.
+bool is_quadrant(const uint16_t* codebook) {
+  uint32_t other = 0;
+  for (int code = 64; code < 256; code++) {
+    const uint16_t *first = codebook + 2 * (code & 63), *point = codebook + 2 * code;
+    other |= first[0] ^ point[0] ^ (code & 128u) << 8;
+    other |= first[1] ^ point[1] ^ (code & 64u) << 9;
+  }
+  return other == 0;
+}
+
 // GOMP_parallel of the OpenMP runtime that torch runs on, so that its threads are ours: no second pool beside it.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
@@ -311,6 +322,7 @@ EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel
     for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, codebook, bytes);
   } else {
     call.step = kernels->tables(codebook, code_bits, tables);
+    job.quadrant = code_bits == 8 && is_quadrant(codebook);
   }
   const int64_t element = kind == 2 ? 4 : 2;
   for (int64_t first = 0; first < batch; first += 512) {

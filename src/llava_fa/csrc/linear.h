@@ -24,6 +24,7 @@ struct Dft;
 struct Linear {
   const uint8_t* codes;  // rings [blocks, units, code_bits, 64]; trellis [blocks, words, 64]
   int64_t blocks, units, code_bits, state_bits, words;
+  bool quadrant;         // 8 bits: points 0 … 63, bit 7 turns re's sign and bit 6 im's: a quarter of the table is enough
   const uint8_t* tables;   // int8: of `tables`, `trellis_tables`; float: a dword a point, bf16 (re, im), rings at least 16
   int64_t batch, groups;
   const int8_t* x;         // int8: [batch, groups * 256], as `quantise` orders them

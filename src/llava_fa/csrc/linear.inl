@@ -181,16 +181,17 @@ constexpr int64_t BUFFER = GROUP * UNIT * 2 * ROWS;  // bytes of working space: 
 constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
 
 // Points of a unit's codes: STEPS vectors.
-template <int BITS>
+template <int BITS, bool QUADRANT>
 struct RingCodes {
+  using Points = Table<BITS, QUADRANT>;
   const uint8_t* from;
   int64_t units;
-  Table<BITS> table;
+  Points table;
 
   INLINE void start(RingCodes& self, const Linear& job) {
     self.from = job.codes;
     self.units = job.units;
-    Table<BITS>::load(self.table, job.tables);
+    Points::load(self.table, job.tables);
   }
 
   INLINE void points(const RingCodes& self, int64_t block, int64_t unit, uint8_t* out) {
@@ -199,7 +200,7 @@ struct RingCodes {
       Bytes c[8], a, b;
       codes<BITS>(at + part, c);
       for (int q = 0; q < 8; q++) {
-        Table<BITS>::look(self.table, c[q], a, b);
+        Points::look(self.table, c[q], a, b);
         store_all(out + 128 * q + part, a);
         store_all(out + 128 * q + 64 + part, b);
       }
@@ -263,10 +264,11 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
 
 #ifdef LLAVA_FA_DIRECT
 // One vector: points are multiplied where they are looked up.
-template <int BITS>
+template <int BITS, bool QUADRANT>
 ISA void int8_direct(const Linear& job, int64_t first, int64_t count, float* y, char*) {
-  Table<BITS> table;
-  Table<BITS>::load(table, job.tables);
+  using Points = Table<BITS, QUADRANT>;
+  Points table;
+  Points::load(table, job.tables);
   for (int64_t b = 0; b < count; b++) {
     const uint8_t* unit = job.codes + (first + b) * job.units * BITS * 64;
     const int8_t* x = job.x;
@@ -279,7 +281,7 @@ ISA void int8_direct(const Linear& job, int64_t first, int64_t count, float* y, 
         Bytes c[8], p, q;
         codes<BITS>(unit, c);
         for (int i = 0; i < 8; i++) {
-          Table<BITS>::look(table, c[i], p, q);
+          Points::look(table, c[i], p, q);
           dot(sum[2 * i % 4], p, four(x + 8 * i));
           dot(sum[2 * i % 4 + 1], q, four(x + 8 * i + 4));
         }
@@ -291,13 +293,13 @@ ISA void int8_direct(const Linear& job, int64_t first, int64_t count, float* y, 
 }
 #endif
 
-template <int BITS>
+template <int BITS, bool QUADRANT = false>
 INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
   if (job.state_bits) return int8_blocks<TrellisCodes<BITS>>(job, first, count, y, scratch);
 #ifdef LLAVA_FA_DIRECT
-  if (job.batch == 1) return int8_direct<BITS>(job, first, count, y, scratch);
+  if (job.batch == 1) return int8_direct<BITS, QUADRANT>(job, first, count, y, scratch);
 #endif
-  int8_blocks<RingCodes<BITS>>(job, first, count, y, scratch);
+  int8_blocks<RingCodes<BITS, QUADRANT>>(job, first, count, y, scratch);
 }
 
 ISA void int8_rows(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
@@ -308,7 +310,8 @@ ISA void int8_rows(const Linear& job, int64_t first, int64_t count, float* y, ch
     case 5: return int8_bits<5>(job, first, count, y, scratch);
     case 6: return int8_bits<6>(job, first, count, y, scratch);
     case 7: return int8_bits<7>(job, first, count, y, scratch);
-    default: return int8_bits<8>(job, first, count, y, scratch);
+    default:
+      return job.quadrant ? int8_bits<8, true>(job, first, count, y, scratch) : int8_bits<8>(job, first, count, y, scratch);
   }
 }
 

@@ -29,18 +29,18 @@ INLINE Bytes select_bits(int mask, Bytes yes, Bytes no) {
 constexpr bool planes(int) { return true; }
 constexpr int shown(int code_bits) { return code_bits < 4 ? 16 : 1 << code_bits; }
 
-template <int BITS>
+template <int BITS, bool QUADRANT>
 struct Table {
   const uint8_t* t;  // tables of 16: re of all points, then im
 
   INLINE void load(Table& self, const uint8_t* p) { self.t = p; }
 
   INLINE void look(const Table& self, Bytes c, Bytes& a, Bytes& b) {
-    constexpr int COUNT = BITS <= 4 ? 1 : 1 << (BITS - 4);
+    constexpr int ALL = BITS <= 4 ? 1 : 1 << (BITS - 4), COUNT = QUADRANT ? ALL / 4 : ALL;
     const auto table = [&](int i) ISA {
       return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(self.t + 16 * i)));
     };
-    Bytes index = masked(c, BITS <= 4 ? 0x0f : (1 << BITS) - 1);
+    Bytes index = masked(c, BITS <= 4 ? 0x0f : (1 << (QUADRANT ? BITS - 2 : BITS)) - 1);
     a = _mm256_setzero_si256();
     b = a;
     // 0x70 more, and all but 0 … 15 have bit 7, which makes the shuffle give zero.
@@ -48,7 +48,12 @@ struct Table {
       const Bytes here = _mm256_adds_epu8(_mm256_xor_si256(index, _mm256_set1_epi8(static_cast<char>(16 * i))),
                                           _mm256_set1_epi8(0x70));
       a = _mm256_or_si256(a, _mm256_shuffle_epi8(table(i), here));
-      b = _mm256_or_si256(b, _mm256_shuffle_epi8(table(COUNT + i), here));
+      b = _mm256_or_si256(b, _mm256_shuffle_epi8(table(ALL + i), here));
+    }
+    if (QUADRANT) {
+      const Bytes one = _mm256_set1_epi8(1);  // by a zero it would be zero
+      a = _mm256_sign_epi8(a, _mm256_or_si256(c, one));
+      b = _mm256_sign_epi8(b, _mm256_or_si256(_mm256_slli_epi16(c, 1), one));
     }
   }
 };

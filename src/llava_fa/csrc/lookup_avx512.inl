@@ -16,6 +16,11 @@ INLINE Bytes select_bits(int mask, Bytes yes, Bytes no) {
   return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(mask)), yes, no, 0xca);
 }
 
+// Minus v where a byte's sign is set; what is stored plus 128 stays so, in eight bits.
+INLINE Bytes signed_by(Bytes sign, Bytes v) {
+  return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), v);
+}
+
 // Sums of ROWS rows.
 using Sums = __m512i;
 INLINE Sums sums(int32_t v) { return _mm512_set1_epi32(v); }

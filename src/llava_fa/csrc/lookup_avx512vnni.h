@@ -23,9 +23,10 @@ constexpr const char* NAME = "avx512vnni";
 constexpr bool planes(int code_bits) { return code_bits <= 4; }
 constexpr int shown(int code_bits) { return code_bits < 4 ? 16 : code_bits == 5 ? 64 : 1 << code_bits; }
 
-template <int BITS>
+template <int BITS, bool QUADRANT>
 struct Table {
-  Bytes t[BITS <= 4 ? 2 : BITS <= 6 ? 2 : BITS == 7 ? 4 : 8];
+  static constexpr int FULL = QUADRANT ? BITS - 2 : BITS;  // bits that a point is looked up by
+  Bytes t[FULL <= 6 ? 2 : FULL == 7 ? 4 : 8];
 
   INLINE void load(Table& self, const uint8_t* p) {
     if (planes(BITS)) {
@@ -36,16 +37,16 @@ struct Table {
     }
   }
 
-  // The points of the codes in the low bytes of words, as words.
+  // The points of the codes in the low bytes of words, as words; of quadrants without their signs.
   INLINE Bytes words(const Table& self, Bytes c) {
     const Bytes* t = self.t;
     Bytes r = _mm512_permutex2var_epi16(t[0], c, t[1]);
-    if (BITS >= 7) {
+    if (FULL >= 7) {
       const __mmask32 sixth = _mm512_test_epi16_mask(c, _mm512_set1_epi16(0x40));
-      r = _mm512_mask_blend_epi16(sixth, r, _mm512_permutex2var_epi16(t[BITS >= 7 ? 2 : 0], c, t[BITS >= 7 ? 3 : 0]));
-      if (BITS == 8) {
-        const Bytes low = _mm512_permutex2var_epi16(t[BITS == 8 ? 4 : 0], c, t[BITS == 8 ? 5 : 0]);
-        const Bytes high = _mm512_permutex2var_epi16(t[BITS == 8 ? 6 : 0], c, t[BITS == 8 ? 7 : 0]);
+      r = _mm512_mask_blend_epi16(sixth, r, _mm512_permutex2var_epi16(t[FULL >= 7 ? 2 : 0], c, t[FULL >= 7 ? 3 : 0]));
+      if (FULL == 8) {
+        const Bytes low = _mm512_permutex2var_epi16(t[FULL == 8 ? 4 : 0], c, t[FULL == 8 ? 5 : 0]);
+        const Bytes high = _mm512_permutex2var_epi16(t[FULL == 8 ? 6 : 0], c, t[FULL == 8 ? 7 : 0]);
         r = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(c, _mm512_set1_epi16(0x80)), r,
                                     _mm512_mask_blend_epi16(sixth, low, high));
       }
@@ -60,9 +61,19 @@ struct Table {
       a = _mm512_shuffle_epi8(self.t[0], index);
       b = _mm512_shuffle_epi8(self.t[1], index);
     } else {
+      const Bytes odd = _mm512_srli_epi16(c, 8);
       a = words(self, c);
-      b = words(self, _mm512_srli_epi16(c, 8));
+      b = words(self, odd);
+      if (QUADRANT) {
+        a = signed_by(low_bytes(c, _mm512_slli_epi16(c, 9)), a);
+        b = signed_by(low_bytes(odd, _mm512_slli_epi16(c, 1)), b);
+      }
     }
+  }
+
+  // The low bytes of words of one, the high ones of the other.
+  INLINE Bytes low_bytes(Bytes low, Bytes high) {
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi16(0x00ff), low, high, 0xca);
   }
 };
 

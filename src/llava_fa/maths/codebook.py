@@ -11,6 +11,10 @@ allocation Σ k_i = 2^b; 16 points give rings 1, 6, 9.
 *free points*: Lloyd's algorithm (nearest cells, centroids) over a deterministic quadrature of the Gaussian,
 started from the rings and from a sunflower of the asymptotically optimal point density ∝ f^½.
 
+Of 256 points, 64 lie in one quadrant and the others are their reflections: bit 7 of a code turns the sign of re, bit 6
+that of im. That costs 0.5 % of distortion, and a kernel that looks up a quarter of the points is 1.3 times as fast
+(docs/results.md).
+
 Nothing here runs at run time: `python -m llava_fa.maths.codebook > src/llava_fa/maths/_codebook_table.py` makes the
 table anew, and a test regenerates part of it.
 """
@@ -25,6 +29,9 @@ from torch import Tensor
 
 _GOLDEN = math.pi * (3.0 - math.sqrt(5.0))
 _COARSE, _FINE, _JUDGE = 1 << 15, 1 << 18, (1 << 19) + 1
+QUADRANT_BITS = 8
+"""The size whose points are one quadrant's and their reflections."""
+_STARTS, _KEPT = 48, 4
 
 
 def optimal_rings(points: int, *, steps: int = 120, reach: float = 4.8) -> list[tuple[int, float]]:
@@ -107,8 +114,11 @@ def generate(code_bits: int, *, rounds: tuple[int, int] = (300, 20)) -> Tensor:
     """The best codebook of 2^code_bits points, float32 [2^code_bits, 2], values exactly representable in
     bf16.
 
-    Sorted by radius, then angle, so that the table reads as rings. About a minute for 256 points.
+    Sorted by radius, then angle, so that the table reads as rings (`QUADRANT_BITS`: one quadrant after the other).
+    Some minutes for 256 points.
     """
+    if code_bits == QUADRANT_BITS:
+        return reflected(_quadrant((1 << code_bits) // 4, rounds))
     count = 1 << code_bits
     judge = quadrature(_JUDGE)
     candidates = []
@@ -116,10 +126,37 @@ def generate(code_bits: int, *, rounds: tuple[int, int] = (300, 20)) -> Tensor:
         polished = lloyd(lloyd(start, quadrature(_COARSE), rounds[0]), quadrature(_FINE), rounds[1])
         candidates += [start, polished]
     rounded = [points.to(torch.bfloat16) for points in candidates]
-    best = min(rounded, key=lambda points: per_real_mse(points.to(torch.float64), judge)).to(torch.float32)
-    radius = (best.to(torch.float64).norm(dim=1) * 64).round()
-    angle = torch.atan2(best[:, 1], best[:, 0]).to(torch.float64)
-    return best[torch.argsort(radius * 16 + angle)]
+    best = min(rounded, key=lambda points: per_real_mse(points.to(torch.float64), judge))
+    return _as_rings(best.to(torch.float32))
+
+
+def reflected(points: Tensor) -> Tensor:
+    """[P, 2] of one quadrant → [4 P, 2]: as they are, im negative, re negative, both."""
+    signs = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=points.dtype)
+    return (signs[:, None] * points).flatten(0, 1)
+
+
+def _quadrant(count: int, rounds: tuple[int, int]) -> Tensor:
+    """Lloyd's algorithm on |re| + i |im|: the centroid of a cell and of its reflections are reflections. From many
+    starts, for the edges of a quadrant keep what lies along them from settling.
+    """
+    coarse, fine, judge = (quadrature(size).abs() for size in (_COARSE, _FINE, _JUDGE))
+    order, u = torch.arange(count, dtype=torch.float64), (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    found = []
+    for start in range(_STARTS):
+        angle = (order * _GOLDEN / (2 * math.pi) + start / _STARTS) % 1 * math.pi / 2
+        sunflower = torch.sqrt(-4 * torch.log1p(-u))[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+        found.append(lloyd(sunflower, coarse, rounds[0] // 5))
+    found = sorted(found, key=lambda points: per_real_mse(points, coarse))[:_KEPT]
+    polished = [lloyd(lloyd(points, coarse, rounds[0]), fine, rounds[1]).to(torch.bfloat16) for points in found]
+    best = min(polished, key=lambda points: per_real_mse(points.to(torch.float64), judge))
+    return _as_rings(best.to(torch.float32))
+
+
+def _as_rings(points: Tensor) -> Tensor:
+    radius = (points.to(torch.float64).norm(dim=1) * 64).round()
+    angle = torch.atan2(points[:, 1], points[:, 0]).to(torch.float64)
+    return points[torch.argsort(radius * 16 + angle)]
 
 
 def _starts(count: int) -> Iterator[Tensor]:
