@@ -7,13 +7,13 @@
 *qwen1.5b* is a LLaVA with CLIP-L's vision tower and the shape of Qwen2.5-1.5B, its weights repeated noise: it says
 nothing, at the speed and in the memory of one that does. Prompt: 576 visual tokens and 24 of text (tiny: as its
 processor makes it). Word embeddings, which this model ties, are packed at 4 bits, but for the rows that say "words
-kept". Models are in bf16, those of rows that say "float32" in float32, with packed layers as fast as in bf16
-(LLAVA_FA_ACTIVATIONS=int8). *first token* is the time until `generate` hands it out, *tokens/s* the rate of the further
-ones; each the median of --repeats, after a few words to warm up. *peak* is the most memory that the process held
-(VmHWM). Each row in a process of its own, written to --out, and not run again when it is there.
+kept". Models are in bf16, those of rows that say "float32" in float32, which `llava-fa` chooses on CPUs that have no
+bf16 instructions. *first token* is the time until `generate` hands it out, *tokens/s* the rate of the further ones;
+each the median of --repeats, after a few words to warm up. *peak* is the most memory that the process held (VmHWM).
+Each row in a process of its own, written to --out, and not run again when it is there.
 
---accuracy: the embedded model compressed without data, in bf16: the nine tasks through the compiled kernel and through
-PyTorch's definition of the layer.
+--accuracy: the embedded model compressed without data, in the dtype that `llava-fa` chooses: the nine tasks through the
+compiled kernel and through PyTorch's definition of the layer.
 
 Prints the tables of docs/results.md, "Answers on a CPU".
 """
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,6 @@ from torch import nn
 from llava_fa import FourierConfig, FourierLinear, compress, native
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.loading import load
-from llava_fa.kernels.compiled import SWITCH
 from llava_fa.kernels.layout import Layout
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.nn.codebooks import share_codebooks
@@ -188,7 +186,6 @@ class Clock:
 def measure(name: str, row: str, tokens: int, repeats: int) -> dict[str, Any]:
     model, inputs = prepared(name, row)
     if row.endswith("float32"):
-        os.environ[SWITCH] = "int8"
         model, inputs = model.float(), {**inputs, "pixel_values": inputs["pixel_values"].float()}
 
     def times(inputs: dict[str, Any], count: int) -> list[float]:
@@ -219,7 +216,7 @@ def accuracy(bits: float, questions: int, out: Path) -> None:
             path = out / f"accuracy-{bits:g}-{way}.json"
             if not path.exists():
                 with native.using(native.levels()[-1] if way == "compiled" else "off"):
-                    model, processor = load(f"{folder}/small", dtype=torch.bfloat16)
+                    model, processor = load(f"{folder}/small")
                     result = evaluate_world(model, processor, limit=questions)
                 result.pop("answers")
                 path.write_text(json.dumps(result, indent=1))
