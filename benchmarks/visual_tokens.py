@@ -1,6 +1,6 @@
 """Accuracy of the embedded model against its visual tokens: plain pooling, M3, random truncation (MQT), FMVR.
 
-python benchmarks/visual_tokens.py all --steps 2000 --plot docs/visual_tokens.svg --minutes 9   # again until it is done
+python benchmarks/visual_tokens.py all --steps 5000 --plot docs/visual_tokens.svg --minutes 9   # again until it is done
 python benchmarks/visual_tokens.py train fmvr               # pooling, queries: the same steps and pictures; resumes
 python benchmarks/visual_tokens.py eval                     # every model at every number; one JSON line each, resumes
 python benchmarks/visual_tokens.py report --plot docs/visual_tokens.svg
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-STEPS, SEED = 2000, 11
+STEPS, SEED = 5000, 11
 KINDS = {"fmvr": "FMVR", "pooling": "M3: pooling, trained", "queries": "MQT-style: truncated queries"}
 PLAIN = "pooling, not trained"
 
@@ -78,7 +78,8 @@ def read(out: Path) -> list[dict]:
 def report(out: Path, plot: Path | None) -> None:
     rows = read(out)
     full = next(row["accuracy"] for row in rows if (row["model"], row["tokens"]) == ("plain", 64))
-    names = {"plain": PLAIN, **KINDS}
+    steps = {row["model"]: row["steps"] for row in rows}
+    names = {"plain": PLAIN} | {kind: f"{title}, {steps[kind]} steps" for kind, title in KINDS.items() if kind in steps}
     score = {(row["model"], row["tokens"]): row for row in rows}
     heading = f"{rows[0]['questions']} questions, accuracy (share of the original's {100 * full:.1f})"
     print(f"| {heading} | 64 | 16 | 4 | 1 | auto |")
@@ -115,10 +116,11 @@ def draw(score: dict, names: dict[str, str], full: float, plot: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4))
-    for (name, title), style in zip(names.items(), ("x:", "o-", "s--", "^-."), strict=True):
+    styles = {"plain": "x:", "fmvr": "o-", "pooling": "s--", "queries": "^-."}
+    for name, title in names.items():
         points = [(n, score[name, n]["accuracy"]) for n in (64, 16, 4, 1) if (name, n) in score]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=title)
+            axes.plot(*zip(*points, strict=True), styles[name], label=title)
     for share in (0.99, 0.95):
         axes.axhline(share * full, color="0.75", linewidth=0.8, zorder=0)
         axes.text(1, share * full, f"{100 * share:.0f} %", color="0.5", fontsize=8, va="bottom")
