@@ -1,6 +1,6 @@
 """Accuracy of the embedded model against its visual tokens: plain pooling, M3, random truncation (MQT), FMVR.
 
-python benchmarks/visual_tokens.py all --steps 5000 --plot docs/visual_tokens.svg --minutes 9   # again until it is done
+python benchmarks/visual_tokens.py all --steps 4500 --plot docs/visual_tokens.svg --minutes 9   # again until it is done
 python benchmarks/visual_tokens.py train fmvr               # pooling, queries: the same steps and pictures; resumes
 python benchmarks/visual_tokens.py eval                     # every model at every number; one JSON line each, resumes
 python benchmarks/visual_tokens.py report --plot docs/visual_tokens.svg
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-STEPS, SEED = 5000, 11
+STEPS, SEED = 4500, 11
 KINDS = {"fmvr": "FMVR", "pooling": "M3: pooling, trained", "queries": "MQT-style: truncated queries"}
 PLAIN = "pooling, not trained"
 
