@@ -166,6 +166,22 @@ def test_scores_are_those_of_eval(folders, text, tmp_path):
             collect([str(tmp_path / "bad.json")], None, Settings(limit=0), tmp_path / "work")
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ((0.97, 0.5), "The smallest that keeps 95 %, three, takes"),
+        ((0.97, 0.96), "The smallest, mixed, takes"),
+        ((0.5, 0.4), "The smallest, mixed, takes"),
+    ],
+)
+def test_the_first_sentence_is_on_the_smallest_model_that_is_still_good(collected, kept, said):
+    shares = dict(zip([run.name for run in collected.runs], (1.0, *kept), strict=True))
+    runs = [dataclasses.replace(run, scores={"world": {"accuracy": shares[run.name]}}) for run in collected.runs]
+    told = str(answers.headline(dataclasses.replace(collected, runs=runs, original=runs[0])))
+    assert said in told
+    assert f"keeps {100 * shares[said.split(', ')[1]]:.1f} % of the original" in told
+
+
 def test_divergence_by_position(collected):
     """Means over positions, weighted by how many answers reach them, are the mean over the tokens that are shown."""
     for run_ in collected.runs[1:]:

@@ -15,16 +15,17 @@ from llava_fa.eval.report.markup import Html, number, percent, scroll, size, tab
 
 SHOWN = 192
 """Pixels of a picture's longer side at most."""
+GOOD = 0.95
+"""The share of the original's accuracy from which on a model is worth the first sentence."""
 _POSITIONS = 24
 
 
 def summary(found: Collected) -> list[Html]:
     """One row a model."""
     rows = []
-    base = found.original.scores.get("world") if found.original else None
     for run in found.runs:
         world = run.scores.get("world")
-        kept = None if not (world and base and base["accuracy"]) else world["accuracy"] / base["accuracy"]
+        kept = kept_by(found, run)
         mean = mean_divergence(run)
         report = run.report
         rows.append(
@@ -50,18 +51,25 @@ def summary(found: Collected) -> list[Html]:
     return [headline(found), table(headings, rows, "The models at a glance")]
 
 
+def kept_by(found: Collected, run: Run) -> float | None:
+    """The share of the original's accuracy in the world, where both were asked."""
+    base, world = found.original and found.original.scores.get("world"), run.scores.get("world")
+    return world["accuracy"] / base["accuracy"] if world and base and base["accuracy"] else None
+
+
 def headline(found: Collected) -> Html:
-    """The one sentence that a reader takes along."""
+    """The one sentence that a reader takes along: on the smallest model that is still good, if any is."""
     runs = [run for run in found.runs if run.compressed and run.report is not None]
     if not runs:
         return tag("p", f"{len(found.runs)} models.", class_="lead")
-    run = min(runs, key=lambda r: r.report.compressed_bytes if r.report else math.inf)
+    good = [run for run in runs if (kept_by(found, run) or 0) >= GOOD]
+    run = min(good or runs, key=lambda r: r.report.compressed_bytes if r.report else math.inf)
     assert run.report is not None
-    said = f"The smallest, {run.name}, takes {size(run.report.compressed_bytes)} in the place of "
+    which = f"The smallest that keeps {100 * GOOD:.0f} %" if good and len(good) < len(runs) else "The smallest"
+    said = f"{which}, {run.name}, takes {size(run.report.compressed_bytes)} in the place of "
     said += f"{size(run.report.original_bytes)}, {run.report.bits_per_weight:.2f} bits per weight"
-    base = found.original.scores.get("world") if found.original else None
-    if base and base["accuracy"] and (world := run.scores.get("world")):
-        said += f", and keeps {percent(world['accuracy'] / base['accuracy'])} of the original's accuracy"
+    if (kept := kept_by(found, run)) is not None:
+        said += f", and keeps {percent(kept)} of the original's accuracy"
     return tag("p", said + ".", class_="lead")
 
 
