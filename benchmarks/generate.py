@@ -1,7 +1,7 @@
 """Answering with a whole model on this CPU: the original in bf16 against packed layers at 4, 3 and 2 bits.
 
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/generate.py [--model tiny|qwen1.5b] [--tokens 32] [--only "2 bits"]
-    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/generate.py --accuracy 4 [--questions 2250]
+    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/generate.py --accuracy 4 [--codes trellis] [--questions 2250]
     .venv/bin/python benchmarks/generate.py --report
 
 *qwen1.5b* is a LLaVA with CLIP-L's vision tower and the shape of Qwen2.5-1.5B, its weights repeated noise: it says
@@ -35,15 +35,18 @@ import torch
 from torch import nn
 
 from llava_fa import FourierConfig, FourierLinear, compress, native
+from llava_fa.config import Codes
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.loading import load
 from llava_fa.kernels.layout import Layout
 from llava_fa.maths.polar import ring_codebook
+from llava_fa.maths.trellis import STATE_BITS, trellis_points
 from llava_fa.nn.codebooks import share_codebooks
 from llava_fa.nn.fourier_embedding import FourierEmbedding, tie_head
 from llava_fa.nn.surgery import classify, replace_module
 
 KEPT = ", words kept"
+TRELLIS = ", trellis"
 FLOAT = ", float32"
 ROWS = (
     "bf16",
@@ -53,6 +56,8 @@ ROWS = (
     "2 bits",
     f"4 bits{FLOAT}",
     f"2 bits{FLOAT}",
+    f"4 bits{TRELLIS}{FLOAT}",
+    f"2 bits{TRELLIS}{FLOAT}",
     f"4 bits{KEPT}",
     f"2 bits{KEPT}",
 )
@@ -96,16 +101,17 @@ def random_llava() -> nn.Module:
         return LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
 
 
-def packed_layer(plain: nn.Linear | nn.Embedding, code_bits: int) -> FourierLinear:
+def packed_layer(plain: nn.Linear | nn.Embedding, code_bits: int, codes: Codes = "rings") -> FourierLinear:
     """A packed layer, or embedding, of this one's shape, its codes random."""
     m, n = plain.weight.shape
-    layout = Layout(method="best", out_features=m, in_features=n, code_bits=code_bits)
+    state_bits = STATE_BITS if codes == "trellis" else 0
+    layout = Layout("best", m, n, code_bits=code_bits, codes=codes, state_bits=state_bits)
     tensors = {}
     for name, (dtype, shape) in layout.tensors().items():
         random = dtype == torch.uint8
         tensors[name] = torch.randint(0, 256, shape, dtype=dtype) if random else torch.ones(shape, dtype=dtype)
     tensors["row_scale"] *= n**-0.5
-    tensors["codebook"] = ring_codebook(code_bits).bfloat16()
+    tensors["codebook"] = (trellis_points if state_bits else ring_codebook)(code_bits).bfloat16()
     if isinstance(plain, nn.Embedding):
         words = FourierEmbedding(layout, dtype=torch.bfloat16, device="meta")
         for name, tensor in tensors.items():
@@ -115,12 +121,12 @@ def packed_layer(plain: nn.Linear | nn.Embedding, code_bits: int) -> FourierLine
     return FourierLinear.from_tensors(layout, tensors, bias, torch.bfloat16)
 
 
-def materialise(model: nn.Module, code_bits: int, words: bool) -> None:
+def materialise(model: nn.Module, code_bits: int, codes: Codes, words: bool) -> None:
     """Put packed layers where `compress` would (unless code_bits is 0), and numbers into all that is left on meta."""
     if code_bits:
         chosen = classify(model, embeddings=words)
         for name in chosen.layers:
-            replace_module(model, name, packed_layer(model.get_submodule(name), code_bits))
+            replace_module(model, name, packed_layer(model.get_submodule(name), code_bits, codes))
         for name in chosen.embeddings:
             replace_module(model, name, packed := packed_layer(model.get_submodule(name), 2 * WORD_BITS))
             tie_head(model, "lm_head", packed)
@@ -145,10 +151,12 @@ def materialise(model: nn.Module, code_bits: int, words: bool) -> None:
 
 def prepared(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:
     bits, kept = 0 if row in ("bf16", "float32") else int(row.split()[0]), row.endswith(KEPT)
+    codes: Codes = "trellis" if TRELLIS in row else "rings"
     if name == "tiny":
         with tempfile.TemporaryDirectory() as folder:
             if bits:
-                compress("tiny", f"{folder}/small", FourierConfig(bits=bits), embeddings=None if kept else WORD_BITS)
+                config = FourierConfig(bits=bits, codes=codes)
+                compress("tiny", f"{folder}/small", config, embeddings=None if kept else WORD_BITS)
             model, processor = load(f"{folder}/small" if bits else "tiny", dtype=torch.bfloat16)
         from PIL import Image
 
@@ -157,7 +165,7 @@ def prepared(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:
         inputs = processor(images=Image.new("RGB", (96, 96), (90, 120, 60)), text=prompt, return_tensors="pt")
         return model, {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
     model = random_llava()
-    materialise(model, 2 * bits, not kept)
+    materialise(model, 2 * bits, codes, not kept)
     ids = torch.randint(10, 1000, (1, IMAGE_TOKENS + TEXT_TOKENS))
     ids[:, 4 : 4 + IMAGE_TOKENS] = model.config.image_token_id
     pixels = torch.randn(1, 3, 336, 336).bfloat16()
@@ -209,11 +217,11 @@ def measure(name: str, row: str, tokens: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def accuracy(bits: float, questions: int, out: Path) -> None:
+def accuracy(bits: float, codes: Codes, questions: int, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        compress("tiny", f"{folder}/small", FourierConfig(bits=bits))
+        compress("tiny", f"{folder}/small", FourierConfig(bits=bits, codes=codes))
         for way in ("compiled", "reference"):
-            path = out / f"accuracy-{bits:g}-{way}.json"
+            path = out / f"accuracy-{bits:g}-{codes}-{way}.json"
             if not path.exists():
                 with native.using(native.levels()[-1] if way == "compiled" else "off"):
                     model, processor = load(f"{folder}/small")
@@ -221,7 +229,9 @@ def accuracy(bits: float, questions: int, out: Path) -> None:
                 result.pop("answers")
                 path.write_text(json.dumps(result, indent=1))
             result = json.loads(path.read_text())
-            print(bits, way, {key: value for key, value in result.items() if not isinstance(value, (dict, list))})
+            print(
+                bits, codes, way, {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
+            )
 
 
 def report(out: Path) -> None:
@@ -244,6 +254,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--accuracy", type=float, help="bits of the embedded model")
+    parser.add_argument("--codes", choices=("rings", "trellis"), default="rings", help="of --accuracy")
     parser.add_argument("--questions", type=int, default=2250)
     parser.add_argument("--out", type=Path, default=Path("runs/generate"))
     parser.add_argument("--report", action="store_true")
@@ -253,7 +264,7 @@ def main() -> None:
     if args.report:
         report(args.out)
     elif args.accuracy:
-        accuracy(args.accuracy, args.questions, args.out)
+        accuracy(args.accuracy, args.codes, args.questions, args.out)
     elif args.row:
         path = args.out / f"{args.model}-{args.row}.json"
         partial = path.with_suffix(".partial")

@@ -52,7 +52,13 @@ MODELS = {
     "clip-l": [(1024, 1024), (4096, 1024), (1024, 4096)],
 }
 # Name → bits of a complex coefficient, of a trellis window.
-OURS = {"2 bits": (4, 0), "3 bits": (6, 0), "4 bits": (8, 0), "2 bits, trellis": (4, STATE_BITS)}
+OURS = {
+    "2 bits": (4, 0),
+    "3 bits": (6, 0),
+    "4 bits": (8, 0),
+    "2 bits, trellis": (4, STATE_BITS),
+    "4 bits, trellis": (8, STATE_BITS),
+}
 BEYOND_CACHE = 128 << 20
 Contender = Callable[[], object]
 

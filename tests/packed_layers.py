@@ -9,10 +9,14 @@ import torch
 from llava_fa.kernels.layout import FactoredLayout, Layout
 from llava_fa.maths.bitpack import pack, unpack
 from llava_fa.maths.dft import padded, random_signs
+from llava_fa.maths.polar import ring_codebook
+from llava_fa.maths.trellis import trellis_points
 
 
-def random_tensors(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor of the layout, with random content of about unit output scale."""
+def random_tensors(layout: Layout, seed: int = 0, *, shipped: bool = False) -> dict[str, torch.Tensor]:
+    """Every tensor of the layout, with random content of about unit output scale; the codebook the package's if
+    `shipped`: kernels make use of what those look like.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -33,6 +37,10 @@ def random_tensors(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
     tensors["input_scale"] = (0.5 + torch.rand(n, generator=generator)).bfloat16()
     tensors["signs"] = pack((random_signs(n, seed) < 0).to(torch.int32), 1)
     tensors["codebook"] = normal(layout.points, 2, scale=n**-0.5).bfloat16()
+    if shipped:
+        points = (trellis_points if layout.state_bits else ring_codebook)(layout.code_bits)
+        tensors["codebook"] = points.bfloat16()
+        tensors["row_scale"] *= n**-0.5
     if r and layout.factor_dtype == "int8":
         for name, shape in (("left", (m, r)), ("right", (r, n))):
             tensors[name] = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)

@@ -35,14 +35,13 @@ def build(folder: Path, *flags: str) -> None:
 
 def outputs() -> list[torch.Tensor]:
     made = []
-    for bits in range(2, 9):
-        layout = best(70, 600, bits)
-        t = random_tensors(layout)
+    for layout in (make(70, 600, bits) for bits in range(2, 9) for make in (best, trellis)):
+        t = random_tensors(layout, shipped=True)
         stored = [t[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
         for batch in (1, 17):
-            x = torch.randn(batch, 600, generator=torch.Generator().manual_seed(bits)).bfloat16()
+            x = torch.randn(batch, 600, generator=torch.Generator().manual_seed(layout.code_bits)).bfloat16()
             codes = interleave(t["codes"], layout)
-            made.append(compiled.linear(x, codes, *stored, None, None, None, None, None, bits, 0))
+            made.append(compiled.linear(x, codes, *stored, *[None] * 5, layout.code_bits, layout.state_bits))
     return made
 
 
@@ -79,11 +78,13 @@ with torch.no_grad():
         with native.using(level):
             for m, n, bits in shapes:
                 for layout in (best(m, n, bits, min(m, n, 3)), best(m, n, bits, 1, "bf16"), trellis(m, n, bits)):
-                    layer = FourierLinear.from_tensors(layout, random_tensors(layout), torch.ones(m))
-                    for batch in (1, 2, 13):
-                        for dtype in (torch.bfloat16, torch.float32):
-                            layer(torch.randn(batch, n).to(dtype))
-                    layer.state_dict()
+                    for shipped in (False, True):
+                        tensors = random_tensors(layout, shipped=shipped)
+                        layer = FourierLinear.from_tensors(layout, tensors, torch.ones(m))
+                        for batch in (1, 2, 13):
+                            for dtype in (torch.bfloat16, torch.float32):
+                                layer(torch.randn(batch, n).to(dtype))
+                        layer.state_dict()
 print("fine")
 """
 

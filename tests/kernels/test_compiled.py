@@ -119,13 +119,31 @@ def test_lengths_of_the_transform(n, level):
     rank=st.integers(0, 9),
     factors=st.sampled_from(["int8", "bf16"]),
     is_trellis=st.booleans(),
+    shipped=st.booleans(),
     which=st.sampled_from(LEVELS),
 )
-def test_any_shape(m, n, bits, batch, rank, factors, is_trellis, which):
+def test_any_shape(m, n, bits, batch, rank, factors, is_trellis, shipped, which):
     rank = min(rank, m, n)
     layout = trellis(m, n, bits, STATE_BITS, rank) if is_trellis else best(m, n, bits, rank, factors)
     with native.using(which):
-        check(layout, random_tensors(layout, seed=m), torch.randn(batch, n, generator=torch.Generator().manual_seed(n)))
+        tensors = random_tensors(layout, seed=m, shipped=shipped)
+        check(layout, tensors, torch.randn(batch, n, generator=torch.Generator().manual_seed(n)))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_sums_of_two_tables_and_tables_of_all_points_give_the_same(bits, level):
+    """The shipped points, and those with one exchanged, which are no sums any more, in layers without its window."""
+    layout = trellis(40, 640, bits)
+    tensors = random_tensors(layout, seed=bits, shipped=True)
+    unused = sorted(set(range(4096)) - set(trellis_windows(layout, tensors["codes"]).flatten().tolist()))[0]
+    other = {**tensors, "codebook": tensors["codebook"].clone()}
+    other["codebook"][unused] = -other["codebook"][unused] + 2.0**-10
+    for batch in (1, 5):
+        x = torch.randn(batch, 640, generator=torch.Generator().manual_seed(bits))
+        got, same = (run(layout, each, x, exact=False) for each in (tensors, other))
+        # Off the grid the other's points are rounded: both are what they should be.
+        check(layout, other, x)
+        assert (got - same).norm() < 0.02 * got.norm()
 
 
 @pytest.mark.parametrize("layout", [best(70, 514, 4, rank=3), best(33, 256, 8), trellis(40, 96)], ids=layout_id)

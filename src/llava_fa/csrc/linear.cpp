@@ -80,6 +80,41 @@ bool is_quadrant(const uint16_t* codebook) {
   return other == 0;
 }
 
+// What a build makes of a codebook of trellis codes.
+struct Windows {
+  const LinearKernels* kernels;
+  int64_t code_bits, state_bits;
+  std::vector<uint16_t> codebook;
+  std::vector<uint8_t> tables;
+  float step;
+  bool sums;
+  uint8_t parts[SUMS];
+};
+
+// Kept for the last few codebooks, for it takes longer than a small layer: told apart by all of their numbers.
+std::shared_ptr<const Windows> windows_of(const LinearKernels* kernels, const uint16_t* codebook, int64_t code_bits,
+                                          int64_t state_bits) {
+  static std::mutex guard;
+  static std::vector<std::shared_ptr<const Windows>> kept;
+  const size_t count = size_t{2} << state_bits;
+  const std::lock_guard<std::mutex> lock(guard);
+  for (const auto& one : kept)
+    if (one->kernels == kernels && one->code_bits == code_bits && one->state_bits == state_bits &&
+        !std::memcmp(one->codebook.data(), codebook, count * sizeof *codebook))
+      return one;
+  auto made = std::make_shared<Windows>();
+  made->kernels = kernels;
+  made->code_bits = code_bits;
+  made->state_bits = state_bits;
+  made->codebook.assign(codebook, codebook + count);
+  made->tables.resize(trellis_table_bytes(state_bits));
+  made->step = kernels->trellis_tables(codebook, state_bits, made->tables.data());
+  made->sums = kernels->trellis_sums && kernels->trellis_sums(made->tables.data(), code_bits, state_bits, made->parts);
+  if (kept.size() == 8) kept.erase(kept.begin());
+  kept.push_back(made);
+  return made;
+}
+
 // GOMP_parallel of the OpenMP runtime that torch runs on, so that its threads are ours: no second pool beside it.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
@@ -282,7 +317,7 @@ EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel
   const int64_t size = n + n % 2, count = size / 2;
   const std::shared_ptr<const Dft> dft = plan_of(kernels, size);
   alignas(64) uint8_t tables[TABLES];
-  std::unique_ptr<uint8_t[]> many;
+  std::shared_ptr<const Windows> windows;
   Call call{};
   call.kernels = kernels;
   call.dft = dft.get();
@@ -314,9 +349,10 @@ EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel
   if (state_bits && call.exact) {
     job.tables = reinterpret_cast<const uint8_t*>(codebook);
   } else if (state_bits) {
-    many.reset(new uint8_t[trellis_table_bytes(state_bits)]);
-    call.step = kernels->trellis_tables(codebook, state_bits, many.get());
-    job.tables = many.get();
+    windows = windows_of(kernels, codebook, code_bits, state_bits);
+    call.step = windows->step;
+    job.tables = windows->tables.data();
+    job.sums = windows->sums ? windows->parts : nullptr;
   } else if (call.exact) {
     const size_t bytes = size_t{4} << code_bits;
     for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, codebook, bytes);

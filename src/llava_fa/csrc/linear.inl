@@ -293,8 +293,18 @@ ISA void int8_direct(const Linear& job, int64_t first, int64_t count, float* y, 
 }
 #endif
 
+#ifdef LLAVA_FA_SUMS
+#include "trellis_sums.inl"
+#else
+constexpr decltype(LinearKernels::trellis_sums) trellis_sums = nullptr;
+#endif
+
 template <int BITS, bool QUADRANT = false>
 INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
+#ifdef LLAVA_FA_SUMS
+  if (job.sums && job.batch == 1) return sums_direct<BITS>(job, first, count, y, scratch);
+  if (job.sums) return int8_blocks<SumCodes<BITS>>(job, first, count, y, scratch);
+#endif
   if (job.state_bits) return int8_blocks<TrellisCodes<BITS>>(job, first, count, y, scratch);
 #ifdef LLAVA_FA_DIRECT
   if (job.batch == 1) return int8_direct<BITS, QUADRANT>(job, first, count, y, scratch);
@@ -318,6 +328,7 @@ ISA void int8_rows(const Linear& job, int64_t first, int64_t count, float* y, ch
 #else
 constexpr decltype(LinearKernels::quantise) quantise = nullptr;
 constexpr decltype(LinearKernels::tables) int8_tables = nullptr, trellis_tables = nullptr;
+constexpr decltype(LinearKernels::trellis_sums) trellis_sums = nullptr;
 constexpr decltype(LinearKernels::int8) int8_rows = nullptr;
 #endif
 

@@ -1,11 +1,15 @@
 // Windows of trellis codes → points (in the middle of linear.inl). A unit's words hold bits of its first 16 coefficients in
 // their low half and of its last 16 in their high half (kernels/interleaved.py), so that one shift serves both.
+// Points that are sums of two tables of 64 (maths/trellis.py) are permuted, 32 at a time; those of any other table are read
+// one by one.
 
-// Points one by one where there is no permutation of a whole table: gathers, which compilers like to make of it, take more than twice the time on CPUs that had
-// to be mended (gather data sampling).
+// Gathers, which compilers like to make of that, take more than twice the time on CPUs that had to be mended (gather data
+// sampling).
 #define KEEP_SCALAR(index) asm("" : "+r"(index))
 
 #ifdef LLAVA_FA_INT8
+constexpr float GRID = 1.0f / 32;  // the multiples of it that a codebook consists of are its int8 points, exactly
+
 // Entries of four bytes: 0, 0, re, im, so that two points of one vector are joined by one "or" of reads that differ by two.
 ISA float trellis_tables(const uint16_t* codebook, int64_t state_bits, uint8_t* tables) {
   const int64_t count = int64_t{1} << state_bits;
@@ -16,17 +20,26 @@ ISA float trellis_tables(const uint16_t* codebook, int64_t state_bits, uint8_t* 
   const Ints upper = set1(static_cast<int32_t>(0xffff0000u)), byte = set1(int32_t{0xff});
   const Floats zero = set1(0.0f), magic = set1(12582912.0f);
   int32_t* words = reinterpret_cast<int32_t*>(tables);
-  Floats high = zero;
+  Floats high = zero, off = zero;  // the largest, and the largest distance from a multiple of GRID, in GRIDs
+  const auto size = [&](Floats v) ISA { return max(v, sub(zero, v)); };
+  const auto rest = [&](Floats v) ISA {
+    const Floats steps = mul(v, set1(1 / GRID));
+    return size(sub(steps, sub(add(steps, magic), magic)));
+  };
   for (int64_t i = 0; i < whole; i += LANES) {
     const Ints two = load(words + i);
     const Floats re = as_floats(shift_left(two, 16)), im = as_floats(and_(two, upper));
-    high = max(high, max(max(re, sub(zero, re)), max(im, sub(zero, im))));
+    high = max(high, max(size(re), size(im)));
+    off = max(off, max(rest(re), rest(im)));
   }
-  float highs[LANES], most = 0;
+  float highs[LANES], offs[LANES], most = 0, off_grid = 0;
   store(highs, high);
-  for (const float one : highs)
-    if (one > most) most = one;
-  const float step = most > 0 ? most / 127 : 1;
+  store(offs, off);
+  for (int i = 0; i < LANES; i++) {
+    if (highs[i] > most) most = highs[i];
+    if (offs[i] > off_grid) off_grid = offs[i];
+  }
+  const float step = off_grid == 0 && most <= 127 * GRID ? GRID : most > 0 ? most / 127 : 1;
   const Floats inverse = set1(1 / step);
   for (int64_t i = 0; i < whole; i += LANES) {
     const Ints two = load(words + i);
@@ -39,21 +52,26 @@ ISA float trellis_tables(const uint16_t* codebook, int64_t state_bits, uint8_t* 
   return step;
 }
 
-// Bits BITS · I … of both halves, in words; above a window's they are not zero.
-template <int BITS, int I>
+// Bits BITS · I … of both halves, in words: at least WIDTH of them; above a window's they are not zero.
+template <int BITS, int I, int WIDTH = 16>
 INLINE Bytes window(const Bytes* w) {
   constexpr int BIT = BITS * I % 16;
   const Bytes low = shift<BIT>(w[BITS * I / 16]);
-  return BIT == 0 ? low : or_(low, shift<BIT ? BIT - 16 : 0>(w[BITS * I / 16 + 1]));
+  return BIT + WIDTH <= 16 ? low : or_(low, shift<BIT ? BIT - 16 : 0>(w[BITS * I / 16 + 1]));
+}
+
+// The words that hold a unit's windows; what follows the first half is the second, what follows that the next unit.
+template <int BITS>
+INLINE void words_of(const uint8_t* unit, Bytes* w) {
+  for (int j = 0; j <= BITS; j++) w[j] = load_bytes(unit + 64 * j);
+  w[BITS] = or_(shift_right(w[0], 16), shift_left(w[BITS], 16));
 }
 
 template <int BITS, int... I>
 INLINE void windows(const uint8_t* unit, int32_t mask, uint8_t* out, std::integer_sequence<int, I...>) {
   for (size_t part = 0; part < 64; part += sizeof(Bytes)) {
     Bytes w[BITS + 1];
-    for (int j = 0; j <= BITS; j++) w[j] = load_bytes(unit + 64 * j + part);
-    // What follows the first half is the second, what follows that the next unit.
-    w[BITS] = or_(shift_right(w[0], 16), shift_left(w[BITS], 16));
+    words_of<BITS>(unit + part, w);
     (store_all(out + 64 * I + part, and_(window<BITS, I>(w), set1(mask))), ...);
   }
 }

@@ -16,6 +16,8 @@ from llava_fa.kernels import compiled, reference, registry, triton
 from llava_fa.kernels.interleaved import best_layout
 from llava_fa.maths.bitpack import pack
 from llava_fa.maths.dft import random_signs
+from llava_fa.maths.polar import ring_codebook
+from llava_fa.maths.trellis import trellis_points
 
 # Errors, relative to the largest output, above which a kernel is broken: float32's own, those of int8 and bf16.
 _EXACT, _INT8, _BF16 = 1e-5, 0.05, 0.02
@@ -127,5 +129,5 @@ def _layer(m: int, n: int, code_bits: int, state_bits: int) -> tuple[Tensor, ...
         (0.5 + torch.rand(m, generator=generator)).bfloat16(),
         (0.5 + torch.rand(n, generator=generator)).bfloat16(),
         pack((random_signs(n) < 0).to(torch.int32), 1),
-        torch.randn(layout.points, 2, generator=generator).bfloat16(),
+        (trellis_points if state_bits else ring_codebook)(code_bits).bfloat16(),
     )

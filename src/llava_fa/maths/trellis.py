@@ -16,7 +16,6 @@ algorithm is a product with the table, a broadcast sum and a minimum over the mi
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import torch
@@ -24,23 +23,16 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.errors import FourierError
-from llava_fa.maths.hashing import splitmix
+from llava_fa.maths._trellis_table import TABLE
 
 STATE_BITS = 12
 """L of every trellis this package writes: 4096 points, 16 KB in bf16, fit a first-level cache."""
 MIN_CODE_BITS, MAX_CODE_BITS = 2, 8
+PARTS = 64
+"""Points of each of the two tables whose sums are the trellis' points."""
+STEP = 1 / 32
+"""What all their coordinates are multiples of."""
 
-# Phases of the rings of the optimal polar quantiser of 2^k points, innermost first (`codebook.optimal_rings`).
-_RINGS = {
-    2: (4,),
-    3: (1, 7),
-    4: (1, 6, 9),
-    5: (1, 7, 12, 12),
-    6: (5, 11, 15, 17, 16),
-    7: (1, 7, 12, 18, 22, 24, 24, 20),
-    8: (1, 7, 14, 20, 25, 30, 32, 34, 35, 33, 25),
-}
-_GOLDEN = math.pi * (3.0 - math.sqrt(5.0))
 # Rows searched at a time: their 2^L costs each (512 KB) stay in a second-level cache.
 _ROWS = 32
 # Bytes of path costs kept for tracing back.
@@ -61,37 +53,27 @@ def trellis(code_bits: int) -> Trellis:
     return _trellis(code_bits)
 
 
-def trellis_points(code_bits: int, state_bits: int = STATE_BITS) -> Tensor:
+def parts(code_bits: int) -> tuple[Tensor, Tensor]:
+    """The numbers i and j of the two parts of every window's point, int64 [2^L] each.
+
+    With u the window's high k bits, i is its low six bits xor u's, j its high six bits. The 2^k windows that can
+    follow one, which differ in u alone, and the 2^k that can precede one, which differ in their low k bits alone, so
+    have different i (k ≤ 6) or (i, j): that makes the windows a good code, whatever the tables.
+    """
+    window = torch.arange(1 << STATE_BITS)
+    return (window ^ (window >> (STATE_BITS - code_bits))) & (PARTS - 1), window >> (STATE_BITS - 6)
+
+
+def trellis_points(code_bits: int) -> Tensor:
     """The points of all 2^L windows for a circular complex Gaussian: float32 [2^L, 2] = (re, im), bf16 values.
 
-    2^L points of equal probability (radii at quantiles, angles on a golden spiral) fall into 2^k polar cells of
-    equally many points. Which cell a window gets makes it a good code: the 2^k windows that can follow one lie
-    in 2^k different cells, and so do the 2^k that can precede one. With u and l the window's high and low k bits
-    this holds for cell = u xor l, and where bits remain between u and l, they choose a permutation of the cells.
-    Within a cell points are dealt out by a hash. Unit variance a real.
+    Sums A[i] + B[j] of two tables of 64 points, i and j of `parts`; multiples of `STEP` within ±127 steps, so that
+    int8 and bf16 hold them exactly. What is found for unit variance a real has unit variance (`trellis_fit`).
     """
-    states, cells = 1 << state_bits, 1 << code_bits
-    size = states // cells
-    u = (torch.arange(states, dtype=torch.float64) + 0.5) / states
-    angle = torch.arange(states, dtype=torch.float64) * _GOLDEN
-    points = torch.sqrt(-2 * torch.log1p(-u))[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-    start, rings = 0, []
-    for phases in _RINGS[code_bits]:
-        ring = points[start : start + phases * size]
-        rings.append(ring[torch.atan2(ring[:, 1], ring[:, 0]).argsort()])
-        start += phases * size
-    members = torch.cat(rings).view(cells, size, 2)
-    window = torch.arange(states)
-    cell = (window >> (state_bits - code_bits)) ^ (window & (cells - 1))
-    between = max(0, state_bits - 2 * code_bits)
-    order = splitmix(cells << between, seed=code_bits).view(-1, cells).argsort(dim=1)
-    cell = order[(window >> code_bits) & ((1 << between) - 1), cell]
-    # Windows sorted by cell, within a cell by hash: the i-th window of a cell gets the cell's i-th point.
-    by_hash = splitmix(states, seed=state_bits).argsort()
-    by_cell = by_hash[cell[by_hash].argsort(stable=True)]
-    table = torch.empty(states, 2, dtype=torch.float64)
-    table[by_cell] = members.reshape(states, 2)
-    return table.to(torch.bfloat16).to(torch.float32)
+    tables = torch.tensor(list(bytes.fromhex(TABLE[code_bits])), dtype=torch.uint8).view(torch.int8).view(2, PARTS, 2)
+    first, second = parts(code_bits)
+    coarse, fine = tables.to(torch.float32).unbind()
+    return (coarse[first] + fine[second]) * STEP
 
 
 class Trellis:
