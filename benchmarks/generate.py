@@ -38,7 +38,7 @@ from llava_fa import FourierConfig, FourierLinear, compress, native
 from llava_fa.config import Codes
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.loading import load
-from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.interleaved import best_layout
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import STATE_BITS, trellis_points
 from llava_fa.nn.codebooks import share_codebooks
@@ -101,11 +101,10 @@ def random_llava() -> nn.Module:
         return LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
 
 
-def packed_layer(plain: nn.Linear | nn.Embedding, code_bits: int, codes: Codes = "rings") -> FourierLinear:
+def packed_layer(plain: nn.Linear | nn.Embedding, code_bits: int, state_bits: int = 0) -> FourierLinear:
     """A packed layer, or embedding, of this one's shape, its codes random."""
     m, n = plain.weight.shape
-    state_bits = STATE_BITS if codes == "trellis" else 0
-    layout = Layout("best", m, n, code_bits=code_bits, codes=codes, state_bits=state_bits)
+    layout = best_layout(m, n, code_bits, state_bits)
     tensors = {}
     for name, (dtype, shape) in layout.tensors().items():
         random = dtype == torch.uint8
@@ -121,12 +120,12 @@ def packed_layer(plain: nn.Linear | nn.Embedding, code_bits: int, codes: Codes =
     return FourierLinear.from_tensors(layout, tensors, bias, torch.bfloat16)
 
 
-def materialise(model: nn.Module, code_bits: int, codes: Codes, words: bool) -> None:
+def materialise(model: nn.Module, code_bits: int, state_bits: int, words: bool) -> None:
     """Put packed layers where `compress` would (unless code_bits is 0), and numbers into all that is left on meta."""
     if code_bits:
         chosen = classify(model, embeddings=words)
         for name in chosen.layers:
-            replace_module(model, name, packed_layer(model.get_submodule(name), code_bits, codes))
+            replace_module(model, name, packed_layer(model.get_submodule(name), code_bits, state_bits))
         for name in chosen.embeddings:
             replace_module(model, name, packed := packed_layer(model.get_submodule(name), 2 * WORD_BITS))
             tie_head(model, "lm_head", packed)
@@ -165,7 +164,7 @@ def prepared(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:
         inputs = processor(images=Image.new("RGB", (96, 96), (90, 120, 60)), text=prompt, return_tensors="pt")
         return model, {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
     model = random_llava()
-    materialise(model, 2 * bits, codes, not kept)
+    materialise(model, 2 * bits, STATE_BITS if codes == "trellis" else 0, not kept)
     ids = torch.randint(10, 1000, (1, IMAGE_TOKENS + TEXT_TOKENS))
     ids[:, 4 : 4 + IMAGE_TOKENS] = model.config.image_token_id
     pixels = torch.randn(1, 3, 336, 336).bfloat16()

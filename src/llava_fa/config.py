@@ -22,8 +22,8 @@ QUANT_METHOD = "llava_fa"
 CONFIG_VERSION = 1
 MIN_BITS, MAX_BITS = 1.0, 4.0
 TRELLIS_INPUTS = 64
-"""``codes="auto"``: layers with at least this many inputs get trellis codes. At equal distortion these save 0.20 to
-0.31 bits a weight (log4 of the two MSEs, docs/results.md) and spend up to 10 / n on the start of each row."""
+"""``codes="auto"``: layers with at least this many inputs get trellis codes. At equal distortion these save 0.19 to
+0.30 bits a weight (log4 of the two MSEs, docs/results.md) and spend up to 10 / n on the start of each row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class FourierConfig:
         bits: nominal bits per weight of the codes, 1 to 4 in steps of one half. One complex coefficient stands
             for two weights, so its code has ``2 * bits`` bits. Under a `Budget` the most that a layer may get.
         codes: ``best`` only. ``"rings"``: every coefficient has a code of its own (ring codebook). ``"trellis"``: a
-            row is one codeword of overlapping codes (`maths.trellis`): at the same bits 4 to 11 % less output error
-            with error feedback (and twice the time to find them), 14 to 19 % less without (some twenty times the
-            time, 4 s of one core a million weights); twice the time to decode. ``"auto"``: trellis for every layer
-            with at least 64 inputs.
+            row is one codeword of overlapping codes (`maths.trellis`): at the same bits 5 to 12 % less output error
+            with error feedback, 15 to 20 % less without; two to three times the time to find them. To decode, 1.2 (4
+            bits) to 1.9 times (2 bits) the time on CPUs with AVX-512 VNNI, several times on others. ``"auto"``:
+            trellis for every layer with at least 64 inputs.
         rank: rank of the low-rank part; 0 leaves it out.
         inner_rank: ``best`` only. f > 0 (even): W is stored as a product L R of two narrow matrices, [m, f] and [f, n],
             each with codes of its own (CASP's factors; `solver.factored`); then there is no low-rank part beside.

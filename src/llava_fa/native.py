@@ -128,6 +128,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.llava_fa_linear.argtypes = [integer, integer, address, address, integer, integer, address, *(address,) * 9]
     library.llava_fa_linear.argtypes += [integer, address, *(integer,) * 6]
     library.llava_fa_linear.restype = integer
+    library.llava_fa_linear_adds.argtypes = [integer, address, integer, integer]
+    library.llava_fa_linear_adds.restype = integer
 
 
 @cache
@@ -186,6 +188,13 @@ def _layer_kernel(level: str | None, library: ctypes.CDLL | None) -> LayerKernel
     index = LEVELS.index(level)
     name = library.llava_fa_linear_name(index).decode()
     return LayerKernel(name, bool(library.llava_fa_linear_int8(index)), index, library.llava_fa_linear)
+
+
+def adds(kernel: LayerKernel, codebook: Tensor, code_bits: int, state_bits: int) -> bool:
+    """Whether it looks up the points of such trellis codes many at a time: those that are sums of two tables of 64."""
+    library = _library()[0]
+    assert library is not None
+    return bool(library.llava_fa_linear_adds(kernel.level, codebook.data_ptr(), code_bits, state_bits))
 
 
 def linear(kernel: LayerKernel, *arguments: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -35,8 +36,9 @@ def build(folder: Path, *flags: str) -> None:
 
 def outputs() -> list[torch.Tensor]:
     made = []
-    for layout in (make(70, 600, bits) for bits in range(2, 9) for make in (best, trellis)):
-        t = random_tensors(layout, shipped=True)
+    layouts = [make(70, 600, bits) for bits in range(2, 9) for make in (best, trellis)]
+    for layout, shipped in itertools.product(layouts, (False, True)):
+        t = random_tensors(layout, shipped=shipped)
         stored = [t[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
         for batch in (1, 17):
             x = torch.randn(batch, 600, generator=torch.Generator().manual_seed(layout.code_bits)).bfloat16()

@@ -43,7 +43,8 @@ def compress(
         str,
         typer.Option(
             help="`rings`: a code for each coefficient; `trellis`: codes that overlap, a tenth less error at the same "
-            "size, slower to find and to decode; `auto`: trellis for layers of 64 inputs or more."
+            "size, slower to find and, but for CPUs with AVX-512 VNNI, much slower to decode; `auto`: trellis for "
+            "layers of 64 inputs or more."
         ),
     ] = "rings",
     size: Annotated[

@@ -32,6 +32,8 @@ def _show(found: dict[str, Any]) -> None:
         ("CPU", f"{found['cpu']}, {found['threads']} threads; OpenMP: {found['openmp']}"),
         ("kernels", f"{kernels['level'] or 'PyTorch'} ({kernels['reason']}); built: {', '.join(kernels['available'])}"),
     ]
+    if kernels["trellis"]:
+        lines.append(("trellis codes", f"points found {kernels['trellis']}"))
     lines += [
         (f"layer, {dtype}", f"{layer['implementation']} ({layer['reason']}), {layer['activations']} activations")
         for dtype, layer in found["layer"].items()

@@ -87,21 +87,23 @@ struct Windows {
   std::vector<uint16_t> codebook;
   std::vector<uint8_t> tables;
   float step;
-  bool sums;
-  uint8_t parts[SUMS];
+  bool added;  // points are sums of the parts
+  uint8_t parts[ADDENDS];
 };
 
-// Kept for the last few codebooks, for it takes longer than a small layer: told apart by all of their numbers.
+// Kept for the last few codebooks used, for it takes longer than a small layer; told apart by all of their numbers.
 std::shared_ptr<const Windows> windows_of(const LinearKernels* kernels, const uint16_t* codebook, int64_t code_bits,
                                           int64_t state_bits) {
   static std::mutex guard;
   static std::vector<std::shared_ptr<const Windows>> kept;
   const size_t count = size_t{2} << state_bits;
   const std::lock_guard<std::mutex> lock(guard);
-  for (const auto& one : kept)
-    if (one->kernels == kernels && one->code_bits == code_bits && one->state_bits == state_bits &&
-        !std::memcmp(one->codebook.data(), codebook, count * sizeof *codebook))
-      return one;
+  for (auto one = kept.begin(); one != kept.end(); ++one)
+    if ((*one)->kernels == kernels && (*one)->code_bits == code_bits && (*one)->state_bits == state_bits &&
+        !std::memcmp((*one)->codebook.data(), codebook, count * sizeof *codebook)) {
+      std::rotate(one, one + 1, kept.end());
+      return kept.back();
+    }
   auto made = std::make_shared<Windows>();
   made->kernels = kernels;
   made->code_bits = code_bits;
@@ -109,7 +111,7 @@ std::shared_ptr<const Windows> windows_of(const LinearKernels* kernels, const ui
   made->codebook.assign(codebook, codebook + count);
   made->tables.resize(trellis_table_bytes(state_bits));
   made->step = kernels->trellis_tables(codebook, state_bits, made->tables.data());
-  made->sums = kernels->trellis_sums && kernels->trellis_sums(made->tables.data(), code_bits, state_bits, made->parts);
+  made->added = kernels->trellis_addends && kernels->trellis_addends(made->tables.data(), code_bits, state_bits, made->parts);
   if (kept.size() == 8) kept.erase(kept.begin());
   kept.push_back(made);
   return made;
@@ -306,6 +308,14 @@ EXPORT const char* llava_fa_linear_name(int64_t level) { return linear_kernels(l
 // Whether it multiplies int8 with int8.
 EXPORT int64_t llava_fa_linear_int8(int64_t level) { return linear_kernels(level)->int8 != nullptr; }
 
+// Whether it takes the points of such trellis codes for sums of two tables, which it looks up many at a time.
+EXPORT int64_t llava_fa_linear_adds(int64_t level, const uint16_t* codebook, int64_t code_bits, int64_t state_bits) try {
+  const LinearKernels* kernels = linear_kernels(level);
+  return kernels->int8 && windows_of(kernels, codebook, code_bits, state_bits)->added;
+} catch (const std::bad_alloc&) {
+  return 0;
+}
+
 // out [batch, m] = x [batch, n] through a packed layer; see the members of Call. Columns go by at most 512 at a time.
 EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel, const char* x, int64_t kind,
                                int64_t batch, char* out, const uint8_t* codes, const uint16_t* row_scale,
@@ -352,7 +362,7 @@ EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel
     windows = windows_of(kernels, codebook, code_bits, state_bits);
     call.step = windows->step;
     job.tables = windows->tables.data();
-    job.sums = windows->sums ? windows->parts : nullptr;
+    job.addends = windows->added ? windows->parts : nullptr;
   } else if (call.exact) {
     const size_t bytes = size_t{4} << code_bits;
     for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, codebook, bytes);

@@ -26,7 +26,7 @@ struct Linear {
   int64_t blocks, units, code_bits, state_bits, words;
   bool quadrant;         // 8 bits: points 0 … 63, bit 7 turns re's sign and bit 6 im's: a quarter of the table is enough
   const uint8_t* tables;   // int8: of `tables`, `trellis_tables`; float: a dword a point, bf16 (re, im), rings at least 16
-  const uint8_t* sums;     // int8, trellis: the tables whose sums the points are, of `trellis_sums`; or null
+  const uint8_t* addends;  // int8, trellis: the tables whose sums the points are, of `trellis_addends`; or null
   int64_t batch, groups;
   const int8_t* x;         // int8: [batch, groups * 256], as `quantise` orders them
   const float* x_scale;    // [batch, groups]
@@ -50,9 +50,9 @@ struct LinearKernels {
   // trellis_table_bytes.
   float (*tables)(const uint16_t* codebook, int64_t code_bits, uint8_t* tables);
   float (*trellis_tables)(const uint16_t* codebook, int64_t state_bits, uint8_t* tables);
-  // Whether all points of such tables are sums of two tables, of 64 windows' parts each: then those are put down, in SUMS
-  // bytes. Null where it is of no use.
-  bool (*trellis_sums)(const uint8_t* tables, int64_t code_bits, int64_t state_bits, uint8_t* parts);
+  // Whether all points of `trellis_tables` are sums of two tables of 64 (maths/trellis.py): then `parts`, ADDENDS bytes, gets
+  // those. Null where every point is read anyway.
+  bool (*trellis_addends)(const uint8_t* tables, int64_t code_bits, int64_t state_bits, uint8_t* parts);
   // y [count, batch, ROWS] = blocks first … first + count - 1 times x. Scratch: `scratch` bytes a block.
   size_t scratch;
   void (*int8)(const Linear&, int64_t first, int64_t count, float* y, char* scratch);
@@ -65,13 +65,13 @@ struct LinearKernels {
 };
 
 constexpr size_t TABLES = 1024;  // bytes that `tables` may write
-constexpr size_t SUMS = 256;     // and `trellis_sums`
+constexpr size_t ADDENDS = 256;     // and `trellis_addends`
 constexpr size_t trellis_table_bytes(int64_t state_bits) { return (size_t{4} << state_bits) + 64; }
 
 // The table of one build, from the functions of linear.inl and dft.inl.
 #define LINEAR_KERNELS                                                                                          \
   {NAME,         plan_for_lanes, dft_scratch, packed_dft, quantise,   int8_tables, trellis_tables, \
-   trellis_sums, BUFFER,         int8_rows,   float_rows, dot_floats, round_to,    widen_all}
+   trellis_addends, BUFFER,         int8_rows,   float_rows, dot_floats, round_to,    widen_all}
 
 const LinearKernels* portable_linear();
 const LinearKernels* avx2_linear();      // null where they were not built

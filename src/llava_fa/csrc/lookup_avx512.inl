@@ -28,21 +28,21 @@ INLINE void dot(Sums& sum, Bytes w, int32_t x) { sum = _mm512_dpbusd_epi32(sum, 
 INLINE void dot(Sums& sum, const uint8_t* w, int32_t x) { dot(sum, load_bytes(w), x); }
 INLINE void accumulate(float* y, Sums sum, float scale) { store(y, fma(convert(sum), set1(scale), load(y))); }
 
-// a xor the masked b, of words.
+// a ^ (b & mask), of words.
 INLINE Bytes xor_masked(Bytes a, Bytes b, int mask) {
   return _mm512_ternarylogic_epi64(a, b, _mm512_set1_epi16(static_cast<int16_t>(mask)), 0x78);
 }
 
-// Sums of two tables of 64 points, (re, im) as words; bits above an index' six are not looked at.
-#define LLAVA_FA_SUMS
-struct Sum {
+// Points that are sums: of two tables of 64, (re, im) as words; bits above an index' six are not looked at.
+#define LLAVA_FA_ADDENDS
+struct Addends {
   Bytes t[4];
 
-  INLINE void load(Sum& self, const uint8_t* p) {
+  INLINE void load(Addends& self, const uint8_t* p) {
     for (int i = 0; i < 4; i++) self.t[i] = load_bytes(p + 64 * i);
   }
 
-  INLINE Bytes look(const Sum& self, Bytes first, Bytes second) {
+  INLINE Bytes look(const Addends& self, Bytes first, Bytes second) {
     return _mm512_add_epi8(_mm512_permutex2var_epi16(self.t[0], first, self.t[1]),
                            _mm512_permutex2var_epi16(self.t[2], second, self.t[3]));
   }

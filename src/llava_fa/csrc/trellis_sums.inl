@@ -1,28 +1,28 @@
 // Trellis codes whose points are sums of two tables of 64 (maths/trellis.py), permuted 32 at a time (in linear.inl).
 
-constexpr int SUM_STATE_BITS = 12;
+constexpr int ADDENDS_STATE_BITS = 12;
 
 // The points of windows of words; above a window's their bits are not zero. One part is found by the low six bits xor the
 // high BITS, the other by the high six.
 template <int BITS>
-INLINE Bytes sum_point(const Sum& table, Bytes window) {
-  const Bytes first = xor_masked(window, shift<SUM_STATE_BITS - BITS>(window), (1 << BITS) - 1);
-  return Sum::look(table, first, shift<SUM_STATE_BITS - 6>(window));
+INLINE Bytes sum_point(const Addends& table, Bytes window) {
+  const Bytes first = xor_masked(window, shift<ADDENDS_STATE_BITS - BITS>(window), (1 << BITS) - 1);
+  return Addends::look(table, first, shift<ADDENDS_STATE_BITS - 6>(window));
 }
 
 // Whether all points of `trellis_tables` are such sums; then those are found in `parts`.
 template <int BITS>
-INLINE bool sums_of(const uint8_t* tables, uint8_t* parts) {
-  const auto first = [](int window) { return (window ^ window >> (SUM_STATE_BITS - BITS)) & 63; };
+INLINE bool addends_of(const uint8_t* tables, uint8_t* parts) {
+  const auto first = [](int window) { return (window ^ window >> (ADDENDS_STATE_BITS - BITS)) & 63; };
   for (int window = 0; window < 64; window++) std::memcpy(parts + 2 * first(window), tables + 4 * window + 2, 2);
   for (int part = 0; part < 64; part++)
     for (int i = 0; i < 2; i++)
       parts[128 + 2 * part + i] = static_cast<uint8_t>(tables[256 * part + 2 + i] - parts[2 * first(64 * part) + i]);
-  Sum table;
-  Sum::load(table, parts);
+  Addends table;
+  Addends::load(table, parts);
   const Ints upper = set1(static_cast<int32_t>(0xffff0000u));
   Mask same = equal(upper, upper);
-  for (int32_t window = 0; window < 1 << SUM_STATE_BITS; window += LANES) {
+  for (int32_t window = 0; window < 1 << ADDENDS_STATE_BITS; window += LANES) {
     int32_t twice[LANES];
     for (int32_t i = 0; i < LANES; i++) twice[i] = (window + i) * 0x10001;
     const Ints sum = and_(sum_point<BITS>(table, load(twice)), upper);
@@ -31,38 +31,38 @@ INLINE bool sums_of(const uint8_t* tables, uint8_t* parts) {
   return same == equal(upper, upper);
 }
 
-ISA bool trellis_sums(const uint8_t* tables, int64_t code_bits, int64_t state_bits, uint8_t* parts) {
-  if (state_bits != SUM_STATE_BITS) return false;
+ISA bool trellis_addends(const uint8_t* tables, int64_t code_bits, int64_t state_bits, uint8_t* parts) {
+  if (state_bits != ADDENDS_STATE_BITS) return false;
   switch (code_bits) {
-    case 2: return sums_of<2>(tables, parts);
-    case 3: return sums_of<3>(tables, parts);
-    case 4: return sums_of<4>(tables, parts);
-    case 5: return sums_of<5>(tables, parts);
-    case 6: return sums_of<6>(tables, parts);
-    case 7: return sums_of<7>(tables, parts);
-    default: return sums_of<8>(tables, parts);
+    case 2: return addends_of<2>(tables, parts);
+    case 3: return addends_of<3>(tables, parts);
+    case 4: return addends_of<4>(tables, parts);
+    case 5: return addends_of<5>(tables, parts);
+    case 6: return addends_of<6>(tables, parts);
+    case 7: return addends_of<7>(tables, parts);
+    default: return addends_of<8>(tables, parts);
   }
 }
 
 // As TrellisCodes.
 template <int BITS>
-struct SumCodes {
+struct AddendCodes {
   const uint8_t* from;
   int64_t words;
-  Sum table;
+  Addends table;
 
-  INLINE void start(SumCodes& self, const Linear& job) {
+  INLINE void start(AddendCodes& self, const Linear& job) {
     self.from = job.codes;
     self.words = job.words;
-    Sum::load(self.table, job.sums);
+    Addends::load(self.table, job.addends);
   }
 
   template <int... I>
-  INLINE void store_points(const Sum& table, const Bytes* w, uint8_t* out, std::integer_sequence<int, I...>) {
-    (store_all(out + 64 * I, sum_point<BITS>(table, window<BITS, I, SUM_STATE_BITS>(w))), ...);
+  INLINE void store_points(const Addends& table, const Bytes* w, uint8_t* out, std::integer_sequence<int, I...>) {
+    (store_all(out + 64 * I, sum_point<BITS>(table, window<BITS, I, ADDENDS_STATE_BITS>(w))), ...);
   }
 
-  INLINE void points(const SumCodes& self, int64_t block, int64_t unit, uint8_t* out) {
+  INLINE void points(const AddendCodes& self, int64_t block, int64_t unit, uint8_t* out) {
     Bytes w[BITS + 1];
     words_of<BITS>(self.from + (block * self.words + unit * BITS) * 64, w);
     store_points(self.table, w, out, std::make_integer_sequence<int, HALF>());
@@ -70,15 +70,15 @@ struct SumCodes {
 };
 
 template <int BITS, int... I>
-INLINE void sum_dots(const Sum& table, const Bytes* w, const int8_t* x, Sums* sum, std::integer_sequence<int, I...>) {
-  (dot(sum[I % 4], sum_point<BITS>(table, window<BITS, I, SUM_STATE_BITS>(w)), four(x + 4 * I)), ...);
+INLINE void sum_dots(const Addends& table, const Bytes* w, const int8_t* x, Sums* sum, std::integer_sequence<int, I...>) {
+  (dot(sum[I % 4], sum_point<BITS>(table, window<BITS, I, ADDENDS_STATE_BITS>(w)), four(x + 4 * I)), ...);
 }
 
 // One vector: as int8_direct.
 template <int BITS>
-ISA void sums_direct(const Linear& job, int64_t first, int64_t count, float* y, char*) {
-  Sum table;
-  Sum::load(table, job.sums);
+ISA void addends_direct(const Linear& job, int64_t first, int64_t count, float* y, char*) {
+  Addends table;
+  Addends::load(table, job.addends);
   for (int64_t b = 0; b < count; b++) {
     const uint8_t* unit = job.codes + (first + b) * job.words * 64;
     const int8_t* x = job.x;

@@ -17,7 +17,7 @@ from llava_fa.errors import FourierError
 from llava_fa.hub import allocation, attention, proofread, provenance, sensitivity
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
-from llava_fa.hub.checkpoint import account, read_metadata, validate
+from llava_fa.hub.checkpoint import account, codebook_digest, read_metadata, validate
 from llava_fa.hub.loading import check_device, fast_dtype, memory_errors
 from llava_fa.hub.parts import WorkFolder, check_space, disk_errors, refuse_existing
 from llava_fa.hub.plan import Plan, make_plan
@@ -35,6 +35,8 @@ from llava_fa.hub.shards import write_text
 from llava_fa.hub.source import Source, empty_model, open_source, quiet_transformers, resolve_model, weight_files
 from llava_fa.hub.streaming import ORIGINAL_BYTES, Tracker, assemble, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
+from llava_fa.maths.polar import ring_codebook
+from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
 
 _DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 _SPARE = 64_000_000
@@ -116,6 +118,7 @@ def compress(
     data = None if calibration is None else _Data.prepare(source, calibration)
     manifest = {
         "llava_fa": version("llava-fa"),
+        "codebooks": _codebooks(),
         "source": source.fingerprint,
         "config": config.to_dict(),
         "calibration": None if data is None else fingerprint(data.inputs),
@@ -219,6 +222,13 @@ def _training(folder: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text()) if path.is_file() else None
     except ValueError:
         raise FourierError("it is not JSON", remedy="Remove it; the model does not need it", where=str(path)) from None
+
+
+def _codebooks() -> str:
+    """SHA-256 of all codebooks that layers are given: parts made with others must not be gone on with."""
+    sizes = range(MIN_CODE_BITS, MAX_CODE_BITS + 1)
+    books = [points(bits) for points in (ring_codebook, trellis_points) for bits in sizes]
+    return codebook_digest(torch.cat(books).to(torch.bfloat16))
 
 
 def _check_calibration(config: FourierConfig, calibration: Iterable[Sample] | None) -> None:

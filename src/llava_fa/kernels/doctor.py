@@ -17,7 +17,7 @@ from llava_fa.kernels.interleaved import best_layout
 from llava_fa.maths.bitpack import pack
 from llava_fa.maths.dft import random_signs
 from llava_fa.maths.polar import ring_codebook
-from llava_fa.maths.trellis import trellis_points
+from llava_fa.maths.trellis import STATE_BITS, trellis_points
 
 # Errors, relative to the largest output, above which a kernel is broken: float32's own, those of int8 and bf16.
 _EXACT, _INT8, _BF16 = 1e-5, 0.05, 0.02
@@ -54,6 +54,7 @@ def diagnose() -> dict[str, Any]:
             "reason": reason,
             "available": list(native.levels()),
             "layer": kernel.name if kernel else None,
+            "trellis": _trellis(kernel),
         },
         "layer": layers,
         "gpu": gpu,
@@ -69,6 +70,14 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _trellis(kernel: native.LayerKernel | None) -> str | None:
+    """How the points of trellis codes are found."""
+    if kernel is None:
+        return None
+    sums = all(native.adds(kernel, trellis_points(k).bfloat16(), k, STATE_BITS) for k, state in _CODES if state)
+    return "as sums of two tables, many at a time" if sums else "one by one, several times slower than ring codes"
+
+
 def _gpu() -> dict[str, Any]:
     """The GPU, and what a packed layer runs there."""
     found: dict[str, Any] = {"device": None, "triton": triton.triton_version(), "implementation": None}
@@ -80,7 +89,7 @@ def _gpu() -> dict[str, Any]:
 
 
 # Bits of a coefficient's code and of a trellis' window.
-_CODES = [*((bits, 0) for bits in range(2, 9)), (4, 12)]
+_CODES = [(bits, state_bits) for state_bits in (0, STATE_BITS) for bits in range(2, 9)]
 
 
 def _case(code_bits: int, state_bits: int) -> tuple[list[Any], Tensor, Tensor]:
@@ -106,7 +115,8 @@ def _checks() -> Iterator[dict[str, Any]]:
                 with native.using(level):
                     if not exact and compiled.exact_activations(native.layer_kernel()):
                         continue
-                    got = compiled.linear(*[x.float(), *packed, exact])
+                    # One input and several are different kernels.
+                    got = torch.cat([compiled.linear(*[some.float(), *packed, exact]) for some in (x[:1], x[1:])])
                 yield _check((code_bits, state_bits), level, "exact" if exact else "int8", got, wanted)
 
 

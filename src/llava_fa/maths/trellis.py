@@ -1,4 +1,4 @@
-"""Trellis-coded polar quantisation: long codewords of complex points, found by the Viterbi algorithm.
+"""Trellis-coded quantisation: long codewords of complex points, found by the Viterbi algorithm.
 
 A row of T complex coefficients is stored as one string of T·k + L - k bits. Coefficient t stands for point number
 
@@ -58,7 +58,7 @@ def parts(code_bits: int) -> tuple[Tensor, Tensor]:
 
     With u the window's high k bits, i is its low six bits xor u's, j its high six bits. The 2^k windows that can
     follow one, which differ in u alone, and the 2^k that can precede one, which differ in their low k bits alone, so
-    have different i (k ≤ 6) or (i, j): that makes the windows a good code, whatever the tables.
+    have different i (k ≤ 6) or (i, j): continuations of a path are well apart.
     """
     window = torch.arange(1 << STATE_BITS)
     return (window ^ (window >> (STATE_BITS - code_bits))) & (PARTS - 1), window >> (STATE_BITS - 6)
@@ -68,7 +68,7 @@ def trellis_points(code_bits: int) -> Tensor:
     """The points of all 2^L windows for a circular complex Gaussian: float32 [2^L, 2] = (re, im), bf16 values.
 
     Sums A[i] + B[j] of two tables of 64 points, i and j of `parts`; multiples of `STEP` within ±127 steps, so that
-    int8 and bf16 hold them exactly. What is found for unit variance a real has unit variance (`trellis_fit`).
+    int8 and bf16 hold them exactly. Made for unit variance a real (`trellis_fit`).
     """
     tables = torch.tensor(list(bytes.fromhex(TABLE[code_bits])), dtype=torch.uint8).view(torch.int8).view(2, PARTS, 2)
     first, second = parts(code_bits)

@@ -1,6 +1,6 @@
 """Where the points of trellis codes come from: sums of two fitted tables of 64 (`trellis.trellis_points`).
 
-For codes that are long, *which* points a table has matters less than how windows share them; so the point of a window
+For codes that are long, *which* points a table has matters less than how windows share them: the point of a window
 may be a sum A[i] + B[j] of two small tables, which a CPU looks up 32 at a time, where it would read 4096 points one
 by one. The tables are fitted to a circular complex Gaussian, rows of which are coded exactly (Viterbi 1967), in turn
 with the two tables that are best for the windows found, which minimise Σ_t |a_t - A[i_t] - B[j_t]|²: with n_ij the
@@ -15,8 +15,8 @@ What is best for a Gaussian has less power than it: 1 - D for a distortion D. At
 (1 - D)^-½ and rounded to multiples of `trellis.STEP`. A Gaussian's distortion grows by that, but rows of real layers
 have more in their tails, and error feedback widens what is rounded: their output error falls (docs/results.md).
 
-Nothing here runs at run time: `python -m llava_fa.maths.trellis_fit > src/llava_fa/maths/_trellis_table.py` makes the
-tables anew (a quarter of an hour), and a test fits some with less.
+Nothing here runs at run time: `python -m llava_fa.maths.trellis_fit > made && mv made
+src/llava_fa/maths/_trellis_table.py` makes the tables anew (a quarter of an hour), and a test fits some with less.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SHARES = (0.75, 0.8, 0.85, 0.9, 0.95)
 _SEEDS = 6
 # Rows fitted to, alternations, and how many of the best tables go on to the next stage.
 _STAGES = ((64, 12, 4), (256, 25, 1), (1024, 100, 1))
-# Against parts that no coefficient has: they stay what they were.
+# Parts that no coefficient has stay what they were; of all A + c, B - c, which give the same sums, one is the solution.
 _DAMPING = 1e-5
 
 
