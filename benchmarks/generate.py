@@ -10,7 +10,8 @@ processor makes it). Word embeddings, which this model ties, are packed at 4 bit
 kept". Models are in bf16, those of rows that say "float32" in float32, which `llava-fa` chooses on CPUs that have no
 bf16 instructions. *first token* is the time until `generate` hands it out, *tokens/s* the rate of the further ones;
 each the median of --repeats, after a few words to warm up. *peak* is the most memory that the process held (VmHWM).
-Each row in a process of its own, written to --out, and not run again when it is there.
+Each row in a process of its own, written to --out, and not run again when it is there; --turns: all of them in one
+process, whose answers alternate, for ratios on a machine whose speed changes (20 GB for the originals and four rows).
 
 --accuracy: the embedded model compressed without data, in the dtype that `llava-fa` chooses: the nine tasks through the
 compiled kernel and through PyTorch's definition of the layer.
@@ -189,31 +190,55 @@ class Clock:
         pass
 
 
-@torch.inference_mode()
-def measure(name: str, row: str, tokens: int, repeats: int) -> dict[str, Any]:
+def ready(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:
+    """`prepared`, in the row's dtype, warm."""
     model, inputs = prepared(name, row)
     if row.endswith("float32"):
         model, inputs = model.float(), {**inputs, "pixel_values": inputs["pixel_values"].float()}
+    # Words: the picture is before them.
+    answer(model, {name: inputs[name][:, -4:] for name in ("input_ids", "attention_mask")}, 2)
+    return model, inputs
 
-    def times(inputs: dict[str, Any], count: int) -> list[float]:
-        clock = Clock()
-        model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=clock)
-        return [clock.times[0], *clock.times[2:]]
 
-    times(
-        {name: inputs[name][:, -4:] for name in ("input_ids", "attention_mask")}, 2
-    )  # words: the picture is before them
-    rounds = [times(inputs, 1 + tokens) for _ in range(repeats)]
-    return {
-        "model": name,
-        "row": row,
-        "prompt": inputs["input_ids"].shape[1],
-        "threads": torch.get_num_threads(),
-        "first token": statistics.median(at[1] - at[0] for at in rounds),
-        "tokens/s": tokens / statistics.median(at[-1] - at[1] for at in rounds),
-        "bytes": sum(t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict().values()}.values()),
-        "peak": peak_bytes(),
-    }
+def answer(model: nn.Module, inputs: dict[str, Any], count: int) -> list[float]:
+    """When it began, and when each of so many tokens was there."""
+    clock = Clock()
+    model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=clock)
+    return [clock.times[0], *clock.times[2:]]
+
+
+@torch.inference_mode()
+def measure(name: str, rows: list[str], tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """The rows' models in turns, if several; then nothing can be said of one's memory."""
+    models = {row: ready(name, row) for row in rows}
+    rounds: dict[str, list[list[float]]] = {row: [] for row in rows}
+    for _ in range(repeats):
+        for row, (model, inputs) in models.items():
+            rounds[row].append(answer(model, inputs, 1 + tokens))
+            print(row, f"{rounds[row][-1][1] - rounds[row][-1][0]:.2f} s", flush=True)
+    return [
+        {
+            "model": name,
+            "row": row,
+            "prompt": inputs["input_ids"].shape[1],
+            "threads": torch.get_num_threads(),
+            "first token": statistics.median(at[1] - at[0] for at in rounds[row]),
+            "tokens/s": tokens / statistics.median(at[-1] - at[1] for at in rounds[row]),
+            "bytes": sum(
+                t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict().values()}.values()
+            ),
+            "peak": None if len(rows) > 1 else peak_bytes(),
+        }
+        for row, (model, inputs) in models.items()
+    ]
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    path = out / f"{found['model']}-{found['row']}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1))
+    partial.rename(path)
+    print(path.read_text(), flush=True)
 
 
 def accuracy(bits: float, codes: Codes, questions: int, out: Path) -> None:
@@ -242,7 +267,8 @@ def report(out: Path) -> None:
         print("| | first token, s | tokens/s | against bf16 | peak memory, GB |\n|---|---|---|---|---|")
         for row in rows:
             against = f"{row['tokens/s'] / rows[0]['tokens/s']:.1f}×" if rows[0]["row"] == "bf16" else ""
-            figures = f"{row['first token']:.2f} | {row['tokens/s']:.2f} | {against} | {row['peak'] / 1e9:.2f}"
+            peak = "" if row["peak"] is None else f"{row['peak'] / 1e9:.2f}"
+            figures = f"{row['first token']:.2f} | {row['tokens/s']:.2f} | {against} | {peak}"
             print(f"| {row['row']} | {figures} |")
 
 
@@ -252,6 +278,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="generated after the first")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--turns", action="store_true", help="all rows in one process, answer by answer in turns")
     parser.add_argument("--accuracy", type=float, help="bits of the embedded model")
     parser.add_argument("--codes", choices=("rings", "trellis"), default="rings", help="of --accuracy")
     parser.add_argument("--questions", type=int, default=2250)
@@ -265,11 +292,10 @@ def main() -> None:
     elif args.accuracy:
         accuracy(args.accuracy, args.codes, args.questions, args.out)
     elif args.row:
-        path = args.out / f"{args.model}-{args.row}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(measure(args.model, args.row, args.tokens, args.repeats), indent=1))
-        partial.rename(path)
-        print(path.read_text(), flush=True)
+        write(measure(args.model, [args.row], args.tokens, args.repeats)[0], args.out)
+    elif args.turns:
+        for found in measure(args.model, args.only, args.tokens, args.repeats):
+            write(found, args.out)
     else:
         for row in args.only:
             if not (args.out / f"{args.model}-{row}.json").exists():
