@@ -12,6 +12,7 @@ import torch
 import llava_fa
 from llava_fa import FourierError
 from llava_fa.hub import parts, shards
+from llava_fa.maths.trellis import trellis_points
 
 LAYERS = 28
 
@@ -101,6 +102,13 @@ def test_other_work_is_refused_by_name(checkpoint, quick, samples, interrupted):
         llava_fa.compress(checkpoint, interrupted, quick.replace(bits=3, rank=1))
     with pytest.raises(FourierError, match="another calibration is there"):
         llava_fa.compress(checkpoint, interrupted, quick, samples)
+
+
+def test_other_codebooks_are_refused(checkpoint, quick, interrupted, monkeypatch):
+    """Those of another state of the package under one version: parts of both would be read by one of them."""
+    monkeypatch.setattr("llava_fa.hub.compress.trellis_points", lambda bits: -trellis_points(bits))
+    with pytest.raises(FourierError, match="another codebook is there"):
+        llava_fa.compress(checkpoint, interrupted, quick)
 
 
 def test_another_source_is_refused(checkpoint, quick, interrupted, tmp_path):

@@ -118,7 +118,7 @@ def compress(
     data = None if calibration is None else _Data.prepare(source, calibration)
     manifest = {
         "llava_fa": version("llava-fa"),
-        "codebooks": _codebooks(),
+        "codebook": _codebooks(),
         "source": source.fingerprint,
         "config": config.to_dict(),
         "calibration": None if data is None else fingerprint(data.inputs),
