@@ -1,6 +1,6 @@
 """How much a compressed model hangs on chance: the same compression with other random signs.
 
-    .venv/bin/python benchmarks/draws.py [--bits 2] [--codes trellis] [--seeds 4] [--questions 180] [--limit 2250]
+    .venv/bin/python benchmarks/draws.py [--bits 2] [--codes trellis] [--seeds 4] [--data-free] [--limit 2250]
 
 KL: nats per answer token against the original, on held-out questions with their true answers; *worst*: of one token;
 *broken*: questions with a token of more than `BROKEN` nats, by task. Rows in OUT/draws.jsonl are not measured again.
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--codes", choices=("rings", "trellis"), default="trellis")
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--data-free", action="store_true", help="without data instead of calibrated")
     parser.add_argument("--questions", type=int, default=180)
     parser.add_argument("--limit", type=int, default=0, help="questions answered too, for the accuracy")
     args = parser.parse_args()
@@ -42,12 +43,13 @@ def main() -> None:
     print("| seed | KL | worst token | broken | accuracy |\n|---|---|---|---|---|")
     for seed in range(args.seeds):
         key = {"bits": args.bits, "codes": args.codes, "seed": seed, "questions": args.questions, "limit": args.limit}
-        found = next((row for row in rows if key.items() <= row.items()), None)
+        key["data"] = not args.data_free
+        found = next((row for row in rows if key.items() <= ({"data": True} | row).items()), None)
         if found is None:
             folder = args.out / f"model-{args.codes}-{args.bits:g}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             config = FourierConfig(bits=args.bits, codes=args.codes, seed=seed)
-            llava_fa.compress("tiny", folder, config, calibration_samples(128), fresh=True)
+            llava_fa.compress("tiny", folder, config, None if args.data_free else calibration_samples(128), fresh=True)
             model, processor = load(folder, dtype=torch.float32)
             model.dequantize()
             each = token_divergences(divergence.logs, divergence.told.log_probabilities(model))
