@@ -56,6 +56,7 @@ ROWS = (
     "3 bits",
     "2 bits",
     f"4 bits{FLOAT}",
+    f"3 bits{FLOAT}",
     f"2 bits{FLOAT}",
     f"4 bits{TRELLIS}{FLOAT}",
     f"2 bits{TRELLIS}{FLOAT}",

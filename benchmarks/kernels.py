@@ -19,14 +19,15 @@ one of all their rows, batch 1; and what one transform with its int8 rounding ta
 
 Codes are random bits; bits are per weight (a code of b bits is a complex coefficient, two weights). torch int4:
 `_weight_int4pack_mm_for_cpu`, groups of 32; torch float32: a product with a float32 weight that is there already, what
-decoding the weight at every call could come to if it took no time. Prints the tables of docs/results.md, "Kernels on a
-CPU".
+decoding the weight at every call could come to if it took no time; bitsandbytes where it is installed. Prints the
+tables of docs/results.md, "Kernels on a CPU".
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -59,6 +60,7 @@ OURS = {
     "2 bits, trellis": (4, STATE_BITS),
     "4 bits, trellis": (8, STATE_BITS),
 }
+OTHERS = ("torch int4", "torch bf16", "torch float32", "bitsandbytes nf4")
 BEYOND_CACHE = 128 << 20
 Contender = Callable[[], object]
 
@@ -111,6 +113,15 @@ def bf16(m: int, n: int, x: torch.Tensor, hot: bool) -> Contender:
     return Turns(made, lambda weight: torch.nn.functional.linear(x, weight))
 
 
+def nf4(m: int, n: int, x: torch.Tensor, hot: bool) -> Contender:
+    """bitsandbytes' 4 bits, in blocks of 64, as its Linear4bit multiplies them on a CPU."""
+    import bitsandbytes as bnb
+
+    packed, state = bnb.functional.quantize_4bit(torch.randn(m, n).bfloat16(), blocksize=64, quant_type="nf4")
+    made = copies(packed.clone, hot)
+    return Turns(made, lambda weight: bnb.matmul_4bit(x, weight.t(), quant_state=state))
+
+
 def float32(m: int, n: int, x: torch.Tensor, hot: bool) -> Contender:
     made = copies(lambda: torch.full((m, n), 0.01), hot)
     return Turns(made, lambda weight: torch.nn.functional.linear(x.float(), weight).bfloat16())
@@ -130,6 +141,8 @@ def measure(m: int, n: int, batch: int, hot: bool, seconds: float) -> dict[str, 
         contenders[name], sizes[name] = packed(m, n, x, code_bits, state_bits, hot)
     contenders["torch int4"], contenders["torch bf16"] = int4(m, n, x, hot), bf16(m, n, x, hot)
     contenders["torch float32"] = float32(m, n, x, hot)
+    if importlib.util.find_spec("bitsandbytes"):
+        contenders["bitsandbytes nf4"] = nf4(m, n, x, hot)
     contenders["read"] = reading(sizes["4 bits"], hot)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     with torch.inference_mode():
@@ -201,16 +214,16 @@ def report(out: Path, least: bool) -> None:
     cases = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     for hot, busy, batch in sorted({(case["hot"], case["busy"], case["batch"]) for case in cases}):
         rows = [case for case in cases if (case["hot"], case["busy"], case["batch"]) == (hot, busy, batch)]
+        others = [name for name in OTHERS if any(at + name in case for case in rows)]
         print(f"\nBatch {batch}{', hot' if hot else ''}{f', beside {busy} busy' if busy else ''}; microseconds\n")
         print(
             "| m × n | "
             + " | ".join(OURS)
-            + " | torch int4 | torch bf16 | torch float32 | read GB/s | of read, 2 / 3 / 4 bits "
-            + "| bf16 / 2, 4 bits, trellis |"
+            + f" | {' | '.join(others)} | read GB/s | of read, 2 / 3 / 4 bits | bf16 / 2, 4 bits, trellis |"
         )
-        print("|---" * (len(OURS) + 7) + "|")
+        print("|---" * (len(OURS) + len(others) + 4) + "|")
         for case in sorted(rows, key=lambda case: (case["m"] * case["n"], case["m"])):
-            cells = [f"{case[at + name]:.0f}" for name in (*OURS, "torch int4", "torch bf16", "torch float32")]
+            cells = [f"{case[at + name]:.0f}" if at + name in case else "" for name in (*OURS, *others)]
             cells.append(f"{case[at + 'read GB/s']:.1f}")
             cells.append(" / ".join(f"{case[f'{at}{bits} bits of read']:.2f}" for bits in (2, 3, 4)))
             bf16 = case[at + "torch bf16"]
