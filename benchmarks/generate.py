@@ -158,13 +158,14 @@ def prepared(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:
             if bits:
                 config = FourierConfig(bits=bits, codes=codes)
                 compress("tiny", f"{folder}/small", config, embeddings=None if kept else WORD_BITS)
-            model, processor = load(f"{folder}/small" if bits else "tiny", dtype=torch.bfloat16)
+            dtype = torch.float32 if row.endswith("float32") else torch.bfloat16  # packed models are not cast later
+            model, processor = load(f"{folder}/small" if bits else "tiny", dtype=dtype)
         from PIL import Image
 
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many cubes are there?"}]}]
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
         inputs = processor(images=Image.new("RGB", (96, 96), (90, 120, 60)), text=prompt, return_tensors="pt")
-        return model, {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
+        return model, {**inputs, "pixel_values": inputs["pixel_values"].to(dtype)}
     model = random_llava()
     materialise(model, 2 * bits, STATE_BITS if codes == "trellis" else 0, not kept)
     ids = torch.randint(10, 1000, (1, IMAGE_TOKENS + TEXT_TOKENS))
@@ -194,7 +195,7 @@ class Clock:
 def ready(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:
     """`prepared`, in the row's dtype, warm."""
     model, inputs = prepared(name, row)
-    if row.endswith("float32"):
+    if row.endswith("float32") and name != "tiny":
         model, inputs = model.float(), {**inputs, "pixel_values": inputs["pixel_values"].float()}
     # Words: the picture is before them.
     answer(model, {name: inputs[name][:, -4:] for name in ("input_ids", "attention_mask")}, 2)
