@@ -79,6 +79,15 @@ def check(layout: Layout, tensors, x: torch.Tensor, bias=None) -> None:
     assert error <= 2 * (rounded - wanted).norm() + 1.5 * half_step * rows + 1e-6
 
 
+def at_once(work) -> None:
+    """Four threads, each given its number."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.parametrize("state_bits", [0, STATE_BITS], ids=["rings", "trellis"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_int8_is_within_twice_the_rounding_of_the_activations(bits, state_bits, level):
@@ -164,11 +173,7 @@ def test_many_codebooks_and_threads_at_once():
             if not torch.equal(run(layout, cases[case], x), wanted[case]):
                 failed.append(case)
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work)
     assert not failed
 
 
@@ -268,11 +273,7 @@ def test_threads_that_run_layers_at_once():
                 if not torch.equal(layer(xs[i]), wanted[i]):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work)
     assert not wrong
 
 
