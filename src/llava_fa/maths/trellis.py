@@ -64,16 +64,20 @@ def parts(code_bits: int) -> tuple[Tensor, Tensor]:
     return (window ^ (window >> (STATE_BITS - code_bits))) & (PARTS - 1), window >> (STATE_BITS - 6)
 
 
+def sums(tables: Tensor, code_bits: int) -> Tensor:
+    """A[i] + B[j] of every window, float32 [2^L, 2], for the tables A above B [128, 2]."""
+    first, second = parts(code_bits)
+    return (tables[first] + tables[PARTS + second]).to(torch.float32)
+
+
 def trellis_points(code_bits: int) -> Tensor:
     """The points of all 2^L windows for a circular complex Gaussian: float32 [2^L, 2] = (re, im), bf16 values.
 
     Sums A[i] + B[j] of two tables of 64 points, i and j of `parts`; multiples of `STEP` within ±127 steps, so that
     int8 and bf16 hold them exactly. Made for unit variance a real (`trellis_fit`).
     """
-    tables = torch.tensor(list(bytes.fromhex(TABLE[code_bits])), dtype=torch.uint8).view(torch.int8).view(2, PARTS, 2)
-    first, second = parts(code_bits)
-    coarse, fine = tables.to(torch.float32).unbind()
-    return (coarse[first] + fine[second]) * STEP
+    tables = torch.tensor(list(bytes.fromhex(TABLE[code_bits])), dtype=torch.uint8).view(torch.int8).view(2 * PARTS, 2)
+    return sums(tables.to(torch.float32) * STEP, code_bits)
 
 
 class Trellis:
