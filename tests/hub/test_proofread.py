@@ -128,7 +128,7 @@ def test_lost_is_what_the_sure_tokens_lost():
 
 
 def test_queries_and_keys_of_cross_attention_have_two_inputs(samples):
-    model, processor = load("tiny")[:2]
+    model, processor = load("tiny", dtype=torch.float32)[:2]
     from llava_fa.hub.calibration_data import answer_start, prepare
 
     inputs = list(prepare(samples[:2], processor))

@@ -11,6 +11,7 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -151,6 +152,28 @@ float bf16(const uint16_t* p) {
   return value;
 }
 
+// The blocks of rows that are left of a thread's part. It takes them from the front, so that its reading of codes runs on
+// without a break, which memory is fastest at; threads that have done theirs take from the end.
+class alignas(64) Part {
+ public:
+  void set(uint32_t first, uint32_t last) { ends = uint64_t{last} << 32 | first; }
+
+  // At most so many: the first, and how many.
+  std::pair<int64_t, int64_t> take(uint32_t most, bool from_end) {
+    for (uint64_t now = ends;;) {
+      uint32_t first = static_cast<uint32_t>(now), last = static_cast<uint32_t>(now >> 32);
+      const uint32_t some = std::min(most, last - first);
+      if (!some) return {0, 0};
+      const uint32_t at = from_end ? last -= some : first;
+      if (!from_end) first += some;
+      if (ends.compare_exchange_weak(now, uint64_t{last} << 32 | first)) return {at, some};
+    }
+  }
+
+ private:
+  std::atomic<uint64_t> ends{0};
+};
+
 struct Call {
   const LinearKernels* kernels;
   const char* x;
@@ -171,8 +194,10 @@ struct Call {
   int8_t* x_int8;
   float *x_scale, *x_float, *x_wide, *inner;
   int32_t* x_bias;
-  std::atomic<int64_t> next{0}, done{0}, next_block{0};
+  std::atomic<int64_t> next{0}, done{0}, arrived{0};
   std::atomic<bool> failed{false};
+  Part* parts;  // of each thread
+  int64_t threads, at_once;
 
   int64_t element() const { return kind == 2 ? 4 : 2; }
   // Rows of R that one task takes.
@@ -226,8 +251,18 @@ struct Call {
     }
   }
 
+  // The next blocks of rows for a thread: of its own part, else of another's.
+  std::pair<int64_t, int64_t> take(int64_t thread) {
+    for (int64_t i = 0; i < threads; i++) {
+      const auto taken = parts[(thread + i) % threads].take(static_cast<uint32_t>(at_once), i > 0);
+      if (taken.second) return taken;
+    }
+    return {0, 0};
+  }
+
   // What every thread does: transforms and the small product first; when all of them are done, blocks of rows.
-  void work(int64_t at_once) try {
+  void work() try {
+    const int64_t thread = arrived.fetch_add(1);
     const size_t transform_bytes = (2 * (static_cast<size_t>(dft->half) + 64) + kernels->dft_scratch(*dft)) * sizeof(float);
     const size_t y_bytes = static_cast<size_t>(at_once * batch * ROWS) * sizeof(float);
     const size_t block_bytes = y_bytes + static_cast<size_t>(at_once) * kernels->scratch;
@@ -240,9 +275,10 @@ struct Call {
         times_right(task - batch);
     }
     // While another transforms x, the codes of this thread's first blocks come into its cache.
-    int64_t first = next_block.fetch_add(at_once), fetched = 0;
+    auto [first, count] = take(thread);
     const uint8_t* codes = job.codes + first * block_codes();
-    const int64_t wanted = std::min(at_once, job.blocks - first) * block_codes();
+    int64_t fetched = 0;
+    const int64_t wanted = count * block_codes();
     for (int64_t spins = 0; done.load(std::memory_order_acquire) < tasks; spins++) {
       if (failed) return;
       if (fetched < wanted)
@@ -253,9 +289,8 @@ struct Call {
       else
         pause();
     }
-    for (; first < job.blocks; first = next_block.fetch_add(at_once))
-      rows(first, job.blocks - first < at_once ? job.blocks - first : at_once, reinterpret_cast<float*>(scratch),
-           scratch + y_bytes);
+    for (; count; std::tie(first, count) = take(thread))
+      rows(first, count, reinterpret_cast<float*>(scratch), scratch + y_bytes);
   } catch (const std::bad_alloc&) {
     failed = true;
   }
@@ -295,7 +330,13 @@ int64_t run(Call& call, int64_t threads, Parallel parallel) {
   if (call.batch > 1 && at_once < 4) at_once = 4;  // x goes through the cache once for all of them
   if (at_once > 16) at_once = 16;
   while (at_once > 1 && at_once * 4 * threads > job.blocks) at_once /= 2;
-  auto body = [&] { call.work(at_once); };
+  call.at_once = at_once;
+  call.threads = threads = std::max<int64_t>(threads, 1);
+  std::vector<Part> parts(static_cast<size_t>(threads));
+  for (int64_t i = 0; i < threads; i++)
+    parts[static_cast<size_t>(i)].set(static_cast<uint32_t>(job.blocks * i / threads), static_cast<uint32_t>(job.blocks * (i + 1) / threads));
+  call.parts = parts.data();
+  auto body = [&] { call.work(); };
   on_threads(threads, parallel, body);
   return call.failed ? 1 : 0;
 }
@@ -375,7 +416,7 @@ EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel
     call.x = x + first * n * element;
     call.out = out + first * m * element;
     call.batch = job.batch = batch - first < 512 ? batch - first : 512;
-    call.next = call.done = call.next_block = 0;
+    call.next = call.done = call.arrived = 0;
     if (run(call, threads, parallel)) return 1;
   }
   return 0;
