@@ -28,6 +28,7 @@ def install() -> None:
 
 def _register() -> None:
     importlib.import_module("llava_fa.hub.quantizer")
+    importlib.import_module("llava_fa.hub.decoding").install()
     visual_tokens = importlib.import_module("llava_fa.hub.visual_tokens")
     visual_tokens.extend_post_init(sys.modules[_AWAITED].PreTrainedModel)
 
