@@ -55,6 +55,8 @@ ROWS = (
     "4 bits",
     "3 bits",
     "2 bits",
+    f"4 bits{TRELLIS}",
+    f"2 bits{TRELLIS}",
     f"4 bits{FLOAT}",
     f"3 bits{FLOAT}",
     f"2 bits{FLOAT}",

@@ -20,12 +20,11 @@ import argparse
 import ctypes
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import BEYOND_CACHE, OURS, Contender, bf16, packed, reading
+from kernels import BEYOND_CACHE, OURS, Turns, alternate, bf16, packed, reading
 
 # ggml_type of ggml.h; the order repacked where there is one; the least cosine of its product and the exact one.
 TYPES = {"Q4_K": (12, True, 0.98), "Q4_0": (2, True, 0.98), "Q2_K": (10, True, 0.85), "TQ2_0": (35, False, 0.3)}
@@ -80,7 +79,7 @@ class Ggml:
     def context(self) -> Any:
         return self.function("ggml_init", _POINTER, _Init)(_Init(1 << 24, None, True))
 
-    def product(self, m: int, n: int, x: torch.Tensor, name: str, hot: bool) -> tuple[Contender, int]:
+    def product(self, m: int, n: int, x: torch.Tensor, name: str, hot: bool) -> tuple[Turns, int]:
         """W x for the next copy of W at each call, and W's bytes."""
         kind, repacked, least = TYPES[name]
         tensor = self.function("ggml_new_tensor_2d", _POINTER, _POINTER, ctypes.c_int, _INT64, _INT64)
@@ -112,30 +111,21 @@ class Ggml:
         wide = x.float().contiguous()
         put(given, wide.data_ptr(), 0, 4 * wide.numel())
         compute = self.function("ggml_backend_graph_compute", ctypes.c_int, _POINTER, _POINTER)
-        turn = iter([])
-
-        def run() -> None:
-            nonlocal turn
-            graph = next(turn, None)
-            if graph is None:
-                turn = iter(graphs)
-                graph = next(turn)
-            compute(self.backend, graph)
-
-        run()
+        turns = Turns(graphs, lambda graph: compute(self.backend, graph))
+        compute(self.backend, graphs[0])
         y = torch.empty(len(x), m)
         get(made[0], y.data_ptr(), 0, 4 * y.numel())
         wanted = wide @ W.T
         found, wanted = y[:, : min(m, _ROWS)].flatten(), wanted[:, :m].flatten()
         like = float(torch.cosine_similarity(found, wanted, dim=0))
         assert like > least, f"{name} has a product of similarity {like}"
-        return run, m * row
+        return turns, m * row
 
 
 def measure(library: Ggml, m: int, n: int, batch: int, hot: bool, seconds: float) -> dict[str, float]:
     """Median and least microseconds of each, its stored bits a weight, and ``read GB/s``."""
     x = torch.randn(batch, n).bfloat16()
-    contenders: dict[str, Contender] = {}
+    contenders: dict[str, Turns] = {}
     sizes: dict[str, int] = {}
     for name, (code_bits, state_bits) in OURS.items():
         contenders[name], sizes[name] = packed(m, n, x, code_bits, state_bits, hot)
@@ -143,15 +133,8 @@ def measure(library: Ggml, m: int, n: int, batch: int, hot: bool, seconds: float
         contenders[name], sizes[name] = library.product(m, n, x, name, hot)
     contenders["torch bf16"], sizes["torch bf16"] = bf16(m, n, x, hot), 2 * m * n
     contenders["read"] = reading(sizes["4 bits"], hot)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    with torch.inference_mode():
-        stop = time.monotonic() + seconds
-        while time.monotonic() < stop or len(times["read"]) < 5:
-            for name, function in contenders.items():
-                start = time.perf_counter()
-                function()
-                times[name].append(time.perf_counter() - start)
-    found: dict[str, float] = {"rounds": len(times["read"])}
+    times = alternate(contenders, seconds)
+    found: dict[str, float] = {"readings": len(times["read"])}
     for name, values in times.items():
         if name != "read":
             found |= {f"{name} bits": 8 * sizes[name] / m / n}
@@ -179,10 +162,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "18944x3584", "3584x18944"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--hot", action="store_true")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of alternating rounds a case, five at least")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of alternating passes a case, three at least")
     parser.add_argument("--out", type=Path, default=Path("runs/ggml"))
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--least", action="store_true", help="the least of the rounds instead of their median")
+    parser.add_argument("--least", action="store_true", help="the least instead of the median")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.report:

@@ -6,9 +6,9 @@
 Every contender has several copies of its weights, together larger than the caches, and takes the next one at each
 call: weights come from memory, as in a model that answers. *hot* uses one copy again and again. Contenders alternate
 pass by pass, a pass being one call for every copy (fewer where that takes long), among them a reading of as many bytes
-as the 4-bit layer has. Figures are medians of all calls but the first of a pass, and in the tables, with --least, the
-least: what remains comparable where other programs share the machine; with --cold, medians of the first calls, which
-find nothing in the caches, the code and its tables neither, since another contender's pass went through them.
+as the 4-bit layer has. Figures are medians of all calls but the first of a pass, which finds the code and its tables
+driven out of the caches too, and in the tables, with --least, the least: what remains comparable where other programs
+share the machine.
 *of read* is the time that reading a layer's bytes takes over the time of the layer, transform, int8 rounding, scales
 and the Python call included. Resumable: finished cases are read from --out and not run again.
 
@@ -36,8 +36,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,21 +71,35 @@ PASS_SECONDS = 0.1
 class Turns:
     """A function of the next of several copies at each call."""
 
-    def __init__(self, copies: list[torch.Tensor], function: Callable[[torch.Tensor], object]) -> None:
+    def __init__(self, copies: Sequence[Any], function: Callable[[Any], object]) -> None:
         self.copies, self.function, self.at = copies, function, 0
 
     def __call__(self) -> None:
         self.at = (self.at + 1) % len(self.copies)
         self.function(self.copies[self.at])
 
+    def one_pass(self) -> list[float]:
+        """Seconds of calls one after the other: eight at least and one for every copy, until they have taken long."""
+        times: list[float] = []
+        while len(times) < max(8, len(self.copies)) and sum(times) < PASS_SECONDS:
+            start = time.perf_counter()
+            self()
+            times.append(time.perf_counter() - start)
+        return times
 
-def one_pass(turns: Turns) -> list[float]:
-    """Seconds of calls one after the other: eight at least and one for every copy, until they have taken long."""
-    times: list[float] = []
-    while len(times) < max(8, len(turns.copies)) and sum(times) < PASS_SECONDS:
-        start = time.perf_counter()
-        turns()
-        times.append(time.perf_counter() - start)
+
+def alternate(contenders: dict[str, Turns], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every call but the first of a pass; three passes each at least."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    with torch.inference_mode():
+        for turns in contenders.values():
+            turns()
+        passes, stop = 0, time.monotonic() + seconds
+        while time.monotonic() < stop or passes < 3:
+            passes += 1
+            for name, turns in contenders.items():
+                taken = turns.one_pass()
+                times[name] += taken[1:] or taken
     return times
 
 
@@ -145,7 +160,7 @@ def reading(size: int, hot: bool) -> Turns:
 
 
 def measure(m: int, n: int, batch: int, hot: bool, seconds: float) -> dict[str, float]:
-    """Median, least and cold microseconds of each contender, and ``read GB/s`` and shares of it that belong to them."""
+    """Median and least microseconds of each contender, and ``read GB/s`` and shares of it that belong to them."""
     x = torch.randn(batch, n).bfloat16()
     contenders: dict[str, Turns] = {}
     sizes = {}
@@ -156,24 +171,10 @@ def measure(m: int, n: int, batch: int, hot: bool, seconds: float) -> dict[str, 
     if importlib.util.find_spec("bitsandbytes"):
         contenders["bitsandbytes nf4"] = nf4(m, n, x, hot)
     contenders["read"] = reading(sizes["4 bits"], hot)
-    first: dict[str, list[float]] = {name: [] for name in contenders}
-    then: dict[str, list[float]] = {name: [] for name in contenders}
-    with torch.inference_mode():
-        for turns in contenders.values():
-            turns()
-        stop = time.monotonic() + seconds
-        while time.monotonic() < stop or len(first["read"]) < 3:
-            for name, turns in contenders.items():
-                times = one_pass(turns)
-                first[name].append(times[0])
-                then[name] += times[1:] or times
-    found: dict[str, float] = {"passes": len(first["read"])}
-    for figure, of, taken in (
-        ("", statistics.median, then),
-        ("least ", min, then),
-        ("cold ", statistics.median, first),
-    ):
-        one = {name: of(values) * 1e6 for name, values in taken.items()}
+    times = alternate(contenders, seconds)
+    found: dict[str, float] = {"readings": len(times["read"])}
+    for figure, of in (("", statistics.median), ("least ", min)):
+        one = {name: of(values) * 1e6 for name, values in times.items()}
         speed = sizes["4 bits"] / one.pop("read") / 1e3
         one |= {f"{name} of read": size / speed / 1e3 / one[name] for name, size in sizes.items()}
         found |= {f"{figure}{name}": value for name, value in {**one, "read GB/s": speed}.items()}
@@ -226,7 +227,8 @@ def others(count: int) -> Iterator[None]:
             one.wait()
 
 
-def report(out: Path, at: str) -> None:
+def report(out: Path, least: bool) -> None:
+    at = "least " if least else ""
     cases = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     for hot, busy, batch in sorted({(case["hot"], case["busy"], case["batch"]) for case in cases}):
         rows = [case for case in cases if (case["hot"], case["busy"], case["batch"]) == (hot, busy, batch)]
@@ -257,15 +259,14 @@ def main() -> None:
     parser.add_argument("--hot", action="store_true")
     parser.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
     parser.add_argument("--together", action="store_true")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of alternating rounds a case, five at least")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of alternating passes a case, three at least")
     parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--least", dest="figure", action="store_const", const="least ", default="")
-    parser.add_argument("--cold", dest="figure", action="store_const", const="cold ")
+    parser.add_argument("--least", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.report:
-        report(args.out, args.figure)
+        report(args.out, args.least)
         return
     if args.together:
         for model in args.models:
