@@ -170,6 +170,11 @@ class alignas(64) Part {
     }
   }
 
+  int64_t left() const {
+    const uint64_t now = ends;
+    return static_cast<int64_t>((now >> 32) - (now & 0xffffffff));
+  }
+
  private:
   std::atomic<uint64_t> ends{0};
 };
@@ -202,6 +207,8 @@ struct Call {
   int64_t element() const { return kind == 2 ? 4 : 2; }
   // Rows of R that one task takes.
   static constexpr int64_t RIGHT = 8;
+  // Bytes of codes that a thread fetches while it waits: less than a core's own cache has.
+  static constexpr int64_t AHEAD = 1 << 18;
   int64_t block_codes() const { return job.state_bits ? job.words * 64 : job.units * job.code_bits * 64; }  // bytes
   int64_t first_tasks() const { return batch + (rank + RIGHT - 1) / RIGHT; }
 
@@ -274,11 +281,11 @@ struct Call {
       else
         times_right(task - batch);
     }
-    // While another transforms x, the codes of this thread's first blocks come into its cache.
+    // While another transforms x, the codes that this thread begins with come into its cache.
     auto [first, count] = take(thread);
     const uint8_t* codes = job.codes + first * block_codes();
     int64_t fetched = 0;
-    const int64_t wanted = count * block_codes();
+    const int64_t wanted = std::min(AHEAD, (count + parts[thread].left()) * block_codes());
     for (int64_t spins = 0; done.load(std::memory_order_acquire) < tasks; spins++) {
       if (failed) return;
       if (fetched < wanted)
