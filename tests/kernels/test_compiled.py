@@ -95,12 +95,13 @@ def test_int8_is_within_twice_the_rounding_of_the_activations(bits, state_bits, 
     layout = trellis(128, 2048, bits, state_bits) if state_bits else best(128, 2048, bits)
     tensors = random_tensors(layout, seed=bits)
     tensors["codebook"] = (trellis_points if state_bits else ring_codebook)(bits).bfloat16()
-    x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(bits))
+    x = torch.randn(5, 2048, generator=torch.Generator().manual_seed(bits))
     wanted = x.double() @ dense(layout, tensors).T
     pytorchs = (int8_activations(layout, tensors, x) - wanted).norm()
     got = run(layout, tensors, x, exact=False)
     assert (got.double() - wanted).norm() < 2 * pytorchs
-    assert torch.equal(torch.cat([run(layout, tensors, one[None], exact=False) for one in x]), got)
+    for count in range(1, 5):  # each multiplied in a loop of its own
+        assert torch.equal(run(layout, tensors, x[:count], exact=False), got[:count])
     assert 2 * pytorchs < 0.02 * wanted.norm()
 
 
@@ -154,7 +155,7 @@ def test_sums_of_two_tables_and_tables_of_all_points_give_the_same(bits, level):
     if kernel is not None:
         assert native.adds(kernel, tensors["codebook"], bits, STATE_BITS) == ("avx512" in kernel.name)
         assert not native.adds(kernel, other["codebook"], bits, STATE_BITS)
-    for batch in (1, 5):
+    for batch in (1, 4, 5):
         x = torch.randn(batch, 640, generator=torch.Generator().manual_seed(bits))
         assert torch.equal(run(layout, tensors, x, exact=False), run(layout, other, x, exact=False))
 
@@ -182,7 +183,7 @@ def test_rows_of_a_batch_and_threads_do_not_matter(layout):
     tensors = random_tensors(layout)
     x = torch.randn(23, layout.in_features).bfloat16()
     whole = run(layout, tensors, x)
-    for rows in (slice(0, 1), slice(3, 5), slice(4, 20)):
+    for rows in (slice(0, 1), slice(3, 5), slice(4, 7), slice(1, 5), slice(4, 20)):
         assert torch.equal(run(layout, tensors, x[rows]), whole[rows])
     torch.set_num_threads(2)
     try:

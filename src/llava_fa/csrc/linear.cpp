@@ -218,8 +218,7 @@ struct Call {
     float *im = re + half + 64, *rest = im + half + 64;
     kernels->dft(*dft, x + column * n * element(), kind, n, input_scale, signs, re, im, rest);
     if (!exact) {
-      kernels->quantise(job, re, im, half, x_int8 + column * job.groups * GROUP * UNIT * 2, x_scale + column * job.groups,
-                        x_bias + column * job.groups);
+      kernels->quantise(job, column, re, im, half, x_int8, x_scale, x_bias);
       return;
     }
     float* to = x_float + column * job.units * UNIT * 2;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 namespace llava_fa {
@@ -28,9 +29,9 @@ struct Linear {
   const uint8_t* tables;   // int8: of `tables`, `trellis_tables`; float: a dword a point, bf16 (re, im), rings at least 16
   const uint8_t* addends;  // int8, trellis: the tables whose sums the points are, of `trellis_addends`; or null
   int64_t batch, groups;
-  const int8_t* x;         // int8: [batch, groups * 256], as `quantise` orders them
-  const float* x_scale;    // [batch, groups]
-  const int32_t* x_bias;   // [batch, groups]: what makes up for the tables' offset
+  const int8_t* x;         // int8: [groups, panels of columns, 64, columns of the panel, 4], as `quantise` orders them
+  const float* x_scale;    // [groups, batch]
+  const int32_t* x_bias;   // [groups, batch]: what makes up for the tables' offset
   const float* x_float;    // float: [batch, units * 64]: re, im of each coefficient
 };
 
@@ -43,9 +44,10 @@ struct LinearKernels {
   // re, im [size / 2] of the packed DFT of x [n] (bf16 or float32: kind 0 or 2) · sign / s.
   void (*dft)(const Dft&, const void* x, int64_t kind, int64_t n, const uint16_t* input_scale, const uint8_t* signs,
               float* re, float* im, float* scratch);
-  // int8 x with one scale for every group; coefficients beyond count are zero. Null, as the next and int8, where float32
-  // is as fast.
-  void (*quantise)(const Linear&, const float* re, const float* im, int64_t count, int8_t* x, float* scale, int32_t* bias);
+  // One column of int8 x, with one scale for every group; coefficients beyond count are zero. Null, as the next and int8,
+  // where float32 is as fast.
+  void (*quantise)(const Linear&, int64_t column, const float* re, const float* im, int64_t count, int8_t* x, float* scale,
+                   int32_t* bias);
   // Tables of 2^code_bits points (re, im) in int8 and the float that one step stands for; of 2^state_bits, in
   // trellis_table_bytes.
   float (*tables)(const uint16_t* codebook, int64_t code_bits, uint8_t* tables);

@@ -88,12 +88,28 @@ ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tabl
   return step;
 }
 
+// Columns that are multiplied together, whose numbers lie together: COLUMNS, of the last ones 4, and what is left.
+struct Panel {
+  int64_t first, width;
+};
+INLINE Panel panel_at(int64_t first, int64_t batch) {
+  const int64_t left = batch - first;
+  return {first, left >= COLUMNS ? COLUMNS : left >= 4 ? 4 : left};
+}
+INLINE Panel panel_of(int64_t column, int64_t batch) {
+  Panel panel = panel_at(column / COLUMNS * COLUMNS, batch);
+  while (column >= panel.first + panel.width) panel = panel_at(panel.first + panel.width, batch);
+  return panel;
+}
+
 // The order in which they meet points: four re, then four im (planes); coefficients (0, 2), (1, 3) of four as (re, im, re, im);
 // or, for trellis codes, i and i + 16 of a unit like that.
-ISA void quantise(const Linear& job, const float* re, const float* im, int64_t count, int8_t* x, float* scale, int32_t* bias) {
+ISA void quantise(const Linear& job, int64_t column, const float* re, const float* im, int64_t count, int8_t* x, float* scale,
+                  int32_t* bias) {
   constexpr int64_t LENGTH = GROUP * UNIT;
   const Floats magic = set1(12582912.0f), zero = set1(0.0f);
-  for (int64_t g = 0; g < job.groups; g++, x += 2 * LENGTH) {
+  const Panel panel = panel_of(column, job.batch);
+  for (int64_t g = 0; g < job.groups; g++) {
     float part[2 * LENGTH];  // re, then im
     const int64_t some = count - g * LENGTH < LENGTH ? count - g * LENGTH : LENGTH;
     std::memset(part, 0, sizeof part);
@@ -113,36 +129,40 @@ ISA void quantise(const Linear& job, const float* re, const float* im, int64_t c
       wrong += bads[i];
     }
     const bool usable = wrong == 0 && most > 1e-30f;
-    scale[g] = wrong == 0 ? (usable ? most / 127 : 0.0f) : wrong;
+    scale[g * job.batch + column] = wrong == 0 ? (usable ? most / 127 : 0.0f) : wrong;
     const Floats inverse = set1(usable ? 127 / most : 0.0f);
     uint8_t bytes[2 * LENGTH];
     for (int64_t i = 0; i < 2 * LENGTH; i += LANES) {
       const Floats scaled = usable ? mul(load(part + i), inverse) : zero;
       store_bytes(bytes + i, and_(as_ints(add(scaled, magic)), set1(int32_t{0xff})));  // its low byte is the rounded number
     }
-    bias[g] = 0;
-    for (int64_t i = 0; OFFSET && i < 2 * LENGTH; i++) bias[g] -= OFFSET * static_cast<int8_t>(bytes[i]);
+    int32_t sum = 0;
+    for (int64_t i = 0; OFFSET && i < 2 * LENGTH; i++) sum -= OFFSET * static_cast<int8_t>(bytes[i]);
+    bias[g * job.batch + column] = sum;
+    uint32_t ordered[LENGTH / 2];
     if (job.state_bits) {
+      uint8_t* to = reinterpret_cast<uint8_t*>(ordered);
       for (int64_t i = 0; i < LENGTH; i++) {
-        const int64_t to = i / UNIT * 2 * UNIT + i % HALF * 4 + i % UNIT / HALF * 2;
-        x[to] = static_cast<int8_t>(bytes[i]);
-        x[to + 1] = static_cast<int8_t>(bytes[LENGTH + i]);
+        const int64_t at = i / UNIT * 2 * UNIT + i % HALF * 4 + i % UNIT / HALF * 2;
+        to[at] = bytes[i];
+        to[at + 1] = bytes[LENGTH + i];
       }
-      continue;
-    }
-    uint32_t r[LENGTH / 4], j[LENGTH / 4], ordered[LENGTH / 2];
-    std::memcpy(r, bytes, LENGTH);
-    std::memcpy(j, bytes + LENGTH, LENGTH);
-    for (int64_t i = 0; i < LENGTH / 4; i++) {
-      if (planes(static_cast<int>(job.code_bits))) {
-        ordered[2 * i] = r[i];
-        ordered[2 * i + 1] = j[i];
-      } else {
-        ordered[2 * i] = (r[i] & 0x00ff00ffu) | (j[i] & 0x00ff00ffu) << 8;
-        ordered[2 * i + 1] = (r[i] >> 8 & 0x00ff00ffu) | (j[i] & 0xff00ff00u);
+    } else {
+      uint32_t r[LENGTH / 4], j[LENGTH / 4];
+      std::memcpy(r, bytes, LENGTH);
+      std::memcpy(j, bytes + LENGTH, LENGTH);
+      for (int64_t i = 0; i < LENGTH / 4; i++) {
+        if (planes(static_cast<int>(job.code_bits))) {
+          ordered[2 * i] = r[i];
+          ordered[2 * i + 1] = j[i];
+        } else {
+          ordered[2 * i] = (r[i] & 0x00ff00ffu) | (j[i] & 0x00ff00ffu) << 8;
+          ordered[2 * i + 1] = (r[i] >> 8 & 0x00ff00ffu) | (j[i] & 0xff00ff00u);
+        }
       }
     }
-    std::memcpy(x, ordered, 2 * LENGTH);
+    int8_t* to = x + (g * job.batch + panel.first) * 2 * LENGTH + (column - panel.first) * 4;
+    for (int64_t i = 0; i < LENGTH / 2; i++) std::memcpy(to + i * panel.width * 4, ordered + i, 4);
   }
 }
 
@@ -178,6 +198,7 @@ constexpr int64_t BUFFER = GROUP * UNIT * 2 * ROWS;  // bytes of working space: 
 #include "trellis_lookup.inl"
 
 #ifdef LLAVA_FA_INT8
+#define TILE ISA __attribute__((always_inline))
 constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
 
 // Points of a unit's codes: STEPS vectors.
@@ -214,30 +235,37 @@ INLINE int32_t four(const int8_t* x) {
   return v;
 }
 
-// C vectors times R blocks, `steps` vectors each.
+// f of each of I. Loops over registers are spelled out: compilers keep an array that a loop goes through in memory, and
+// write every sum back after every addition, for half of the speed.
+template <class F, int... I>
+INLINE void each(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+
+// C vectors, a panel of x, times R blocks, `steps` vectors each.
 template <int C, int R>
 INLINE void int8_tile(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, int64_t column, float* y) {
-  Sums sum[R][C];
-  const int8_t* x[C];
-  for (int c = 0; c < C; c++) {
-    x[c] = job.x + ((column + c) * job.groups + group) * GROUP * UNIT * 2;
-    for (int r = 0; r < R; r++) sum[r][c] = sums(job.x_bias[(column + c) * job.groups + group]);
-  }
-  for (int64_t s = 0; s < steps; s++)
-    for (int c = 0; c < C; c++)
-      for (int r = 0; r < R; r++) dot(sum[r][c], w + r * BUFFER + 64 * s, four(x[c] + 4 * s));
-  for (int c = 0; c < C; c++)
-    for (int r = 0; r < R; r++)
-      accumulate(y + (r * job.batch + column + c) * ROWS, sum[r][c], job.x_scale[(column + c) * job.groups + group]);
+  const auto all = std::make_integer_sequence<int, C * R>();  // column c of block r is c R + r
+  Sums sum[C * R];
+  const int64_t at = group * job.batch + column;
+  const int8_t* x = job.x + at * GROUP * UNIT * 2;
+  each(all, [&](auto i) TILE { sum[i] = sums(job.x_bias[at + i / R]); });
+  for (int64_t s = 0; s < steps; s++, w += 64, x += 4 * C)
+    each(all, [&](auto i) TILE { dot(sum[i], w + i % R * BUFFER, four(x + i / R * 4)); });
+  each(all, [&](auto i) TILE {
+    accumulate(y + (i % R * job.batch + column + i / R) * ROWS, sum[i], job.x_scale[at + i / R]);
+  });
 }
 
 template <int R>
 ISA void int8_columns(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, float* y) {
-  int64_t c = 0;
-  for (; c + COLUMNS <= job.batch; c += COLUMNS) int8_tile<COLUMNS, R>(job, group, steps, w, c, y);
-  for (; COLUMNS > 4 && c + 4 <= job.batch; c += 4) int8_tile<COLUMNS < 4 ? 1 : 4, R>(job, group, steps, w, c, y);
-  for (; c + 2 <= job.batch; c += 2) int8_tile<2, R>(job, group, steps, w, c, y);
-  for (; c < job.batch; c++) int8_tile<1, R>(job, group, steps, w, c, y);
+  for (Panel panel = panel_at(0, job.batch); panel.first < job.batch; panel = panel_at(panel.first + panel.width, job.batch)) {
+    if (panel.width == COLUMNS) int8_tile<COLUMNS, R>(job, group, steps, w, panel.first, y);
+    else if (panel.width == 4) int8_tile<4, R>(job, group, steps, w, panel.first, y);
+    else if (panel.width == 3) int8_tile<3, R>(job, group, steps, w, panel.first, y);
+    else if (panel.width == 2) int8_tile<2, R>(job, group, steps, w, panel.first, y);
+    else int8_tile<1, R>(job, group, steps, w, panel.first, y);
+  }
 }
 
 template <class Codes>
@@ -250,11 +278,15 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
     for (int64_t b = 0; b < count; b++) int8_blocks<Codes>(job, first + b, 1, y + b * ROWS, scratch);
     return;
   }
+  const int64_t unit_bytes = job.code_bits * 64, row_bytes = job.state_bits ? job.words * 64 : job.units * unit_bytes;
   for (int64_t group = 0; group < job.groups; group++) {
     const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
-    for (int64_t b = 0; b < count; b++)
+    for (int64_t b = 0; b < count; b++) {
+      const uint8_t* later = job.codes + (first + b) * row_bytes + (group + 2) * GROUP * unit_bytes;
+      for (int64_t at = 0; at < GROUP * unit_bytes; at += 64) __builtin_prefetch(later + at, 0, 2);
       for (int64_t u = 0; u < units; u++)
         Codes::points(source, first + b, group * GROUP + u, w + b * BUFFER + u * STEPS * 64);
+    }
     int64_t b = 0;
     for (; b + BLOCKS <= count; b += BLOCKS)
       int8_columns<BLOCKS>(job, group, units * STEPS, w + b * BUFFER, y + b * job.batch * ROWS);
@@ -263,33 +295,52 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
 }
 
 #ifdef LLAVA_FA_DIRECT
-// One vector: points are multiplied where they are looked up.
-template <int BITS, bool QUADRANT>
-ISA void int8_direct(const Linear& job, int64_t first, int64_t count, float* y, char*) {
+// Up to four vectors: points are multiplied where they are looked up. `Unit` does that for one unit of codes.
+template <int C, class Unit>
+INLINE void direct(const Linear& job, int64_t first, int64_t count, int64_t row_bytes, int64_t unit_bytes, float* y, Unit multiply) {
+  constexpr int CHAINS = C == 1 ? 4 : 2;  // sums that do not wait for each other
+  const auto columns = std::make_integer_sequence<int, C>();
+  for (int64_t b = 0; b < count; b++) {
+    const uint8_t* unit = job.codes + (first + b) * row_bytes;
+    const int8_t* x = job.x;
+    Floats total[C];
+    each(columns, [&](auto c) TILE { total[c] = set1(0.0f); });
+    for (int64_t group = 0; group < job.groups; group++) {
+      const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
+      Sums sum[C * CHAINS];
+      each(std::make_integer_sequence<int, C * CHAINS>(),
+           [&](auto i) TILE { sum[i] = sums(i % CHAINS ? 0 : job.x_bias[group * C + i / CHAINS]); });
+      for (int64_t u = 0; u < units; u++, unit += unit_bytes, x += 2 * UNIT * C) {
+        for (int64_t at = 0; at < unit_bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(unit + at + 8192), _MM_HINT_T0);
+        multiply(unit, [&](auto step, Bytes points) TILE {
+          each(columns, [&](auto c) TILE { dot(sum[c * CHAINS + step % CHAINS], points, four(x + 4 * (step * C + c))); });
+        });
+      }
+      each(columns, [&](auto c) TILE {
+        Sums* of = sum + c * CHAINS;
+        if (CHAINS == 4) of[0] = add(of[0], of[2 % CHAINS]), of[1] = add(of[1], of[3 % CHAINS]);
+        total[c] = fma(convert(add(of[0], of[1])), set1(job.x_scale[group * C + c]), total[c]);
+      });
+    }
+    each(columns, [&](auto c) TILE { store(y + (b * C + c) * ROWS, total[c]); });
+  }
+}
+
+template <int BITS, bool QUADRANT, int C>
+ISA void rings_direct(const Linear& job, int64_t first, int64_t count, float* y) {
   using Points = Table<BITS, QUADRANT>;
   Points table;
   Points::load(table, job.tables);
-  for (int64_t b = 0; b < count; b++) {
-    const uint8_t* unit = job.codes + (first + b) * job.units * BITS * 64;
-    const int8_t* x = job.x;
-    Floats total = set1(0.0f);
-    for (int64_t group = 0; group < job.groups; group++) {
-      const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
-      Sums sum[4] = {sums(job.x_bias[group]), sums(0), sums(0), sums(0)};
-      for (int64_t u = 0; u < units; u++, unit += BITS * 64, x += 2 * UNIT) {
-        for (int i = 0; i < BITS; i++) _mm_prefetch(reinterpret_cast<const char*>(unit + 64 * i + 8192), _MM_HINT_T0);
-        Bytes c[8], p, q;
-        codes<BITS>(unit, c);
-        for (int i = 0; i < 8; i++) {
-          Points::look(table, c[i], p, q);
-          dot(sum[2 * i % 4], p, four(x + 8 * i));
-          dot(sum[2 * i % 4 + 1], q, four(x + 8 * i + 4));
-        }
-      }
-      total = fma(convert(add(add(sum[0], sum[1]), add(sum[2], sum[3]))), set1(job.x_scale[group]), total);
-    }
-    store(y + b * ROWS, total);
-  }
+  direct<C>(job, first, count, job.units * BITS * 64, BITS * 64, y, [&](const uint8_t* unit, auto dots) TILE {
+    Bytes c[8];
+    codes<BITS>(unit, c);
+    each(std::make_integer_sequence<int, 8>(), [&](auto i) TILE {
+      Bytes p, q;
+      Points::look(table, c[i], p, q);
+      dots(std::integral_constant<int, 2 * i>(), p);
+      dots(std::integral_constant<int, 2 * i + 1>(), q);
+    });
+  });
 }
 #endif
 
@@ -300,12 +351,20 @@ ISA void int8_direct(const Linear& job, int64_t first, int64_t count, float* y, 
 template <int BITS, bool QUADRANT = false>
 INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
 #ifdef LLAVA_FA_ADDENDS
-  if (job.addends && job.batch == 1) return addends_direct<BITS>(job, first, count, y, scratch);
-  if (job.addends) return int8_blocks<AddendCodes<BITS>>(job, first, count, y, scratch);
+  if (job.addends) {
+    if (job.batch == 1) return addends_direct<BITS, 1>(job, first, count, y);
+    if (job.batch == 2) return addends_direct<BITS, 2>(job, first, count, y);
+    if (job.batch == 3) return addends_direct<BITS, 3>(job, first, count, y);
+    if (job.batch == 4) return addends_direct<BITS, 4>(job, first, count, y);
+    return int8_blocks<AddendCodes<BITS>>(job, first, count, y, scratch);
+  }
 #endif
   if (job.state_bits) return int8_blocks<TrellisCodes<BITS>>(job, first, count, y, scratch);
 #ifdef LLAVA_FA_DIRECT
-  if (job.batch == 1) return int8_direct<BITS, QUADRANT>(job, first, count, y, scratch);
+  if (job.batch == 1) return rings_direct<BITS, QUADRANT, 1>(job, first, count, y);
+  if (job.batch == 2) return rings_direct<BITS, QUADRANT, 2>(job, first, count, y);
+  if (job.batch == 3) return rings_direct<BITS, QUADRANT, 3>(job, first, count, y);
+  if (job.batch == 4) return rings_direct<BITS, QUADRANT, 4>(job, first, count, y);
 #endif
   int8_blocks<RingCodes<BITS, QUADRANT>>(job, first, count, y, scratch);
 }

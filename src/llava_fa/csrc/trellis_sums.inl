@@ -69,31 +69,14 @@ struct AddendCodes {
   }
 };
 
-template <int BITS, int... I>
-INLINE void sum_dots(const Addends& table, const Bytes* w, const int8_t* x, Sums* sum, std::integer_sequence<int, I...>) {
-  (dot(sum[I % 4], sum_point<BITS>(table, window<BITS, I, ADDENDS_STATE_BITS>(w)), four(x + 4 * I)), ...);
-}
-
-// One vector: as int8_direct.
-template <int BITS>
-ISA void addends_direct(const Linear& job, int64_t first, int64_t count, float* y, char*) {
+template <int BITS, int C>
+ISA void addends_direct(const Linear& job, int64_t first, int64_t count, float* y) {
   Addends table;
   Addends::load(table, job.addends);
-  for (int64_t b = 0; b < count; b++) {
-    const uint8_t* unit = job.codes + (first + b) * job.words * 64;
-    const int8_t* x = job.x;
-    Floats total = set1(0.0f);
-    for (int64_t group = 0; group < job.groups; group++) {
-      const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
-      Sums sum[4] = {sums(job.x_bias[group]), sums(0), sums(0), sums(0)};
-      for (int64_t u = 0; u < units; u++, unit += BITS * 64, x += 2 * UNIT) {
-        for (int i = 0; i < BITS; i++) _mm_prefetch(reinterpret_cast<const char*>(unit + 64 * i + 8192), _MM_HINT_T0);
-        Bytes w[BITS + 1];
-        words_of<BITS>(unit, w);
-        sum_dots<BITS>(table, w, x, sum, std::make_integer_sequence<int, HALF>());
-      }
-      total = fma(convert(add(add(sum[0], sum[1]), add(sum[2], sum[3]))), set1(job.x_scale[group]), total);
-    }
-    store(y + b * ROWS, total);
-  }
+  direct<C>(job, first, count, job.words * 64, BITS * 64, y, [&](const uint8_t* unit, auto dots) TILE {
+    Bytes w[BITS + 1];
+    words_of<BITS>(unit, w);
+    each(std::make_integer_sequence<int, HALF>(),
+         [&](auto i) TILE { dots(i, sum_point<BITS>(table, window<BITS, i, ADDENDS_STATE_BITS>(w))); });
+  });
 }
