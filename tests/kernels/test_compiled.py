@@ -193,6 +193,23 @@ def test_rows_of_a_batch_and_threads_do_not_matter(layout):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("make", [best, trellis])
+@pytest.mark.parametrize("threads", [1, 2, 32])
+def test_every_batch_and_share_of_the_rows_gives_what_one_input_gives(make, threads, level):
+    """19 blocks of rows: pairs and one over, four at a time; panels of 12, 4 and what is left; threads without work."""
+    layout = make(300, 640, 4)
+    tensors = random_tensors(layout, shipped=True)
+    x = torch.randn(23, 640, generator=torch.Generator().manual_seed(5))
+    torch.set_num_threads(1)
+    wanted = torch.cat([run(layout, tensors, one[None]) for one in x])
+    torch.set_num_threads(threads)
+    try:
+        for batch in (1, 2, 3, 4, 5, 12, 13, 16, 23):
+            assert torch.equal(run(layout, tensors, x[:batch]), wanted[:batch])
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_more_columns_than_go_at_once():
     layout = best(20, 64, 4)
     tensors, x = random_tensors(layout), torch.randn(1100, 64)

@@ -17,6 +17,7 @@
 
 #include "dft.h"
 #include "kernels.h"
+#include "part.h"
 
 using namespace llava_fa;
 
@@ -152,33 +153,6 @@ float bf16(const uint16_t* p) {
   return value;
 }
 
-// The blocks of rows that are left of a thread's part. It takes them from the front, so that its reading of codes runs on
-// without a break, which memory is fastest at; threads that have done theirs take from the end.
-class alignas(64) Part {
- public:
-  void set(uint32_t first, uint32_t last) { ends = uint64_t{last} << 32 | first; }
-
-  // At most so many: the first, and how many.
-  std::pair<int64_t, int64_t> take(uint32_t most, bool from_end) {
-    for (uint64_t now = ends;;) {
-      uint32_t first = static_cast<uint32_t>(now), last = static_cast<uint32_t>(now >> 32);
-      const uint32_t some = std::min(most, last - first);
-      if (!some) return {0, 0};
-      const uint32_t at = from_end ? last -= some : first;
-      if (!from_end) first += some;
-      if (ends.compare_exchange_weak(now, uint64_t{last} << 32 | first)) return {at, some};
-    }
-  }
-
-  int64_t left() const {
-    const uint64_t now = ends;
-    return static_cast<int64_t>((now >> 32) - (now & 0xffffffff));
-  }
-
- private:
-  std::atomic<uint64_t> ends{0};
-};
-
 struct Call {
   const LinearKernels* kernels;
   const char* x;
@@ -207,7 +181,7 @@ struct Call {
   int64_t element() const { return kind == 2 ? 4 : 2; }
   // Rows of R that one task takes.
   static constexpr int64_t RIGHT = 8;
-  // Bytes of codes that a thread fetches while it waits: less than a core's own cache has.
+  // Bytes of codes that a thread fetches while it waits: what most cores' own cache has room for.
   static constexpr int64_t AHEAD = 1 << 18;
   int64_t block_codes() const { return job.state_bits ? job.words * 64 : job.units * job.code_bits * 64; }  // bytes
   int64_t first_tasks() const { return batch + (rank + RIGHT - 1) / RIGHT; }
@@ -333,7 +307,7 @@ int64_t run(Call& call, int64_t threads, Parallel parallel) {
   // Blocks at a time: few enough that all threads have some, and about 64 KB of codes for a thread to read on in.
   const int64_t bytes = call.block_codes();
   int64_t at_once = bytes > 1 << 16 ? 1 : (1 << 16) / bytes;
-  if (call.batch > 1 && at_once < 4) at_once = 4;  // x goes through the cache once for all of them
+  if (call.batch > 1 && at_once < 4) at_once = 4;  // where points are kept, x goes through the cache once for all of them
   if (at_once > 16) at_once = 16;
   while (at_once > 1 && at_once * 4 * threads > job.blocks) at_once /= 2;
   call.at_once = at_once;

@@ -1,5 +1,5 @@
 // A packed layer times vectors (linear.h). Lanes are rows of the weight; a block of ROWS rows goes through its codes once,
-// whatever the batch: looked up, and multiplied at once (one vector) or from a buffer in cache (several).
+// whatever the batch: looked up, and multiplied at once (few vectors) or from a buffer in cache (many).
 
 namespace {
 
@@ -295,9 +295,10 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
 }
 
 #ifdef LLAVA_FA_DIRECT
-// Up to four vectors: points are multiplied where they are looked up. `Unit` does that for one unit of codes.
-template <int C, class Unit>
-INLINE void direct(const Linear& job, int64_t first, int64_t count, int64_t row_bytes, int64_t unit_bytes, float* y, Unit multiply) {
+// Up to four vectors: points are multiplied where they are looked up. `multiply` does that for one unit.
+template <int C, class Multiply>
+INLINE void direct(const Linear& job, int64_t first, int64_t count, int64_t row_bytes, int64_t unit_bytes, float* y,
+                   Multiply multiply) {
   constexpr int CHAINS = C == 1 ? 4 : 2;  // sums that do not wait for each other
   const auto columns = std::make_integer_sequence<int, C>();
   for (int64_t b = 0; b < count; b++) {
@@ -318,7 +319,7 @@ INLINE void direct(const Linear& job, int64_t first, int64_t count, int64_t row_
       }
       each(columns, [&](auto c) TILE {
         Sums* of = sum + c * CHAINS;
-        if (CHAINS == 4) of[0] = add(of[0], of[2 % CHAINS]), of[1] = add(of[1], of[3 % CHAINS]);
+        if constexpr (CHAINS == 4) of[0] = add(of[0], of[2]), of[1] = add(of[1], of[3]);
         total[c] = fma(convert(add(of[0], of[1])), set1(job.x_scale[group * C + c]), total[c]);
       });
     }

@@ -75,7 +75,7 @@ INLINE void windows(const uint8_t* unit, int32_t mask, uint8_t* out, std::intege
   }
 }
 
-// As points_int8; vectors of coefficients I and I + 16, as (re, im, re, im).
+// As RingCodes; vectors of coefficients I and I + 16, as (re, im, re, im).
 template <int BITS>
 struct TrellisCodes {
   const uint8_t *from, *table;
