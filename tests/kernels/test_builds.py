@@ -40,23 +40,32 @@ def outputs() -> list[torch.Tensor]:
     for layout, shipped in itertools.product(layouts, (False, True)):
         t = random_tensors(layout, shipped=shipped)
         stored = [t[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
-        for batch in (1, 17):
+        for batch in (1, 4, 17):
             x = torch.randn(batch, 600, generator=torch.Generator().manual_seed(layout.code_bits)).bfloat16()
             codes = interleave(t["codes"], layout)
             made.append(compiled.linear(x, codes, *stored, *[None] * 5, layout.code_bits, layout.state_bits))
     return made
 
 
-@pytest.mark.skipif("avx512" not in native.levels(), reason="the rest of AVX-512 is not emulated")
-def test_vbmi_gives_what_vnni_gives(tmp_path, monkeypatch):
-    """Its two instructions emulated; all else is as it will run."""
+@pytest.mark.parametrize(
+    ("level", "name", "flags"),
+    [
+        ("avx512", "avx512vbmi", ("-DLLAVA_FA_EMULATE_VBMI",)),  # its two instructions; all else is as it will run
+        ("avx512", "avx512vnni", ("-DLLAVA_FA_WITHOUT_VBMI",)),
+        ("avx2", "avx2", ()),  # no assembler that knows AVX-VNNI
+    ],
+)
+def test_every_build_of_a_level_gives_the_same(tmp_path, monkeypatch, level, name, flags):
+    if level not in native.levels():
+        pytest.skip(f"the rest of {level} is not emulated")
+    monkeypatch.setenv(native.SWITCH, level)
     ours = outputs()
-    build(tmp_path, "-O2", "-DLLAVA_FA_EMULATE_VBMI")
+    build(tmp_path, "-O2", *flags)
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     native._library.cache_clear()
     try:
         found = doctor.diagnose()
-        assert found["kernels"]["layer"] == "avx512vbmi"
+        assert found["kernels"]["layer"] == name
         assert found["ok"], found["checks"]
         assert all(torch.equal(a, b) for a, b in zip(outputs(), ours, strict=True))
     finally:
