@@ -40,9 +40,12 @@ bool has_vbmi() {
 #endif
 }
 
-bool has_avxvnni() {  // not every compiler's __builtin_cpu_supports knows it
-  unsigned a = 0, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+bool has_avxvnni() {  // not every compiler's __builtin_cpu_supports knows it; asked once, for it takes microseconds in a VM
+  static const bool has = [] {
+    unsigned a = 0, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+  }();
+  return has;
 }
 #endif
 
@@ -325,7 +328,8 @@ int64_t run(Call& call, int64_t threads, Parallel parallel) {
   call.threads = threads = std::max<int64_t>(threads, 1);
   std::vector<Part> parts(static_cast<size_t>(threads));
   for (int64_t i = 0; i < threads; i++)
-    parts[static_cast<size_t>(i)].set(static_cast<uint32_t>(job.blocks * i / threads), static_cast<uint32_t>(job.blocks * (i + 1) / threads));
+    parts[static_cast<size_t>(i)].set(static_cast<uint32_t>(job.blocks * i / threads),
+                                      static_cast<uint32_t>(job.blocks * (i + 1) / threads));
   call.parts = parts.data();
   auto body = [&] { call.work(); };
   on_threads(threads, parallel, body);

@@ -77,7 +77,7 @@ constexpr size_t trellis_table_bytes(int64_t state_bits) { return (size_t{4} << 
 
 const LinearKernels* portable_linear();
 const LinearKernels* avx2_linear();      // null where they were not built
-const LinearKernels* avxvnni_linear();     // the same
+const LinearKernels* avxvnni_linear();   // the same
 const LinearKernels* avx512vnni_linear();  // the same
 const LinearKernels* avx512vbmi_linear();  // the same
 
