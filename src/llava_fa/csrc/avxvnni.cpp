@@ -1,4 +1,5 @@
-// The packed layer for AVX2 with AVX-VNNI; which CPU has it is asked in linear.cpp, whether the assembler knows it in CMakeLists.txt.
+// The packed layer for AVX2 with AVX-VNNI; which CPU has it is asked in linear.cpp, whether the assembler knows it in
+// CMakeLists.txt.
 #include "dft.h"
 #include "linear.h"
 

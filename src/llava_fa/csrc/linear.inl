@@ -242,6 +242,18 @@ INLINE void each(std::integer_sequence<int, I...>, F f) {
   (f(std::integral_constant<int, I>()), ...);
 }
 
+// f of a number from 1 to 4 that is known when compiled; otherwise nothing, and false.
+template <class F>
+INLINE bool few(int64_t count, F f) {
+  switch (count) {
+    case 1: f(std::integral_constant<int, 1>()); return true;
+    case 2: f(std::integral_constant<int, 2>()); return true;
+    case 3: f(std::integral_constant<int, 3>()); return true;
+    case 4: f(std::integral_constant<int, 4>()); return true;
+    default: return false;
+  }
+}
+
 // C vectors, a panel of x, times R blocks, `steps` vectors each.
 template <int C, int R>
 INLINE void int8_tile(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, int64_t column, float* y) {
@@ -260,11 +272,8 @@ INLINE void int8_tile(const Linear& job, int64_t group, int64_t steps, const uin
 template <int R>
 ISA void int8_columns(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, float* y) {
   for (Panel panel = panel_at(0, job.batch); panel.first < job.batch; panel = panel_at(panel.first + panel.width, job.batch)) {
-    if (panel.width == COLUMNS) int8_tile<COLUMNS, R>(job, group, steps, w, panel.first, y);
-    else if (panel.width == 4) int8_tile<4, R>(job, group, steps, w, panel.first, y);
-    else if (panel.width == 3) int8_tile<3, R>(job, group, steps, w, panel.first, y);
-    else if (panel.width == 2) int8_tile<2, R>(job, group, steps, w, panel.first, y);
-    else int8_tile<1, R>(job, group, steps, w, panel.first, y);
+    if (!few(panel.width, [&](auto c) TILE { int8_tile<c, R>(job, group, steps, w, panel.first, y); }))
+      int8_tile<COLUMNS, R>(job, group, steps, w, panel.first, y);
   }
 }
 
@@ -353,19 +362,13 @@ template <int BITS, bool QUADRANT = false>
 INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
 #ifdef LLAVA_FA_ADDENDS
   if (job.addends) {
-    if (job.batch == 1) return addends_direct<BITS, 1>(job, first, count, y);
-    if (job.batch == 2) return addends_direct<BITS, 2>(job, first, count, y);
-    if (job.batch == 3) return addends_direct<BITS, 3>(job, first, count, y);
-    if (job.batch == 4) return addends_direct<BITS, 4>(job, first, count, y);
+    if (few(job.batch, [&](auto c) TILE { addends_direct<BITS, c>(job, first, count, y); })) return;
     return int8_blocks<AddendCodes<BITS>>(job, first, count, y, scratch);
   }
 #endif
   if (job.state_bits) return int8_blocks<TrellisCodes<BITS>>(job, first, count, y, scratch);
 #ifdef LLAVA_FA_DIRECT
-  if (job.batch == 1) return rings_direct<BITS, QUADRANT, 1>(job, first, count, y);
-  if (job.batch == 2) return rings_direct<BITS, QUADRANT, 2>(job, first, count, y);
-  if (job.batch == 3) return rings_direct<BITS, QUADRANT, 3>(job, first, count, y);
-  if (job.batch == 4) return rings_direct<BITS, QUADRANT, 4>(job, first, count, y);
+  if (few(job.batch, [&](auto c) TILE { rings_direct<BITS, QUADRANT, c>(job, first, count, y); })) return;
 #endif
   int8_blocks<RingCodes<BITS, QUADRANT>>(job, first, count, y, scratch);
 }
