@@ -39,7 +39,7 @@ from llava_fa import FourierConfig, FourierLinear, compress, native
 from llava_fa.config import Codes
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.loading import load
-from llava_fa.kernels.interleaved import best_layout
+from llava_fa.kernels.layout import best_layout
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import STATE_BITS, trellis_points
 from llava_fa.nn.codebooks import share_codebooks

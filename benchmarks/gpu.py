@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
-from llava_fa.kernels import doctor, registry, triton, words
-from llava_fa.kernels.interleaved import best_layout
+from llava_fa.kernels import doctor, run, triton, words
+from llava_fa.kernels.layout import best_layout
+from llava_fa.kernels.packed import BestWeight
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import STATE_BITS, trellis_points
 
@@ -84,17 +85,20 @@ def packed(
     count = 1 + 2 * cache_bytes() // (4 * first.numel())
     codes = [first, *(first.clone() for _ in range(count))]
     points = (trellis_points(bits) if state else ring_codebook(bits)).bfloat16().cuda()
-    rest = (
-        torch.full((m,), n**-0.5, device="cuda").bfloat16(),
-        torch.ones(n, device="cuda").bfloat16(),
-        torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8, device="cuda"),
-        points,
+    weight = BestWeight(
+        layout,
+        first,
+        row_scale=torch.full((m,), n**-0.5, device="cuda").bfloat16(),
+        input_scale=torch.ones(n, device="cuda").bfloat16(),
+        signs=torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8, device="cuda"),
+        codebook=points,
     )
+    weights = [weight._replace(codes=some) for some in codes]
 
     def call(i: int) -> torch.Tensor:
-        return triton.linear(x, codes[i % len(codes)], *rest, *[None] * 5, bits, state, tile)
+        return triton.linear(x, weights[i % len(weights)], None, tile)
 
-    return call, sum(tensor.numel() * tensor.element_size() for tensor in (first, *rest))
+    return call, sum(tensor.numel() * tensor.element_size() for tensor in weight if isinstance(tensor, torch.Tensor))
 
 
 def bf16(m: int, n: int, x: torch.Tensor) -> Call:
@@ -151,11 +155,9 @@ def correctness(stop: float) -> Iterator[dict[str, Any]]:
             (3, 0),
         )  # of the others bf16 alone: each kernel takes a second to make
         for m, n in ((203, 37 * 32), (70, 511), (33, 998)) if whole else ((203, 37 * 32),):
-            layer: list[Any] = [*doctor._layer(m, n, bits, state), None, None, None, None, None, bits, state]
-            moved = [value.cuda() if isinstance(value, torch.Tensor) else value for value in layer]
-            codes, scale, inputs, signs, book = layer[:5]
-            named = {"codes": codes, "row_scale": scale, "input_scale": inputs, "signs": signs, "codebook": book}
-            weight = registry.dense(named, n, trellis_bits=bits if state else 0, dtype=torch.float64).cuda()
+            layer = doctor.random_weight(m, n, bits, state)
+            moved = layer.map(lambda tensor: tensor.cuda())
+            weight = run.dense(layer, torch.float64).cuda()
             for dtype in (torch.bfloat16, torch.float16, torch.float32) if whole and n != 511 else (torch.bfloat16,):
                 for batch in (1, 17, 130) if whole else (1, 17):
                     if time.monotonic() > stop:
@@ -163,7 +165,7 @@ def correctness(stop: float) -> Iterator[dict[str, Any]]:
                     x = torch.randn(batch, n, device="cuda").to(dtype) / 16
                     wanted = x.double() @ weight.T
                     theirs = (torch.nn.functional.linear(x, weight.to(dtype)).double() - wanted).norm()
-                    error = (triton.linear(x, *moved).double() - wanted).norm()
+                    error = (triton.linear(x, moved).double() - wanted).norm()
                     share = float(error / (theirs + 1e-6 * wanted.norm()))
                     case = {"bits": bits, "trellis": state > 0, "m": m, "n": n, "batch": batch}
                     yield {**case, "dtype": str(dtype), "error over PyTorch's": share, "ok": share <= 2}

@@ -43,7 +43,9 @@ from typing import Any
 import torch
 
 from llava_fa.kernels import compiled
-from llava_fa.kernels.interleaved import best_layout, interleaved_shape
+from llava_fa.kernels.interleaved import interleaved_shape
+from llava_fa.kernels.layout import best_layout
+from llava_fa.kernels.packed import BestWeight
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import STATE_BITS, trellis_points
 from llava_fa.native import layer_kernel
@@ -117,17 +119,17 @@ def packed(m: int, n: int, x: torch.Tensor, code_bits: int, state_bits: int, hot
     layout = best_layout(m, n, code_bits, state_bits)
     codes = copies(lambda: torch.randint(0, 256, interleaved_shape(layout), dtype=torch.uint8), hot)
     points = trellis_points(code_bits) if state_bits else ring_codebook(code_bits)
-    rest = (
-        torch.full((m,), n**-0.5).bfloat16(),
-        torch.ones(n).bfloat16(),
-        torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8),
-        points.bfloat16(),
+    weight = BestWeight(
+        layout,
+        codes[0],
+        row_scale=torch.full((m,), n**-0.5).bfloat16(),
+        input_scale=torch.ones(n).bfloat16(),
+        signs=torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8),
+        codebook=points.bfloat16(),
     )
-
-    def run(some: torch.Tensor) -> torch.Tensor:
-        return compiled.linear(x, some, *rest, None, None, None, None, None, code_bits, state_bits)
-
-    return Turns(codes, run), sum(tensor.numel() * tensor.element_size() for tensor in (codes[0], *rest))
+    weights = [weight._replace(codes=some) for some in codes]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weight if isinstance(tensor, torch.Tensor))
+    return Turns(weights, lambda weight: compiled.linear(x, weight)), size
 
 
 def int4(m: int, n: int, x: torch.Tensor, hot: bool) -> Turns:

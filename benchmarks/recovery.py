@@ -223,7 +223,7 @@ def dense(folder: str | Path) -> tuple[Any, Any]:
 
 def without_transform() -> None:
     """The spatial-domain twin: pairs of neighbouring weights take the place of the spectrum's coefficients."""
-    from llava_fa.kernels import reference, trainable
+    from llava_fa.kernels import pytorch, trainable
     from llava_fa.maths import dft
 
     os.environ["LLAVA_FA_NATIVE"] = "off"  # the compiled layer has the transform in it
@@ -234,7 +234,7 @@ def without_transform() -> None:
     def inverse(y: torch.Tensor, _: Any, n: int) -> torch.Tensor:
         return y[..., :n]
 
-    for module in (dft, reference, trainable):
+    for module in (dft, pytorch, trainable):
         module.packed_dft, module.packed_idft = padded, inverse
 
 

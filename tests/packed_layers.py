@@ -6,8 +6,10 @@ import dataclasses
 
 import torch
 
+from llava_fa.kernels import definition
 from llava_fa.kernels.layout import FactoredLayout, Layout
-from llava_fa.maths.bitpack import pack, unpack
+from llava_fa.kernels.packed import PackedWeight, packed_weight
+from llava_fa.maths.bitpack import pack
 from llava_fa.maths.dft import padded, random_signs
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import trellis_points
@@ -110,60 +112,16 @@ def layout_id(layout: Layout) -> str:
     return f"{kind}-{layout.out_features}x{layout.in_features}-{layout.code_bits}b-r{layout.rank}"
 
 
-def transform_matrix(n: int, signs: torch.Tensor) -> torch.Tensor:
-    """T [N, n] in float64, written down from its definition rather than by an FFT."""
-    size = padded(n)
-    angle = 2 * torch.pi * torch.outer(torch.arange(size), torch.arange(size)).double() / size
-    rows = [angle[0].cos(), angle[size // 2].cos()]
-    for f in range(1, size // 2):
-        rows += [2**0.5 * angle[f].cos(), -(2**0.5) * angle[f].sin()]
-    return (torch.stack(rows) / size**0.5 * signs)[:, :n]
-
-
-def trellis_windows(layout: Layout, packed: torch.Tensor) -> torch.Tensor:
-    """Window t of a row is bits t·k … t·k + L - 1 of it: bit by bit."""
-    bits = unpack(packed, 1, layout.row_bits).long()
-    weight = 2 ** torch.arange(layout.state_bits)
-    first = [t * layout.code_bits for t in range(layout.coefficients)]
-    return torch.stack([(bits[:, at : at + layout.state_bits] * weight).sum(1) for at in first], dim=1)
-
-
-def dense_best(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    n = layout.in_features
-    signs = 1 - 2 * unpack(tensors["signs"], 1, padded(n)).double()
-    if layout.codes == "trellis":
-        codes = trellis_windows(layout, tensors["codes"])
-    else:
-        codes = unpack(tensors["codes"], layout.code_bits, padded(n) // 2).long()
-    packed = tensors["codebook"].double()[codes].flatten(1) * tensors["row_scale"].double()[:, None]
-    weight = packed @ transform_matrix(n, signs) / tensors["input_scale"].double()
-    if layout.rank:
-        left, right = tensors["left"].double(), tensors["right"].double()
-        if "left_scale" in tensors:
-            left = left * tensors["left_scale"].double()
-            right = right * tensors["right_scale"].double()[:, None]
-        weight = weight + left @ right
-    return weight
-
-
-def dense_paper(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    codes = unpack(tensors["codes"], layout.code_bits, layout.coefficients).long()
-    amplitude = (codes >> layout.phase_bits).double() * tensors["r_max"].double()
-    amplitude = amplitude / ((1 << layout.amplitude_bits) - 1)
-    phase = (codes & ((1 << layout.phase_bits) - 1)).double() * 2 * torch.pi / (1 << layout.phase_bits)
-    spectrum = torch.polar(amplitude, phase - torch.pi)
-    if layout.rank:
-        left, right = (torch.view_as_complex(tensors[key].double()) for key in ("left", "right"))
-        spectrum = spectrum + left @ right
-    return torch.fft.irfft2(spectrum, s=(layout.out_features, layout.in_features), norm="ortho")
+def random_weight(layout: Layout, seed: int = 0, *, shipped: bool = False) -> PackedWeight:
+    return packed_weight(layout, random_tensors(layout, seed, shipped=shipped))
 
 
 def exact_weight(layout: Layout | FactoredLayout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """W in float64, from docs/format.md word for word: no FFT, no table, no chunk."""
+    """W in float64, by definition."""
     if isinstance(layout, FactoredLayout):
         left, right = (
             exact_weight(part, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
             for prefix, part in layout.parts().items()
         )
         return left @ right
-    return (dense_best if layout.method == "best" else dense_paper)(layout, tensors)
+    return definition.dense(packed_weight(layout, tensors))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "llava_fa"
-ORDER = ("maths", "solver", "kernels", "nn", "hub", "train", "world", "eval", "serve", "web", "cli")
+ORDER = ("maths", "kernels", "solver", "nn", "hub", "train", "world", "eval", "serve", "web", "cli")
 TOP = {"config", "errors", "native"}
 FILES = sorted(SRC.rglob("*.py"))
 

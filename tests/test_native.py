@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +68,23 @@ def test_threads_change_nothing():
         assert torch.equal(trellis(4).encode(target), alone)
     finally:
         torch.set_num_threads(1)
+
+
+def fields_in_c(name: str) -> list[str]:
+    """Names of the members of a struct of csrc, in their order."""
+    csrc = Path(native.__file__).parent / "csrc"
+    headers = "\n".join((csrc / file).read_text() for file in ("kernels.h", "linear.h"))
+    body = re.search(rf"^struct {name} {{\n(.*?)\n}};", headers, re.MULTILINE | re.DOTALL)[1]
+    declarations = re.sub(r"//.*", "", body).split(";")
+    return [part.split()[-1].strip("*") for declared in declarations for part in declared.split(",") if part.strip()]
+
+
+@pytest.mark.parametrize("struct", native.STRUCTS, ids=lambda struct: struct.__name__)
+def test_structs_are_those_of_the_header(struct):
+    assert fields_in_c(struct.__name__) == list(struct._fields)
+
+
+def test_every_struct_that_kernels_take_is_described():
+    headers = (Path(native.__file__).parent / "csrc" / "kernels.h").read_text()
+    declared = set(re.findall(r"^struct (\w+) {", headers, re.MULTILINE)) - {"Kernels"}
+    assert declared | {"Interleave", "Layer"} == {struct.__name__ for struct in native.STRUCTS}

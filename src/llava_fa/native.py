@@ -12,10 +12,12 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
+import struct
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +27,8 @@ from llava_fa.errors import FourierError
 LEVELS = ("portable", "avx2", "avx512")
 """Instruction sets, narrowest first; a CPU that has one has those before it."""
 SWITCH = "LLAVA_FA_NATIVE"
-# As in csrc/library.cpp: raised whenever an exported function changes.
-_ABI = 5
+# As in csrc/library.cpp: raised whenever an exported function or a struct changes.
+_ABI = 6
 
 
 @cache
@@ -103,8 +105,142 @@ def serves(*tensors: Tensor) -> bool:
     return ours and choice()[0] is not None
 
 
-def call(kernel: str, *arguments: Tensor | int | float) -> None:
-    """Run one kernel of csrc/library.cpp on torch's number of threads.
+class Nearest(NamedTuple):
+    """Tables of `maths.nearest.NearestCode`."""
+
+    cells: Tensor
+    candidates: Tensor
+    points: Tensor
+    half_norm: Tensor
+    side: int
+    width: int
+    size: int
+    reach: float
+
+
+class Viterbi(NamedTuple):
+    """The exact nearest codewords: `maths.trellis.Trellis.encode`."""
+
+    target: Tensor
+    steps: int
+    rows: int
+    table: Tensor
+    state_bits: int
+    code_bits: int
+    states: Tensor
+
+
+class Beam(NamedTuple):
+    """One block of columns of `solver.beam`."""
+
+    target: Tensor
+    base: Tensor
+    columns: int
+    rows: int
+    unit: Tensor
+    metric: Tensor
+    tried: Tensor
+    numbers: Tensor
+    search: Nearest
+    codes: Tensor
+
+
+class Greedy(NamedTuple):
+    """One block of columns of `solver.feedback.round_with_feedback`."""
+
+    target: Tensor
+    base: Tensor
+    columns: int
+    rows: int
+    unit: Tensor
+    search: Nearest
+    codes: Tensor
+
+
+class Refine(NamedTuple):
+    """One block of columns of `solver.feedback.refine`."""
+
+    error: Tensor
+    gradient: Tensor
+    columns: int
+    rows: int
+    moment: Tensor
+    inverse: Tensor
+    search: Nearest
+    codes: Tensor
+    changed: Tensor
+
+
+class TrellisBeam(NamedTuple):
+    """One block of columns of `solver.trellis_beam`."""
+
+    target: Tensor
+    base: Tensor
+    start: int
+    columns: int
+    size: int
+    rows: int
+    unit: Tensor
+    ahead: int
+    metric: Tensor
+    points: Tensor
+    code_bits: int
+    lists: Tensor
+    first: Tensor
+    side: int
+    tried: int
+    tried_first: int
+    reach: float
+    paths: Tensor
+    states: Tensor
+
+
+class Interleave(NamedTuple):
+    """Codes as stored ↔ in the kernels' order: `kernels.interleaved`."""
+
+    source: Tensor
+    to: Tensor
+    m: int
+    coefficients: int
+    code_bits: int
+    state_bits: int
+    back: bool
+
+
+class Layer(NamedTuple):
+    """One call of the packed layer, tensors by address, 0 for none: `kernels.compiled`."""
+
+    x: int
+    out: int
+    batch: int
+    dtype: int
+    codes: int
+    row_scale: int
+    input_scale: int
+    signs: int
+    codebook: int
+    left: int
+    right: int
+    left_scale: int
+    right_scale: int
+    rank: int
+    bias: int
+    bias_dtype: int
+    m: int
+    n: int
+    code_bits: int
+    state_bits: int
+    exact: bool
+
+
+STRUCTS = (Nearest, Viterbi, Beam, Greedy, Refine, TrellisBeam, Interleave, Layer)
+"""The structs of csrc by name, field by field; each field has eight bytes (`tests/test_native.py` compares)."""
+
+_pack_layer = struct.Struct(f"{len(Layer._fields)}q").pack
+
+
+def call(job: Viterbi | Beam | Greedy | Refine | TrellisBeam) -> None:
+    """Run a kernel of the solver on torch's number of threads.
 
     Tensors are passed by address, as they lie there: the caller answers for their shape, dtype and contiguity. The
     interpreter goes on with other threads meanwhile.
@@ -113,21 +249,49 @@ def call(kernel: str, *arguments: Tensor | int | float) -> None:
         MemoryError: there was none left for its working space.
     """
     level = choice()[0]
+    assert level is not None
+    name = _symbol(type(job).__name__)
+    if getattr(_loaded(), name)(LEVELS.index(level), torch.get_num_threads(), _packed(job)):
+        raise MemoryError(f"no memory for the working space of {name}")
+
+
+def interleave(job: Interleave) -> None:
+    """Fill ``job.to``, which is zero at first."""
+    _loaded().llava_fa_interleave(_packed(job))
+
+
+@cache
+def _symbol(name: str) -> str:
+    """TrellisBeam → llava_fa_trellis_beam."""
+    return "llava_fa" + re.sub("([A-Z])", lambda letter: f"_{letter[1].lower()}", name)
+
+
+def _packed(job: tuple[Any, ...]) -> bytes:
+    """The struct as C has it."""
+    values: list[int | float] = []
+    for value in job:
+        if isinstance(value, Nearest):
+            values += [field.data_ptr() if isinstance(field, Tensor) else field for field in value]
+        else:
+            values.append(value.data_ptr() if isinstance(value, Tensor) else value)
+    return struct.pack("".join("d" if isinstance(value, float) else "q" for value in values), *values)
+
+
+def _loaded() -> ctypes.CDLL:
     library = _library()[0]
     assert library is not None
-    assert level is not None
-    values = (LEVELS.index(level), torch.get_num_threads(), *arguments)
-    if getattr(library, f"llava_fa_{kernel}")(*map(_raw, values)):
-        raise MemoryError(f"no memory for the working space of {kernel}")
+    return library
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """Argument types of what is called once a token and layer, where converting them one by one would be felt."""
-    integer, address = ctypes.c_int64, ctypes.c_void_p
+    """Types that are not C's int, which ctypes takes all arguments for that it is told nothing of."""
+    integer, address, job = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+    for kernel in ("viterbi", "beam", "greedy", "refine", "trellis_beam"):
+        function = getattr(library, f"llava_fa_{kernel}")
+        function.argtypes, function.restype = [integer, integer, job], integer
+    library.llava_fa_interleave.argtypes = [job]
     library.llava_fa_linear_name.restype = ctypes.c_char_p
-    library.llava_fa_linear.argtypes = [integer, integer, address, address, integer, integer, address, *(address,) * 9]
-    library.llava_fa_linear.argtypes += [integer, address, *(integer,) * 6]
-    library.llava_fa_linear.restype = integer
+    library.llava_fa_linear.argtypes, library.llava_fa_linear.restype = [integer, integer, address, job], integer
     library.llava_fa_linear_adds.argtypes = [integer, address, integer, integer]
     library.llava_fa_linear_adds.restype = integer
 
@@ -167,7 +331,7 @@ class LayerKernel(NamedTuple):
         name: what it is built for.
         int8: whether it multiplies int8 activations; portable code is as fast in float32.
         level: index into `LEVELS`.
-        function: `llava_fa_linear` of csrc/linear.cpp.
+        function: `llava_fa_linear`, csrc/linear.cpp.
     """
 
     name: str
@@ -192,36 +356,19 @@ def _layer_kernel(level: str | None, library: ctypes.CDLL | None) -> LayerKernel
 
 def adds(kernel: LayerKernel, codebook: Tensor, code_bits: int, state_bits: int) -> bool:
     """Whether it looks up the points of such trellis codes many at a time: those that are sums of two tables of 64."""
-    library = _library()[0]
-    assert library is not None
-    return bool(library.llava_fa_linear_adds(kernel.level, codebook.data_ptr(), code_bits, state_bits))
+    return bool(_loaded().llava_fa_linear_adds(kernel.level, codebook.data_ptr(), code_bits, state_bits))
 
 
-def linear(kernel: LayerKernel, *arguments: int) -> None:
-    """Run it on torch's threads; tensors by address, as `call`.
+def linear(kernel: LayerKernel, *fields: int) -> None:
+    """Run it on torch's threads; the fields are those of `Layer`.
 
     Raises:
         MemoryError: there was none left for its working space.
     """
-    if kernel.function(kernel.level, torch.get_num_threads(), 0 if _forked else openmp()[0], *arguments):
+    if kernel.function(kernel.level, torch.get_num_threads(), 0 if _forked else openmp()[0], _pack_layer(*fields)):
         raise MemoryError("no memory for the working space of a packed layer")
 
 
-def interleave(*arguments: Tensor | int) -> None:
-    """`llava_fa_interleave` of csrc/linear.cpp."""
-    library = _library()[0]
-    assert library is not None
-    library.llava_fa_interleave(*map(_raw, arguments))
-
-
 def trellis_row_bytes() -> int:
-    """What the kernel `trellis_beam` keeps of every row between two blocks."""
-    library = _library()[0]
-    assert library is not None
-    return int(library.llava_fa_trellis_row_bytes())
-
-
-def _raw(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_double(value)
+    """What the kernel `TrellisBeam` keeps of every row between two blocks."""
+    return int(_loaded().llava_fa_trellis_row_bytes())

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_layers import best, random_tensors, trellis
+from packed_layers import best, random_weight, trellis
 
 import llava_fa
 from llava_fa import native
 from llava_fa.kernels import compiled, doctor
-from llava_fa.kernels.interleaved import interleave
 from llava_fa.kernels.layout import Layout
 
 CSRC = Path(llava_fa.__file__).parent / "csrc"
@@ -38,12 +37,10 @@ def outputs() -> list[torch.Tensor]:
     made = []
     layouts = [make(70, 600, bits) for bits in range(2, 9) for make in (best, trellis)]
     for layout, shipped in itertools.product(layouts, (False, True)):
-        t = random_tensors(layout, shipped=shipped)
-        stored = [t[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
+        weight = random_weight(layout, shipped=shipped)
         for batch in (1, 4, 17):
             x = torch.randn(batch, 600, generator=torch.Generator().manual_seed(layout.code_bits)).bfloat16()
-            codes = interleave(t["codes"], layout)
-            made.append(compiled.linear(x, codes, *stored, *[None] * 5, layout.code_bits, layout.state_bits))
+            made.append(compiled.linear(x, weight))
     return made
 
 
@@ -79,7 +76,7 @@ from llava_fa import native
 native.__file__ = {folder!r} + "/native.py"
 import torch
 torch.set_num_threads(2)
-from packed_layers import best, random_tensors, trellis
+from packed_layers import best, random_weight, trellis
 from llava_fa import FourierLinear
 from llava_fa.kernels.doctor import diagnose
 assert diagnose()["ok"]
@@ -122,16 +119,15 @@ def test_the_address_sanitizer_finds_nothing(tmp_path):
 
 # Calls of the layer, one after the other: seven numbers, then its tensors, each after its size in bytes.
 DRIVER = """
-#include <cstdint>
 #include <cstdio>
 #include <vector>
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-extern "C" int64_t llava_fa_linear(int64_t, int64_t, Parallel, const char*, int64_t, int64_t, char*, const uint8_t*,
-    const uint16_t*, const uint16_t*, const uint8_t*, const uint16_t*, const char*, const char*, const uint16_t*,
-    const uint16_t*, int64_t, const char*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+#include "linear.h"
+#include "threads.h"
+using namespace llava_fa;
+extern "C" int64_t llava_fa_linear(int64_t, int64_t, Parallel, const Layer*);
 int main() {
-  int64_t kind, batch, rank, m, n, code_bits, state_bits, bytes;
-  while (std::scanf("%ld %ld %ld %ld %ld %ld %ld", &kind, &batch, &rank, &m, &n, &code_bits, &state_bits) == 7) {
+  int64_t dtype, batch, rank, m, n, code_bits, state_bits, bytes;
+  while (std::scanf("%ld %ld %ld %ld %ld %ld %ld", &dtype, &batch, &rank, &m, &n, &code_bits, &state_bits) == 7) {
     std::vector<char> t[10];
     for (auto& one : t) {
       if (std::scanf("%ld", &bytes) != 1) return 2;
@@ -142,10 +138,11 @@ int main() {
     const auto at = [&](int i) { return t[i].size() > 1 ? t[i].data() : nullptr; };
     const auto half = [&](int i) { return reinterpret_cast<const uint16_t*>(at(i)); };
     const auto byte = [&](int i) { return reinterpret_cast<const uint8_t*>(at(i)); };
-    std::vector<char> out(batch * m * (kind == 2 ? 4 : 2));
-    if (llava_fa_linear(0, 2, nullptr, at(0), kind, batch, out.data(), byte(1), half(2), half(3), byte(4), half(5),
-                        at(6), at(7), half(8), half(9), rank, nullptr, 0, m, n, code_bits, state_bits, 0))
-      return 4;
+    std::vector<char> out(batch * m * (dtype == 2 ? 4 : 2));
+    const Layer layer{at(0),   out.data(), batch,   Dtype(dtype), byte(1), half(2), half(3),     byte(4), half(5),
+                      at(6),   at(7),      half(8), half(9),      rank,    nullptr, Dtype::bf16, m,       n,
+                      code_bits, state_bits, 0};
+    if (llava_fa_linear(0, 2, nullptr, &layer)) return 4;
     std::fwrite(out.data(), 1, out.size(), stdout);
   }
 }
@@ -155,16 +152,14 @@ ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 
 def arm_case(layout: Layout, x: torch.Tensor) -> tuple[bytes, torch.Tensor]:
     """What the driver reads, and what this machine's portable kernel makes of it."""
-    t = random_tensors(layout)
-    codes = interleave(t["codes"], layout)
-    stored = [t[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
-    factors = [t.get(name) for name in ("left", "right", "left_scale", "right_scale")]
+    weight = random_weight(layout)
     with native.using("portable"):
-        ours = compiled.linear(x, codes, *stored, *factors, None, layout.code_bits, layout.state_bits)
+        weight = weight.arranged("interleaved")
+        ours = compiled.linear(x, weight)
     kind = 2 if x.dtype == torch.float32 else 0
     numbers = (kind, len(x), layout.rank, layout.out_features, x.shape[1], layout.code_bits, layout.state_bits)
     given = b" ".join(str(number).encode() for number in numbers)
-    for tensor in (x, codes, *stored, *factors):
+    for tensor in (x, *weight[1:-1]):
         raw = b"" if tensor is None else bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
         given += f" {len(raw)}\n".encode() + raw
     return given + b"\n", ours
@@ -176,7 +171,7 @@ def test_the_portable_kernel_gives_the_same_on_arm(tmp_path):
     """Compiled for 64-bit ARM, where the compiler makes NEON of its loops, and run by an emulator."""
     (tmp_path / "driver.cpp").write_text(DRIVER)
     sources = [*sorted(map(str, CSRC.glob("*.cpp"))), str(tmp_path / "driver.cpp")]
-    flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
+    flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")] + [f"-I{CSRC}"]
     command = [ARM[0], *flags, "-O3", "-static", *sources, "-o", str(tmp_path / "layer")]
     subprocess.run(command, check=True, timeout=SECONDS)
     layouts = [best(40, 1994, bits, 3, "int8" if bits % 2 else "bf16") for bits in range(2, 9)]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis, trellis_windows
+from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis
 from torch import nn
 
 from llava_fa import FourierError, FourierLinear, native
-from llava_fa.kernels import compiled, registry
-from llava_fa.kernels.interleaved import interleave, is_interleaved
+from llava_fa.kernels import compiled, definition, registry
+from llava_fa.kernels import run as door
 from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.packed import order_of, packed_weight
 from llava_fa.maths.bitpack import unpack
 from llava_fa.maths.dft import packed_dft, padded
 from llava_fa.maths.polar import ring_codebook
@@ -36,14 +37,15 @@ def level(request):
 
 
 def run(layout: Layout, tensors, x, bias=None, exact=None):
-    factors = [tensors.get(name) for name in ("left", "right", "left_scale", "right_scale")]
-    stored = [tensors[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
-    codes = interleave(tensors["codes"], layout)
-    return compiled.linear(x, codes, *stored, *factors, bias, layout.code_bits, layout.state_bits, exact)
+    return compiled.linear(x, packed_weight(layout, tensors).arranged("interleaved"), bias, exact)
 
 
 def dense(layout: Layout, tensors) -> torch.Tensor:
-    return registry.dense(tensors, layout.in_features, *layout.op_bits, dtype=torch.float64)
+    return door.dense(packed_weight(layout, tensors), torch.float64)
+
+
+def is_interleaved(layer: FourierLinear) -> bool:
+    return order_of(layer.packed_weight()) == "interleaved"
 
 
 def spectrum_of(layout: Layout, tensors, x: torch.Tensor) -> torch.Tensor:
@@ -57,8 +59,7 @@ def int8_activations(layout: Layout, tensors, x: torch.Tensor) -> torch.Tensor:
     parts = nn.functional.pad(spectrum, (0, -spectrum.shape[-1] % 256)).view(len(x), -1, 256)
     scale = parts.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     rounded = ((parts / scale).round() * scale).flatten(1)[:, : spectrum.shape[-1]]
-    unpacked = (tensors["codes"], layout.code_bits, layout.coefficients)
-    codes = trellis_windows(layout, tensors["codes"]) if layout.state_bits else unpack(*unpacked).long()
+    codes = definition.windows(packed_weight(layout, tensors))
     weight = tensors["codebook"].double()[codes].flatten(1) * tensors["row_scale"].double()[:, None]
     return x.double() @ dense(layout, tensors).T + (rounded - spectrum) @ weight.T
 
@@ -147,7 +148,7 @@ def test_sums_of_two_tables_and_tables_of_all_points_give_the_same(bits, level):
     """The shipped points, and those with one a step further in layers without its window: they are no sums any more."""
     layout = trellis(40, 640, bits)
     tensors = random_tensors(layout, seed=bits, shipped=True)
-    used = set(trellis_windows(layout, tensors["codes"]).flatten().tolist())
+    used = set(definition.windows(packed_weight(layout, tensors)).flatten().tolist())
     unused = next(w for w in range(4096) if w not in used and tensors["codebook"][w].abs().max() < 2)
     other = {**tensors, "codebook": tensors["codebook"].clone()}
     other["codebook"][unused] += STEP
@@ -224,7 +225,7 @@ def test_leading_shapes_strides_and_dtypes(dtype, lead):
     wide = torch.randn(*lead, 64).to(dtype)
     with torch.no_grad():
         y = layer(wide[..., ::2])
-        assert is_interleaved(layer.codes) == (native.choice()[0] is not None)
+        assert is_interleaved(layer) == (native.choice()[0] is not None)
         assert y.dtype == dtype
         assert y.shape == (*lead, 24)
         assert torch.equal(y, layer(wide[..., ::2].contiguous()))
@@ -321,14 +322,12 @@ def test_a_forked_child_computes_too():
 
 @pytest.mark.parametrize("layout", [best(7, 33, 4), best(24, 64, 3, rank=2), trellis(7, 33, 4)], ids=layout_id)
 def test_opcheck(layout):
-    tensors = random_tensors(layout)
-    stored = [tensors[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
-    factors = [tensors.get(name) for name in ("left", "right", "left_scale", "right_scale")]
-    for codes, x in (
-        (tensors["codes"], torch.randn(layout.in_features).bfloat16()),
-        (interleave(tensors["codes"], layout), torch.randn(3, layout.in_features)),
+    weight = packed_weight(layout, random_tensors(layout))
+    for order, x in (
+        ("stored", torch.randn(layout.in_features).bfloat16()),
+        ("interleaved", torch.randn(3, layout.in_features)),
     ):
-        args = (x, codes, *stored, *factors, torch.ones(layout.out_features), layout.code_bits, layout.state_bits)
+        args = (x, *weight.arranged(order).flat(), torch.ones(layout.out_features))
         torch.library.opcheck(torch.ops.llava_fa.best_linear.default, args)
 
 
@@ -339,9 +338,9 @@ def test_both_forms_of_the_op_take_both_orders(layout):
     x = torch.randn(2, layout.in_features)
     with torch.no_grad():
         ours = layer(x)
-        with registry.use("reference"):
-            reference = layer(x)
-    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+        with registry.use("pytorch"):
+            pytorchs = layer(x)
+    torch.testing.assert_close(ours, pytorchs, rtol=1e-5, atol=1e-5)
 
 
 def test_compiles_in_one_graph_with_codes_in_either_order():
@@ -361,7 +360,7 @@ def test_the_layer_keeps_one_copy_and_shows_the_stored_one():
     x = torch.randn(2, 100)
     with torch.no_grad():
         y = layer(x)
-    assert is_interleaved(layer.codes)
+    assert is_interleaved(layer)
     assert torch.equal(layer.packed()["codes"], tensors["codes"])
     assert torch.equal(layer.state_dict()["codes"], tensors["codes"])
     assert sum(buffer.shape == tensors["codes"].shape for buffer in layer.buffers()) == 0
@@ -369,7 +368,7 @@ def test_the_layer_keeps_one_copy_and_shows_the_stored_one():
     with torch.no_grad():
         torch.testing.assert_close(layer(x), 2 * y)
         assert layer.to(torch.float64)(x.double()).dtype == torch.float64
-    assert not is_interleaved(layer.codes)
+    assert not is_interleaved(layer)
 
 
 def test_a_gradient_is_pytorchs_work():
@@ -379,11 +378,11 @@ def test_a_gradient_is_pytorchs_work():
         layer(x)
     x.requires_grad_()
     layer(x).sum().backward()
-    assert not is_interleaved(layer.codes)
+    assert not is_interleaved(layer)
     torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, 32))
     with torch.no_grad():
         layer(x)
-    assert is_interleaved(layer.codes)
+    assert is_interleaved(layer)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -425,4 +424,4 @@ def test_the_choice_says_why():
     assert "not in torch.float64" in registry.choose("best_linear", torch.zeros(1, 2).double()).reason
     assert "not on meta" in registry.choose("best_linear", torch.zeros(1, 2, device="meta")).reason
     with native.using("off"):
-        assert registry.choose("best_linear", torch.zeros(1, 2)).name == "reference"
+        assert registry.choose("best_linear", torch.zeros(1, 2)).name == "pytorch"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis, trellis_windows
+from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis
 
 from llava_fa import native
-from llava_fa.kernels import interleaved
+from llava_fa.kernels import definition, interleaved
 from llava_fa.kernels.interleaved import deinterleave, interleave, interleaved_shape
+from llava_fa.kernels.packed import packed_weight
 from llava_fa.maths.bitpack import unpack
 
 SOME = [layout for layout in LAYOUTS if layout.method == "best"]
@@ -45,10 +46,11 @@ def test_where_a_ring_code_lies(bits):
 
 def test_where_a_trellis_window_lies():
     layout = trellis(20, 130, 5)
-    codes = random_tensors(layout)["codes"]
+    tensors = random_tensors(layout)
+    codes = tensors["codes"]
     words = interleave(codes, layout).view(torch.int16).view(2, -1, 16, 2).long() & 0xFFFF
     assert words.shape[1] == 5 * 3 + 1
-    windows = trellis_windows(layout, codes)
+    windows = definition.windows(packed_weight(layout, tensors))
 
     def word(row, number):
         unit, (half, at) = number // 10, divmod(number % 10, 5)

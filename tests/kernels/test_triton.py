@@ -7,24 +7,21 @@ import torch
 import triton_interpreter  # noqa: F401  (skips this file, or interprets what follows)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_layers import LAYOUTS, best, exact_weight, layout_id, random_tensors, trellis
+from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis
 from torch import nn
 
 from llava_fa import FourierError, FourierLinear
-from llava_fa.kernels import doctor, registry, triton, words
-from llava_fa.kernels.interleaved import interleave
+from llava_fa.kernels import definition, doctor, registry, triton, words
 from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.packed import order_of, packed_weight
 from llava_fa.maths.trellis import STATE_BITS
 
 BEST = [layout for layout in LAYOUTS if layout.method == "best"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def run(layout: Layout, tensors, x, bias=None, codes=None, tile=None):
-    factors = [tensors.get(name) for name in ("left", "right", "left_scale", "right_scale")]
-    stored = [tensors[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
-    codes = words.to_words(tensors["codes"], layout) if codes is None else codes
-    return triton.linear(x, codes, *stored, *factors, bias, layout.code_bits, layout.state_bits, tile)
+def run(layout: Layout, tensors, x, bias=None, tile=None):
+    return triton.linear(x, packed_weight(layout, tensors).arranged("words"), bias, tile)
 
 
 def check(layout: Layout, batch: int, dtype: torch.dtype, with_bias: bool = True, tile=None) -> None:
@@ -33,7 +30,7 @@ def check(layout: Layout, batch: int, dtype: torch.dtype, with_bias: bool = True
     generator = torch.Generator().manual_seed(layout.in_features)
     x = torch.randn(batch, layout.in_features, generator=generator).to(dtype)
     bias = torch.linspace(-1, 1, layout.out_features).to(dtype) if with_bias else None
-    weight = exact_weight(layout, tensors)
+    weight = definition.dense(packed_weight(layout, tensors))
     wanted = nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
     torchs = nn.functional.linear(x, weight.to(dtype), bias)
     ours = run(layout, tensors, x, bias, tile=tile)
@@ -103,8 +100,8 @@ def test_the_op_takes_every_order():
     layout = best(24, 64, 6)
     tensors, x = random_tensors(layout), torch.randn(2, 64)
     wanted = run(layout, tensors, x)
-    for codes in (tensors["codes"], interleave(tensors["codes"], layout)):
-        assert torch.equal(run(layout, tensors, x, codes=codes), wanted)
+    for order in ("stored", "interleaved"):
+        assert torch.equal(triton.linear(x, packed_weight(layout, tensors).arranged(order)), wanted)
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (2, 1, 3)], ids=str)
@@ -142,7 +139,7 @@ def test_a_layer_runs_it_and_shows_its_codes_as_stored():
         plain = layer(x)
         with registry.use("triton"):
             ours = layer(x)
-            assert words.is_words(layer.codes)
+            assert order_of(layer.packed_weight()) == "words"
             assert torch.equal(ours, layer(x))
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
         assert torch.equal(layer.packed()["codes"], tensors["codes"])
@@ -159,10 +156,8 @@ def test_a_layer_runs_it_and_shows_its_codes_as_stored():
 
 def test_opcheck():
     layout = best(7, 33, 5, rank=2)
-    tensors = random_tensors(layout)
-    stored = [tensors[name] for name in ("row_scale", "input_scale", "signs", "codebook")]
-    factors = [tensors.get(name) for name in ("left", "right", "left_scale", "right_scale")]
-    args = (torch.randn(2, 33), words.to_words(tensors["codes"], layout), *stored, *factors, None, 5, 0)
+    weight = packed_weight(layout, random_tensors(layout)).arranged("words")
+    args = (torch.randn(2, 33), *weight.flat(), None)
     with registry.use("triton"):
         torch.library.opcheck(torch.ops.llava_fa.best_linear.default, args)
 

@@ -57,7 +57,7 @@ def test_a_model_has_one_layer_not_three(layer):
 
 
 def test_what_it_refuses(layer):
-    with pytest.raises(FourierError, match=r"FactoredLinear got torch.float32 \[3, 12\]"):
+    with pytest.raises(FourierError, match=r"a packed layer got torch.float32 \[3, 12\]"):
         layer(torch.randn(3, 12))
     found = approximate(torch.randn(12, 20), CONFIG)
     with pytest.raises(FourierError, match="inner_rank 4 makes two matrices of the weight"):

@@ -13,6 +13,7 @@ from llava_fa import native
 from llava_fa.errors import FourierError
 from llava_fa.kernels import interleaved, words
 from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.packed import order_of
 from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead
 
 LAYOUTS = [best(100, 48, 8), best(37, 33, 3, rank=4), best(64, 50, 4, rank=3, factor_dtype="bf16"), trellis(41, 64, 5)]
@@ -51,7 +52,7 @@ def test_looking_up_and_projecting_share_the_codes():
     with torch.no_grad():
         y = TiedHead(made)(x)
     if native.choice()[0] is not None:
-        assert interleaved.is_interleaved(made.codes)
+        assert order_of(made.packed_weight()) == "interleaved"
     torch.testing.assert_close(y, x @ weight.T, rtol=0.05, atol=0.05 * float(y.abs().max()))
     assert torch.equal(made(torch.arange(100)), before)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_layers import dense_best
+from packed_layers import exact_weight
 from test_approximate import gaussian, moment
 
 from llava_fa import FourierConfig, approximate
@@ -29,7 +29,7 @@ def test_less_error_than_rings_at_the_same_bits(bits, statistic):
 def test_it_decodes_as_the_format_says():
     W, H = gaussian(9, 71), moment(71)
     found = approximate(W, TRELLIS.replace(bits=2.5, rank=2), H)
-    exact = dense_best(Layout.from_config(found.config, 9, 71), found.tensors)
+    exact = exact_weight(Layout.from_config(found.config, 9, 71), found.tensors)
     torch.testing.assert_close(found.dequantize().double(), exact, rtol=0, atol=1e-5)
     assert 0 < found.weight_error < 0.5
 

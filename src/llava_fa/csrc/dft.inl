@@ -226,12 +226,12 @@ struct Signs {
 };
 const Signs SIGNS;
 
-ISA void packed_dft(const Dft& d, const void* x, int64_t kind, int64_t n, const uint16_t* input_scale,
+ISA void packed_dft(const Dft& d, const void* x, Dtype dtype, int64_t n, const uint16_t* input_scale,
                     const uint8_t* signs, float* re, float* im, float* scratch) {
   const int64_t m = d.half, space = d.padded();
   Complexes a{scratch, scratch + space}, b{scratch + 2 * space, scratch + 3 * space};
   float* input = scratch + 4 * space;
-  widen(x, kind, n, input);
+  widen(x, dtype, n, input);
   float* plus_minus = scratch + 4 * space + d.size + 64;
   for (int64_t j = 0; j < n; j += 8) std::memcpy(plus_minus + j, SIGNS.of[signs[j / 8]], sizeof SIGNS.of[0]);
   int64_t j = 0;
@@ -239,7 +239,7 @@ ISA void packed_dft(const Dft& d, const void* x, int64_t kind, int64_t n, const 
     store(input + j, div(mul(load(input + j), load(plus_minus + j)), convert(input_scale + j)));
   for (; j < n; j++) {
     float scale;
-    widen(input_scale + j, 0, 1, &scale);
+    widen(input_scale + j, Dtype::bf16, 1, &scale);
     input[j] = input[j] * plus_minus[j] / scale;
   }
   for (; j < d.size; j++) input[j] = 0;

@@ -92,10 +92,10 @@ void trellis(const uint8_t* from, uint8_t* to, int64_t m, int64_t row_bytes, int
 
 }  // namespace
 
-// from → to, which is zero at first.
-EXPORT void llava_fa_interleave(const uint8_t* from, uint8_t* to, int64_t m, int64_t count, int64_t code_bits,
-                                int64_t state_bits, int64_t back) {
-  if (!state_bits) return rings(from, to, m, count, static_cast<int>(code_bits), back != 0);
-  const int64_t row_bytes = (count * code_bits + state_bits - code_bits + 7) / 8;
-  trellis(from, to, m, row_bytes, trellis_words(count, code_bits, state_bits), code_bits, back != 0);
+// source → to, which is zero at first.
+EXPORT void llava_fa_interleave(const Interleave* job) {
+  const int64_t b = job->code_bits, count = job->coefficients;
+  if (!job->state_bits) return rings(job->source, job->to, job->m, count, static_cast<int>(b), job->back != 0);
+  const int64_t row_bytes = (count * b + job->state_bits - b + 7) / 8, words = trellis_words(count, b, job->state_bits);
+  trellis(job->source, job->to, job->m, row_bytes, words, b, job->back != 0);
 }

@@ -1,4 +1,5 @@
-// What the three builds of the kernels (portable, AVX2, AVX-512) share: the arguments of each, one struct a kernel.
+// What the builds of the solver's kernels (portable, AVX2, AVX-512) share: the arguments of each, one struct a kernel, which
+// llava_fa/native.py fills field by field: every field has eight bytes.
 // Rows of a weight are columns of these matrices, as in the Python code: row r of the weight is column r.
 #pragma once
 
@@ -21,10 +22,10 @@ struct Viterbi {
 struct Nearest {
   const int32_t* cells;       // [side, side]: a code, or -1 - row of `candidates`
   const int32_t* candidates;  // [·, width]
-  const float* points;        // [count, 2]
-  const float* half_norm;     // [count]
-  int64_t side, width, count;
-  float reach;
+  const float* points;        // [size, 2]
+  const float* half_norm;     // [size]
+  int64_t side, width, size;
+  double reach;
 };
 
 // solver/beam.py, one block of columns; four hypotheses a row, four codes tried for each.
@@ -33,8 +34,8 @@ struct Beam {
   int64_t columns, rows;
   const float* unit;     // [columns, columns]
   const float* metric;   // [columns / 2, 3]: R_pp = (a b; 0 c)
-  const float* tried;    // [count, 4, 2]: each code's nearest points
-  const int32_t* numbers;  // [count, 4]: their codes
+  const float* tried;    // [size, 4, 2]: each code's nearest points
+  const int32_t* numbers;  // [size, 4]: their codes
   Nearest search;
   int32_t* codes;  // [columns / 2, rows]
 };
@@ -71,7 +72,7 @@ struct TrellisBeam {
   const int16_t* lists;  // [groups, side, side, tried] and two bytes more
   const int16_t* first;  // [side, side, tried_first] and two bytes more
   int64_t side, tried, tried_first;
-  float reach;
+  double reach;
   char* paths;      // [rows] of trellis_row_bytes, kept from block to block
   int32_t* states;  // [size / 2, rows]
 };

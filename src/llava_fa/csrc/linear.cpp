@@ -9,15 +9,13 @@
 #include <map>
 #include <mutex>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "dft.h"
-#include "kernels.h"
 #include "part.h"
+#include "threads.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -69,22 +67,6 @@ std::shared_ptr<const Dft> plan_of(const LinearKernels* kernels, int64_t size) {
   return plan;
 }
 
-// Working memory that a thread keeps from call to call: the largest it ever needed.
-char* workspace(size_t bytes) {
-  struct Space {
-    std::unique_ptr<char[]> memory;
-    size_t size = 0;
-  };
-  static thread_local Space space;
-  if (space.size < bytes + 64) {
-    space.memory.reset();
-    space.size = 0;
-    space.memory.reset(new char[bytes + 64]);
-    space.size = bytes + 64;
-  }
-  return space.memory.get() + (64 - reinterpret_cast<uintptr_t>(space.memory.get()) % 64) % 64;
-}
-
 // Whether 256 points, bf16 (re, im), are 64 and their reflections: re minus at the codes with bit 7, im at those with bit 6.
 bool is_quadrant(const uint16_t* codebook) {
   uint32_t other = 0;
@@ -133,33 +115,6 @@ std::shared_ptr<const Windows> windows_of(const LinearKernels* kernels, const ui
   return made;
 }
 
-// GOMP_parallel of the OpenMP runtime that torch runs on, so that its threads are ours: no second pool beside it.
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-template <typename Body>
-void on_threads(int64_t threads, Parallel parallel, Body& body) {
-  if (threads <= 1) return body();
-  if (parallel) {
-    parallel([](void* data) { (*static_cast<Body*>(data))(); }, &body, static_cast<unsigned>(threads), 0);
-    return;
-  }
-  std::vector<std::thread> others;
-  try {
-    for (int64_t i = 1; i < threads; i++) others.emplace_back([&] { body(); });
-  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
-  } catch (const std::bad_alloc&) {
-  }
-  body();
-  for (auto& thread : others) thread.join();
-}
-
-// What a thread that waits does, so that one that shares its core runs at full speed.
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
 float bf16(const uint16_t* p) {
   const uint32_t bits = static_cast<uint32_t>(*p) << 16;
   float value;
@@ -167,44 +122,42 @@ float bf16(const uint16_t* p) {
   return value;
 }
 
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
+
+// Some columns of a layer's input, and what the threads share while they multiply them.
 struct Call {
+  const Layer& layer;
   const LinearKernels* kernels;
-  const char* x;
-  int64_t kind, batch;  // of x and out: 0 bf16, 2 float32
-  char* out;
-  const uint16_t *row_scale, *input_scale;
-  const uint8_t* signs;
-  const char *left, *right;
-  const uint16_t *left_scale, *right_scale;
-  int64_t rank, factor_kind;  // 3 int8, 0 bf16
-  const char* bias;
-  int64_t bias_kind, m, n;
-  bool exact;
-  Linear job;
-  float step;
   const Dft* dft;
-  // Working memory that all threads share.
-  int8_t* x_int8;
-  float *x_scale, *x_float, *x_wide, *inner;
-  int32_t* x_bias;
+  bool exact;
+  Dtype factor_dtype;
+  Linear job{};
+  float step = 1;
+  const char* x = nullptr;  // of these columns
+  char* out = nullptr;
+  int64_t batch = 0;
+  // Working memory.
+  int8_t* x_int8 = nullptr;
+  float *x_scale = nullptr, *x_float = nullptr, *x_wide = nullptr, *inner = nullptr;
+  int32_t* x_bias = nullptr;
   std::atomic<int64_t> next{0}, done{0}, arrived{0};
   std::atomic<bool> failed{false};
-  Part* parts;  // of each thread
-  int64_t threads, at_once;
+  Part* parts = nullptr;  // of each thread
+  int64_t threads = 1, at_once = 1;
 
-  int64_t element() const { return kind == 2 ? 4 : 2; }
   // Rows of R that one task takes.
   static constexpr int64_t RIGHT = 8;
   // Bytes of codes that a thread fetches while it waits: what most cores' own cache has room for.
   static constexpr int64_t AHEAD = 1 << 18;
   int64_t block_codes() const { return job.state_bits ? job.words * 64 : job.units * job.code_bits * 64; }  // bytes
-  int64_t first_tasks() const { return batch + (rank + RIGHT - 1) / RIGHT; }
+  int64_t first_tasks() const { return batch + (layer.rank + RIGHT - 1) / RIGHT; }
 
   void transform(int64_t column, char* scratch) {
     const int64_t half = dft->half;
     float* re = reinterpret_cast<float*>(scratch);
     float *im = re + half + 64, *rest = im + half + 64;
-    kernels->dft(*dft, x + column * n * element(), kind, n, input_scale, signs, re, im, rest);
+    const char* from = x + column * layer.n * bytes_of(layer.dtype);
+    kernels->dft(*dft, from, layer.dtype, layer.n, layer.input_scale, layer.signs, re, im, rest);
     if (!exact) {
       kernels->quantise(job, column, re, im, half, x_int8, x_scale, x_bias);
       return;
@@ -219,28 +172,33 @@ struct Call {
 
   // inner [batch, rank] = diag(left_scale right_scale) R x
   void times_right(int64_t task) {
-    for (int64_t r = task * RIGHT; r < rank && r < (task + 1) * RIGHT; r++) {
-      const float scale = left_scale ? bf16(left_scale + r) * bf16(right_scale + r) : 1.0f;
-      const char* row = right + r * n * (factor_kind == 3 ? 1 : 2);
-      for (int64_t c = 0; c < batch; c++) inner[c * rank + r] = scale * kernels->dot(row, factor_kind, x_wide + c * n, n);
+    const int64_t rank = layer.rank, n = layer.n, last = std::min(rank, (task + 1) * RIGHT);
+    for (int64_t r = task * RIGHT; r < last; r++) {
+      const float scale = layer.left_scale ? bf16(layer.left_scale + r) * bf16(layer.right_scale + r) : 1.0f;
+      const char* row = layer.right + r * n * bytes_of(factor_dtype);
+      for (int64_t c = 0; c < batch; c++)
+        inner[c * rank + r] = scale * kernels->dot(row, factor_dtype, x_wide + c * n, n);
     }
   }
 
   void rows(int64_t first, int64_t count, float* y, char* scratch) {
     (exact ? kernels->exact : kernels->int8)(job, first, count, y, scratch);
+    const int64_t m = layer.m, rank = layer.rank;
     for (int64_t b = 0; b < count; b++) {
-      const int64_t row = (first + b) * ROWS, some = m - row < ROWS ? m - row : ROWS;
+      const int64_t row = (first + b) * ROWS, some = std::min(ROWS, m - row);
       float scale[ROWS], added[ROWS] = {};
-      for (int64_t i = 0; i < some; i++) scale[i] = bf16(row_scale + row + i) * step;
-      if (bias) kernels->widen(bias + row * (bias_kind == 2 ? 4 : 2), bias_kind, some, added);
+      for (int64_t i = 0; i < some; i++) scale[i] = bf16(layer.row_scale + row + i) * step;
+      if (layer.bias) kernels->widen(layer.bias + row * bytes_of(layer.bias_dtype), layer.bias_dtype, some, added);
       for (int64_t c = 0; c < batch; c++) {
         float* values = y + (b * batch + c) * ROWS;
         for (int64_t i = 0; i < some; i++) values[i] *= scale[i];
         if (rank)
-          for (int64_t i = 0; i < some; i++)
-            values[i] += kernels->dot(left + (row + i) * rank * (factor_kind == 3 ? 1 : 2), factor_kind, inner + c * rank, rank);
+          for (int64_t i = 0; i < some; i++) {
+            const char* factor = layer.left + (row + i) * rank * bytes_of(factor_dtype);
+            values[i] += kernels->dot(factor, factor_dtype, inner + c * rank, rank);
+          }
         for (int64_t i = 0; i < some; i++) values[i] += added[i];
-        kernels->round(values, some, out + (c * m + row) * element(), kind);
+        kernels->round(values, some, out + (c * m + row) * bytes_of(layer.dtype), layer.dtype);
       }
     }
   }
@@ -296,7 +254,7 @@ int64_t run(Call& call, int64_t threads, Parallel parallel) {
   std::vector<int8_t> x_int8;
   std::vector<float> floats;
   std::vector<int32_t> x_bias;
-  const size_t wide = call.rank ? columns * static_cast<size_t>(call.n + call.rank) : 0;
+  const size_t wide = call.layer.rank ? columns * static_cast<size_t>(call.layer.n + call.layer.rank) : 0;
   if (call.exact) {
     floats.resize(columns * static_cast<size_t>(job.units * UNIT * 2) + wide);
     call.x_float = floats.data();
@@ -310,9 +268,9 @@ int64_t run(Call& call, int64_t threads, Parallel parallel) {
     call.x_scale = floats.data();
     call.x_wide = floats.data() + columns * groups;
   }
-  if (call.rank) {
-    call.inner = call.x_wide + columns * static_cast<size_t>(call.n);
-    call.kernels->widen(call.x, call.kind, call.batch * call.n, call.x_wide);
+  if (call.layer.rank) {
+    call.inner = call.x_wide + columns * static_cast<size_t>(call.layer.n);
+    call.kernels->widen(call.x, call.layer.dtype, call.batch * call.layer.n, call.x_wide);
   }
   call.job.x = call.x_int8;
   call.job.x_scale = call.x_scale;
@@ -352,65 +310,43 @@ EXPORT int64_t llava_fa_linear_adds(int64_t level, const uint16_t* codebook, int
   return 0;
 }
 
-// out [batch, m] = x [batch, n] through a packed layer; see the members of Call. Columns go by at most 512 at a time.
-EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel, const char* x, int64_t kind,
-                               int64_t batch, char* out, const uint8_t* codes, const uint16_t* row_scale,
-                               const uint16_t* input_scale, const uint8_t* signs, const uint16_t* codebook,
-                               const char* left, const char* right, const uint16_t* left_scale,
-                               const uint16_t* right_scale, int64_t rank, const char* bias, int64_t bias_kind, int64_t m,
-                               int64_t n, int64_t code_bits, int64_t state_bits, int64_t exact) try {
+// out = x through a packed layer. Columns go by at most 512 at a time.
+EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel, const Layer* given) try {
+  const Layer& layer = *given;
   const LinearKernels* kernels = linear_kernels(level);
-  const int64_t size = n + n % 2, count = size / 2;
+  const int64_t size = layer.n + layer.n % 2, count = size / 2;
   const std::shared_ptr<const Dft> dft = plan_of(kernels, size);
-  alignas(64) uint8_t tables[TABLES];
-  std::shared_ptr<const Windows> windows;
-  Call call{};
-  call.kernels = kernels;
-  call.dft = dft.get();
-  call.kind = kind;
-  call.row_scale = row_scale;
-  call.input_scale = input_scale;
-  call.signs = signs;
-  call.left = left;
-  call.right = right;
-  call.left_scale = left_scale;
-  call.right_scale = right_scale;
-  call.rank = rank;
-  call.factor_kind = left_scale ? 3 : 0;
-  call.bias = bias;
-  call.bias_kind = bias_kind;
-  call.m = m;
-  call.n = n;
-  call.exact = exact || !kernels->int8;
-  call.step = 1;
+  const Dtype factor_dtype = layer.left_scale ? Dtype::int8 : Dtype::bf16;
+  Call call{layer, kernels, dft.get(), layer.exact || !kernels->int8, factor_dtype};
   Linear& job = call.job;
-  job.codes = codes;
-  job.blocks = (m + ROWS - 1) / ROWS;
+  job.codes = layer.codes;
+  job.blocks = (layer.m + ROWS - 1) / ROWS;
   job.units = (count + UNIT - 1) / UNIT;
   job.groups = (job.units + GROUP - 1) / GROUP;
-  job.code_bits = code_bits;
-  job.state_bits = state_bits;
-  job.words = trellis_words(count, code_bits, state_bits);
+  job.code_bits = layer.code_bits;
+  job.state_bits = layer.state_bits;
+  job.words = trellis_words(count, layer.code_bits, layer.state_bits);
+  alignas(64) uint8_t tables[TABLES];
+  std::shared_ptr<const Windows> windows;
   job.tables = tables;
-  if (state_bits && call.exact) {
-    job.tables = reinterpret_cast<const uint8_t*>(codebook);
-  } else if (state_bits) {
-    windows = windows_of(kernels, codebook, code_bits, state_bits);
+  if (layer.state_bits && call.exact) {
+    job.tables = reinterpret_cast<const uint8_t*>(layer.codebook);
+  } else if (layer.state_bits) {
+    windows = windows_of(kernels, layer.codebook, layer.code_bits, layer.state_bits);
     call.step = windows->step;
     job.tables = windows->tables.data();
     job.addends = windows->added ? windows->parts : nullptr;
   } else if (call.exact) {
-    const size_t bytes = size_t{4} << code_bits;
-    for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, codebook, bytes);
+    const size_t bytes = size_t{4} << layer.code_bits;
+    for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, layer.codebook, bytes);
   } else {
-    call.step = kernels->tables(codebook, code_bits, tables);
-    job.quadrant = code_bits == 8 && is_quadrant(codebook);
+    call.step = kernels->tables(layer.codebook, layer.code_bits, tables);
+    job.quadrant = layer.code_bits == 8 && is_quadrant(layer.codebook);
   }
-  const int64_t element = kind == 2 ? 4 : 2;
-  for (int64_t first = 0; first < batch; first += 512) {
-    call.x = x + first * n * element;
-    call.out = out + first * m * element;
-    call.batch = job.batch = batch - first < 512 ? batch - first : 512;
+  for (int64_t first = 0; first < layer.batch; first += 512) {
+    call.x = layer.x + first * layer.n * bytes_of(layer.dtype);
+    call.out = layer.out + first * layer.m * bytes_of(layer.dtype);
+    call.batch = job.batch = std::min<int64_t>(512, layer.batch - first);
     call.next = call.done = call.arrived = 0;
     if (run(call, threads, parallel)) return 1;
   }

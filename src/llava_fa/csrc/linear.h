@@ -21,6 +21,36 @@ inline int64_t trellis_words(int64_t count, int64_t code_bits, int64_t state_bit
 // A transform x → packed real DFT of one length; made once, by one instruction set, for itself.
 struct Dft;
 
+// Codes as stored → in the kernels' order, or back.
+struct Interleave {
+  const uint8_t* source;
+  uint8_t* to;
+  int64_t m, coefficients;  // of a row
+  int64_t code_bits, state_bits, back;
+};
+
+// Of the tensors that a layer is given.
+enum class Dtype : int64_t { bf16 = 0, float32 = 2, int8 = 3 };
+
+// One call of a packed layer: kernels/packed.py's BestWeight, x and y, as llava_fa/native.py fills it field by field.
+struct Layer {
+  const char* x;  // [batch, n]
+  char* out;      // [batch, m]
+  int64_t batch;
+  Dtype dtype;           // of x and out: bf16 or float32
+  const uint8_t* codes;  // in the order of kernels/interleaved.py
+  const uint16_t *row_scale, *input_scale;
+  const uint8_t* signs;
+  const uint16_t* codebook;
+  const char *left, *right;                    // int8 with scales, bf16 without
+  const uint16_t *left_scale, *right_scale;    // or null
+  int64_t rank;
+  const char* bias;  // or null
+  Dtype bias_dtype;  // bf16 or float32
+  int64_t m, n, code_bits, state_bits;
+  int64_t exact;  // whether T (x / s) stays in float32
+};
+
 // What the rows of the weight are multiplied with.
 struct Linear {
   const uint8_t* codes;  // rings [blocks, units, code_bits, 64]; trellis [blocks, words, 64]
@@ -41,8 +71,8 @@ struct LinearKernels {
   // The transform of length size (even).
   std::shared_ptr<const Dft> (*plan)(int64_t size);
   size_t (*dft_scratch)(const Dft&);  // floats
-  // re, im [size / 2] of the packed DFT of x [n] (bf16 or float32: kind 0 or 2) · sign / s.
-  void (*dft)(const Dft&, const void* x, int64_t kind, int64_t n, const uint16_t* input_scale, const uint8_t* signs,
+  // re, im [size / 2] of the packed DFT of x [n] (bf16 or float32) · sign / s.
+  void (*dft)(const Dft&, const void* x, Dtype dtype, int64_t n, const uint16_t* input_scale, const uint8_t* signs,
               float* re, float* im, float* scratch);
   // One column of int8 x, with one scale for every group; coefficients beyond count are zero. Null, as the next and int8,
   // where float32 is as fast.
@@ -59,11 +89,11 @@ struct LinearKernels {
   size_t scratch;
   void (*int8)(const Linear&, int64_t first, int64_t count, float* y, char* scratch);
   void (*exact)(const Linear&, int64_t first, int64_t count, float* y, char* scratch);
-  // Σ_j a_j x_j, j < n; a is int8 (kind 3) or bf16 (kind 0).
-  float (*dot)(const void* a, int64_t kind, const float* x, int64_t n);
-  // out [n] (kind) from float.
-  void (*round)(const float* y, int64_t n, void* out, int64_t kind);
-  void (*widen)(const void* x, int64_t kind, int64_t n, float* out);
+  // Σ_j a_j x_j, j < n; a is int8 or bf16.
+  float (*dot)(const void* a, Dtype dtype, const float* x, int64_t n);
+  // out [n] from float; float from x [n]: both bf16 or float32.
+  void (*round)(const float* y, int64_t n, void* out, Dtype dtype);
+  void (*widen)(const void* x, Dtype dtype, int64_t n, float* out);
 };
 
 constexpr size_t TABLES = 1024;  // bytes that `tables` may write

@@ -3,8 +3,8 @@
 
 namespace {
 
-INLINE void widen(const void* x, int64_t kind, int64_t n, float* out) {
-  if (kind == 2) {
+INLINE void widen(const void* x, Dtype dtype, int64_t n, float* out) {
+  if (dtype == Dtype::float32) {
     std::memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
     return;
   }
@@ -18,8 +18,8 @@ INLINE void widen(const void* x, int64_t kind, int64_t n, float* out) {
 }
 
 // To nearest, ties to even; NaN stays NaN.
-ISA void round_to(const float* y, int64_t n, void* out, int64_t kind) {
-  if (kind == 2) {
+ISA void round_to(const float* y, int64_t n, void* out, Dtype dtype) {
+  if (dtype == Dtype::float32) {
     std::memcpy(out, y, static_cast<size_t>(n) * sizeof(float));
     return;
   }
@@ -32,16 +32,16 @@ ISA void round_to(const float* y, int64_t n, void* out, int64_t kind) {
   }
 }
 
-ISA void widen_all(const void* x, int64_t kind, int64_t n, float* out) { widen(x, kind, n, out); }
+ISA void widen_all(const void* x, Dtype dtype, int64_t n, float* out) { widen(x, dtype, n, out); }
 
-ISA float dot_floats(const void* a, int64_t kind, const float* x, int64_t n) {
+ISA float dot_floats(const void* a, Dtype dtype, const float* x, int64_t n) {
   const int8_t* bytes = static_cast<const int8_t*>(a);
   const uint16_t* halves = static_cast<const uint16_t*>(a);
   Floats s0 = set1(0.0f), s1 = s0;
   int64_t j = 0;
   for (; j + 2 * LANES <= n; j += 2 * LANES) {
-    const Floats a0 = kind == 3 ? convert(convert(bytes + j)) : convert(halves + j);
-    const Floats a1 = kind == 3 ? convert(convert(bytes + j + LANES)) : convert(halves + j + LANES);
+    const Floats a0 = dtype == Dtype::int8 ? convert(convert(bytes + j)) : convert(halves + j);
+    const Floats a1 = dtype == Dtype::int8 ? convert(convert(bytes + j + LANES)) : convert(halves + j + LANES);
     s0 = fma(a0, load(x + j), s0);
     s1 = fma(a1, load(x + j + LANES), s1);
   }
@@ -49,8 +49,8 @@ ISA float dot_floats(const void* a, int64_t kind, const float* x, int64_t n) {
   store(lanes, add(s0, s1));
   for (const float lane : lanes) sum += lane;
   for (; j < n; j++) {
-    float value = bytes[kind == 3 ? j : 0];
-    if (kind != 3) {
+    float value = bytes[dtype == Dtype::int8 ? j : 0];
+    if (dtype != Dtype::int8) {
       const uint32_t bits = static_cast<uint32_t>(halves[j]) << 16;
       std::memcpy(&value, &bits, sizeof value);
     }

@@ -18,7 +18,8 @@ ISA inline int32_t nearest_of(const Nearest& s, float re, float im, const int32_
 }
 
 ISA inline Ints nearest(const Nearest& s, Floats re, Floats im) {
-  const Floats reach = set1(s.reach), scale = set1(static_cast<float>(s.side) / (2 * s.reach));
+  const float most = static_cast<float>(s.reach);
+  const Floats reach = set1(most), scale = set1(static_cast<float>(s.side) / (2 * most));
   const Floats first = set1(0.0f), last = set1(static_cast<float>(s.side - 1));
   const Floats row = mul(add(re, reach), scale), column = mul(add(im, reach), scale);
   const Ints cell = add(mul(truncate(min(max(row, first), last)), set1(static_cast<int32_t>(s.side))),
@@ -37,7 +38,7 @@ ISA inline Ints nearest(const Nearest& s, Floats re, Floats im) {
     if (within >> i & 1)
       code[i] = nearest_of(s, x[i], y[i], s.candidates - (1 + code[i]) * s.width, s.width);
     else
-      code[i] = nearest_of(s, x[i], y[i], nullptr, s.count);
+      code[i] = nearest_of(s, x[i], y[i], nullptr, s.size);
   }
   return load(code);
 }

@@ -85,7 +85,8 @@ ISA int32_t settle(const TrellisBeam& job, int64_t row, int64_t start, int64_t c
 
 // The cell of the grid of lists that an aim lies in.
 INLINE Ints cell_of(const TrellisBeam& job, Floats re, Floats im) {
-  const Floats reach = set1(job.reach), scale = set1(static_cast<float>(job.side) / (2 * job.reach));
+  const float most = static_cast<float>(job.reach);
+  const Floats reach = set1(most), scale = set1(static_cast<float>(job.side) / (2 * most));
   const Floats zero = set1(0.0f), last = set1(static_cast<float>(job.side - 1));
   return add(mul(truncate(min(max(mul(add(re, reach), scale), zero), last)), set1(static_cast<int32_t>(job.side))),
              truncate(min(max(mul(add(im, reach), scale), zero), last)));

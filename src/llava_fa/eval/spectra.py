@@ -13,8 +13,9 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.checkpoint import read_layer
 from llava_fa.hub.source import Source, empty_model, match_names
 from llava_fa.kernels.layout import FactoredLayout
+from llava_fa.kernels.pytorch import unpack_signs
 from llava_fa.maths import dft
-from llava_fa.solver.approximation import factors, from_pairs, unpack_signs
+from llava_fa.solver.approximation import factors, from_pairs
 
 BINS = 61
 REACH = 5.0
@@ -137,7 +138,7 @@ def _coded(weight: Tensor, layer: Any) -> tuple[Tensor, str, bool]:
         weight = weight - left @ right
     scale = tensors["input_scale"].to(torch.float32)
     said = f"scaled inputs, signs, DFT of each row{less}"
-    return dft.packed_dft_rows(weight, unpack_signs(tensors["signs"], dft.padded(n)), scale), said, True
+    return dft.packed_dft_rows(weight, unpack_signs(tensors["signs"], n), scale), said, True
 
 
 def _reals(matrix: Tensor) -> Tensor:

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.errors import FourierError
-from llava_fa.kernels.interleaved import as_stored, best_layout, interleave, is_interleaved
+from llava_fa.kernels.packed import BestWeight
 
 SWITCH = "LLAVA_FA_ACTIVATIONS"
 """``int8`` (where unset) or ``exact``: how T (x / s) enters the products."""
 _SERVED = (torch.bfloat16, torch.float16, torch.float32)
-_KINDS = {torch.bfloat16: 0, torch.float32: 2}
+# As csrc/linear.h numbers them.
+_DTYPES = {torch.bfloat16: 0, torch.float32: 2}
 
 
 def kernel_for(x: Tensor) -> native.LayerKernel | None:
-    """The kernel that multiplies this input, None where the reference does."""
+    """The kernel that multiplies this input, None where PyTorch does."""
     return native.layer_kernel() if x.is_cpu and x.dtype in _SERVED else None
 
 
@@ -49,18 +50,8 @@ def exact_activations(kernel: native.LayerKernel | None) -> bool:
 
 def linear(
     x: Tensor,
-    codes: Tensor,
-    row_scale: Tensor,
-    input_scale: Tensor,
-    signs: Tensor,
-    codebook: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    left_scale: Tensor | None,
-    right_scale: Tensor | None,
-    bias: Tensor | None,
-    code_bits: int,
-    state_bits: int,
+    weight: BestWeight,
+    bias: Tensor | None = None,
     exact: bool | None = None,
     kernel: native.LayerKernel | None = None,
 ) -> Tensor:
@@ -68,10 +59,8 @@ def linear(
 
     Args:
         x: [..., n], bf16, f16 or float32.
-        codes: `interleaved.interleave`d, or as stored, which costs the conversion at every call.
-        left, right, left_scale, right_scale: the low-rank part as stored, or None.
+        weight: as stored; codes that are not interleaved are converted at every call.
         bias: [m] or None.
-        code_bits, state_bits: of the layout.
         exact: instead of what `exact_activations` says.
         kernel: `native.layer_kernel`, for a caller who has it.
 
@@ -79,27 +68,25 @@ def linear(
         [..., m] in x's dtype. With int8, T (x / s) is rounded to 1/127 of the largest of its group of 256, and the
         codebook to 1/127 of its largest number. Source: docs/method.md, "Kernels".
     """
-    m, n = row_scale.shape[0], x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], m)
-    batch = out.numel() // m
+    layout, codes, row_scale, input_scale, signs, codebook, left, right, left_scale, right_scale, _ = weight
+    out = x.new_empty(*x.shape[:-1], layout.out_features)
+    batch = out.numel() // layout.out_features
     if batch == 0:
         return out
-    if not is_interleaved(codes):
-        layout = best_layout(m, n, code_bits, state_bits)
-        codes = interleave(as_stored(codes, layout), layout)
+    codes = weight.arranged("interleaved").codes
     half = x.dtype == torch.float16
     given = (x.to(torch.float32) if half else x).contiguous()
     made = out.to(torch.float32) if half else out
     if bias is not None:
-        bias = (bias if bias.dtype in _KINDS else bias.to(torch.float32)).contiguous()
+        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).contiguous()
     kernel = kernel or native.layer_kernel()
     assert kernel is not None
     native.linear(
         kernel,
         given.data_ptr(),
-        _KINDS[given.dtype],
-        batch,
         made.data_ptr(),
+        batch,
+        _DTYPES[given.dtype],
         codes.data_ptr(),
         row_scale.data_ptr(),
         input_scale.data_ptr(),
@@ -111,11 +98,11 @@ def linear(
         0 if right_scale is None else right_scale.data_ptr(),
         0 if left is None else left.shape[1],
         0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _KINDS[bias.dtype],
-        m,
-        n,
-        code_bits,
-        state_bits,
+        0 if bias is None else _DTYPES[bias.dtype],
+        layout.out_features,
+        layout.in_features,
+        layout.code_bits,
+        layout.state_bits,
         exact_activations(kernel) if exact is None else exact,
     )
     return out.copy_(made) if half else out

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from llava_fa import native
-from llava_fa.kernels import compiled, reference, registry, triton
-from llava_fa.kernels.interleaved import best_layout
+from llava_fa.kernels import compiled, definition, registry, triton
+from llava_fa.kernels.layout import best_layout
+from llava_fa.kernels.packed import BestWeight
 from llava_fa.maths.bitpack import pack
 from llava_fa.maths.dft import random_signs
 from llava_fa.maths.polar import ring_codebook
@@ -80,23 +81,23 @@ def _trellis(kernel: native.LayerKernel | None) -> str | None:
 
 def _gpu() -> dict[str, Any]:
     """The GPU, and what a packed layer runs there."""
-    found: dict[str, Any] = {"device": None, "triton": triton.triton_version(), "implementation": None}
+    nothing: dict[str, Any] = {"device": None, "triton": triton.triton_version(), "implementation": None}
     if not torch.cuda.is_available():
-        return {**found, "reason": "torch sees no GPU"}
+        return {**nothing, "reason": "torch sees no GPU"}
     choice = registry.choose("best_linear", torch.empty(1, 2, dtype=torch.bfloat16, device="cuda"))
     name = torch.cuda.get_device_name()
-    return {**found, "device": name, "implementation": choice.name, "reason": choice.reason}
+    return {**nothing, "device": name, "implementation": choice.name, "reason": choice.reason}
 
 
 # Bits of a coefficient's code and of a trellis' window.
 _CODES = [(bits, state_bits) for state_bits in (0, STATE_BITS) for bits in range(2, 9)]
 
 
-def _case(code_bits: int, state_bits: int) -> tuple[list[Any], Tensor, Tensor]:
-    """A small layer, as arguments of ``best_linear``; three inputs; what it should give, in float64."""
-    packed: list[Any] = [*_layer(40, 2 * 3 * 37, code_bits, state_bits), *[None] * 5, code_bits, state_bits]
+def _case(code_bits: int, state_bits: int) -> tuple[BestWeight, Tensor, Tensor]:
+    """A small layer, three inputs, and what it should give, in float64."""
+    weight = random_weight(40, 2 * 3 * 37, code_bits, state_bits)
     x = torch.randn(3, 2 * 3 * 37, generator=torch.Generator().manual_seed(1)).bfloat16()
-    return packed, x, reference.best_linear(x.double(), *packed)
+    return weight, x, definition.linear(x, weight)
 
 
 def _check(codes: tuple[int, int], level: str, activations: str, got: Tensor, wanted: Tensor) -> dict[str, Any]:
@@ -109,35 +110,37 @@ def _check(codes: tuple[int, int], level: str, activations: str, got: Tensor, wa
 def _checks() -> Iterator[dict[str, Any]]:
     """A small layer of every size of code through every build, against the definition in float64."""
     for code_bits, state_bits in _CODES:
-        packed, x, wanted = _case(code_bits, state_bits)
+        weight, x, wanted = _case(code_bits, state_bits)
         for level in native.levels():
             for exact in (True, False):
                 with native.using(level):
                     if not exact and compiled.exact_activations(native.layer_kernel()):
                         continue
                     # One input and several are different kernels.
-                    got = torch.cat([compiled.linear(*[some.float(), *packed, exact]) for some in (x[:1], x[1:])])
+                    got = torch.cat([compiled.linear(some.float(), weight, None, exact) for some in (x[:1], x[1:])])
                 yield _check((code_bits, state_bits), level, "exact" if exact else "int8", got, wanted)
 
 
 def _gpu_checks(device: torch.device) -> Iterator[dict[str, Any]]:
     """The same through Triton: one input, and several by tensor cores."""
     for codes in _CODES:
-        packed, x, wanted = _case(*codes)
-        moved: list[Any] = [value.to(device) if isinstance(value, Tensor) else value for value in packed]
-        one, several = triton.linear(x[:1].float().to(device), *moved), triton.linear(x.to(device), *moved)
+        weight, x, wanted = _case(*codes)
+        weight = weight.map(lambda tensor: tensor.to(device))
+        one, several = triton.linear(x[:1].float().to(device), weight), triton.linear(x.to(device), weight)
         yield _check(codes, "triton", "exact", one, wanted[:1])
         yield _check(codes, "triton", "bf16", several, wanted)
 
 
-def _layer(m: int, n: int, code_bits: int, state_bits: int) -> tuple[Tensor, ...]:
+def random_weight(m: int, n: int, code_bits: int, state_bits: int) -> BestWeight:
+    """A layer of random codes with the shipped codebook."""
     generator = torch.Generator().manual_seed(code_bits)
     layout = best_layout(m, n, code_bits, state_bits)
     bits = torch.randint(0, 2, (m, layout.row_bits), generator=generator)
-    return (
-        pack(bits, 1),
-        (0.5 + torch.rand(m, generator=generator)).bfloat16(),
-        (0.5 + torch.rand(n, generator=generator)).bfloat16(),
-        pack((random_signs(n) < 0).to(torch.int32), 1),
-        (trellis_points if state_bits else ring_codebook)(code_bits).bfloat16(),
+    return BestWeight(
+        layout,
+        codes=pack(bits, 1),
+        row_scale=(0.5 + torch.rand(m, generator=generator)).bfloat16(),
+        input_scale=(0.5 + torch.rand(n, generator=generator)).bfloat16(),
+        signs=pack((random_signs(n) < 0).to(torch.int32), 1),
+        codebook=(trellis_points if state_bits else ring_codebook)(code_bits).bfloat16(),
     )

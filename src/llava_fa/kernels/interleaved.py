@@ -17,14 +17,11 @@ Shape [blocks, units · b + 1, 64].
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from llava_fa import native
-from llava_fa.config import Codes
-from llava_fa.kernels import words
 from llava_fa.kernels.layout import Layout
 from llava_fa.maths.bitpack import pack, unpack
 
@@ -32,13 +29,6 @@ ROWS, UNIT = 16, 32
 _FIELDS = (8, 4, 2, 1)
 # Rows converted at a time by the PyTorch form, which holds a code in four bytes.
 _CHUNK = 1024
-
-
-@cache
-def best_layout(m: int, n: int, code_bits: int, state_bits: int) -> Layout:
-    """The layout of method ``best``, no low-rank part: what says how its codes lie."""
-    codes: Codes = "trellis" if state_bits else "rings"
-    return Layout(method="best", out_features=m, in_features=n, code_bits=code_bits, codes=codes, state_bits=state_bits)
 
 
 def interleaved_shape(layout: Layout) -> tuple[int, int, int]:
@@ -49,22 +39,8 @@ def interleaved_shape(layout: Layout) -> tuple[int, int, int]:
     return blocks, units * layout.code_bits, 64
 
 
-def is_interleaved(codes: Tensor) -> bool:
-    """Whether these are interleaved codes, not stored ones or words."""
-    return codes.dim() == 3 and codes.dtype == torch.uint8
-
-
-def as_stored(codes: Tensor, layout: Layout) -> Tensor:
-    """Codes in any order → as stored, uint8 [m, bytes]."""
-    if words.is_words(codes):
-        return words.from_words(codes, layout)
-    return deinterleave(codes, layout) if is_interleaved(codes) else codes
-
-
 def stored_rows(codes: Tensor, layout: Layout, rows: Tensor) -> Tensor:
-    """Codes of some rows of a matrix, its codes in any order, as stored: rows int64 [k] → uint8 [k, bytes]."""
-    if not is_interleaved(codes):
-        return as_stored(codes[rows], layout)
+    """Some rows of interleaved codes, as stored: rows int64 [k] → uint8 [k, bytes]."""
     blocks = dataclasses.replace(layout, out_features=ROWS * len(rows), rank=0)
     whole = deinterleave(codes[rows // ROWS], blocks)
     return whole.view(-1, ROWS, whole.shape[1])[torch.arange(len(rows), device=codes.device), rows % ROWS]
@@ -72,25 +48,25 @@ def stored_rows(codes: Tensor, layout: Layout, rows: Tensor) -> Tensor:
 
 def interleave(codes: Tensor, layout: Layout) -> Tensor:
     """Stored codes uint8 [m, bytes] → uint8 `interleaved_shape`."""
-    if native.choice()[0] is not None and codes.device.type == "cpu":
-        out = torch.zeros(interleaved_shape(layout), dtype=torch.uint8)
-        _convert(codes.contiguous(), out, layout, back=False)
-        return out
-    return interleave_reference(codes, layout)
+    shape = interleaved_shape(layout)
+    return _convert(codes, layout, shape, back=False) if _compiled(codes) else interleave_reference(codes, layout)
 
 
 def deinterleave(codes: Tensor, layout: Layout) -> Tensor:
     """The inverse of `interleave`."""
-    if native.choice()[0] is not None and codes.device.type == "cpu":
-        out = torch.zeros(layout.tensors()["codes"][1], dtype=torch.uint8)
-        _convert(codes.contiguous(), out, layout, back=True)
-        return out
-    return deinterleave_reference(codes, layout)
+    shape = layout.tensors()["codes"][1]
+    return _convert(codes, layout, shape, back=True) if _compiled(codes) else deinterleave_reference(codes, layout)
 
 
-def _convert(source: Tensor, to: Tensor, layout: Layout, back: bool) -> None:
-    m = layout.out_features
-    native.interleave(source, to, m, layout.coefficients, layout.code_bits, layout.state_bits, int(back))
+def _compiled(codes: Tensor) -> bool:
+    return native.choice()[0] is not None and codes.device.type == "cpu"
+
+
+def _convert(codes: Tensor, layout: Layout, shape: tuple[int, ...], back: bool) -> Tensor:
+    source, out = codes.contiguous(), torch.zeros(shape, dtype=torch.uint8)
+    sizes = (layout.out_features, layout.coefficients, layout.code_bits, layout.state_bits)
+    native.interleave(native.Interleave(source, out, *sizes, back))
+    return out
 
 
 def _fields(code_bits: int) -> list[int]:

@@ -1,10 +1,12 @@
-"""Which tensors one compressed layer consists of: names, dtypes and shapes (docs/format.md, "A layer")."""
+"""Which tensors one compressed layer consists of: names, dtypes and shapes (docs/format.md, "Method `best`")."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, get_args
 
 import torch
@@ -106,11 +108,6 @@ class Layout:
     def points(self) -> int:
         """Points of the codebook (method ``best``)."""
         return 1 << (self.state_bits or self.code_bits)
-
-    @property
-    def op_bits(self) -> tuple[int, int, int]:
-        """What `registry.linear` and `registry.dense` are told: amplitude, phase and trellis bits, 0 where not used."""
-        return self.amplitude_bits, self.phase_bits, self.code_bits if self.state_bits else 0
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name → (dtype, shape) of every stored tensor, codebook included, bias not."""
@@ -220,6 +217,13 @@ class FactoredLayout:
         return {"method": "factored", "left": self.left.to_dict(), "right": self.right.to_dict()}
 
 
+@cache
+def best_layout(m: int, n: int, code_bits: int, state_bits: int) -> Layout:
+    """The layout of method ``best``, no low-rank part: what says how its codes lie."""
+    codes: Codes = "trellis" if state_bits else "rings"
+    return Layout(method="best", out_features=m, in_features=n, code_bits=code_bits, codes=codes, state_bits=state_bits)
+
+
 def layout_of(config: FourierConfig, out_features: int, in_features: int) -> Layout | FactoredLayout:
     """The layout `approximate` gives a weight of this shape."""
     if not config.inner_rank:
@@ -254,6 +258,16 @@ def _damage() -> Iterator[None]:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FourierError(f"a layer's description is damaged ({error!r})", remedy="Compress the model again") from None
+
+
+def bits_per_weight(layout: Layout | FactoredLayout) -> float:
+    """8 · bytes of all tensors / (m · n), biases apart; a codebook that both factors use counts once."""
+    sizes = {
+        part.codebook if name == "codebook" else prefix + name: math.prod(shape) * dtype.itemsize
+        for prefix, part in layout.parts().items()
+        for name, (dtype, shape) in part.tensors().items()
+    }
+    return 8 * sum(sizes.values()) / (layout.out_features * layout.in_features)
 
 
 def _check(expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Mapping[str, Tensor]) -> None:

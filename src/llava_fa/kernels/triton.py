@@ -22,12 +22,12 @@ from torch import Tensor
 
 from llava_fa.errors import FourierError
 from llava_fa.kernels import words
-from llava_fa.kernels.interleaved import as_stored, best_layout
-from llava_fa.kernels.reference import factor, unpack_signs
+from llava_fa.kernels.packed import BestWeight
+from llava_fa.kernels.pytorch import factor, unpack_signs
 from llava_fa.maths.dft import packed_dft, padded
 
 SWITCH = "LLAVA_FA_TRITON"
-"""``off``: the reference on GPUs too."""
+"""``off``: PyTorch on GPUs too."""
 _SERVED = (torch.bfloat16, torch.float16, torch.float32)
 # z is so many bf16 numbers for inputs of this dtype; float32 inputs keep it in float32.
 _TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 1}
@@ -131,93 +131,64 @@ def transform_tile(second: int) -> dict[str, int]:
     return {"BLOCK1": 16, "BLOCK2": width, "BLOCK_K": 16, "BLOCK_N": 1024, "num_warps": 8 if large else 4}
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    row_scale: Tensor,
-    input_scale: Tensor,
-    signs: Tensor,
-    codebook: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    left_scale: Tensor | None,
-    right_scale: Tensor | None,
-    bias: Tensor | None,
-    code_bits: int,
-    state_bits: int,
-    tile: Tiles | None = None,
-) -> Tensor:
+def linear(x: Tensor, weight: BestWeight, bias: Tensor | None = None, tile: Tiles | None = None) -> Tensor:
     """y = diag(row_scale) codebook[codes] T (x / s) + left (right x) + bias, rounded once, to x's dtype.
 
     Args:
         x: [..., n], bf16, f16 or float32.
-        codes: as `words.to_words` gives them, or in another order, which costs the conversion at every call.
-        left, right, left_scale, right_scale: the low-rank part as stored, or None.
+        weight: as stored; codes that are not in words are converted at every call.
         bias: [m] or None.
-        code_bits, state_bits: of the layout.
         tile: instead of what `tiles` says.
 
     Returns:
         [..., m] in x's dtype. One input is multiplied in float32; more of them with T (x / s) as one bf16 number (bf16
         inputs), two (f16) or in float32 (float32), sums in float32. Source: docs/method.md, "Kernels".
     """
-    m, n = row_scale.shape[0], x.shape[-1]
+    layout, right = weight.layout, weight.right
+    m, n = layout.out_features, layout.in_features
     out = x.new_empty(*x.shape[:-1], m)
     batch = out.numel() // m
     if batch == 0:
         return out
-    if not words.is_words(codes):
-        layout = best_layout(m, n, code_bits, state_bits)
-        codes = words.to_words(as_stored(codes, layout), layout)
+    weight = weight.arranged("words")
+    units = weight.codes.shape[2]
     given = x.reshape(batch, n).contiguous()
-    tile = tile or tiles(m, batch, codes.shape[2], x.dtype)
+    tile = tile or tiles(m, batch, units, x.dtype)
     exact = batch == 1 or x.dtype == torch.float32
     terms = 1 if exact else _TERMS[x.dtype]
     guard: Any = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        low = x.new_empty(0, dtype=torch.float32)
-        rank = 0 if left is None else left.shape[1]
-        if rank:
-            low = x.new_empty(batch, rank, dtype=torch.float32)
+        low = x.new_empty((0,) if right is None else (batch, right.shape[0]), dtype=torch.float32)
         z_type = torch.float32 if exact else torch.bfloat16
-        z = x.new_empty(terms, batch, -(-codes.shape[2] // 16), words.unit(code_bits)[0], 2, 16, dtype=z_type)
+        z = x.new_empty(terms, batch, -(-units // 16), words.unit(layout.code_bits)[0], 2, 16, dtype=z_type)
         lengths = split(padded(n)) if batch <= _FEW else None
         if lengths:
-            _transform(given, input_scale, signs, right, right_scale, left_scale, z, low, lengths)
+            _transform(given, weight, z, low, lengths)
         else:
-            _transform_by_fft(given, input_scale, signs, z)
+            _transform_by_fft(given, weight, z)
             if right is not None:
-                torch.mm(given.to(torch.float32), factor(right, right_scale, torch.float32, 0).T, out=low)
-                if left_scale is not None:
-                    low *= left_scale
-        _multiply(out, codes, codebook, z, row_scale, left, low, bias, rank, batch, code_bits, state_bits, tile)
+                torch.mm(given.to(torch.float32), factor(right, weight.right_scale, torch.float32, 0).T, out=low)
+                if weight.left_scale is not None:
+                    low *= weight.left_scale
+        _multiply(out, weight, z, low, bias, tile)
     return out
 
 
-def _transform(
-    x: Tensor,
-    input_scale: Tensor,
-    signs: Tensor,
-    right: Tensor | None,
-    right_scale: Tensor | None,
-    left_scale: Tensor | None,
-    z: Tensor,
-    low: Tensor,
-    lengths: tuple[int, int],
-) -> None:
+def _transform(x: Tensor, weight: BestWeight, z: Tensor, low: Tensor, lengths: tuple[int, int]) -> None:
     from llava_fa.kernels.triton_kernels import transform_kernel
 
+    right, right_scale, left_scale, none = weight.right, weight.right_scale, weight.left_scale, weight.input_scale
     rank = 0 if right is None else right.shape[0]
     first, second = lengths
     transform_kernel[(first + rank, x.shape[0])](
         x,
-        input_scale,
-        signs,
+        weight.input_scale,
+        weight.signs,
         *_tables(first, second, x.device),
         z,
-        input_scale if right is None else right,
-        input_scale if right_scale is None else right_scale,
-        input_scale if left_scale is None else left_scale,
+        none if right is None else right,
+        none if right_scale is None else right_scale,
+        none if left_scale is None else left_scale,
         low,
         x.shape[1],
         first,
@@ -233,9 +204,10 @@ def _transform(
     )
 
 
-def _transform_by_fft(x: Tensor, input_scale: Tensor, signs: Tensor, z: Tensor) -> None:
+def _transform_by_fft(x: Tensor, weight: BestWeight, z: Tensor) -> None:
     terms, batch, blocks, codes, _, _ = z.shape
-    spectrum = packed_dft(x.to(torch.float32) / input_scale.to(torch.float32), unpack_signs(signs, x.shape[1]))
+    scaled = x.to(torch.float32) / weight.input_scale.to(torch.float32)
+    spectrum = packed_dft(scaled, unpack_signs(weight.signs, x.shape[1]))
     spectrum = torch.nn.functional.pad(spectrum, (0, 32 * codes * blocks - spectrum.shape[1]))
     spectrum = spectrum.view(batch, blocks, 16, codes, 2).permute(0, 1, 3, 4, 2)
     for term in range(terms):
@@ -244,39 +216,26 @@ def _transform_by_fft(x: Tensor, input_scale: Tensor, signs: Tensor, z: Tensor) 
             spectrum = spectrum - z[term]
 
 
-def _multiply(
-    out: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    z: Tensor,
-    row_scale: Tensor,
-    left: Tensor | None,
-    low: Tensor,
-    bias: Tensor | None,
-    rank: int,
-    batch: int,
-    code_bits: int,
-    state_bits: int,
-    tile: Tiles,
-) -> None:
+def _multiply(out: Tensor, weight: BestWeight, z: Tensor, low: Tensor, bias: Tensor | None, tile: Tiles) -> None:
     from llava_fa.kernels.triton_kernels import matrix_kernel, vector_kernel
 
-    m = row_scale.shape[0]
+    layout, none = weight.layout, weight.row_scale
+    m, batch, rank = layout.out_features, z.shape[1], 0 if weight.left is None else weight.left.shape[1]
     tensors = (
         out,
-        codes,
-        codebook.contiguous().view(torch.int32),
+        weight.codes,
+        weight.codebook.contiguous().view(torch.int32),
         z,
-        row_scale,
-        row_scale if left is None else left,
+        weight.row_scale,
+        none if weight.left is None else weight.left,
         low,
-        row_scale if bias is None else bias,
+        none if bias is None else bias,
     )
     numbers: dict[str, Any] = {
-        "BITS": code_bits,
-        "WINDOW": state_bits or code_bits,
+        "BITS": layout.code_bits,
+        "WINDOW": layout.state_bits or layout.code_bits,
         "CODES": z.shape[3],
-        "WORDS": codes.shape[1],
+        "WORDS": weight.codes.shape[1],
         "LOW_RANK": rank > 0,
         "HAS_BIAS": bias is not None,
         "BLOCK_M": tile.rows,
@@ -285,7 +244,7 @@ def _multiply(
         "num_warps": tile.warps,
         **OPTIONS,
     }
-    quads = codes.shape[2] // 4
+    quads = weight.codes.shape[2] // 4
     grid = (-(-m // tile.rows), -(-batch // tile.inputs))
     if batch == 1:
         vector_kernel[grid[:1]](*tensors, m, quads, rank, **numbers)

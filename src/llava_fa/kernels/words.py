@@ -31,11 +31,6 @@ def units(layout: Layout) -> int:
     return -(-count // _ALIGN) * _ALIGN
 
 
-def is_words(codes: Tensor) -> bool:
-    """Whether these are codes in this order."""
-    return codes.dtype == torch.int32
-
-
 def to_words(codes: Tensor, layout: Layout) -> Tensor:
     """Stored codes uint8 [m, bytes] → int32 [m, words, units]."""
     words, count = unit(layout.code_bits)[1], units(layout)

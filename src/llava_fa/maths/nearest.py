@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from llava_fa import native
 from llava_fa.maths.codebook import nearest as brute_force
 from llava_fa.maths.polar import ring_codebook
 
@@ -72,10 +73,12 @@ class NearestCode:
         vars(found).update({name: table.to(device) for name, table in vars(self).items()})
         return found
 
-    def tables(self) -> tuple[Tensor | int | float, ...]:
+    def tables(self) -> native.Nearest:
         """All of it, as csrc/nearest.inl takes it."""
         width, count = self._candidates.shape[1], len(self.codebook)
-        return self._table, self._candidates, self.codebook, self._half_norm, _SIDE, width, count, _REACH
+        return native.Nearest(
+            self._table, self._candidates, self.codebook, self._half_norm, _SIDE, width, count, _REACH
+        )
 
     def points(self, codes: Tensor) -> Tensor:
         """The codebook's values, planes first: int32 [...] → float32 [2, ...]."""

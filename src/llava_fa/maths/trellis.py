@@ -110,7 +110,7 @@ class Trellis:
         states = torch.empty(steps, rows, dtype=torch.int32, device=target.device)
         if self.code_bits <= MAX_CODE_BITS and native.serves(target, self._table):
             aims = target.contiguous()
-            native.call("viterbi", aims, steps, rows, self._table, self.state_bits, self.code_bits, states)
+            native.call(native.Viterbi(aims, steps, rows, self._table, self.state_bits, self.code_bits, states))
             return states
         batch = max(1, _HISTORY // (4 * steps * self.groups * _ROWS)) * _ROWS
         for first in range(0, rows, batch):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
-from llava_fa.nn.fourier_linear import FourierLinear, Stored
+from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.packed_linear import Stored
 
 MODULE = "fourier_codebooks"
 """Name of the `Codebooks` module at the root of a compressed model."""
@@ -46,19 +47,19 @@ def share_codebooks(model: nn.Module) -> None:
         FourierError: two layers of one kind and size of code have different codebooks.
     """
     layers = _layers(model)
-    found: dict[str, Tensor] = {}
+    codebooks: dict[str, Tensor] = {}
     for name, layer in layers:
         key = layer.layout.codebook
-        if not torch.equal(found.setdefault(key, layer.codebook).cpu(), layer.codebook.cpu()):
+        if not torch.equal(codebooks.setdefault(key, layer.codebook).cpu(), layer.codebook.cpu()):
             raise FourierError(
                 f"its codebook of {layer.layout.code_bits} bits differs from that of other layers",
                 remedy="Compress all layers with one version of llava-fa",
                 where=name,
             )
-    if not found:
+    if not codebooks:
         return
-    books = Codebooks({key: len(codebook) for key, codebook in found.items()})
-    for key, codebook in found.items():
+    books = Codebooks({key: len(codebook) for key, codebook in codebooks.items()})
+    for key, codebook in codebooks.items():
         setattr(books, key, codebook)
     attach(model, books)
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from llava_fa.errors import FourierError
 from llava_fa.kernels.layout import FactoredLayout, Layout, layout_of
-from llava_fa.kernels.reference import working_dtype
+from llava_fa.kernels.pytorch import working_dtype
 from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.packed_linear import PackedLinear
 
 if TYPE_CHECKING:
     from llava_fa.solver.approximation import Approximation
 
 
-class FactoredLinear(nn.Module):
+class FactoredLinear(PackedLinear):
     """y = L (R x) + bias, both factors `FourierLinear`: what CASP makes of a query or key projection.
 
     Args:
@@ -30,6 +30,8 @@ class FactoredLinear(nn.Module):
     Source: docs/method.md; CASP (arXiv 2503.05936).
     """
 
+    layout: FactoredLayout
+
     def __init__(
         self,
         layout: FactoredLayout,
@@ -38,19 +40,9 @@ class FactoredLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.layout = layout
-        self.in_features, self.out_features = layout.in_features, layout.out_features
-        self.dtype = torch.get_default_dtype() if dtype is None else dtype
-        self.weight_error: float | None = None
-        self.output_error: float | None = None
+        super().__init__(layout, bias=bias, dtype=dtype, device=device)
         self.left = FourierLinear(layout.left, dtype=self.dtype, device=device)
         self.right = FourierLinear(layout.right, dtype=self.dtype, device=device)
-        self.bias: nn.Parameter | None
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(layout.out_features, dtype=self.dtype, device=device))
-        else:
-            self.register_parameter("bias", None)
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name, codebooks included, bias not."""
@@ -59,45 +51,9 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """L (R x) + bias: [..., n] → [..., m]."""
-        if x.shape[-1] != self.in_features or not x.is_floating_point():
-            raise FourierError(
-                f"FactoredLinear got {x.dtype} {list(x.shape)}",
-                remedy=f"Give a floating [..., {self.in_features}]",
-            )
-        y: Tensor = self.left(self.right(x.to(working_dtype(x))))
+        y: Tensor = self.left(self.right(x.to(working_dtype(x)) if x.is_floating_point() else x))
         dtype = y.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
         return (y if self.bias is None else y + self.bias).to(dtype)
-
-    def dequantize(self) -> Tensor:
-        """The weight L R, float32 [m, n]."""
-        return self.left.dequantize() @ self.right.dequantize()
-
-    @property
-    def weight(self) -> Tensor:
-        """`dequantize` in the layer's dtype, decoded anew on every access: for code that reads weights."""
-        weight = self.dequantize().to(self.dtype)
-        weight._is_hf_initialized = True  # transformers' init functions then pass it by
-        return weight
-
-    def to_linear(self) -> nn.Linear:
-        """A plain `torch.nn.Linear` with the dequantised weight, in the layer's dtype; it shares the bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dequantize().to(self.dtype))
-        linear.bias = self.bias
-        return linear
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 · bytes of all packed tensors / (m · n); a codebook that both factors use counts once."""
-        once = {part.layout.codebook: part.codebook for part in (self.left, self.right)}
-        tensors = [tensor for name, tensor in self.packed().items() if not name.endswith(".codebook")]
-        bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in [*tensors, *once.values()])
-        return 8 * bytes_ / (self.out_features * self.in_features)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -105,10 +61,6 @@ class FactoredLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"inner_rank={self.layout.inner_rank}, bits_per_weight={self.bits_per_weight:.3f}"
         )
-
-
-PackedLinear = FourierLinear | FactoredLinear
-"""A layer that holds packed tensors and nothing dense."""
 
 
 def empty_layer(
@@ -155,11 +107,6 @@ def layer_from_approximation(
 
 def packed_layers(model: nn.Module) -> list[tuple[str, PackedLinear]]:
     """Every packed layer of a model by name; the two inside of a `FactoredLinear` are not layers of the model."""
-    found: list[tuple[str, PackedLinear]] = []
-    inside: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, FactoredLinear):
-            inside |= {f"{name}.left", f"{name}.right"}
-        if isinstance(module, PackedLinear) and name not in inside:
-            found.append((name, module))
-    return found
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    factored = {name for name, layer in layers if isinstance(layer, FactoredLinear)}
+    return [(name, layer) for name, layer in layers if name.rpartition(".")[0] not in factored]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
-from llava_fa.kernels import registry
+from llava_fa.kernels import run
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.surgery import replace_module
@@ -40,7 +40,7 @@ class FourierEmbedding(FourierLinear):
         Raises:
             IndexError: an id outside of the vocabulary.
         """
-        return registry.rows(ids, self._tensors(), self.layout).to(self.dtype)
+        return run.rows(ids, self.packed_weight()).to(self.dtype)
 
     def project(self, x: Tensor) -> Tensor:
         """W x: [..., n] → [..., m], the product of a tied output embedding; x may come from another device."""

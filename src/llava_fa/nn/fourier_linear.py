@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,29 +10,16 @@ from torch import Tensor, nn
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.kernels import compiled, registry
-from llava_fa.kernels.interleaved import as_stored, interleave, is_interleaved
+from llava_fa.kernels import run
 from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.packed import PackedWeight, as_stored, packed_weight
+from llava_fa.nn.packed_linear import PackedLinear
 
 if TYPE_CHECKING:
-    from llava_fa.native import LayerKernel
     from llava_fa.solver.approximation import Approximation
 
 
-class Stored(nn.Module):
-    """A module whose buffers have the dtypes of the file format: casts move them and never round them."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
-        stored = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, before in stored.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
-
-
-class FourierLinear(Stored):
+class FourierLinear(PackedLinear):
     """y = W x + bias for a W kept as Fourier-domain codes, scales and an optional low-rank part.
 
     ``best``: W = diag(row_scale) codebook[codes] T diag(1/input_scale) + left right.
@@ -63,20 +49,9 @@ class FourierLinear(Stored):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.layout = layout
-        self.in_features, self.out_features = layout.in_features, layout.out_features
-        self.dtype = torch.get_default_dtype() if dtype is None else dtype
-        self.weight_error: float | None = None
-        self.output_error: float | None = None
-        self._stored = tuple(layout.tensors())
+        super().__init__(layout, bias=bias, dtype=dtype, device=device)
         for name, (stored, shape) in layout.tensors().items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
-        self.bias: nn.Parameter | None
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(layout.out_features, dtype=self.dtype, device=device))
-        else:
-            self.register_parameter("bias", None)
 
     @classmethod
     def from_tensors(
@@ -138,91 +113,30 @@ class FourierLinear(Stored):
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name, codebook included, bias not."""
-        return {**self._tensors(), "codes": self._stored_codes()}
+        stored = {name: self.get_buffer(name) for name in self.layout.tensors()}
+        return {**stored, "codes": as_stored(self.codes, self.layout)}
+
+    def packed_weight(self) -> PackedWeight:
+        """The weight as what runs it takes it; codes stay in the order that their kernel gives them."""
+        return packed_weight(self.layout, self._buffers, self._buffers)
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + bias: [..., n] → [..., m]."""
-        if x.shape[-1] != self.in_features or not x.is_floating_point():
-            raise FourierError(
-                f"FourierLinear got {x.dtype} {list(x.shape)}",
-                remedy=f"Give a floating [..., {self.in_features}]",
-            )
-        x, bias, layout = registry.autocast(x), self.bias, self.layout
-        kernel = registry.direct(x, bias, layout)
-        if kernel is not None:
-            return self._infer(x, bias, kernel)
-        codes = registry.preferred(self.codes, x, bias, layout)
-        if codes is not self.codes:
-            self.codes = codes
-        return registry.apply(x, self._tensors(), bias, layout)
-
-    def _infer(self, x: Tensor, bias: Tensor | None, kernel: LayerKernel) -> Tensor:
-        tensors, layout = self._buffers, self.layout
-        codes, get = tensors["codes"], tensors.get
-        if not is_interleaved(codes):
-            self.codes = codes = interleave(as_stored(codes, layout), layout)
-        return compiled.linear(
-            x,
-            codes,
-            tensors["row_scale"],
-            tensors["input_scale"],
-            tensors["signs"],
-            tensors["codebook"],
-            get("left"),
-            get("right"),
-            get("left_scale"),
-            get("right_scale"),
-            bias,
-            layout.code_bits,
-            layout.state_bits,
-            None,
-            kernel,
-        )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: self._buffers[name] for name in self._stored}
-
-    def _stored_codes(self) -> Tensor:
-        return as_stored(self.codes, self.layout)
+        return run.linear(x, self.packed_weight(), self.bias)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        stored = self._stored_codes()
+        stored = as_stored(self.codes, self.layout)
         if stored is not self.codes:
             destination[prefix + "codes"] = stored
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.codes = self._stored_codes()
+        self.codes = as_stored(self.codes, self.layout)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def dequantize(self) -> Tensor:
-        """The weight W this layer multiplies with, float32 [m, n]."""
-        return registry.dense(self.packed(), self.in_features, *self.layout.op_bits)
-
-    @property
-    def weight(self) -> Tensor:
-        """`dequantize` in the layer's dtype, decoded anew on every access: for code that reads weights."""
-        weight = self.dequantize().to(self.dtype)
-        weight._is_hf_initialized = True  # transformers' init functions then pass it by
-        return weight
-
-    def to_linear(self) -> nn.Linear:
-        """A plain `torch.nn.Linear` with the dequantised weight, in the layer's dtype; it shares the bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dequantize().to(self.dtype))
-        linear.bias = self.bias
-        return linear
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 · bytes of all packed tensors / (m · n); the codebook counts as if it were not shared."""
-        bytes_ = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.layout.tensors().values())
-        return 8 * bytes_ / (self.out_features * self.in_features)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourierLinear:
-        self.codes = self._stored_codes()
+        self.codes = as_stored(self.codes, self.layout)
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
     def extra_repr(self) -> str:

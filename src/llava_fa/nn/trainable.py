@@ -8,11 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from llava_fa.errors import FourierError
-from llava_fa.kernels import registry
 from llava_fa.kernels.layout import Layout
-from llava_fa.kernels.trainable import best_linear, paper_linear
-from llava_fa.nn.fourier_linear import FourierLinear, Stored
+from llava_fa.kernels.packed import PackedWeight, packed_weight
+from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.packed_linear import Stored
 from llava_fa.nn.surgery import replace_module
 from llava_fa.solver.approximation import factors as stored_factors
 from llava_fa.solver.approximation import store_factors
@@ -64,26 +63,10 @@ class TrainableLinear(FourierLinear):
         gains = {"row_scale": self.row_gain, "input_scale": self.input_gain}
         return {name: getattr(self, name).to(gain.dtype) * gain.exp() for name, gain in gains.items()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """W x + bias: [..., n] → [..., m], differentiable to x and to every parameter."""
-        if x.shape[-1] != self.in_features or not x.is_floating_point():
-            raise FourierError(
-                f"TrainableLinear got {x.dtype} {list(x.shape)}", remedy=f"Give a floating [..., {self.in_features}]"
-            )
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
-        left, right = getattr(self, "left", None), getattr(self, "right", None)
-        scales, (amplitude, phase, trellis) = self._scales(), self.layout.op_bits
-        with registry.without_autocast(kind):
-            if self.layout.method == "paper":
-                y = paper_linear(x, self.codes, scales["r_max"], left, right, amplitude, phase)
-            else:
-                y = best_linear(x, self.codes, self.signs, self.codebook, **scales, left=left, right=right,
-                                trellis_bits=trellis)  # fmt: skip
-            if self.bias is not None:
-                y = y + self.bias
-        return y.to(x.dtype)
+    def packed_weight(self) -> PackedWeight:
+        """The weight with scales and factors as they are now, unrounded: what gradients reach."""
+        own = {name: getattr(self, name, None) for name in ("left", "right")}
+        return packed_weight(self.layout, {**self._buffers, **self._scales(), **own})
 
     @torch.no_grad()
     def packed(self) -> dict[str, Tensor]:
@@ -103,7 +86,7 @@ class TrainableLinear(FourierLinear):
         return layer.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableLinear:
-        Stored._apply(self, fn, recurse)
+        Stored._apply(self, fn, recurse)  # gains and factors keep their dtype, and the layer its own
         return self
 
 
@@ -122,14 +105,14 @@ def make_trainable(model: nn.Module, factors: dict[str, Factors] | None = None) 
     Returns:
         Names of the layers.
     """
-    found = {name: module for name, module in model.named_modules() if type(module) is FourierLinear}
-    for name, layer in found.items():
+    layers = {name: module for name, module in model.named_modules() if type(module) is FourierLinear}
+    for name, layer in layers.items():
         replace_module(model, name, TrainableLinear(layer, (factors or {}).get(name)))
-    return list(found)
+    return list(layers)
 
 
 def make_packed(model: nn.Module) -> None:
     """The inverse of `make_trainable`: what was learnt is rounded to the format."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, TrainableLinear)}
-    for name, layer in found.items():
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TrainableLinear)}
+    for name, layer in layers.items():
         replace_module(model, name, layer.to_packed())

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from llava_fa.config import FactorDtype, FourierConfig
-from llava_fa.maths import bitpack, dft, metrics, polar
+from llava_fa.kernels.layout import bits_per_weight, layout_of
+from llava_fa.kernels.pytorch import factor
+from llava_fa.kernels.run import dequantize
+from llava_fa.maths import bitpack
 from llava_fa.maths.trellis import STATE_BITS
+
+# Factors by name, and the axis of each that the rank is.
+_FACTORS = (("left", 1), ("right", 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,46 +45,11 @@ class Approximation:
     @property
     def bits_per_weight(self) -> float:
         """Every stored byte of the layer, its codebook included (once, if both factors have it), in bits / (m n)."""
-        books = [self.tensors.get(f"{side}.codebook") for side in ("left", "right")]
-        both = books[0] is not None and books[1] is not None and torch.equal(books[0], books[1])
-        counted = (tensor for name, tensor in self.tensors.items() if not (both and name == "left.codebook"))
-        return metrics.bits_per_weight(counted, self.shape)
+        return bits_per_weight(layout_of(self.config, *self.shape))
 
     def dequantize(self) -> Tensor:
         """Ŵ, float32 [m, n], from the stored tensors alone."""
-        if self.config.inner_rank:
-            return dequantize_factored(self.tensors, self.config, self.shape)
-        return (dequantize_paper if self.method == "paper" else dequantize_best)(self.tensors, self.config, self.shape)
-
-
-def dequantize_best(tensors: dict[str, Tensor], config: FourierConfig, shape: tuple[int, int]) -> Tensor:
-    """Ŵ = (row_scale ⊙ codebook[codes]) T diag(1/s) + L1 L2, float32 [m, n]."""
-    n = shape[1]
-    size = dft.padded(n)
-    signs = unpack_signs(tensors["signs"], size)
-    codebook, row_scale = tensors["codebook"].to(torch.float32), tensors["row_scale"].to(torch.float32)
-    inverse = 1 / tensors["input_scale"].to(torch.float32)
-    out = torch.empty(shape, dtype=torch.float32, device=row_scale.device)
-    for start in range(0, shape[0], 256):  # in row blocks: the transform works on copies
-        rows = slice(start, start + 256)
-        codes = unpack_codes(tensors["codes"][rows], config, shape)
-        points = codebook.index_select(0, codes.flatten()).view(len(codes), size)
-        coefficients = points * row_scale[rows, None]
-        out[rows] = dft.packed_idft(coefficients, signs, n) * inverse
-    if "left" in tensors:
-        left, right = factors(tensors)
-        out.addmm_(left, right)
-    return out
-
-
-def dequantize_factored(tensors: dict[str, Tensor], config: FourierConfig, shape: tuple[int, int]) -> Tensor:
-    """Ŵ = L R of two matrices that are each stored as by `best`, float32 [m, n]."""
-    part, (m, n) = config.replace(inner_rank=0), shape
-    left, right = (
-        dequantize_best({k.removeprefix(side): t for k, t in tensors.items() if k.startswith(side)}, part, of)
-        for side, of in (("left.", (m, config.inner_rank)), ("right.", (config.inner_rank, n)))
-    )
-    return left @ right
+        return dequantize(layout_of(self.config, *self.shape), self.tensors)
 
 
 def pack_codes(codes: Tensor, config: FourierConfig, shape: tuple[int, int]) -> Tensor:
@@ -88,32 +59,9 @@ def pack_codes(codes: Tensor, config: FourierConfig, shape: tuple[int, int]) -> 
     return bitpack.pack(codes, config.code_bits)
 
 
-def unpack_codes(packed: Tensor, config: FourierConfig, shape: tuple[int, int]) -> Tensor:
-    """The inverse of `pack_codes`, for all rows or some."""
-    count = dft.padded(shape[1]) // 2
-    if config.codes_for(shape[1]) == "trellis":
-        return bitpack.unpack_windows(packed, config.code_bits, STATE_BITS, count)
-    return bitpack.unpack(packed, config.code_bits, count)
-
-
-def dequantize_paper(tensors: dict[str, Tensor], config: FourierConfig, shape: tuple[int, int]) -> Tensor:
-    """Ŵ = irfft2(Q~ + L1~ L2~), float32 [m, n]."""
-    amplitude_bits, phase_bits = paper_bits(config)
-    codes = bitpack.unpack(tensors["codes"], amplitude_bits + phase_bits, shape[1] // 2 + 1)
-    spectrum = polar.polar_dequant(codes, tensors["r_max"], amplitude_bits, phase_bits)
-    if "left" in tensors:
-        spectrum = spectrum + from_pairs(tensors["left"]) @ from_pairs(tensors["right"])
-    return dft.from_half_spectrum(spectrum, shape[1])
-
-
 def factors(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """L1 [m, r], L2 [r, n] in float32 as stored by `best`; int8 factors carry one scale per rank-one term and
-    side.
-    """
-    left, right = tensors["left"].to(torch.float32), tensors["right"].to(torch.float32)
-    if "left_scale" in tensors:
-        left = left * tensors["left_scale"].to(torch.float32)
-        right = right * tensors["right_scale"].to(torch.float32)[:, None]
+    """L1 [m, r], L2 [r, n] of stored tensors, in float32."""
+    left, right = (factor(tensors[name], tensors.get(f"{name}_scale"), torch.float32, axis) for name, axis in _FACTORS)
     return left, right
 
 
@@ -139,11 +87,6 @@ def _int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def pack_signs(signs: Tensor) -> Tensor:
     """±1 [size] → uint8 [ceil(size/8)], bit 1 = minus."""
     return bitpack.pack((signs < 0).to(torch.int32), 1)
-
-
-def unpack_signs(packed: Tensor, size: int) -> Tensor:
-    """The inverse of `pack_signs`: float32 ±1 [size]."""
-    return 1.0 - 2.0 * bitpack.unpack(packed, 1, size).to(torch.float32)
 
 
 def to_pairs(z: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class _Beam:
         columns, rows = target.shape
         error, metric = target.clone(), blocks.flatten(1)[:, [0, 1, 3]].contiguous()
         codes = torch.empty(columns // 2, rows, dtype=torch.int32)
-        tables = self.near, self.neighbours, *self.search.tables()
-        native.call("beam", error, base, columns, rows, unit.contiguous(), metric, *tables, codes)
+        tables = self.near, self.neighbours, self.search.tables()
+        native.call(native.Beam(error, base, columns, rows, unit.contiguous(), metric, *tables, codes))
         return error, codes
 
     def run(self, target: Tensor, base: Tensor, unit: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:

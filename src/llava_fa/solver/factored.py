@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from llava_fa.config import FourierConfig
-from llava_fa.solver.approximation import dequantize_best
+from llava_fa.kernels.layout import layout_of
+from llava_fa.kernels.run import dequantize
 from llava_fa.solver.attention import inner_product, refit_left, whitened_factors
 from llava_fa.solver.best import expected_error, input_scales, solve_best
 
@@ -33,7 +34,7 @@ def solve_factored(
         scales = torch.ones(right.shape[1]) if config.calibration == "none" else input_scales(right, moment)
     tensors, _, notes = solve_best(right, part, moment, scales)
     stored = {f"right.{name}": tensor for name, tensor in tensors.items()}
-    right = dequantize_best(tensors, part, (config.inner_rank, weight.shape[1]))
+    right = dequantize(layout_of(part, config.inner_rank, weight.shape[1]), tensors)
     left = refit_left(weight, right, moment)
     inner = _inner_moment(right, moment)
     tensors, _, more = solve_best(left, part, inner, input_scales(left, inner))

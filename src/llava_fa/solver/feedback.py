@@ -90,7 +90,7 @@ def round_with_feedback(target: Tensor, unit: Tensor, search: NearestCode) -> tu
         within = unit[block, block].contiguous()
         if compiled:
             columns, tables = block.stop - start, search.tables()
-            native.call("greedy", error[block], work, columns, rows, within, *tables, codes[pairs])
+            native.call(native.Greedy(error[block], work, columns, rows, within, tables, codes[pairs]))
         else:
             _round_block(error[block], codes[pairs], work, within, search)
     return codes, error
@@ -131,7 +131,7 @@ def _refine_compiled(
     """As `_refine_block`, up to rounding; csrc/refine.inl."""
     columns, rows = error.shape
     changed = torch.empty(rows, dtype=torch.int32)
-    native.call("refine", error, gradient, columns, rows, moment, inverse, *search.tables(), codes, changed)
+    native.call(native.Refine(error, gradient, columns, rows, moment, inverse, search.tables(), codes, changed))
     return int(changed.sum())
 
 

@@ -63,19 +63,34 @@ def _round_compiled(target: Tensor, unit: Tensor, metric: Tensor, near: NearbyWi
     size, rows = target.shape
     metric = metric.flatten(1)[:, [0, 1, 3]].contiguous()
     paths = torch.empty(rows, native.trellis_row_bytes(), dtype=torch.uint8)
-    lists = near.lists, near.first, _SIDE, near.tried, near.first.shape[1], _REACH
     for start in range(0, size, _BLOCK):
         stop, ahead = min(start + _BLOCK, size), min(start + 2 * _BLOCK, size)
         older = max(0, start - _BLOCK)  # columns before are settled
         base = target[start:stop]
         if older:
             base = torch.addmm(base, unit[:older, start:stop].T, target[:older])
-        native.call(
-            "trellis_beam",
-            *(target, base, start, stop - start, size, rows),
-            *(unit[start:stop, start:ahead].contiguous(), ahead - start, metric[start // 2 :], near.packed),
-            *(near.trellis.code_bits, *lists, paths, states),
+        job = native.TrellisBeam(
+            target,
+            base,
+            start,
+            columns=stop - start,
+            size=size,
+            rows=rows,
+            unit=unit[start:stop, start:ahead].contiguous(),
+            ahead=ahead - start,
+            metric=metric[start // 2 :],
+            points=near.packed,
+            code_bits=near.trellis.code_bits,
+            lists=near.lists,
+            first=near.first,
+            side=_SIDE,
+            tried=near.tried,
+            tried_first=near.first.shape[1],
+            reach=_REACH,
+            paths=paths,
+            states=states,
         )
+        native.call(job)
 
 
 class _Beam:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.kernels import registry
 from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.run import dequantize
 from llava_fa.maths.lowrank import fourier_svd, weighted_low_rank
 from llava_fa.nn.factored_linear import FactoredLinear
 from llava_fa.nn.fourier_embedding import FourierEmbedding
@@ -93,7 +93,7 @@ def initial_factors(
     for name, layer in layers_by_name(model).items():
         weight = original_weight(original, name, layer)
         tensors = {key: tensor for key, tensor in layer.packed().items() if not key.startswith(("left", "right"))}
-        rest = weight - registry.dense(tensors, layer.in_features, *layer.layout.op_bits)
+        rest = weight - dequantize(layer.layout, tensors)
         own = min(rank, *weight.shape)
         if layer.layout.method == "paper":
             left, right = fourier_svd(torch.fft.rfft2(rest, norm="ortho"), min(own, layer.layout.coefficients))
