@@ -5,6 +5,7 @@ import torch
 
 from llava_fa import FourierConfig, FourierError, approximate
 from llava_fa.maths import dft, metrics
+from llava_fa.nn.factored_linear import layer_from_approximation
 
 BOTH = pytest.mark.parametrize("method", ["best", "paper"])
 
@@ -264,3 +265,24 @@ def test_a_large_layer_takes_seconds():
     result = approximate(W, FourierConfig(bits=2), x.T @ x / 6000)
     assert time.monotonic() - began < 240
     assert result.output_error < 0.31
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FourierConfig(bits=2, rank=2),
+        FourierConfig(bits=3, codes="trellis"),
+        FourierConfig(bits=4, inner_rank=8),
+        FourierConfig(method="paper", bits=4, rank=2),
+    ],
+    ids=["rings", "trellis", "factored", "paper"],
+)
+def test_solver_calibration_and_model_decode_to_the_same_bits(config):
+    """One decoder: what the solver measures, what calibration computes with, and what a loaded layer holds."""
+    W = gaussian(40, 66)
+    approximation = approximate(W, config)
+    layer = layer_from_approximation(approximation)
+    assert torch.equal(layer.dequantize(), approximation.dequantize())
+    with torch.no_grad():  # the kernel puts the codes in another order: the weight stays
+        layer(torch.randn(1, 66))
+    assert torch.equal(layer.dequantize(), approximation.dequantize())

@@ -34,6 +34,22 @@ def store_terms(z, at, value, mask, step, TERMS: tl.constexpr):
 
 
 @triton.jit
+def times_right(
+    x, right, right_scale, left_scale, low, n, row, q, rank, SCALED: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Entry q of (scales · right x) of one row, into low."""
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, n, BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        value = tl.load(x + row * n + i, mask=i < n, other=0.0).to(tl.float32)
+        total += value * tl.load(right + q * n + i, mask=i < n, other=0).to(tl.float32)
+    out = tl.sum(total, axis=0)
+    if SCALED:
+        out = out * tl.load(right_scale + q).to(tl.float32) * tl.load(left_scale + q).to(tl.float32)
+    tl.store(low + row * rank + q, out)
+
+
+@triton.jit
 def transform_kernel(
     x,
     input_scale,
@@ -117,16 +133,7 @@ def transform_kernel(
             store_terms(z, there, nothing, after < blocks * (16 * CODES), step, TERMS)
             store_terms(z, there + 16, nothing, after < blocks * (16 * CODES), step, TERMS)
     else:
-        q = k1 - N1
-        total = tl.zeros([BLOCK_N], tl.float32)
-        for start in range(0, n, BLOCK_N):
-            i = start + tl.arange(0, BLOCK_N)
-            value = tl.load(x + row * n + i, mask=i < n, other=0.0).to(tl.float32)
-            total += value * tl.load(right + q * n + i, mask=i < n, other=0).to(tl.float32)
-        out = tl.sum(total, axis=0)
-        if SCALED:
-            out = out * tl.load(right_scale + q).to(tl.float32) * tl.load(left_scale + q).to(tl.float32)
-        tl.store(low + row * rank + q, out)
+        times_right(x, right, right_scale, left_scale, low, n, row, k1 - N1, rank, SCALED, BLOCK_N)
 
 
 @triton.jit
@@ -217,13 +224,15 @@ def vector_kernel(
             high = load_high(at, start, mask_next, BITS, WINDOW)
             for j in tl.static_range(CODES):
                 point = look_up(points, word, high, j * BITS, WINDOW)
-                total += part_of(point, 0, tl.float32) * tl.load(here + 32 * j, mask=mask_u, other=0.0)[None, :]
-                total += part_of(point, 1, tl.float32) * tl.load(here + 32 * j + 16, mask=mask_u, other=0.0)[None, :]
+                for part in tl.static_range(2):
+                    other = tl.load(here + (32 * j + 16 * part), mask=mask_u, other=0.0)[None, :]
+                    total += part_of(point, part, tl.float32) * other
         else:
             for j in range(CODES):
                 point = look_up_at(points, at + start, mask, mask_next, units, j, WORDS, BITS, WINDOW)
-                total += part_of(point, 0, tl.float32) * tl.load(here + 32 * j, mask=mask_u, other=0.0)[None, :]
-                total += part_of(point, 1, tl.float32) * tl.load(here + 32 * j + 16, mask=mask_u, other=0.0)[None, :]
+                for part in tl.static_range(2):
+                    other = tl.load(here + (32 * j + 16 * part), mask=mask_u, other=0.0)[None, :]
+                    total += part_of(point, part, tl.float32) * other
     out = tl.sum(total, axis=1) * tl.load(row_scale + rows, mask=rows < m, other=0.0).to(tl.float32)
     if LOW_RANK:
         part = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
