@@ -67,12 +67,11 @@ def choice() -> tuple[str | None, str]:
     Raises:
         FourierError: `LLAVA_FA_NATIVE` names what is not there.
     """
-    asked = _using[-1] if _using else os.environ.get(SWITCH, "")
-    return _decide(asked, *_library())
+    return _decide(_using[-1] if _using else os.environ.get(SWITCH), *_library())
 
 
 @cache
-def _decide(asked: str, library: ctypes.CDLL | None, why: str) -> tuple[str | None, str]:
+def _decide(asked: str | None, library: ctypes.CDLL | None, why: str) -> tuple[str | None, str]:
     if asked == "off":
         return None, f"{SWITCH}=off"
     available = levels()

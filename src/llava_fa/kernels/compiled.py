@@ -13,7 +13,7 @@ from llava_fa.kernels.packed import BestWeight
 
 SWITCH = "LLAVA_FA_ACTIVATIONS"
 """``int8`` (where unset) or ``exact``: how T (x / s) enters the products."""
-_SERVED = (torch.bfloat16, torch.float16, torch.float32)
+_SERVED = frozenset((torch.bfloat16, torch.float16, torch.float32))
 # As csrc/linear.h numbers them.
 _DTYPES = {torch.bfloat16: 0, torch.float32: 2}
 
@@ -42,8 +42,8 @@ def exact_activations(kernel: native.LayerKernel | None) -> bool:
     Raises:
         FourierError: the variable says neither.
     """
-    asked = os.environ.get(SWITCH, "")
-    if asked not in ("", "int8", "exact"):
+    asked = os.environ.get(SWITCH)
+    if asked and asked not in ("int8", "exact"):
         raise FourierError(f"{SWITCH}={asked}", remedy="Give int8 or exact, or unset it")
     return kernel is None or not kernel.int8 or asked == "exact"
 
@@ -73,7 +73,8 @@ def linear(
     batch = out.numel() // layout.out_features
     if batch == 0:
         return out
-    codes = weight.arranged("interleaved").codes
+    if codes.dim() != 3:
+        codes = weight.arranged("interleaved").codes
     half = x.dtype == torch.float16
     given = (x.to(torch.float32) if half else x).contiguous()
     made = out.to(torch.float32) if half else out

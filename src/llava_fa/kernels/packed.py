@@ -93,19 +93,9 @@ def packed_weight(
     get: Callable[[str], Any] = tensors.get
     if layout.method == "paper":
         return PaperWeight(layout, get("codes"), get("r_max"), get("left"), get("right"))
-    return BestWeight(
-        layout,
-        get("codes"),
-        get("row_scale"),
-        get("input_scale"),
-        get("signs"),
-        get("codebook"),
-        get("left"),
-        get("right"),
-        get("left_scale"),
-        get("right_scale"),
-        home,
-    )
+    scales = get("row_scale"), get("input_scale")  # no loop: this is felt once a token and layer
+    factors = get("left"), get("right"), get("left_scale"), get("right_scale")
+    return BestWeight(layout, get("codes"), *scales, get("signs"), get("codebook"), *factors, home)
 
 
 def best_weight(*flat: Any) -> BestWeight:

@@ -106,8 +106,7 @@ def _direct(x: Tensor) -> native.LayerKernel | None:
     much as a small layer: it may then be called past it.
     """
     unseen = (
-        x.is_cpu
-        and type(x) is Tensor
+        type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not registry.forced
         and _get_current_dispatch_mode() is None

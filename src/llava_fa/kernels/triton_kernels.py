@@ -34,9 +34,7 @@ def store_terms(z, at, value, mask, step, TERMS: tl.constexpr):
 
 
 @triton.jit
-def times_right(
-    x, right, right_scale, left_scale, low, n, row, q, rank, SCALED: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def times_right(x, right, right_scale, left_scale, low, n, row, q, rank, SCALED: tl.constexpr, BLOCK_N: tl.constexpr):
     """Entry q of (scales · right x) of one row, into low."""
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, n, BLOCK_N):
