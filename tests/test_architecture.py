@@ -1,11 +1,13 @@
 """The house rules that a reader of docs/architecture.md may rely on."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "llava_fa"
+MAP = Path(__file__).parent.parent / "docs" / "architecture.md"
 ORDER = ("maths", "kernels", "solver", "nn", "hub", "train", "world", "eval", "serve", "web", "cli")
 TOP = {"config", "errors", "native"}
 FILES = sorted(SRC.rglob("*.py"))
@@ -31,6 +33,60 @@ def test_imports_run_one_way(path):
         assert not parts & later, f"{folder} imports from {parts & later}, which come after it"
     elif folder.removesuffix(".py") in TOP:
         assert parts <= TOP
+
+
+def story(tree: str) -> list[str]:
+    """Files of the map in docs/architecture.md, top to bottom, each with its folders.
+
+    A line has names, then what they are; two spaces of indentation are a folder deeper.
+    """
+    files, folders = [], []
+    for line in tree.splitlines():
+        names = re.match(r"\s*((?:[\w.]+(?:\.\w+|/)(?:\s+|$))*)", line)[1].split()
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in names:
+            folders = folders[: depth - 1]
+            if name.endswith("/"):
+                folders.append(name.removesuffix("/"))
+            else:
+                files.append("/".join([*folders, name]))
+    return files
+
+
+def test_the_map_is_read_as_a_person_would():
+    tree = """src/llava_fa/
+  errors.py          the one exception
+  native.py  csrc/   the compiled kernels: kernels.py is not here
+  maths/             functions
+    dft.py  polar.py   two
+    deep/            more
+      inner.py
+  nn/                modules
+    layer.py"""
+    names = ["errors.py", "native.py", "maths/dft.py", "maths/polar.py", "maths/deep/inner.py", "nn/layer.py"]
+    assert story(tree) == names
+
+
+STORY = story(MAP.read_text().split("```")[1])
+
+
+def test_every_file_has_its_place_on_the_map():
+    files = {str(path.relative_to(SRC)) for path in FILES if path.name != "__init__.py" or path.parent == SRC}
+    on_map = {name for name in STORY if name.endswith(".py")}
+    assert files - on_map == set(), "not on the map of docs/architecture.md"
+    assert on_map - files == set(), "on the map, but not there"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_a_file_imports_only_what_the_map_has_above_it(path):
+    """Within a folder too, so that no two files import each other, however far around."""
+    here = str(path.relative_to(SRC))
+    if path.name == "__init__.py":  # what a folder offers, of all its files
+        return
+    targets = {name.removeprefix("llava_fa.").replace(".", "/") + ".py" for name in imported(path)} & set(STORY)
+    same = {name for name in targets if Path(name).parts[0] == Path(here).parts[0] or "/" not in name}
+    below = {name for name in same if STORY.index(name) >= STORY.index(here)}
+    assert not below, f"{here} imports {below}, which the map has below it"
 
 
 def test_every_folder_has_its_place_in_the_order():
