@@ -45,12 +45,6 @@ def test_root_and_unit_factor_rebuild_the_moment():
         assert not unit[i + 2 :, i : i + 2].any()
 
 
-def test_loss_is_the_quadratic_form():
-    A, H = problem(8, 5)
-    root = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)
-    assert torch.allclose(feedback.loss(A, root), loss(A, H), rtol=1e-4)
-
-
 def test_damping_is_raised_or_refused():
     singular = torch.ones(4, 4) - 0.3 * torch.eye(4)  # smallest eigenvalue -0.3, mean diagonal 0.7
     root, used = feedback.damped_root(singular, 0.01)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.maths.nearest import NearestCode
+from llava_fa.solver.feedback import column_blocks, corrected
 
 # Columns per block. The hypotheses of a row differ within one block only: at its end the best one is kept,
 # and the correction from all earlier blocks is one GEMM for one history.
@@ -36,12 +37,8 @@ def round_with_beam(target: Tensor, unit: Tensor, blocks: Tensor, search: Neares
     codes = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
     beam = _Beam(search, width)
     compiled = native.serves(target, unit, blocks) and width == _COMPILED_WIDTH
-    for start in range(0, size, _BLOCK):
-        block = slice(start, min(start + _BLOCK, size))
-        pairs = slice(start // 2, block.stop // 2)
-        base = target[block]
-        if start:
-            base = torch.addmm(base, unit[:start, block].T, target[:start])
+    for block, pairs in column_blocks(size, _BLOCK):
+        base = corrected(target, unit, target, block, block.start)
         here = target[block], base, unit[block, block], blocks[pairs]
         target[block], codes[pairs] = beam.compiled(*here) if compiled else beam.run(*here)
     return codes

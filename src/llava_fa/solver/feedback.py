@@ -7,6 +7,8 @@ dimension. The loss is tr(Eᵀ H E) with E = A - Q [N, m] and H [N, N] the trans
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,19 @@ def pair_blocks(matrix: Tensor) -> Tensor:
     return matrix.reshape(len(pair), 2, len(pair), 2)[pair, :, pair, :]
 
 
+def column_blocks(size: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of `width` columns, fewer at the end, and the pairs that each consists of."""
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        yield slice(start, stop), slice(start // 2, stop // 2)
+
+
+def corrected(target: Tensor, unit: Tensor, error: Tensor, columns: slice, settled: int) -> Tensor:
+    """A_p + Σ_j M_jpᵀ E_j of columns p, for the errors of the first `settled` columns j; a view if there are none."""
+    base = target[columns]
+    return torch.addmm(base, unit[:settled, columns].T, error[:settled]) if settled else base
+
+
 def round_with_feedback(target: Tensor, unit: Tensor, search: NearestCode) -> tuple[Tensor, Tensor]:
     """Codes int32 [N/2, m] and errors E [N, m] of greedy rounding with linear feedback.
 
@@ -82,27 +97,22 @@ def round_with_feedback(target: Tensor, unit: Tensor, search: NearestCode) -> tu
     error = torch.empty_like(target)
     codes = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
     compiled = native.serves(target, unit)
-    for start in range(0, size, _BLOCK):
-        block, pairs = slice(start, min(start + _BLOCK, size)), slice(start // 2, min(start + _BLOCK, size) // 2)
-        error[block] = work = target[block]
-        if start:
-            work = torch.addmm(work, unit[:start, block].T, error[:start])
-        within = unit[block, block].contiguous()
+    for block, pairs in column_blocks(size, _BLOCK):
+        error[block] = target[block]
+        base, within = corrected(target, unit, error, block, block.start), unit[block, block].contiguous()
         if compiled:
-            columns, tables = block.stop - start, search.tables()
-            native.call(native.Greedy(error[block], work, columns, rows, within, tables, codes[pairs]))
+            job = native.Greedy(error[block], base, len(base), rows, within, search.tables(), codes[pairs])
+            native.call(job)
         else:
-            _round_block(error[block], codes[pairs], work, within, search)
+            _round_block(error[block], codes[pairs], base, within, search)
     return codes, error
 
 
-def _round_block(error: Tensor, codes: Tensor, work: Tensor, unit: Tensor, search: NearestCode) -> None:
+def _round_block(error: Tensor, codes: Tensor, base: Tensor, unit: Tensor, search: NearestCode) -> None:
     """The codes of one block and, in place, its targets less their points; csrc/greedy.inl up to rounding."""
     for at in range(0, error.shape[0], 2):
         here = slice(at, at + 2)
-        aim = work[here]
-        if at:
-            aim = torch.addmm(aim, unit[:at, here].T, error[:at])
+        aim = corrected(base, unit, error, here, at)
         codes[at // 2] = search(aim[0], aim[1])
         error[here] -= search.points(codes[at // 2])
 
@@ -113,32 +123,28 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
     With every other pair fixed, pair p's best real value is A_p + H_pp⁻¹ Σ_{j≠p} H_pj E_j; the code nearest
     to it replaces the old one where that lowers the loss (in the metric of H_pp), so the loss never rises.
     """
-    size = error.shape[0]
+    size, rows = error.shape
     changed = 0
     inverse = torch.linalg.inv(pair_blocks(moment))
     compiled = native.serves(error, moment)
-    for start in range(0, size, _BLOCK):
-        block, pairs = slice(start, min(start + _BLOCK, size)), slice(start // 2, min(start + _BLOCK, size) // 2)
-        gradient = moment[block] @ error
-        here = codes[pairs], error[block], gradient, moment[block, block].contiguous(), inverse[pairs].contiguous()
-        changed += _refine_compiled(*here, search) if compiled else _refine_block(*here, search)
+    for block, pairs in column_blocks(size, _BLOCK):
+        gradient, own, within = moment[block] @ error, inverse[pairs].contiguous(), moment[block, block].contiguous()
+        if compiled:
+            by_row = torch.empty(rows, dtype=torch.int32)
+            tables = within, own, search.tables(), codes[pairs], by_row
+            native.call(native.Refine(error[block], gradient, len(gradient), rows, *tables))
+            changed += int(by_row.sum())
+        else:
+            changed += _refine_block(codes[pairs], error[block], gradient, within, own, search)
     return changed
-
-
-def _refine_compiled(
-    codes: Tensor, error: Tensor, gradient: Tensor, moment: Tensor, inverse: Tensor, search: NearestCode
-) -> int:
-    """As `_refine_block`, up to rounding; csrc/refine.inl."""
-    columns, rows = error.shape
-    changed = torch.empty(rows, dtype=torch.int32)
-    native.call(native.Refine(error, gradient, columns, rows, moment, inverse, search.tables(), codes, changed))
-    return int(changed.sum())
 
 
 def _refine_block(
     codes: Tensor, error: Tensor, gradient: Tensor, moment: Tensor, inverse: Tensor, search: NearestCode
 ) -> int:
-    """The pass over one block's pairs: its part of codes, of E (both in place), of H E, of H, and its H_pp⁻¹."""
+    """The pass over one block's pairs: its part of codes, of E (both in place), of H E, of H, and its H_pp⁻¹;
+    csrc/refine.inl up to rounding.
+    """
     changed = 0
     moved = torch.zeros_like(gradient)
     for at in range(0, error.shape[0], 2):
@@ -161,8 +167,3 @@ def _refine_block(
         moved[here] = step
         changed += int(better.sum())
     return changed
-
-
-def loss(error: Tensor, root: Tensor) -> Tensor:
-    """Σ over pairs of the loss of each weight row: ‖Rᵀ E‖² by column, float64 [m]."""
-    return (root.T @ error).square().sum(0, dtype=torch.float64)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.maths.trellis import Trellis, trellis
+from llava_fa.solver.feedback import column_blocks, corrected
 
 # Columns per block. Paths differ within the last two blocks; what is older is settled by the cheapest path.
 _BLOCK = 32
@@ -63,22 +64,19 @@ def _round_compiled(target: Tensor, unit: Tensor, metric: Tensor, near: NearbyWi
     size, rows = target.shape
     metric = metric.flatten(1)[:, [0, 1, 3]].contiguous()
     paths = torch.empty(rows, native.trellis_row_bytes(), dtype=torch.uint8)
-    for start in range(0, size, _BLOCK):
-        stop, ahead = min(start + _BLOCK, size), min(start + 2 * _BLOCK, size)
-        older = max(0, start - _BLOCK)  # columns before are settled
-        base = target[start:stop]
-        if older:
-            base = torch.addmm(base, unit[:older, start:stop].T, target[:older])
+    for block, pairs in column_blocks(size, _BLOCK):
+        base = corrected(target, unit, target, block, max(0, block.start - _BLOCK))
+        ahead = unit[block, block.start : block.stop + _BLOCK].contiguous()
         job = native.TrellisBeam(
             target,
             base,
-            start,
-            columns=stop - start,
+            start=block.start,
+            columns=len(base),
             size=size,
             rows=rows,
-            unit=unit[start:stop, start:ahead].contiguous(),
-            ahead=ahead - start,
-            metric=metric[start // 2 :],
+            unit=ahead,
+            ahead=ahead.shape[1],
+            metric=metric[pairs.start :],
             points=near.packed,
             code_bits=near.trellis.code_bits,
             lists=near.lists,
@@ -109,12 +107,10 @@ class _Beam:
         """Fill states [N/2, m], and replace the target by the errors."""
         size, error = self.target.shape[0], self.target  # of what is settled
         steps: list[tuple[Tensor, Tensor]] = []  # parent and window of every path, of the last two blocks
-        for start in range(0, size, _BLOCK):
-            stop = min(start + _BLOCK, size)
+        for block, _ in column_blocks(size, _BLOCK):
+            start, stop = block.start, block.stop
             older = max(0, start - _BLOCK)  # columns before are settled
-            base = self.target[start:stop]
-            if older:
-                base = torch.addmm(base, self.unit[:older, start:stop].T, error[:older])
+            base = corrected(self.target, self.unit, error, block, older)
             origin = torch.arange(self.cost.shape[1], device=error.device).expand(self.rows, -1)
             for at in range(start, stop, 2):
                 parent = self._extend(base[at - start : at - start + 2].T, at, older)
@@ -130,8 +126,8 @@ class _Beam:
                 self.errors = torch.cat([self.errors[:, :, _BLOCK:], torch.zeros_like(self.errors[:, :, _BLOCK:])], 2)
             self.cost = self.cost - self.cost.amin(1, keepdim=True)
             if stop == size:
-                kept = final[:, _BLOCK:] if start else final
-                error[start:stop] = kept[:, : stop - start].T
+                own = final[:, _BLOCK:] if start else final
+                error[block] = own[:, : stop - start].T
             path = best
             for index in range(len(steps) - 1, -1, -1):
                 parent, window = steps[index]
@@ -193,10 +189,10 @@ class NearbyWindows:
 
     def to(self, device: torch.device) -> NearbyWindows:
         """The same lists and points there."""
-        found = copy.copy(self)
-        found.trellis = Trellis(self.trellis.points.to(device), self.trellis.code_bits)
-        found.lists, found.first = self.lists.to(device), self.first.to(device)
-        return found
+        there = copy.copy(self)
+        there.trellis = Trellis(self.trellis.points.to(device), self.trellis.code_bits)
+        there.lists, there.first = self.lists.to(device), self.first.to(device)
+        return there
 
     def __call__(self, aim: Tensor, window: Tensor | None) -> Tensor:
         """int32 windows [rows, paths, few] for aims [rows, paths, 2] after `window` [rows, paths]."""
