@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from attention_bound import attention_error_bound, logit_error_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,9 +25,9 @@ def moment_of(n, seed=0):
 
 def test_density_by_counting():
     maps = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.25, 0.25, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01]])
-    assert attention.kept_entries(maps, 0.05).tolist() == [3, 4, 1]
-    assert attention.kept_entries(maps, 0.2).tolist() == [2, 4, 1]
-    assert attention.kept_entries(maps, 0.0).tolist() == [3, 4, 4]
+    assert attention.largest_entries(maps, 0.05).tolist() == [3, 4, 1]
+    assert attention.largest_entries(maps, 0.2).tolist() == [2, 4, 1]
+    assert attention.largest_entries(maps, 0.0).tolist() == [3, 4, 4]
     assert float(attention.attention_density(maps, epsilon=0.05)) == pytest.approx(8 / 12)
     heads = torch.stack([maps, maps.flip(1)])
     assert attention.attention_density(heads).tolist() == pytest.approx([8 / 12, 8 / 12])
@@ -39,18 +40,18 @@ def test_density_of_a_causal_map_is_a_share_of_what_it_may_see():
     assert float(attention.attention_density(torch.eye(5), causal.bool())) == pytest.approx(5 / 15)
     padded = uniform.clone()
     padded[:2] = 0  # rows of padding
-    assert attention.kept_entries(padded, 0).tolist() == [0, 0, 3, 4, 5]
+    assert attention.largest_entries(padded, 0).tolist() == [0, 0, 3, 4, 5]
 
 
 def test_what_is_no_attention_map():
     with pytest.raises(FourierError, match="epsilon is 1"):
-        attention.kept_entries(torch.eye(2), 1)
+        attention.largest_entries(torch.eye(2), 1)
     with pytest.raises(FourierError, match="negative or non-finite entries"):
         attention.attention_density(-torch.eye(2))
     with pytest.raises(FourierError, match=r"a mask \[3, 3\] for attention maps \[2, 2\]"):
         attention.attention_density(torch.eye(2), torch.ones(3, 3, dtype=torch.bool))
     with pytest.raises(FourierError, match="density 2"):
-        attention.attention_error_bound(2.0, 0.1, (3, 9))
+        attention_error_bound(2.0, 0.1, (3, 9))
 
 
 def rotate(x, angle_step=0.7):
@@ -86,16 +87,16 @@ def test_the_bound_holds(seed, rows, sharpness, error, epsilon, causal):
         return logits, logits.masked_fill(~allowed, -torch.inf).softmax(-1)
 
     (z, s), (z_hat, s_hat) = maps(q, k), maps(q + q_error, k + k_error)
-    delta = attention.logit_error_bound(q, k, q_error, k_error, scaling)
+    delta = logit_error_bound(q, k, q_error, k_error, scaling)
     assert float((z_hat - z).abs().max()) <= delta * (1 + 1e-9)
     density = float(attention.attention_density(s, allowed, epsilon))
     shape = (rows, int(allowed.sum()))
-    assert float((s_hat - s).norm()) <= attention.attention_error_bound(density, delta, shape, epsilon) * (1 + 1e-9)
+    assert float((s_hat - s).norm()) <= attention_error_bound(density, delta, shape, epsilon) * (1 + 1e-9)
     # the sparser, the less can go wrong; and no error, no bound
-    assert attention.attention_error_bound(density / 2, delta, shape, epsilon) <= attention.attention_error_bound(
+    assert attention_error_bound(density / 2, delta, shape, epsilon) <= attention_error_bound(
         density, delta, shape, epsilon
     )
-    assert attention.attention_error_bound(density, 0.0, shape, epsilon) == 0
+    assert attention_error_bound(density, 0.0, shape, epsilon) == 0
 
 
 def test_the_bound_is_met():
@@ -103,7 +104,7 @@ def test_the_bound_is_met():
     delta = 0.3
     before = torch.tensor([[delta / 2, -delta / 2]], dtype=torch.float64).softmax(-1)
     measured = float((before.flip(1) - before).norm())
-    assert measured == pytest.approx(attention.attention_error_bound(1.0, delta, (1, 2), 0.0), rel=1e-12)
+    assert measured == pytest.approx(attention_error_bound(1.0, delta, (1, 2), 0.0), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (8, 16), (16, 16)])  # k_proj of grouped-query attention is wide

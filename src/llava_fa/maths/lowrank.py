@@ -84,15 +84,19 @@ def weighted_low_rank(
         residual: R, real [m, n].
         root: G as an upper triangular matrix [n, n], as a diagonal [n] (positive), or None for the identity.
     """
-    weighted = residual
-    if root is not None:
-        weighted = residual * root if root.ndim == 1 else residual @ root
-    u, s, vh = truncated_svd(weighted, rank, exact=exact, seed=seed)
+    u, s, vh = truncated_svd(times(residual, root), rank, exact=exact, seed=seed)
     balance = s.sqrt()
     right = balance[:, None] * vh
     if root is not None:
         right = right / root if root.ndim == 1 else torch.linalg.solve_triangular(root, right, upper=True, left=False)
     return u * balance, right
+
+
+def times(matrix: Tensor, other: Tensor | None) -> Tensor:
+    """A B for B as a matrix [n, n], as a diagonal [n], or None for the identity."""
+    if other is None:
+        return matrix
+    return matrix * other if other.ndim == 1 else matrix @ other
 
 
 def _positive(average: Tensor) -> Tensor:

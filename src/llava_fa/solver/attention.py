@@ -1,4 +1,4 @@
-"""Attention density, what it bounds, and query and key weights as two narrow factors: CASP (arXiv 2503.05936).
+"""Attention density, and query and key weights as two narrow factors: CASP (arXiv 2503.05936).
 
 An attention map that puts its mass on few entries can lose little of it: that is CASP's reason to compress W_q and W_k
 harder than all else, by a data-aware low-rank decomposition. This file has the quantities; `solver.factored` stores the
@@ -7,20 +7,18 @@ factors as codes, `hub.attention` measures the maps of a model.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from llava_fa.errors import FourierError
-from llava_fa.maths.lowrank import check_rank, weighted_low_rank
+from llava_fa.maths.lowrank import check_rank, times, weighted_low_rank
 from llava_fa.solver.feedback import damped_root
 
 EPSILON = 0.05
 """Share of a row's mass that density leaves out."""
 
 
-def kept_entries(maps: Tensor, epsilon: float = EPSILON) -> Tensor:
+def largest_entries(maps: Tensor, epsilon: float = EPSILON) -> Tensor:
     """How many of the largest entries hold 1 - ε of each row's mass: [..., l, k] → int64 [..., l].
 
     Args:
@@ -44,12 +42,12 @@ def attention_density(maps: Tensor, allowed: Tensor | None = None, epsilon: floa
     """D = (entries that hold 1 - ε of their row's mass) / (entries there could be): [..., l, k] → float64 [...].
 
     Args:
-        maps: attention of one or many heads (see `kept_entries`).
+        maps: attention of one or many heads (see `largest_entries`).
         allowed: bool [l, k], where attention may look (causal masks, padding); everywhere if None.
         epsilon: share of mass left out.
 
     Raises:
-        FourierError: what `kept_entries` finds; a mask of another shape or that allows nothing.
+        FourierError: what `largest_entries` finds; a mask of another shape or that allows nothing.
     """
     entries = maps.shape[-2] * maps.shape[-1]
     if allowed is not None:
@@ -59,56 +57,7 @@ def attention_density(maps: Tensor, allowed: Tensor | None = None, epsilon: floa
                 remedy=f"Give bool {list(maps.shape[-2:])} with a place to look at",
             )
         entries = int(allowed.sum())
-    return kept_entries(maps, epsilon).sum(dim=-1).to(torch.float64) / entries
-
-
-def logit_error_bound(query: Tensor, key: Tensor, query_error: Tensor, key_error: Tensor, scaling: float) -> float:
-    """Δ ≥ max |ẑ - z| of the logits z_ij = scaling · q_iᵀ k_j when q̂ = q + e_q and k̂ = k + e_k.
-
-    ẑ - z = scaling (e_qᵀ k̂ + qᵀ e_k), so Δ = scaling (max‖e_q‖ max‖k̂‖ + max‖q‖ max‖e_k‖). Rotary embeddings rotate
-    q and k (and their errors) by angles that depend on the position alone, so that all of these norms, and the bound,
-    hold with them too.
-
-    Args:
-        query, query_error: [..., l, d] of one head, before or after rotary embedding. key, key_error: [..., k, d].
-        scaling: usually d^-½.
-    """
-
-    def largest(vectors: Tensor) -> float:
-        return float(vectors.to(torch.float64).norm(dim=-1).max())
-
-    return scaling * (largest(query_error) * largest(key + key_error) + largest(query) * largest(key_error))
-
-
-def attention_error_bound(
-    density: float, logit_error: float, shape: tuple[int, int], epsilon: float = EPSILON
-) -> float:
-    """CASP's bound: how far an attention map can move, ‖Ŝ - S‖_F, when its logits move by at most Δ.
-
-        ‖Ŝ - S‖_F ≤ min( √(D E) tanh(Δ/2) + ε √l min(e^{2Δ} - 1, ε⁻¹),  √(2 l) )
-
-    with l rows, E entries in all and density D: the sparser the map, the less W_q and W_k can do wrong. For: entry i
-    of a row obeys logit(ŝ_i) - logit(s_i) = δ_i - log Σ_{j≠i} s_j e^{δ_j} / (1 - s_i), which lies within ±2Δ, so
-    |ŝ_i - s_i| ≤ σ(Δ) - σ(-Δ) = tanh(Δ/2) for the D E entries that are kept; and ŝ_i / s_i = e^{δ_i} / Σ_j s_j e^{δ_j}
-    ≤ e^{2Δ}, so that the others, of mass ≤ ε a row, move by (e^{2Δ} - 1) ε at most. Two distributions are never more
-    than √2 apart. (The paper's theorem says the same of density in kind; the constants here are our own derivation.)
-
-    Args:
-        density: D, at this ε (`attention_density`).
-        logit_error: Δ ≥ max |δ|, up to a constant a row (`logit_error_bound`).
-        shape: (l, E): rows, and the entries that D is a share of.
-
-    Raises:
-        FourierError: a density outside [0, 1], a negative Δ.
-    """
-    if not 0 <= density <= 1 or logit_error < 0:
-        raise FourierError(
-            f"density {density}, logit error {logit_error}", remedy="Give a density in [0, 1] and an error ≥ 0"
-        )
-    rows, entries = shape
-    tail = min(epsilon * math.expm1(min(2 * logit_error, 700.0)), 1.0)
-    bound = math.sqrt(density * entries) * math.tanh(logit_error / 2) + math.sqrt(rows) * tail
-    return min(bound, math.sqrt(2 * rows))
+    return largest_entries(maps, epsilon).sum(dim=-1).to(torch.float64) / entries
 
 
 def inner_rank(shape: tuple[int, int], keep: float) -> int:
@@ -162,19 +111,21 @@ def refit_left(weight: Tensor, right: Tensor, moment: Tensor | None, *, damping:
         moment: H [n, n], its diagonal [n], or None for the identity.
         damping: δ as a share of the mean diagonal of R H Rᵀ.
     """
-    shaped = inner_product(right, moment).to(torch.float64)
+    passed = times(right, moment)
+    shaped = _symmetric(passed @ right.T).to(torch.float64)
     mean = float(shaped.diagonal().mean())
     if mean == 0:
         return torch.zeros(weight.shape[0], right.shape[0])
     shaped.diagonal().add_(damping * mean)
-    passed = right if moment is None else right * moment if moment.ndim == 1 else right @ moment
     left: Tensor = torch.linalg.solve(shaped, passed.to(torch.float64) @ weight.T.to(torch.float64)).T
     return left.to(torch.float32).contiguous()
 
 
 def inner_product(right: Tensor, moment: Tensor | None) -> Tensor:
     """R H Rᵀ [f, f], exactly symmetric: the second moment of z = R x, the input of L."""
-    passed = right if moment is None else right * moment if moment.ndim == 1 else right @ moment
-    product = passed @ right.T
-    both: Tensor = (product + product.T) / 2
-    return both
+    return _symmetric(times(right, moment) @ right.T)
+
+
+def _symmetric(product: Tensor) -> Tensor:
+    mean: Tensor = (product + product.T) / 2
+    return mean
