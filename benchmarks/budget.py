@@ -31,7 +31,7 @@ from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.loading import load
 from llava_fa.nn.surgery import classify
-from llava_fa.solver.sensitivity import distortion, error_power
+from llava_fa.solver.sensitivity import distortion, error_powers
 from llava_fa.world.samples import calibration_samples
 
 SAMPLES = 128
@@ -104,7 +104,7 @@ def curve(args: argparse.Namespace) -> None:
             result = approximate(linear.weight, config, moment)
             error = result.dequantize() - linear.weight
             real = (error @ moment * error).sum() if feedback else (error.square() * moment).sum()
-            logs.append((real / error_power(linear.weight, config, moment).sum()).log())
+            logs.append((real / error_powers(linear.weight, config, moment)[1].sum()).log())
         found = torch.stack(logs)
         used = distortion(config.code_bits, config.codes_for(1 << 20), feedback=feedback)
         figures = f"{float(found.mean().exp()):.5f} | {float(found.std()):.2f} | {used:.5f}"

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from llava_fa import FourierConfig, FourierError, approximate
-from llava_fa.solver.sensitivity import blind_sensitivity, distortion, error_power, sensitivity
+from llava_fa.solver.sensitivity import blind_sensitivity, distortion, error_powers, sensitivity
+
+
+def error_power(*arguments):
+    """What codes add per unit of distortion."""
+    return error_powers(*arguments)[1]
 
 
 def layer(m=64, n=128, seed=0):

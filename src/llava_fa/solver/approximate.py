@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -12,7 +13,7 @@ from llava_fa.errors import FourierError
 from llava_fa.maths import metrics
 from llava_fa.maths.lowrank import check_rank
 from llava_fa.solver.approximation import Approximation
-from llava_fa.solver.best import input_scales, solve_best
+from llava_fa.solver.best import solve_best
 from llava_fa.solver.factored import solve_factored
 from llava_fa.solver.paper import solve_paper
 
@@ -42,68 +43,50 @@ def approximate(
             adds it with `FourierError.at`.
     """
     values = checked_weight(weight)
-    shape = (values.shape[0], values.shape[1])
-    columns = shape[1] // 2 + 1 if config.method == "paper" else shape[1]
-    check_rank(max(config.rank, config.inner_rank), (shape[0], columns))
-    moment = None if second_moment is None else _checked_moment(second_moment, shape[1])
+    m, n = values.shape
+    check_rank(max(config.rank, config.inner_rank), (m, n // 2 + 1 if config.method == "paper" else n))
+    moment = None if second_moment is None else _checked_moment(second_moment, n)
+    usable = usable_moment(config, moment)
     notes: tuple[str, ...] = ()
+    output_error = None
     if moment is not None and not bool(moment.any()):
-        notes = ("the second moment is all zero and was ignored",)
-        moment = None
-    usable = usable_moment(config, moment, given=second_moment)
+        notes, output_error = ("the second moment is all zero and was ignored",), 0.0
+        moment = usable = None
+    if config.method == "paper" and input_scale is not None:
+        raise FourierError("method 'paper' has no input_scale", remedy="Leave it out, or use method='best'")
+    scales = None if input_scale is None else _checked_scale(input_scale, n)
     unit = _unit(_largest(values))
     scaled = values if unit == 1 else values / unit
     if config.method == "paper":
-        if input_scale is not None:
-            raise FourierError("method 'paper' has no input_scale", remedy="Leave it out, or use method='best'")
         tensors, history, more = solve_paper(scaled, config, usable)
-        tensors["r_max"] = tensors["r_max"] * unit
-        _scale_factor(tensors, "left", unit)
-    elif config.inner_rank:
-        tensors, more = solve_factored(
-            scaled, config, usable, None if input_scale is None else _checked_scale(input_scale, shape[1])
-        )
-        history = ()
-        tensors["left.row_scale"] = tensors["left.row_scale"] * unit
     else:
-        if input_scale is not None:
-            scales = _checked_scale(input_scale, shape[1])
-        elif config.calibration == "none":
-            scales = values.new_ones(shape[1])
-        else:
-            scales = input_scales(scaled, usable)
-        tensors, history, more = solve_best(scaled, config, usable, scales)
-        tensors["row_scale"] = tensors["row_scale"] * unit
-        _scale_factor(tensors, "left_scale" if "left_scale" in tensors else "left", unit)
+        tensors, history, more = (solve_factored if config.inner_rank else solve_best)(scaled, config, usable, scales)
+    for name in ("r_max", "row_scale", "left.row_scale", "left_scale" if "left_scale" in tensors else "left"):
+        if name in tensors:
+            tensors[name] = tensors[name] * unit
     result = Approximation(
         method=config.method,
-        shape=shape,
+        shape=(m, n),
         config=config,
         tensors=tensors,
         weight_error=math.nan,
-        output_error=None,
+        output_error=output_error,
         history=tuple(unit * value for value in history),
         notes=notes + more,
     )
-    return _measured(result, values, unit, moment, zero_moment=second_moment is not None and moment is None)
+    return _measured(result, values, unit, moment)
 
 
-def _measured(
-    result: Approximation, values: Tensor, unit: float, moment: Tensor | None, *, zero_moment: bool
-) -> Approximation:
+def _measured(result: Approximation, values: Tensor, unit: float, moment: Tensor | None) -> Approximation:
+    """The result with its errors, which are the same in every unit."""
     decoded = result.dequantize()
     if not math.isfinite(_largest(decoded)):
         raise FourierError(
             "the approximation overflows float32", remedy=f"The largest weight is {unit:g}: rescale the layer"
         )
     scaled, decoded = (values, decoded) if unit == 1 else (values / unit, decoded / unit)
-    fields = {name: getattr(result, name) for name in ("method", "shape", "config", "tensors", "history", "notes")}
-    out = None if moment is None else metrics.output_error(scaled, decoded, moment)
-    return Approximation(
-        **fields,
-        weight_error=metrics.weight_error(scaled, decoded),
-        output_error=0.0 if zero_moment else out,
-    )
+    out = result.output_error if moment is None else metrics.output_error(scaled, decoded, moment)
+    return dataclasses.replace(result, weight_error=metrics.weight_error(scaled, decoded), output_error=out)
 
 
 def checked_weight(weight: Tensor) -> Tensor:
@@ -149,9 +132,9 @@ def _checked_scale(scale: Tensor, n: int) -> Tensor:
     return values
 
 
-def usable_moment(config: FourierConfig, moment: Tensor | None, given: Tensor | None) -> Tensor | None:
+def usable_moment(config: FourierConfig, moment: Tensor | None) -> Tensor | None:
     """The part of the statistic that the configuration allows the solver to see."""
-    if config.calibration == "feedback" and (given is None or given.ndim == 1):
+    if config.calibration == "feedback" and (moment is None or moment.ndim == 1):
         raise FourierError(
             "calibration 'feedback' needs the whole second moment [n, n]",
             remedy="Give calibration data, or use calibration='auto'",
@@ -183,8 +166,3 @@ def _asymmetry(moment: Tensor) -> float:
     n = moment.shape[0]
     blocks = (slice(start, start + 512) for start in range(0, n, 512))
     return max(float((moment[rows] - moment[:, rows].T).abs().max()) for rows in blocks)
-
-
-def _scale_factor(tensors: dict[str, Tensor], name: str, unit: float) -> None:
-    if name in tensors:
-        tensors[name] = tensors[name] * unit

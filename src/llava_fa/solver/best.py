@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava_fa.config import FourierConfig
 from llava_fa.maths import dft
-from llava_fa.maths.lowrank import weighted_low_rank
+from llava_fa.maths.lowrank import times, weighted_low_rank
 from llava_fa.maths.nearest import NearestCode, nearest_code
 from llava_fa.maths.trellis import trellis
 from llava_fa.solver import feedback
@@ -39,7 +39,7 @@ def input_scales(weight: Tensor, moment: Tensor | None) -> Tensor:
 
     The transform spreads errors evenly over the columns of W diag(s), and their power follows Σ_j s_j² w_j
     with w_j = mean_i W_ij². Rounding to the nearest code costs Σ_j H_jj/s_j² · Σ_j s_j² w_j, least
-    (Cauchy-Schwarz) at s_j = (H_jj / w_j)^¼ (method.md fact 6). Error feedback already exploits what is
+    (Cauchy-Schwarz) at s_j = (H_jj / w_j)^¼. Error feedback already exploits what is
     uneven in H: at high rate it costs det(H)^(1/n) · Π_j s_j^(-2/n) · Σ_j s_j² w_j, least at s_j = w_j^-½,
     but unevenness also costs it damping. Half way, s_j = H_jj^⅛ w_j^-⅜, measures best: 1.6 % less output
     error than the former on real layers, up to 6 % less than the latter on synthetic ones.
@@ -63,14 +63,15 @@ def input_scales(weight: Tensor, moment: Tensor | None) -> Tensor:
 
 
 def solve_best(
-    weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor
+    weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor | None = None
 ) -> tuple[dict[str, Tensor], tuple[float, ...], tuple[str, ...]]:
     """Stored tensors, the loss after each alternation, and notes.
 
     Args:
         weight: finite float32 [m, n].
         moment: what may be used: H [n, n] (feedback), its diagonal [n], or None.
-        scales: s, float32 [n], exactly representable in bf16.
+        scales: s, float32 [n], exactly representable in bf16; None for those that `input_scales` chooses, ones without
+            calibration.
     """
     problem = _Problem(weight, config, moment, scales)
     history: list[float] = []
@@ -81,7 +82,7 @@ def solve_best(
     tensors = {
         "codes": pack_codes(codes, config, (weight.shape[0], weight.shape[1])),
         "row_scale": row_scale.to(torch.bfloat16),
-        "input_scale": scales.to(torch.bfloat16),
+        "input_scale": problem.scales.to(torch.bfloat16),
         "signs": pack_signs(problem.signs),
         "codebook": points.to(torch.bfloat16),
         **best,
@@ -111,7 +112,9 @@ def _alternate(problem: _Problem, config: FourierConfig) -> tuple[dict[str, Tens
     return best, history
 
 
-def expected_error(weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor) -> Tensor:
+def expected_error(
+    weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor | None = None
+) -> Tensor:
     """E[e_i²] of every output row i, divided by the codes' distortion: float64 [m]; no code is chosen.
 
     Codes of distortion D (mean squared error per real of unit variance) leave row i, of scale ρ_i, an error of
@@ -128,31 +131,29 @@ def expected_error(weight: Tensor, config: FourierConfig, moment: Tensor | None,
         target = problem.target({})
         power = (target - problem.transformed(problem.fit_factors(target))).square().mean(dim=1, dtype=torch.float64)
     else:  # the transform keeps the norm of every row
-        power = (weight * scales).square().sum(dim=1, dtype=torch.float64) / dft.padded(weight.shape[1])
+        power = (weight * problem.scales).square().sum(dim=1, dtype=torch.float64) / dft.padded(weight.shape[1])
     if problem.moment is not None:
         return power * float(problem.blocks.square().sum(dtype=torch.float64))
-    spread = torch.ones_like(scales) if problem.weights is None else problem.weights
-    return power * float((spread / scales).square().sum(dtype=torch.float64))
+    spread = 1.0 if problem.weights is None else problem.weights
+    return power * float((spread / problem.scales).square().sum(dtype=torch.float64))
 
 
-def error_directions(
-    weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor, count: int
-) -> Tensor:
+def error_directions(weight: Tensor, config: FourierConfig, moment: Tensor | None, count: int) -> Tensor:
     """P [n, count], random, with E[P Pᵀ] ∝ E[eᵢᵀ eᵢ], the covariance of the error of one row of W, for every row.
 
     Rounding leaves errors that are white in the coordinates it is done in: E = ρ √D z T diag(1/s), and with error
     feedback, of H' = M blkdiag(R_pp R_ppᵀ) Mᵀ, E = ρ √D z M⁻¹ T diag(1/s), z white. Scaled so that tr(Pᵀ H P) = 1.
 
     Args:
-        weight, moment, scales: as for `expected_error`.
+        weight, moment: as for `expected_error`.
         count: columns, the more the surer; the same ones for the same configuration.
     """
-    problem = _Problem(weight, config, moment, scales)
+    problem = _Problem(weight, config, moment)
     generator = torch.Generator().manual_seed(config.seed)
     white = torch.randn(count, dft.padded(weight.shape[1]), generator=generator)
     if problem.moment is not None:
         white = torch.linalg.solve_triangular(problem.unit, white, upper=True, left=False, unitriangular=True)
-    rows = dft.packed_idft(white, problem.signs, problem.n) / scales
+    rows = problem.spatial(white)
     if moment is None:
         power = rows.square().sum()
     else:
@@ -163,8 +164,13 @@ def error_directions(
 class _Problem:
     """One layer in the transformed domain: A = W diag(s) Tᵀ [m, N] and the norm its error is measured in."""
 
-    def __init__(self, weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor) -> None:
-        self.weight, self.config, self.scales, self.n = weight, config, scales, weight.shape[1]
+    def __init__(
+        self, weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor | None = None
+    ) -> None:
+        self.weight, self.config, self.n = weight, config, weight.shape[1]
+        if scales is None:
+            scales = weight.new_ones(self.n) if config.calibration == "none" else input_scales(weight, moment)
+        self.scales = scales
         self.search: NearestCode = nearest_code(config.code_bits, weight.device)
         self.signs = dft.random_signs(self.n, config.seed).to(weight.device)
         self.notes: tuple[str, ...] = ()
@@ -259,16 +265,16 @@ class _Problem:
         """The weighted squared norm of an error [m, N]."""
         if self.root is not None:
             return float((error @ self.root).square().sum(dtype=torch.float64))
-        return float((self._spatial(error) * self._weight_or_one()).square().sum(dtype=torch.float64))
+        return float(times(self.spatial(error), self.weights).square().sum(dtype=torch.float64))
 
     def fit_factors(self, rest: Tensor) -> dict[str, Tensor]:
         """The weighted low-rank fit to what the codes leave, as stored (see `factors`)."""
         rank, seed = self.config.rank, self.config.seed
         if self.root is not None:
             left, right = weighted_low_rank(rest, rank, self.root, seed=seed)
-            right = self._spatial(right)
+            right = self.spatial(right)
         else:
-            left, right = weighted_low_rank(self._spatial(rest), rank, self.weights, seed=seed)
+            left, right = weighted_low_rank(self.spatial(rest), rank, self.weights, seed=seed)
         return store_factors(left, right, self.config.factor_dtype or "int8")
 
     def transformed(self, stored: dict[str, Tensor], rows: slice = slice(None)) -> Tensor:
@@ -276,11 +282,9 @@ class _Problem:
         left, right = factors(stored)
         return left[rows] @ dft.packed_dft(right * self.scales, self.signs)
 
-    def _spatial(self, transformed: Tensor) -> Tensor:
+    def spatial(self, transformed: Tensor) -> Tensor:
+        """Rows [·, N] of the transformed domain as rows [·, n] of W."""
         return dft.packed_idft(transformed, self.signs, self.n) / self.scales
-
-    def _weight_or_one(self) -> Tensor:
-        return torch.ones(()) if self.weights is None else self.weights
 
 
 def _row_scale(target: Tensor) -> tuple[Tensor, Tensor]:

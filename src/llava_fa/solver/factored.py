@@ -13,14 +13,15 @@ from torch import Tensor
 from llava_fa.config import FourierConfig
 from llava_fa.kernels.layout import layout_of
 from llava_fa.kernels.run import dequantize
+from llava_fa.maths.lowrank import times
 from llava_fa.solver.attention import inner_product, refit_left, whitened_factors
 from llava_fa.solver.best import expected_error, input_scales, solve_best
 
 
 def solve_factored(
     weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor | None = None
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Stored tensors and notes.
+) -> tuple[dict[str, Tensor], tuple[float, ...], tuple[str, ...]]:
+    """Stored tensors, no history, and notes, as of `solve_best`.
 
     Args:
         weight: W, finite float32 [m, n].
@@ -30,15 +31,13 @@ def solve_factored(
     """
     part = config.replace(inner_rank=0)
     _, right = whitened_factors(weight, config.inner_rank, moment, damping=config.damping, seed=config.seed)
-    if scales is None:
-        scales = torch.ones(right.shape[1]) if config.calibration == "none" else input_scales(right, moment)
     tensors, _, notes = solve_best(right, part, moment, scales)
     stored = {f"right.{name}": tensor for name, tensor in tensors.items()}
     right = dequantize(layout_of(part, config.inner_rank, weight.shape[1]), tensors)
     left = refit_left(weight, right, moment)
     inner = _inner_moment(right, moment)
     tensors, _, more = solve_best(left, part, inner, input_scales(left, inner))
-    return {**{f"left.{name}": tensor for name, tensor in tensors.items()}, **stored}, notes + more
+    return {**{f"left.{name}": tensor for name, tensor in tensors.items()}, **stored}, (), notes + more
 
 
 def expected_factored_error(weight: Tensor, config: FourierConfig, moment: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -50,10 +49,8 @@ def expected_factored_error(weight: Tensor, config: FourierConfig, moment: Tenso
     part = config.replace(inner_rank=0)
     left, right = whitened_factors(weight, config.inner_rank, moment, damping=config.damping, seed=config.seed)
     rest = weight - left @ right
-    passed = rest if moment is None else rest * moment if moment.ndim == 1 else rest @ moment
-    outside = (passed * rest).sum(dim=1, dtype=torch.float64).clamp(min=0)
-    scales = torch.ones(right.shape[1]) if config.calibration == "none" else input_scales(right, moment)
-    of_right = expected_error(right, part, moment, scales)
+    outside = (times(rest, moment) * rest).sum(dim=1, dtype=torch.float64).clamp(min=0)
+    of_right = expected_error(right, part, moment)
     inner = _inner_moment(right, moment)
     of_left = expected_error(left, part, inner, input_scales(left, inner))
     return outside, of_left + left.square().to(torch.float64) @ of_right

@@ -25,7 +25,7 @@ from llava_fa.maths import codebook, metrics
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.solver import best
 from llava_fa.solver.approximate import checked_weight, usable_moment
-from llava_fa.solver.best import expected_error, input_scales
+from llava_fa.solver.best import expected_error
 from llava_fa.solver.factored import expected_factored_error
 
 _JUDGE = 1 << 15
@@ -54,53 +54,41 @@ def distortion(code_bits: int, codes: Codes = "rings", *, feedback: bool) -> flo
     return share * plain * (0.62 + 1.6 * plain + 4 * plain**2 if feedback else 1.0)
 
 
-def error_power(weight: Tensor, config: FourierConfig, moment: Tensor | None) -> Tensor:
-    """E[e_i²] of every output of a layer, per unit of distortion: float64 [m].
+def error_directions(weight: Tensor, config: FourierConfig, moment: Tensor, count: int) -> Tensor:
+    """P [n, count]: a sketch of the covariance of the errors of W's rows, C ∝ E[P Pᵀ], with tr(Pᵀ H P) = 1.
+
+    Args and errors as for `error_powers`; ranks and widths of factors do not matter.
+    """
+    values = checked_weight(weight)
+    if not bool(moment.any()):
+        return torch.zeros(values.shape[1], count)
+    found = best.error_directions(values, config, usable_moment(config, moment), count)
+    power = (found.T @ moment * found.T).sum()  # under all of H, whatever of it the calibration may see
+    return found / power.sqrt() if power > 0 else torch.zeros_like(found)
+
+
+def error_powers(weight: Tensor, config: FourierConfig, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What no codes can mend, and what codes add per unit of distortion: E[e_i²] = first + D · second.
 
     Args:
         weight: W [m, n], any float dtype.
         config: method ``best``; bits do not matter, rank and calibration do.
         moment: H [n, n], its diagonal [n], or None, as for `approximate`.
 
+    Returns:
+        Both float64 [m]. The first is zero but for a layer stored as two factors (`solver.factored`).
+
     Raises:
         FourierError: a weight that is not a finite matrix; a second moment that is not positive semi-definite.
     """
     values = checked_weight(weight)
+    nothing = torch.zeros(values.shape[0], dtype=torch.float64)
     if moment is not None and not bool(moment.any()):
-        return torch.zeros(values.shape[0], dtype=torch.float64)
-    usable = usable_moment(config, moment, given=moment)
-    scales = torch.ones(values.shape[1]) if config.calibration == "none" else input_scales(values, usable)
-    return expected_error(values, config, usable, scales)
-
-
-def error_directions(weight: Tensor, config: FourierConfig, moment: Tensor, count: int) -> Tensor:
-    """P [n, count]: a sketch of the covariance of the errors of W's rows, C ∝ E[P Pᵀ], with tr(Pᵀ H P) = 1.
-
-    Args and errors as for `error_power`; ranks and widths of factors do not matter.
-    """
-    values = checked_weight(weight)
-    if not bool(moment.any()):
-        return torch.zeros(values.shape[1], count)
-    usable = usable_moment(config, moment, given=moment)
-    scales = torch.ones(values.shape[1]) if config.calibration == "none" else input_scales(values, usable)
-    found = best.error_directions(values, config, usable, scales, count)
-    power = (found.T @ moment * found.T).sum()  # under all of H, whatever of it the calibration may see
-    return found / power.sqrt() if power > 0 else torch.zeros_like(found)
-
-
-def error_powers(weight: Tensor, config: FourierConfig, moment: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What no codes can mend, and what codes add per unit of distortion: E[e_i²] = first + D · second, both [m].
-
-    Args and errors as for `error_power`. The first is zero but for a layer stored as two factors (`solver.factored`).
-    """
-    if not config.inner_rank:
-        power = error_power(weight, config, moment)
-        return torch.zeros_like(power), power
-    values = checked_weight(weight)
-    if moment is not None and not bool(moment.any()):
-        nothing = torch.zeros(values.shape[0], dtype=torch.float64)
         return nothing, nothing
-    return expected_factored_error(values, config, usable_moment(config, moment, given=moment))
+    usable = usable_moment(config, moment)
+    if config.inner_rank:
+        return expected_factored_error(values, config, usable)
+    return nothing, expected_error(values, config, usable)
 
 
 def sensitivity(power: Tensor, fisher: Tensor) -> float:
