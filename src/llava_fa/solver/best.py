@@ -138,27 +138,22 @@ def expected_error(
     return power * float((spread / problem.scales).square().sum(dtype=torch.float64))
 
 
-def error_directions(weight: Tensor, config: FourierConfig, moment: Tensor | None, count: int) -> Tensor:
-    """P [n, count], random, with E[P Pᵀ] ∝ E[eᵢᵀ eᵢ], the covariance of the error of one row of W, for every row.
+def random_errors(weight: Tensor, config: FourierConfig, moment: Tensor | None, count: int) -> Tensor:
+    """[count, n] with the covariance of the error of one row of W, but for a factor: for every row the same.
 
     Rounding leaves errors that are white in the coordinates it is done in: E = ρ √D z T diag(1/s), and with error
-    feedback, of H' = M blkdiag(R_pp R_ppᵀ) Mᵀ, E = ρ √D z M⁻¹ T diag(1/s), z white. Scaled so that tr(Pᵀ H P) = 1.
+    feedback, of H' = M blkdiag(R_pp R_ppᵀ) Mᵀ, E = ρ √D z M⁻¹ T diag(1/s), z white.
 
     Args:
         weight, moment: as for `expected_error`.
-        count: columns, the more the surer; the same ones for the same configuration.
+        count: rows, the more the surer; the same ones for the same configuration.
     """
     problem = _Problem(weight, config, moment)
     generator = torch.Generator().manual_seed(config.seed)
     white = torch.randn(count, dft.padded(weight.shape[1]), generator=generator)
     if problem.moment is not None:
         white = torch.linalg.solve_triangular(problem.unit, white, upper=True, left=False, unitriangular=True)
-    rows = problem.spatial(white)
-    if moment is None:
-        power = rows.square().sum()
-    else:
-        power = (rows.square() @ moment).sum() if moment.ndim == 1 else (rows @ moment * rows).sum()
-    return rows.T / power.sqrt() if power > 0 else torch.zeros_like(rows.T)
+    return problem.spatial(white)
 
 
 class _Problem:

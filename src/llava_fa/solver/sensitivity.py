@@ -23,9 +23,8 @@ from torch import Tensor
 from llava_fa.config import Codes, FourierConfig
 from llava_fa.maths import codebook, metrics
 from llava_fa.maths.polar import ring_codebook
-from llava_fa.solver import best
 from llava_fa.solver.approximate import checked_weight, usable_moment
-from llava_fa.solver.best import expected_error
+from llava_fa.solver.best import expected_error, random_errors
 from llava_fa.solver.factored import expected_factored_error
 
 _JUDGE = 1 << 15
@@ -62,9 +61,9 @@ def error_directions(weight: Tensor, config: FourierConfig, moment: Tensor, coun
     values = checked_weight(weight)
     if not bool(moment.any()):
         return torch.zeros(values.shape[1], count)
-    found = best.error_directions(values, config, usable_moment(config, moment), count)
-    power = (found.T @ moment * found.T).sum()  # under all of H, whatever of it the calibration may see
-    return found / power.sqrt() if power > 0 else torch.zeros_like(found)
+    rows = random_errors(values, config, usable_moment(config, moment), count)
+    power = (rows @ moment * rows).sum()  # under all of H, whatever of it the calibration may see
+    return rows.T / power.sqrt() if power > 0 else torch.zeros_like(rows.T)
 
 
 def error_powers(weight: Tensor, config: FourierConfig, moment: Tensor | None) -> tuple[Tensor, Tensor]:
