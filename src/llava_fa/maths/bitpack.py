@@ -52,25 +52,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     Raises:
         FourierError: the byte count does not fit `count` codes of `bits` bits.
     """
-    width = packed_bytes(count, bits)
-    if packed.dtype != torch.uint8 or packed.shape[-1] != width:
-        raise FourierError(
-            f"packed codes are {packed.dtype} with {packed.shape[-1]} bytes a row",
-            remedy=f"{count} codes of {bits} bits take uint8 with {width} bytes a row",
-        )
-    if bits == 8:
-        return packed.to(torch.int32)
-    groups = torch.nn.functional.pad(packed, (0, (count + 7) // 8 * bits - width)).reshape(
-        *packed.shape[:-1], (count + 7) // 8, bits
-    )
-    out = torch.empty(*groups.shape[:-1], 8, dtype=torch.int32, device=packed.device)
-    for index in range(8):
-        first, shift = divmod(index * bits, 8)
-        value = groups[..., first].to(torch.int32)
-        for byte in range(first + 1, (index * bits + bits + 7) // 8):
-            value = value | groups[..., byte].to(torch.int32) << (8 * (byte - first))
-        out[..., index] = (value >> shift) & ((1 << bits) - 1)
-    return out.flatten(-2)[..., :count]
+    _check_rows(packed, packed_bytes(count, bits), "codes", f"{count} codes of {bits} bits")
+    return packed.to(torch.int32) if bits == 8 else _windows(packed, bits, bits, count)
 
 
 def window_bytes(count: int, step: int, width: int) -> int:
@@ -98,22 +81,30 @@ def unpack_windows(packed: Tensor, step: int, width: int, count: int) -> Tensor:
         FourierError: the byte count does not fit `count` windows.
     """
     size = window_bytes(count, step, width)
-    if packed.dtype != torch.uint8 or packed.shape[-1] != size:
-        raise FourierError(
-            f"packed windows are {packed.dtype} with {packed.shape[-1]} bytes a row",
-            remedy=f"{count} windows of {width} bits, {step} apart, take uint8 with {size} bytes a row",
-        )
-    # Eight windows begin in `step` bytes, so one group's layout serves all of them; 24 bits from the byte in which it
-    # begins hold any window of up to 17 bits.
+    _check_rows(packed, size, "windows", f"{count} windows of {width} bits, {step} apart,")
+    return _windows(packed, step, width, count)
+
+
+def _windows(packed: Tensor, step: int, width: int, count: int) -> Tensor:
+    # Eight windows begin in `step` bytes, so one group's layout serves all of them; the last ones may end in the next.
     groups = (count + 7) // 8
-    wide = torch.nn.functional.pad(packed, (0, groups * step + 2 - size)).to(torch.int32)
-    words = wide[..., :-2] | wide[..., 1:-1] << 8 | wide[..., 2:] << 16
-    words = words.reshape(*packed.shape[:-1], groups, step)
-    out = torch.empty(*words.shape[:-1], 8, dtype=torch.int32, device=packed.device)
+    rows = torch.nn.functional.pad(packed, (0, groups * step + width // 8 + 1 - packed.shape[-1]))
+    out = torch.empty(*packed.shape[:-1], groups, 8, dtype=torch.int32, device=packed.device)
     for index in range(8):
         first, shift = divmod(index * step, 8)
-        out[..., index] = (words[..., first] >> shift) & ((1 << width) - 1)
+        value = rows[..., first : first + groups * step : step].to(torch.int32)
+        for byte in range(first + 1, (index * step + width + 7) // 8):
+            value = value | rows[..., byte : byte + groups * step : step].to(torch.int32) << (8 * (byte - first))
+        out[..., index] = (value >> shift) & ((1 << width) - 1)
     return out.flatten(-2)[..., :count]
+
+
+def _check_rows(packed: Tensor, size: int, kind: str, contents: str) -> None:
+    if packed.dtype != torch.uint8 or packed.shape[-1] != size:
+        raise FourierError(
+            f"packed {kind} are {packed.dtype} with {packed.shape[-1]} bytes a row",
+            remedy=f"{contents} take uint8 with {size} bytes a row",
+        )
 
 
 def _checked(bits: int) -> int:

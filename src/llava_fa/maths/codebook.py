@@ -22,7 +22,6 @@ table anew, and a test regenerates part of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ _GOLDEN = math.pi * (3.0 - math.sqrt(5.0))
 _COARSE, _FINE, _JUDGE = 1 << 15, 1 << 18, (1 << 19) + 1
 QUADRANT_BITS = 8
 """The size whose points are one quadrant's and their reflections."""
-_STARTS, _KEPT = 48, 4
+_STARTS, _POLISHED = 48, 4
 
 
 def optimal_rings(points: int, *, steps: int = 120, reach: float = 4.8) -> list[tuple[int, float]]:
@@ -73,17 +72,25 @@ def ring_points(rings: list[tuple[int, float]]) -> Tensor:
     parts = []
     for index, (k, radius) in enumerate(rings):
         angle = 2 * math.pi * torch.arange(k, dtype=torch.float64) / k + index * _GOLDEN
-        parts.append(radius * torch.stack([angle.cos(), angle.sin()], dim=1))
+        parts.append(radius * _directions(angle))
     return torch.cat(parts)
+
+
+def _directions(angle: Tensor) -> Tensor:
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def _radii(count: int, spread: float) -> Tensor:
+    """Quantiles of the radius where log density is -r² / spread, as a column [count, 1]."""
+    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return torch.sqrt(-spread * torch.log1p(-u))[:, None]
 
 
 def quadrature(count: int) -> Tensor:
     """Equal-weight points of the standard complex Gaussian, float64 [count, 2]: radius quantiles on a golden
     spiral.
     """
-    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    angle = torch.arange(count, dtype=torch.float64) * _GOLDEN
-    return torch.sqrt(-2 * torch.log1p(-u))[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return _radii(count, 2) * _directions(torch.arange(count, dtype=torch.float64) * _GOLDEN)
 
 
 def nearest(samples: Tensor, points: Tensor) -> Tensor:
@@ -122,7 +129,9 @@ def generate(code_bits: int, *, rounds: tuple[int, int] = (300, 20)) -> Tensor:
     count = 1 << code_bits
     judge = quadrature(_JUDGE)
     candidates = []
-    for start in _starts(count):
+    # The density of optimal points is the square root of the Gaussian's.
+    sunflower = _radii(count, 4) * _directions(torch.arange(count, dtype=torch.float64) * _GOLDEN)
+    for start in (ring_points(optimal_rings(count)), sunflower):
         polished = lloyd(lloyd(start, quadrature(_COARSE), rounds[0]), quadrature(_FINE), rounds[1])
         candidates += [start, polished]
     rounded = [points.to(torch.bfloat16) for points in candidates]
@@ -141,14 +150,13 @@ def _quadrant(count: int, rounds: tuple[int, int]) -> Tensor:
     starts, for the edges of a quadrant keep what lies along them from settling.
     """
     coarse, fine, judge = (quadrature(size).abs() for size in (_COARSE, _FINE, _JUDGE))
-    order, u = torch.arange(count, dtype=torch.float64), (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    found = []
+    order = torch.arange(count, dtype=torch.float64)
+    rough = []
     for start in range(_STARTS):
         angle = (order * _GOLDEN / (2 * math.pi) + start / _STARTS) % 1 * math.pi / 2
-        sunflower = torch.sqrt(-4 * torch.log1p(-u))[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-        found.append(lloyd(sunflower, coarse, rounds[0] // 5))
-    found = sorted(found, key=lambda points: per_real_mse(points, coarse))[:_KEPT]
-    polished = [lloyd(lloyd(points, coarse, rounds[0]), fine, rounds[1]).to(torch.bfloat16) for points in found]
+        rough.append(lloyd(_radii(count, 4) * _directions(angle), coarse, rounds[0] // 5))
+    rough = sorted(rough, key=lambda points: per_real_mse(points, coarse))[:_POLISHED]
+    polished = [lloyd(lloyd(points, coarse, rounds[0]), fine, rounds[1]).to(torch.bfloat16) for points in rough]
     best = min(polished, key=lambda points: per_real_mse(points.to(torch.float64), judge))
     return _as_rings(best.to(torch.float32))
 
@@ -157,13 +165,6 @@ def _as_rings(points: Tensor) -> Tensor:
     radius = (points.to(torch.float64).norm(dim=1) * 64).round()
     angle = torch.atan2(points[:, 1], points[:, 0]).to(torch.float64)
     return points[torch.argsort(radius * 16 + angle)]
-
-
-def _starts(count: int) -> Iterator[Tensor]:
-    yield ring_points(optimal_rings(count))
-    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    sunflower = torch.arange(count, dtype=torch.float64) * _GOLDEN
-    yield torch.sqrt(-4 * torch.log1p(-u))[:, None] * torch.stack([sunflower.cos(), sunflower.sin()], dim=1)
 
 
 def encode(points: Tensor) -> str:

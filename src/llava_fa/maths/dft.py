@@ -46,8 +46,6 @@ def packed_dft(x: Tensor, signs: Tensor) -> Tensor:
         x: real, any leading shape. float64 stays float64; everything else is computed and returned as
             float32.
         signs: ±1, [padded(n)].
-
-    Source: method.md fact 3 (one transform, along the input axis, full length).
     """
     n, size = x.shape[-1], signs.shape[-1]
     if size != padded(n):
@@ -122,14 +120,12 @@ def from_half_spectrum(spectrum: Tensor, n: int) -> Tensor:
 
 
 def frequency_power(moment: Tensor) -> Tensor:
-    """E|x̂_q|² of the orthonormal DFT of the input, q = 0 … n//2, from H = E[x xᵀ]: float32 [n//2+1].
+    """E|x̂_q|² of the orthonormal DFT of the input, q = 0 … n//2, from H = E[x xᵀ] [n, n]: float32 [n//2+1].
 
     diag(F H Fᴴ)_q = n⁻¹ Σ_d c_d e^{-2πi qd/n} with c_d = Σ_{a-b = d mod n} H_ab: O(n²), without transforming
-    H. A diagonal H (given as [n]) has the same power at every frequency: its mean.
+    H. A diagonal H has the same power at every frequency: its mean.
     """
     n = moment.shape[-1]
-    if moment.ndim == 1:
-        return moment.to(torch.float64).mean().expand(n // 2 + 1).to(torch.float32)
     lag = torch.zeros(n, dtype=torch.float64, device=moment.device)
     slots = torch.arange(n, device=moment.device)
     for start in range(0, n, 1024):  # in slices: the index of all n² entries at once would be 8 n² bytes

@@ -47,9 +47,7 @@ def truncated_svd(
     return (basis @ u)[:, :rank], s[:rank], vh[:rank]
 
 
-def fourier_svd(
-    residual: Tensor, rank: int, weights: Tensor | None = None, *, exact: bool | None = None, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def fourier_svd(residual: Tensor, rank: int, weights: Tensor | None = None, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """L1~ [m, r], L2~ [r, k] (complex) minimising ‖D_row (R~ - L1~ L2~) D_col‖_F (Algorithm 2).
 
     With U S Vᴴ the truncated SVD of D_row R~ D_col: L1~ = D_row⁻¹ U √S, L2~ = √S Vᴴ D_col⁻¹. D_row and D_col
@@ -59,22 +57,17 @@ def fourier_svd(
         residual: R~, complex [m, k].
         weights: C ≥ 0, real [m, k] (or anything that broadcasts to it), or None. A row or column average of
             zero is raised to 10⁻⁶ of the largest, so that it can be divided by.
-        exact, seed: as in `truncated_svd`.
+        seed: as in `truncated_svd`.
     """
     if weights is None:
-        u, s, vh = truncated_svd(residual, rank, exact=exact, seed=seed)
-        root = s.sqrt()
-        return u * root, root[:, None] * vh
+        return _shared(*truncated_svd(residual, rank, seed=seed))
     root_c = weights.to(torch.float32).sqrt().expand(residual.shape)
     d_row, d_col = _positive(root_c.mean(dim=1)), _positive(root_c.mean(dim=0))
-    u, s, vh = truncated_svd(d_row[:, None] * residual * d_col, rank, exact=exact, seed=seed)
-    root = s.sqrt()
-    return (u * root) / d_row[:, None], root[:, None] * vh / d_col
+    left, right = _shared(*truncated_svd(d_row[:, None] * residual * d_col, rank, seed=seed))
+    return left / d_row[:, None], right / d_col
 
 
-def weighted_low_rank(
-    residual: Tensor, rank: int, root: Tensor | None, *, exact: bool | None = None, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def weighted_low_rank(residual: Tensor, rank: int, root: Tensor | None, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Real L1 [m, r], L2 [r, n] minimising ‖(R - L1 L2) G‖_F, the error of y when E[x xᵀ] = G Gᵀ.
 
     With U S Vᵀ the truncated SVD of R G: L1 = U √S, L2 = √S Vᵀ G⁻¹ (Eckart-Young on the whitened matrix;
@@ -84,12 +77,10 @@ def weighted_low_rank(
         residual: R, real [m, n].
         root: G as an upper triangular matrix [n, n], as a diagonal [n] (positive), or None for the identity.
     """
-    u, s, vh = truncated_svd(times(residual, root), rank, exact=exact, seed=seed)
-    balance = s.sqrt()
-    right = balance[:, None] * vh
+    left, right = _shared(*truncated_svd(times(residual, root), rank, seed=seed))
     if root is not None:
         right = right / root if root.ndim == 1 else torch.linalg.solve_triangular(root, right, upper=True, left=False)
-    return u * balance, right
+    return left, right
 
 
 def times(matrix: Tensor, other: Tensor | None) -> Tensor:
@@ -97,6 +88,12 @@ def times(matrix: Tensor, other: Tensor | None) -> Tensor:
     if other is None:
         return matrix
     return matrix * other if other.ndim == 1 else matrix @ other
+
+
+def _shared(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+    """U √S and √S Vᴴ."""
+    root = s.sqrt()
+    return u * root, root[:, None] * vh
 
 
 def _positive(average: Tensor) -> Tensor:

@@ -40,17 +40,13 @@ _HISTORY = 1 << 27
 
 
 @cache
-def _trellis(code_bits: int) -> Trellis:
-    return Trellis(trellis_points(code_bits), code_bits)
-
-
 def trellis(code_bits: int) -> Trellis:
     """The trellis of `code_bits` bits a complex coefficient with its shipped points; made once per process."""
     if not MIN_CODE_BITS <= code_bits <= MAX_CODE_BITS:
         raise FourierError(
             f"no trellis of {code_bits} bits a coefficient", remedy=f"Give {MIN_CODE_BITS} to {MAX_CODE_BITS}"
         )
-    return _trellis(code_bits)
+    return Trellis(trellis_points(code_bits), code_bits)
 
 
 def parts(code_bits: int) -> tuple[Tensor, Tensor]:
