@@ -91,22 +91,21 @@ def spectra(originals: Originals, folder: Path, name: str) -> Spectra:
             remedy="Give the checkpoint that this model was compressed from",
             where=str(originals.source.folder),
         )
-    coded, said, by_row = _coded(weight, layer)
+    coded, words, by_row = _coded(weight, layer)
     matrices = {"weight": weight, "coded": coded, "error": weight - approximated}
     values = {key: singular_values(matrix) for key, matrix in matrices.items()}
     top = {"weight": values["weight"][0], "coded": values["coded"][0], "error": values["weight"][0]}
     count = min(len(v) for v in values.values())
-    kept = sorted({round(i * (count - 1) / (_POINTS - 1)) for i in range(_POINTS)}) if count > _POINTS else range(count)
+    chosen = sorted({round(i * (count - 1) / (_POINTS - 1)) for i in range(_POINTS)})
+    indices = chosen if count > _POINTS else list(range(count))
     numbers = {"weight": _rows(weight, by_row), "coded": _rows(_reals(coded), by_row)}
     return Spectra(
         name=name,
-        coded=said,
-        singular={key: (values[key][list(kept)] / top[key].clamp_min(1e-30)).tolist() for key in values},
-        indices=[i + 1 for i in kept],
+        coded=words,
+        singular={key: (values[key][indices] / top[key].clamp_min(1e-30)).tolist() for key in values},
+        indices=[i + 1 for i in indices],
         histogram={key: _histogram(x) for key, x in numbers.items()},
-        kurtosis={
-            key: float(x.pow(4).mean() / x.square().mean().square().clamp_min(1e-30)) for key, x in numbers.items()
-        },
+        kurtosis={key: _kurtosis(x) for key, x in numbers.items()},
         beyond={key: float((x.abs() > REACH).float().mean()) for key, x in numbers.items()},
         weight_error=float(matrices["error"].norm() / weight.norm().clamp_min(1e-30)),
     )
@@ -137,8 +136,8 @@ def _coded(weight: Tensor, layer: Any) -> tuple[Tensor, str, bool]:
         left, right = factors(tensors)
         weight = weight - left @ right
     scale = tensors["input_scale"].to(torch.float32)
-    said = f"scaled inputs, signs, DFT of each row{less}"
-    return dft.packed_dft_rows(weight, unpack_signs(tensors["signs"], n), scale), said, True
+    signs = unpack_signs(tensors["signs"], n)
+    return dft.packed_dft_rows(weight, signs, scale), f"scaled inputs, signs, DFT of each row{less}", True
 
 
 def _reals(matrix: Tensor) -> Tensor:

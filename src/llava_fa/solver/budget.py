@@ -91,24 +91,27 @@ def allocate(options: Sequence[Sequence[Option]], budget: int, *, margin: float 
     for option in (option for layer in options for option in layer):
         if not (math.isfinite(option.loss) and option.loss >= 0 and option.nbytes >= 0):
             raise FourierError(f"no option costs {option.nbytes} bytes and a loss of {option.loss}", remedy="Mend it")
-    candidates = [choice for choice in _uniform(options) if stored(options, choice) <= budget]
-    even = min(candidates, key=lambda choice: _loss(options, choice), default=None)
+
+    def cost(choice: tuple[int, ...]) -> tuple[float, int]:
+        return _loss(options, choice), stored(options, choice)
+
+    alike = [choice for choice in _uniform(options) if stored(options, choice) <= budget]
+    even = min(alike, key=lambda choice: _loss(options, choice), default=None)
     uniform = math.inf if even is None else _loss(options, even)
+    kinds = _kinds(options, budget)
+    candidates = alike.copy()
     if stored(options, least := _least(options)) <= budget:
         candidates.append(least)
-    rough = [_solve_with(options, kinds, budget, exact=False) for kinds in _kinds(options, budget)]
-    candidates += [choice for choice in rough if choice is not None]
-    if candidates:
-        best = min(candidates, key=lambda choice: (_loss(options, choice), stored(options, choice)))
-        used = {options[layer][k].shared: options[layer][k].shared_bytes for layer, k in enumerate(best)}
-        exact = [_solve_with(options, kinds, budget, exact=True) for kinds in (_kinds(options, budget)[-1], used)]
-        candidates += [choice for choice in exact if choice is not None]
+    candidates += filter(None, (_solve_with(options, some, budget, exact=False) for some in kinds))
     if not candidates:
         raise FourierError(
             f"the budget is {budget} bytes, and the least that the layers take is {smallest(options)}",
             remedy="Give a larger budget",
         )
-    best = min(candidates, key=lambda choice: (_loss(options, choice), stored(options, choice)))
+    best = min(candidates, key=cost)
+    used = {options[layer][k].shared: options[layer][k].shared_bytes for layer, k in enumerate(best)}
+    candidates += filter(None, (_solve_with(options, some, budget, exact=True) for some in (kinds[-1], used)))
+    best = min(candidates, key=cost)
     if even is not None and stored(options, even) >= _SPENT * budget and _loss(options, best) > (1 - margin) * uniform:
         best = even
     return Allocation(best, stored(options, best), _loss(options, best), uniform)
@@ -145,12 +148,12 @@ def _least(options: Sequence[Sequence[Option]]) -> tuple[int, ...]:
 
 def _uniform(options: Sequence[Sequence[Option]]) -> list[tuple[int, ...]]:
     """One configuration for all layers, for every configuration that all layers have."""
-    found = []
+    choices = []
     for config in dict.fromkeys(option.config for option in options[0]):
         places = [[k for k, option in enumerate(layer) if option.config == config] for layer in options]
         if all(places):
-            found.append(tuple(place[0] for place in places))
-    return found
+            choices.append(tuple(place[0] for place in places))
+    return choices
 
 
 def _solve_with(
@@ -160,23 +163,23 @@ def _solve_with(
     allowed = [[k for k, option in enumerate(layer) if option.shared in kinds] for layer in options]
     if not all(allowed):
         return None
-    pruned = []
+    undominated = []
     for layer, indices in zip(options, allowed, strict=True):
         keep: list[int] = []
         for _, _, k in sorted((layer[k].nbytes, layer[k].loss, k) for k in indices):
             if not keep or layer[k].loss < layer[keep[-1]].loss:
                 keep.append(k)
-        pruned.append(keep)
-    items = [[(layer[k].nbytes, layer[k].loss) for k in keep] for layer, keep in zip(options, pruned, strict=True)]
+        undominated.append(keep)
+    items = [[(layer[k].nbytes, layer[k].loss) for k in keep] for layer, keep in zip(options, undominated, strict=True)]
     chosen = _knapsack(items, budget - sum(kinds.values()), exact=exact)
-    return None if chosen is None else tuple(keep[k] for keep, k in zip(pruned, chosen, strict=True))
+    return None if chosen is None else tuple(keep[k] for keep, k in zip(undominated, chosen, strict=True))
 
 
 Items = list[list[tuple[int, float]]]
 """Of every layer (bytes, loss), bytes rising and losses falling."""
 
 
-def _knapsack(items: Items, budget: int, *, exact: bool = True) -> list[int] | None:
+def _knapsack(items: Items, budget: int, *, exact: bool) -> list[int] | None:
     choice, price = _greedy(items, budget)
     if choice is None or not exact:
         return choice
