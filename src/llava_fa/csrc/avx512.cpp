@@ -1,32 +1,7 @@
-// The kernels for AVX-512; which CPU has it is asked in library.cpp.
-#include "kernels.h"
-
+// The solver's kernels for AVX-512; which CPU has it is asked in library.cpp.
+#define BUILD avx512
+#define SOLVER
 #if defined(__x86_64__)
-
-#include "simd_avx512.h"
-
-namespace llava_fa {
-namespace avx512 {
-#include "some.inl"
-#include "viterbi.inl"
-#include "nearest.inl"
-#include "beam.inl"
-#include "greedy.inl"
-#include "refine.inl"
-#include "trellis_beam.inl"
-}  // namespace avx512
-
-const Kernels* avx512_kernels() {
-  using namespace avx512;
-  static const Kernels table{LANES,  viterbi_scratch, viterbi,        beam_scratch, beam,
-                             greedy_scratch, greedy, refine_scratch, refine,       trellis_beam_scratch,
-                             trellis_beam};
-  return &table;
-}
-}  // namespace llava_fa
-
-#else
-
-const llava_fa::Kernels* llava_fa::avx512_kernels() { return nullptr; }
-
+#define HEADER "simd_avx512.h"
 #endif
+#include "build.inl"

@@ -16,6 +16,8 @@ INLINE Bytes select_bits(int mask, Bytes yes, Bytes no) {
   return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(mask)), yes, no, 0xca);
 }
 
+constexpr int shown(int code_bits) { return code_bits < 4 ? 16 : code_bits == 5 ? 64 : 1 << code_bits; }
+
 // Minus v where a byte's sign is set; what is stored plus 128 stays so, in eight bits.
 INLINE Bytes signed_by(Bytes sign, Bytes v) {
   return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), v);

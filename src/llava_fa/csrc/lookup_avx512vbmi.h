@@ -5,17 +5,12 @@
 #define LLAVA_FA_INT8
 #define LLAVA_FA_DIRECT
 
-#include "simd_avx512.h"
-
-#undef ISA
-#undef INLINE
 #ifdef LLAVA_FA_EMULATE_VBMI  // for tests on a CPU without it
 #define LLAVA_FA_ISA "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 #else
 #define LLAVA_FA_ISA "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
 #endif
-#define ISA __attribute__((target(LLAVA_FA_ISA)))
-#define INLINE static inline __attribute__((always_inline, target(LLAVA_FA_ISA)))
+#include "simd_avx512.h"
 
 namespace llava_fa {
 namespace avx512vbmi {
@@ -26,7 +21,6 @@ constexpr const char* NAME = "avx512vbmi";
 #include "lookup_avx512.inl"
 
 constexpr bool planes(int) { return true; }
-constexpr int shown(int code_bits) { return code_bits < 4 ? 16 : code_bits == 5 ? 64 : 1 << code_bits; }
 
 // The byte of 64 at the low six bits of each index; of 128 at the low seven.
 #ifdef LLAVA_FA_EMULATE_VBMI

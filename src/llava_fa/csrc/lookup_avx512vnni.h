@@ -5,12 +5,8 @@
 #define LLAVA_FA_INT8
 #define LLAVA_FA_DIRECT
 
+#define LLAVA_FA_ISA "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 #include "simd_avx512.h"
-
-#undef ISA
-#undef INLINE
-#define ISA __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
-#define INLINE static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
 namespace llava_fa {
 namespace avx512vnni {
@@ -21,7 +17,6 @@ constexpr const char* NAME = "avx512vnni";
 #include "lookup_avx512.inl"
 
 constexpr bool planes(int code_bits) { return code_bits <= 4; }
-constexpr int shown(int code_bits) { return code_bits < 4 ? 16 : code_bits == 5 ? 64 : 1 << code_bits; }
 
 template <int BITS, bool QUADRANT>
 struct Table {

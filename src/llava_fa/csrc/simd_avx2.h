@@ -5,8 +5,10 @@
 
 #include <cstdint>
 
-#define ISA __attribute__((target("avx2,fma")))
-#define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
+#define LLAVA_FA_ISA "avx2,fma"
+#define ps(f) _mm256_##f##_ps
+#define epi32(f) _mm256_##f##_epi32
+#define si(f) _mm256_##f##_si256
 
 namespace llava_fa {
 namespace avx2 {
@@ -16,39 +18,18 @@ using Floats = __m256;
 using Ints = __m256i;
 using Mask = __m256;
 
-INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
-INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-INLINE Floats set1(float v) { return _mm256_set1_ps(v); }
-INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
-INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
-INLINE Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+#include "simd_x86.inl"
+
 INLINE Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 INLINE Floats select(Mask m, Floats yes, Floats no) { return _mm256_blendv_ps(no, yes, m); }
 INLINE Floats gather(const float* p, Ints i) { return _mm256_i32gather_ps(p, i, 4); }
 
-INLINE Ints load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-INLINE Ints set1(int32_t v) { return _mm256_set1_epi32(v); }
-INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
-INLINE Ints mul(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
-INLINE Ints min(Ints a, Ints b) { return _mm256_min_epi32(a, b); }
-INLINE Ints max(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
-INLINE Ints and_(Ints a, Ints b) { return _mm256_and_si256(a, b); }
-INLINE Ints or_(Ints a, Ints b) { return _mm256_or_si256(a, b); }
-INLINE Ints shift_left(Ints a, int by) { return _mm256_slli_epi32(a, by); }
-INLINE Ints shift_right(Ints a, int by) { return _mm256_srli_epi32(a, by); }
 INLINE Mask less(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)); }
 INLINE Mask equal(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
-INLINE Ints truncate(Floats v) { return _mm256_cvttps_epi32(v); }
-INLINE Ints as_ints(Floats v) { return _mm256_castps_si256(v); }
-INLINE Floats as_floats(Ints v) { return _mm256_castsi256_ps(v); }
 INLINE Ints gather(const int32_t* p, Ints i) { return _mm256_i32gather_epi32(p, i, 4); }
 INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m)); }
-INLINE void store(int32_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 // The low byte of each lane.
 INLINE void store_bytes(uint8_t* p, Ints v) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -63,13 +44,10 @@ INLINE Floats pick32(const float* p, Ints i) { return gather(p, i); }
 INLINE Floats spread(const float* p) {
   return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
 }
-INLINE Floats permute_quads(Floats v, Ints which) { return _mm256_permutevar_ps(v, which); }
-INLINE Ints permute_quads(Ints v, Ints which) { return as_ints(_mm256_permutevar_ps(_mm256_castsi256_ps(v), which)); }
 INLINE Ints swap_neighbours(Ints v) { return _mm256_shuffle_epi32(v, _MM_SHUFFLE(2, 3, 0, 1)); }
 INLINE Ints swap_halves(Ints v) { return _mm256_shuffle_epi32(v, _MM_SHUFFLE(1, 0, 3, 2)); }
 
 INLINE Ints convert(const int8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
-INLINE Floats convert(Ints v) { return _mm256_cvtepi32_ps(v); }
 INLINE Floats convert(const uint16_t* bf16) {
   return as_floats(shift_left(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16))), 16));
 }
@@ -94,7 +72,6 @@ INLINE void transpose(Floats* v) {
   }
 }
 
-INLINE Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 INLINE Floats reverse(Floats v) { return _mm256_permutevar8x32_ps(v, _mm256_set_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 // Every second of the numbers in a and then b, from the first and from the second on.
 INLINE void split(Floats a, Floats b, Floats& even, Floats& odd) {

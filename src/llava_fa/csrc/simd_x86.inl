@@ -1,0 +1,39 @@
+// What AVX2 and AVX-512 share: ps(f) and epi32(f) name the instruction f of their width for floats and ints, si(f) for all bits.
+
+#define ISA __attribute__((target(LLAVA_FA_ISA)))
+#define INLINE static inline __attribute__((always_inline, target(LLAVA_FA_ISA)))
+
+INLINE Floats load(const float* p) { return ps(loadu)(p); }
+INLINE void store(float* p, Floats v) { ps(storeu)(p, v); }
+INLINE Floats set1(float v) { return ps(set1)(v); }
+INLINE Floats add(Floats a, Floats b) { return ps(add)(a, b); }
+INLINE Floats sub(Floats a, Floats b) { return ps(sub)(a, b); }
+INLINE Floats mul(Floats a, Floats b) { return ps(mul)(a, b); }
+INLINE Floats div(Floats a, Floats b) { return ps(div)(a, b); }
+INLINE Floats fma(Floats a, Floats b, Floats c) { return ps(fmadd)(a, b, c); }
+INLINE Floats min(Floats a, Floats b) { return ps(min)(a, b); }
+INLINE Floats max(Floats a, Floats b) { return ps(max)(a, b); }
+
+INLINE Ints load(const int32_t* p) { return si(loadu)(reinterpret_cast<const Ints*>(p)); }
+INLINE void store(int32_t* p, Ints v) { si(storeu)(reinterpret_cast<Ints*>(p), v); }
+INLINE Ints set1(int32_t v) { return epi32(set1)(v); }
+INLINE Ints add(Ints a, Ints b) { return epi32(add)(a, b); }
+INLINE Ints mul(Ints a, Ints b) { return epi32(mullo)(a, b); }
+INLINE Ints min(Ints a, Ints b) { return epi32(min)(a, b); }
+INLINE Ints max(Ints a, Ints b) { return epi32(max)(a, b); }
+INLINE Ints and_(Ints a, Ints b) { return si(and)(a, b); }
+INLINE Ints or_(Ints a, Ints b) { return si(or)(a, b); }
+INLINE Ints shift_left(Ints a, int by) { return epi32(slli)(a, by); }
+INLINE Ints shift_right(Ints a, int by) { return epi32(srli)(a, by); }
+INLINE Ints truncate(Floats v) { return epi32(cvttps)(v); }
+INLINE Floats convert(Ints v) { return ps(cvtepi32)(v); }
+INLINE Ints as_ints(Floats v) { return reinterpret_cast<Ints>(v); }
+INLINE Floats as_floats(Ints v) { return reinterpret_cast<Floats>(v); }
+
+// Quads: four lanes each. Lane i of a quad from lane which[i] of it.
+INLINE Floats permute_quads(Floats v, Ints which) { return ps(permutevar)(v, which); }
+INLINE Ints permute_quads(Ints v, Ints which) { return as_ints(permute_quads(as_floats(v), which)); }
+
+#undef ps
+#undef epi32
+#undef si
