@@ -80,8 +80,8 @@ ISA void beam_quads(const Beam& job, int64_t row, int64_t rows, const BeamScratc
       // Costs are not negative: as integers they keep their order. Their last four bits say whose they are.
       key[t] = or_(and_(as_ints(total[t]), set1(int32_t{~15})), add(lanes, set1(int32_t{4 * t})));
     }
-    const Ints kept = four_least(key), parent = and_(kept, set1(int32_t{3}));
-    const Ints which = and_(shift_right(kept, 2), set1(int32_t{3}));
+    const Ints best = four_least(key), parent = and_(best, set1(int32_t{3}));
+    const Ints which = and_(shift_right(best, 2), set1(int32_t{3}));
     cost = permute_quads(total[0], parent);
     for (int t = 1; t < 4; t++)
       cost = select(equal(which, set1(int32_t{t})), permute_quads(total[t], parent), cost);

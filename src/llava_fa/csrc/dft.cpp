@@ -20,12 +20,12 @@ Complex root(int64_t k, int64_t n) {
 }
 
 std::vector<int> factors(int64_t n) {
-  std::vector<int> found;
-  for (; n % 4 == 0; n /= 4) found.push_back(4);
+  std::vector<int> radices;
+  for (; n % 4 == 0; n /= 4) radices.push_back(4);
   for (int64_t p = 2; n > 1 && p <= LONGEST; p++)
-    for (; n % p == 0; n /= p) found.push_back(static_cast<int>(p));
-  if (n > 1) found.clear();
-  return found;
+    for (; n % p == 0; n /= p) radices.push_back(static_cast<int>(p));
+  if (n > 1) radices.clear();
+  return radices;
 }
 
 // Power of two, for the kernel of Bluestein's algorithm.

@@ -237,11 +237,7 @@ ISA void packed_dft(const Dft& d, const void* x, Dtype dtype, int64_t n, const u
   int64_t j = 0;
   for (; j + LANES <= n; j += LANES)
     store(input + j, div(mul(load(input + j), load(plus_minus + j)), convert(input_scale + j)));
-  for (; j < n; j++) {
-    float scale;
-    widen(input_scale + j, Dtype::bf16, 1, &scale);
-    input[j] = input[j] * plus_minus[j] / scale;
-  }
+  for (; j < n; j++) input[j] = input[j] * plus_minus[j] / float_of(input_scale[j]);
   for (; j < d.size; j++) input[j] = 0;
   int64_t i = 0;
   for (; i + LANES <= m; i += LANES) {

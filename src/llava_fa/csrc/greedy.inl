@@ -8,7 +8,7 @@ size_t greedy_scratch(const Greedy& job) { return job.columns * LANES * sizeof(f
 ISA void greedy(const Greedy& job, int64_t first, char* scratch) {
   float* aim = reinterpret_cast<float*>(scratch);
   const int64_t lanes = job.rows - first < LANES ? job.rows - first : LANES, n = job.columns;
-  for (int64_t c = 0; c < n; c++) store(aim + c * LANES, load_some(job.base + c * job.rows + first, lanes));
+  load_columns(job.base, n, job.rows, first, lanes, aim);
   for (int64_t c = 0; c < n; c += 2) {
     const Ints code = nearest(job.search, load(aim + c * LANES), load(aim + (c + 1) * LANES));
     int32_t codes[LANES];
@@ -20,11 +20,7 @@ ISA void greedy(const Greedy& job, int64_t first, char* scratch) {
     const Floats im = sub(load_some(target + job.rows, lanes), gather(job.search.points + 1, at));
     store_some(target, re, lanes);
     store_some(target + job.rows, im, lanes);
-    const float* unit = job.unit + c * n;
-    for (int64_t later = c + 2; later < n; later++) {
-      float* next = aim + later * LANES;
-      store(next, fma(re, set1(unit[later]), fma(im, set1(unit[n + later]), load(next))));
-    }
+    push(aim, job.unit, n, c, re, im);
   }
 }
 

@@ -30,30 +30,31 @@ void write_eight(uint8_t* to, int64_t some, int b, const uint8_t* low, const uin
   std::memcpy(to, &bits, static_cast<size_t>(some));
 }
 
-// Fields of 8, 4, 2 and 1 bits, of as many vectors; from the low bits of a code on.
-void join(const Unit& c, int b, uint8_t* vectors) {
-  for (int width = 8, low = 0; width; width /= 2) {
+// Fields of 8, 4, 2 and 1 bits, of as many vectors; from the low bits of a code on. Of each: which c_q and which vector it is
+// of, the lowest of its bits in a code, its place in a byte of the vector, and its bits there.
+template <class F>
+void over_fields(int b, F f) {
+  for (int width = 8, low = 0, vector = 0; width; width /= 2) {
     if (width == 8 ? b != 8 : b == 8 || !(b & width)) continue;
-    const int each = 8 / width, mask = (1 << width) - 1;
-    for (int v = 0; v < width; v++, vectors += 64)
-      for (int f = 0; f < each; f++)
-        for (int i = 0; i < 64; i++)
-          vectors[i] = static_cast<uint8_t>(vectors[i] | (c[v * each + f][i] >> low & mask) << f * width);
+    for (int q = 0; q < 8; vector++)
+      for (int place = 0; place < 8; place += width) f(q++, vector, low, place, (1 << width) - 1);
     low += width;
   }
 }
 
+void join(const Unit& c, int b, uint8_t* vectors) {
+  over_fields(b, [&](int q, int vector, int low, int place, int mask) {
+    uint8_t* to = vectors + 64 * vector;
+    for (int i = 0; i < 64; i++) to[i] = static_cast<uint8_t>(to[i] | (c[q][i] >> low & mask) << place);
+  });
+}
+
 void part(const uint8_t* vectors, int b, Unit& c) {
   std::memset(c, 0, sizeof c);
-  for (int width = 8, low = 0; width; width /= 2) {
-    if (width == 8 ? b != 8 : b == 8 || !(b & width)) continue;
-    const int each = 8 / width, mask = (1 << width) - 1;
-    for (int v = 0; v < width; v++, vectors += 64)
-      for (int f = 0; f < each; f++)
-        for (int i = 0; i < 64; i++)
-          c[v * each + f][i] = static_cast<uint8_t>(c[v * each + f][i] | (vectors[i] >> f * width & mask) << low);
-    low += width;
-  }
+  over_fields(b, [&](int q, int vector, int low, int place, int mask) {
+    const uint8_t* from = vectors + 64 * vector;
+    for (int i = 0; i < 64; i++) c[q][i] = static_cast<uint8_t>(c[q][i] | (from[i] >> place & mask) << low);
+  });
 }
 
 void rings(const uint8_t* from, uint8_t* to, int64_t m, int64_t count, int b, bool back) {

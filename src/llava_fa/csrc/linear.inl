@@ -3,6 +3,30 @@
 
 namespace {
 
+INLINE float float_of(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+INLINE Floats magnitude(Floats v) { return max(v, sub(set1(0.0f), v)); }
+
+// The largest lane, or 0.
+INLINE float highest(Floats v) {
+  float lanes[LANES], most = 0;
+  store(lanes, v);
+  for (const float lane : lanes) most = lane > most ? lane : most;
+  return most;
+}
+
+INLINE float total(Floats v) {
+  float lanes[LANES], sum = 0;
+  store(lanes, v);
+  for (const float lane : lanes) sum += lane;
+  return sum;
+}
+
 INLINE void widen(const void* x, Dtype dtype, int64_t n, float* out) {
   if (dtype == Dtype::float32) {
     std::memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
@@ -11,10 +35,7 @@ INLINE void widen(const void* x, Dtype dtype, int64_t n, float* out) {
   const uint16_t* from = static_cast<const uint16_t*>(x);
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) store(out + i, convert(from + i));
-  for (; i < n; i++) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    std::memcpy(out + i, &bits, sizeof bits);
-  }
+  for (; i < n; i++) out[i] = float_of(from[i]);
 }
 
 // To nearest, ties to even; NaN stays NaN.
@@ -45,18 +66,25 @@ ISA float dot_floats(const void* a, Dtype dtype, const float* x, int64_t n) {
     s0 = fma(a0, load(x + j), s0);
     s1 = fma(a1, load(x + j + LANES), s1);
   }
-  float lanes[LANES], sum = 0;
-  store(lanes, add(s0, s1));
-  for (const float lane : lanes) sum += lane;
-  for (; j < n; j++) {
-    float value = bytes[dtype == Dtype::int8 ? j : 0];
-    if (dtype != Dtype::int8) {
-      const uint32_t bits = static_cast<uint32_t>(halves[j]) << 16;
-      std::memcpy(&value, &bits, sizeof value);
-    }
-    sum += value * x[j];
-  }
+  float sum = total(add(s0, s1));
+  for (; j < n; j++) sum += (dtype == Dtype::int8 ? static_cast<float>(bytes[j]) : float_of(halves[j])) * x[j];
   return sum;
+}
+
+#define TILE ISA __attribute__((always_inline))
+
+// f of the bits of a code, 2 to 8, known when compiled.
+template <class F>
+INLINE auto with_bits(int64_t bits, F f) {
+  switch (bits) {
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    case 6: return f(std::integral_constant<int, 6>());
+    case 7: return f(std::integral_constant<int, 7>());
+    default: return f(std::integral_constant<int, 8>());
+  }
 }
 
 constexpr int64_t HALF = UNIT / 2;  // of a unit's trellis codes, see trellis_lookup.inl
@@ -67,8 +95,7 @@ ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tabl
   const int count = 1 << code_bits;
   float value[512], most = 0;
   for (int i = 0; i < 2 * count; i++) {
-    const uint32_t bits = static_cast<uint32_t>(codebook[i]) << 16;
-    std::memcpy(value + i, &bits, sizeof bits);
+    value[i] = float_of(codebook[i]);
     const float size = value[i] < 0 ? -value[i] : value[i];
     if (size > most) most = size;
   }
@@ -118,16 +145,10 @@ ISA void quantise(const Linear& job, int64_t column, const float* re, const floa
     Floats high = zero, bad = zero;
     for (int64_t i = 0; i < 2 * LENGTH; i += LANES) {
       const Floats v = load(part + i);
-      high = max(high, max(v, sub(zero, v)));
+      high = max(high, magnitude(v));
       bad = add(bad, mul(v, zero));  // NaN if one is NaN or infinite
     }
-    float highs[LANES], bads[LANES], most = 0, wrong = 0;
-    store(highs, high);
-    store(bads, bad);
-    for (int i = 0; i < LANES; i++) {
-      if (highs[i] > most) most = highs[i];
-      wrong += bads[i];
-    }
+    const float most = highest(high), wrong = total(bad);
     const bool usable = wrong == 0 && most > 1e-30f;
     scale[g * job.batch + column] = wrong == 0 ? (usable ? most / 127 : 0.0f) : wrong;
     const Floats inverse = set1(usable ? 127 / most : 0.0f);
@@ -198,7 +219,6 @@ constexpr int64_t BUFFER = GROUP * UNIT * 2 * ROWS;  // bytes of working space: 
 #include "trellis_lookup.inl"
 
 #ifdef LLAVA_FA_INT8
-#define TILE ISA __attribute__((always_inline))
 constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
 
 // Points of a unit's codes: STEPS vectors.
@@ -374,16 +394,11 @@ INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y,
 }
 
 ISA void int8_rows(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
-  switch (job.code_bits) {
-    case 2: return int8_bits<2>(job, first, count, y, scratch);
-    case 3: return int8_bits<3>(job, first, count, y, scratch);
-    case 4: return int8_bits<4>(job, first, count, y, scratch);
-    case 5: return int8_bits<5>(job, first, count, y, scratch);
-    case 6: return int8_bits<6>(job, first, count, y, scratch);
-    case 7: return int8_bits<7>(job, first, count, y, scratch);
-    default:
-      return job.quadrant ? int8_bits<8, true>(job, first, count, y, scratch) : int8_bits<8>(job, first, count, y, scratch);
-  }
+  with_bits(job.code_bits, [&job, first, count, y, scratch](auto bits) TILE {
+    if constexpr (bits == 8)
+      if (job.quadrant) return int8_bits<8, true>(job, first, count, y, scratch);
+    int8_bits<bits>(job, first, count, y, scratch);
+  });
 }
 
 #else

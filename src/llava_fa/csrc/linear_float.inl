@@ -10,11 +10,11 @@ INLINE void spread_points(const Ints* dword, float* out) {
   }
 }
 
-INLINE void found_points(const uint32_t (*found)[ROWS], int64_t count, float* out) {
+INLINE void spread_dwords(const uint32_t (*dwords)[ROWS], int64_t count, float* out) {
   for (int64_t i = 0; i < count; i++, out += 2 * ROWS) {
     Ints rows[PARTS];
     for (int64_t part = 0; part < PARTS; part++)
-      rows[part] = load(reinterpret_cast<const int32_t*>(found[i]) + LANES * part);
+      rows[part] = load(reinterpret_cast<const int32_t*>(dwords[i]) + LANES * part);
     spread_points(rows, out);
   }
 }
@@ -35,19 +35,19 @@ ISA void points_rings(const Linear& job, int64_t block, int64_t unit, float* out
     for (int j = 0; j < 4; j++, out += 2 * ROWS) {
       int32_t rows[LANES];
       std::memcpy(rows, bytes + 64 * q, sizeof rows);
-      const Ints found = pick<BITS>(table, and_(shift_right(load(rows), 8 * j), mask));
-      spread_points(&found, out);
+      const Ints dwords = pick<BITS>(table, and_(shift_right(load(rows), 8 * j), mask));
+      spread_points(&dwords, out);
     }
 #else
   const uint32_t* table = reinterpret_cast<const uint32_t*>(job.tables);
-  uint32_t found[UNIT][ROWS];
+  uint32_t dwords[UNIT][ROWS];
   for (int64_t p = 0; p < UNIT; p++)
     for (int64_t row = 0; row < ROWS; row++) {
       uint32_t code = bytes[p / 4 * 64 + 4 * row + p % 4];
       KEEP_SCALAR(code);
-      found[p][row] = table[code];
+      dwords[p][row] = table[code];
     }
-  found_points(found, UNIT, out);
+  spread_dwords(dwords, UNIT, out);
 #endif
 }
 
@@ -56,7 +56,7 @@ ISA void points_trellis(const Linear& job, int64_t block, int64_t unit, float* o
   const uint32_t mask = (1u << job.state_bits) - 1;
   const int64_t bits = job.code_bits;
   const uint32_t* words = reinterpret_cast<const uint32_t*>(job.codes) + (block * job.words + unit * bits) * ROWS;
-  uint32_t half[2][9][ROWS], found[UNIT][ROWS];
+  uint32_t half[2][9][ROWS], dwords[UNIT][ROWS];
   for (int64_t j = 0; j < bits; j++)
     for (int64_t row = 0; row < ROWS; row++) {
       half[0][j][row] = words[j * ROWS + row] & 0xffff;
@@ -70,23 +70,15 @@ ISA void points_trellis(const Linear& job, int64_t block, int64_t unit, float* o
     for (int64_t row = 0; row < ROWS; row++) {
       uint32_t window = (low[row] | high[row] << 16) >> bit % 16 & mask;
       KEEP_SCALAR(window);
-      found[i][row] = table[window];
+      dwords[i][row] = table[window];
     }
   }
-  found_points(found, UNIT, out);
+  spread_dwords(dwords, UNIT, out);
 }
 
 ISA void points_float(const Linear& job, int64_t block, int64_t unit, float* out) {
   if (job.state_bits) return points_trellis(job, block, unit, out);
-  switch (job.code_bits) {
-    case 2: return points_rings<2>(job, block, unit, out);
-    case 3: return points_rings<3>(job, block, unit, out);
-    case 4: return points_rings<4>(job, block, unit, out);
-    case 5: return points_rings<5>(job, block, unit, out);
-    case 6: return points_rings<6>(job, block, unit, out);
-    case 7: return points_rings<7>(job, block, unit, out);
-    default: return points_rings<8>(job, block, unit, out);
-  }
+  with_bits(job.code_bits, [&](auto bits) TILE { points_rings<bits>(job, block, unit, out); });
 }
 
 template <int C>

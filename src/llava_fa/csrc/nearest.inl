@@ -20,12 +20,10 @@ ISA inline int32_t nearest_of(const Nearest& s, float re, float im, const int32_
 ISA inline Ints nearest(const Nearest& s, Floats re, Floats im) {
   const float most = static_cast<float>(s.reach);
   const Floats reach = set1(most), scale = set1(static_cast<float>(s.side) / (2 * most));
-  const Floats first = set1(0.0f), last = set1(static_cast<float>(s.side - 1));
   const Floats row = mul(add(re, reach), scale), column = mul(add(im, reach), scale);
-  const Ints cell = add(mul(truncate(min(max(row, first), last)), set1(static_cast<int32_t>(s.side))),
-                        truncate(min(max(column, first), last)));
-  const Ints codes = gather(s.cells, cell);
-  const uint32_t within = bits(both(less(set1(-1e-6f), min(row, column)), less(max(row, column), set1(static_cast<float>(s.side)))));
+  const Ints codes = gather(s.cells, square_of(row, column, s.side));
+  const Mask above = less(set1(-1e-6f), min(row, column)), below = less(max(row, column), set1(static_cast<float>(s.side)));
+  const uint32_t within = bits(both(above, below));
   const uint32_t open = (((1u << LANES) - 1) & ~within) | bits(less(codes, set1(int32_t{0})));
   if (!open) return codes;
   float x[LANES], y[LANES];

@@ -13,20 +13,20 @@ ISA void refine(const Refine& job, int64_t first, char* scratch) {
   float* gradient = reinterpret_cast<float*>(scratch);
   const int64_t lanes = job.rows - first < LANES ? job.rows - first : LANES, n = job.columns;
   int32_t code[LANES] = {}, changed[LANES] = {};
-  for (int64_t c = 0; c < n; c++) store(gradient + c * LANES, load_some(job.gradient + c * job.rows + first, lanes));
+  load_columns(job.gradient, n, job.rows, first, lanes, gradient);
   for (int64_t c = 0; c < n; c += 2) {
     int32_t* codes = job.codes + c / 2 * job.rows + first;
     for (int64_t i = 0; i < lanes; i++) code[i] = codes[i];
     const Ints old = load(code), old_at = shift_left(old, 1);
     const Floats old_re = gather(job.search.points, old_at), old_im = gather(job.search.points + 1, old_at);
     const Floats g = load(gradient + c * LANES), h = load(gradient + (c + 1) * LANES);
-    const float *inverse = job.inverse + 2 * c, *moment = job.moment + c * n, *below = moment + n;
+    const float *inverse = job.inverse + 2 * c, *moment = job.moment + c * n;
     const Floats x = fma(set1(inverse[0]), g, mul(set1(inverse[1]), h));
     const Floats y = fma(set1(inverse[2]), g, mul(set1(inverse[3]), h));
     const Floats re = add(old_re, x), im = add(old_im, y);
     const Ints best = nearest(job.search, re, im), best_at = shift_left(best, 1);
     const Floats new_re = gather(job.search.points, best_at), new_im = gather(job.search.points + 1, best_at);
-    const Floats a = set1(moment[c]), b = set1(moment[c + 1]), d = set1(below[c + 1]);
+    const Floats a = set1(moment[c]), b = set1(moment[c + 1]), d = set1(moment[n + c + 1]);
     const Mask better = less(quadratic(sub(re, new_re), sub(im, new_im), a, b, d), quadratic(x, y, a, b, d));
     // The same code can look better by rounding alone, for ever.
     const Ints taken = select(better, best, old);
@@ -46,10 +46,7 @@ ISA void refine(const Refine& job, int64_t first, char* scratch) {
     float* error = job.error + c * job.rows + first;
     store_some(error, add(load_some(error, lanes), step_re), lanes);
     store_some(error + job.rows, add(load_some(error + job.rows, lanes), step_im), lanes);
-    for (int64_t later = c + 2; later < n; later++) {
-      float* pull = gradient + later * LANES;
-      store(pull, fma(step_re, set1(moment[later]), fma(step_im, set1(below[later]), load(pull))));
-    }
+    push(gradient, job.moment, n, c, step_re, step_im);
   }
   for (int64_t i = 0; i < lanes; i++) job.changed[first + i] = changed[i];
 }

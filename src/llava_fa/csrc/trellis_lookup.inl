@@ -20,25 +20,18 @@ ISA float trellis_tables(const uint16_t* codebook, int64_t state_bits, uint8_t* 
   const Floats zero = set1(0.0f), magic = set1(12582912.0f);
   int32_t* words = reinterpret_cast<int32_t*>(tables);
   Floats high = zero, off = zero;  // the largest, and the largest distance from a multiple of GRID, in GRIDs
-  const auto size = [&](Floats v) ISA { return max(v, sub(zero, v)); };
   const auto rest = [&](Floats v) ISA {
     const Floats steps = mul(v, set1(1 / GRID));
-    return size(sub(steps, sub(add(steps, magic), magic)));
+    return magnitude(sub(steps, sub(add(steps, magic), magic)));
   };
   for (int64_t i = 0; i < whole; i += LANES) {
     const Ints two = load(words + i);
     const Floats re = as_floats(shift_left(two, 16)), im = as_floats(and_(two, upper));
-    high = max(high, max(size(re), size(im)));
+    high = max(high, max(magnitude(re), magnitude(im)));
     off = max(off, max(rest(re), rest(im)));
   }
-  float highs[LANES], offs[LANES], most = 0, off_grid = 0;
-  store(highs, high);
-  store(offs, off);
-  for (int i = 0; i < LANES; i++) {
-    if (highs[i] > most) most = highs[i];
-    if (offs[i] > off_grid) off_grid = offs[i];
-  }
-  const float step = off_grid == 0 && most <= 127 * GRID ? GRID : most > 0 ? most / 127 : 1;
+  const float most = highest(high);
+  const float step = highest(off) == 0 && most <= 127 * GRID ? GRID : most > 0 ? most / 127 : 1;
   const Floats inverse = set1(1 / step);
   for (int64_t i = 0; i < whole; i += LANES) {
     const Ints two = load(words + i);

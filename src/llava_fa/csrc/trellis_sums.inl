@@ -33,15 +33,7 @@ INLINE bool addends_of(const uint8_t* tables, uint8_t* parts) {
 
 ISA bool trellis_addends(const uint8_t* tables, int64_t code_bits, int64_t state_bits, uint8_t* parts) {
   if (state_bits != ADDENDS_STATE_BITS) return false;
-  switch (code_bits) {
-    case 2: return addends_of<2>(tables, parts);
-    case 3: return addends_of<3>(tables, parts);
-    case 4: return addends_of<4>(tables, parts);
-    case 5: return addends_of<5>(tables, parts);
-    case 6: return addends_of<6>(tables, parts);
-    case 7: return addends_of<7>(tables, parts);
-    default: return addends_of<8>(tables, parts);
-  }
+  return with_bits(code_bits, [&](auto bits) TILE { return addends_of<bits>(tables, parts); });
 }
 
 // As TrellisCodes.
