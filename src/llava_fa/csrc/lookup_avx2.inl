@@ -1,13 +1,5 @@
 // What both AVX2 builds of the packed layer share: codes → int8 points by byte shuffles of tables of 16, one after the other.
 
-using Bytes = __m256i;
-INLINE Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-INLINE void store_all(uint8_t* p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-template <int BY>
-INLINE Bytes shift(Bytes v) {
-  return BY > 0 ? _mm256_srli_epi16(v, BY > 0 ? BY : 0) : BY < 0 ? _mm256_slli_epi16(v, BY < 0 ? -BY : 0) : v;
-}
-INLINE Bytes masked(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(mask))); }
 INLINE Bytes select_bits(int mask, Bytes yes, Bytes no) {
   const Bytes m = _mm256_set1_epi8(static_cast<char>(mask));
   return _mm256_or_si256(_mm256_and_si256(m, yes), _mm256_andnot_si256(m, no));

@@ -4,14 +4,6 @@ constexpr int OFFSET = 128;
 // Rows in vectors of sums; columns of x and blocks of rows taken together, so that sums stay in registers.
 constexpr int COLUMNS = 12, BLOCKS = 2;
 
-using Bytes = __m512i;
-INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-INLINE void store_all(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
-template <int BY>  // right by BY bits, left if negative, of words: bits that cross a byte are not looked at
-INLINE Bytes shift(Bytes v) {
-  return BY > 0 ? _mm512_srli_epi16(v, BY > 0 ? BY : 0) : BY < 0 ? _mm512_slli_epi16(v, BY < 0 ? -BY : 0) : v;
-}
-INLINE Bytes masked(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask))); }
 INLINE Bytes select_bits(int mask, Bytes yes, Bytes no) {
   return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(mask)), yes, no, 0xca);
 }

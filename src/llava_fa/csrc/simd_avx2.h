@@ -9,12 +9,16 @@
 #define ps(f) _mm256_##f##_ps
 #define epi32(f) _mm256_##f##_epi32
 #define si(f) _mm256_##f##_si256
+#define pd(f) _mm256_##f##_pd
+#define epi16(f) _mm256_##f##_epi16
+#define epi8(f) _mm256_##f##_epi8
 
 namespace llava_fa {
 namespace avx2 {
 
 constexpr int LANES = 8;
 using Floats = __m256;
+using Doubles = __m256d;
 using Ints = __m256i;
 using Mask = __m256;
 
@@ -54,17 +58,7 @@ INLINE Floats convert(const uint16_t* bf16) {
 
 // Vector i, lane j ↔ vector j, lane i.
 INLINE void transpose(Floats* v) {
-  Floats t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int h = 0; h < 2; h++) {
-      const __m256d a = _mm256_castps_pd(t[i + h]), b = _mm256_castps_pd(t[i + 2 + h]);
-      v[i + 2 * h] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-      v[i + 2 * h + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
-    }
+  transpose_quads(v);
   for (int i = 0; i < 4; i++) {
     const Floats a = v[i], b = v[i + 4];
     v[i] = _mm256_permute2f128_ps(a, b, 0x20);

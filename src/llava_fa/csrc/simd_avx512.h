@@ -11,12 +11,16 @@
 #define ps(f) _mm512_##f##_ps
 #define epi32(f) _mm512_##f##_epi32
 #define si(f) _mm512_##f##_si512
+#define pd(f) _mm512_##f##_pd
+#define epi16(f) _mm512_##f##_epi16
+#define epi8(f) _mm512_##f##_epi8
 
 namespace llava_fa {
 namespace avx512 {
 
 constexpr int LANES = 16;
 using Floats = __m512;
+using Doubles = __m512d;
 using Ints = __m512i;
 using Mask = __mmask16;
 
@@ -55,16 +59,7 @@ INLINE Floats convert(const uint16_t* bf16) {
 // Vector i, lane j ↔ vector j, lane i.
 INLINE void transpose(Floats* v) {
   Floats t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int h = 0; h < 2; h++) {
-      const __m512d a = _mm512_castps_pd(t[i + h]), b = _mm512_castps_pd(t[i + 2 + h]);
-      v[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      v[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
+  transpose_quads(v);
   for (int half = 0; half < 16; half += 8)
     for (int i = 0; i < 4; i++) {
       t[half + i] = _mm512_shuffle_f32x4(v[half + i], v[half + 4 + i], 0x88);

@@ -1,4 +1,5 @@
-// What AVX2 and AVX-512 share: ps(f) and epi32(f) name the instruction f of their width for floats and ints, si(f) for all bits.
+// What AVX2 and AVX-512 share: ps(f), pd(f), epi32(f) … name the instruction f of their width for numbers of a type, si(f) for
+// all bits.
 
 #define ISA __attribute__((target(LLAVA_FA_ISA)))
 #define INLINE static inline __attribute__((always_inline, target(LLAVA_FA_ISA)))
@@ -34,6 +35,34 @@ INLINE Floats as_floats(Ints v) { return reinterpret_cast<Floats>(v); }
 INLINE Floats permute_quads(Floats v, Ints which) { return ps(permutevar)(v, which); }
 INLINE Ints permute_quads(Ints v, Ints which) { return as_ints(permute_quads(as_floats(v), which)); }
 
+// Of four vectors each: vector i, lane j of every quad ↔ vector j, lane i.
+INLINE void transpose_quads(Floats* v) {
+  Floats t[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    t[i] = ps(unpacklo)(v[i], v[i + 1]);
+    t[i + 1] = ps(unpackhi)(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4)
+    for (int h = 0; h < 2; h++) {
+      const Doubles a = reinterpret_cast<Doubles>(t[i + h]), b = reinterpret_cast<Doubles>(t[i + 2 + h]);
+      v[i + 2 * h] = reinterpret_cast<Floats>(pd(unpacklo)(a, b));
+      v[i + 2 * h + 1] = reinterpret_cast<Floats>(pd(unpackhi)(a, b));
+    }
+}
+
+// Bytes, for the packed layer.
+using Bytes = Ints;
+INLINE Bytes load_bytes(const uint8_t* p) { return si(loadu)(reinterpret_cast<const Bytes*>(p)); }
+INLINE void store_all(uint8_t* p, Bytes v) { si(storeu)(reinterpret_cast<Bytes*>(p), v); }
+template <int BY>  // right by BY bits, left if negative, of words: bits that cross a byte are not looked at
+INLINE Bytes shift(Bytes v) {
+  return BY > 0 ? epi16(srli)(v, BY > 0 ? BY : 0) : BY < 0 ? epi16(slli)(v, BY < 0 ? -BY : 0) : v;
+}
+INLINE Bytes masked(Bytes v, int mask) { return and_(v, epi8(set1)(static_cast<char>(mask))); }
+
 #undef ps
+#undef pd
+#undef epi16
+#undef epi8
 #undef epi32
 #undef si

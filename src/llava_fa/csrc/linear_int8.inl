@@ -1,0 +1,280 @@
+// Products of int8 (in linear.inl): points and x rounded to it, sums of a group in int32.
+
+// Points to int8, one step for all of them: what it stands for.
+ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tables) {
+  const int count = 1 << code_bits;
+  float value[512], most = 0;
+  for (int i = 0; i < 2 * count; i++) {
+    value[i] = float_of(codebook[i]);
+    const float size = value[i] < 0 ? -value[i] : value[i];
+    if (size > most) most = size;
+  }
+  const float step = most > 0 ? most / 127 : 1;
+  const int all = shown(static_cast<int>(code_bits));  // fewer are repeated: bits above a code's are not looked at
+  for (int i = 0; i < all; i++) {
+    uint8_t point[2];
+    for (int part = 0; part < 2; part++)
+      point[part] = static_cast<uint8_t>(static_cast<int>(__builtin_nearbyintf(value[2 * (i % count) + part] / step)) + OFFSET);
+    if (planes(static_cast<int>(code_bits))) {
+      tables[i] = point[0];
+      tables[all + i] = point[1];
+    } else {
+      std::memcpy(tables + 2 * i, point, 2);
+    }
+  }
+  return step;
+}
+
+// Columns that are multiplied together, whose numbers lie together: COLUMNS, of the last ones 4, and what is left.
+struct Panel {
+  int64_t first, width;
+};
+INLINE Panel panel_at(int64_t first, int64_t batch) {
+  const int64_t left = batch - first;
+  return {first, left >= COLUMNS ? COLUMNS : left >= 4 ? 4 : left};
+}
+INLINE Panel panel_of(int64_t column, int64_t batch) {
+  Panel panel = panel_at(column / COLUMNS * COLUMNS, batch);
+  while (column >= panel.first + panel.width) panel = panel_at(panel.first + panel.width, batch);
+  return panel;
+}
+
+// The order in which they meet points: four re, then four im (planes); coefficients (0, 2), (1, 3) of four as (re, im, re, im);
+// or, for trellis codes, i and i + 16 of a unit like that.
+ISA void quantise(const Linear& job, int64_t column, const float* re, const float* im, int64_t count, int8_t* x, float* scale,
+                  int32_t* bias) {
+  constexpr int64_t LENGTH = GROUP * UNIT;
+  const Floats magic = set1(12582912.0f), zero = set1(0.0f);
+  const Panel panel = panel_of(column, job.batch);
+  for (int64_t g = 0; g < job.groups; g++) {
+    float part[2 * LENGTH];  // re, then im
+    const int64_t some = count - g * LENGTH < LENGTH ? count - g * LENGTH : LENGTH;
+    std::memset(part, 0, sizeof part);
+    std::memcpy(part, re + g * LENGTH, static_cast<size_t>(some) * sizeof(float));
+    std::memcpy(part + LENGTH, im + g * LENGTH, static_cast<size_t>(some) * sizeof(float));
+    Floats high = zero, bad = zero;
+    for (int64_t i = 0; i < 2 * LENGTH; i += LANES) {
+      const Floats v = load(part + i);
+      high = max(high, magnitude(v));
+      bad = add(bad, mul(v, zero));  // NaN if one is NaN or infinite
+    }
+    const float most = highest(high), wrong = total(bad);
+    const bool usable = wrong == 0 && most > 1e-30f;
+    scale[g * job.batch + column] = wrong == 0 ? (usable ? most / 127 : 0.0f) : wrong;
+    const Floats inverse = set1(usable ? 127 / most : 0.0f);
+    uint8_t bytes[2 * LENGTH];
+    for (int64_t i = 0; i < 2 * LENGTH; i += LANES) {
+      const Floats scaled = usable ? mul(load(part + i), inverse) : zero;
+      store_bytes(bytes + i, and_(as_ints(add(scaled, magic)), set1(int32_t{0xff})));  // its low byte is the rounded number
+    }
+    int32_t sum = 0;
+    for (int64_t i = 0; OFFSET && i < 2 * LENGTH; i++) sum -= OFFSET * static_cast<int8_t>(bytes[i]);
+    bias[g * job.batch + column] = sum;
+    uint32_t ordered[LENGTH / 2];
+    if (job.state_bits) {
+      uint8_t* to = reinterpret_cast<uint8_t*>(ordered);
+      for (int64_t i = 0; i < LENGTH; i++) {
+        const int64_t at = i / UNIT * 2 * UNIT + i % HALF * 4 + i % UNIT / HALF * 2;
+        to[at] = bytes[i];
+        to[at + 1] = bytes[LENGTH + i];
+      }
+    } else {
+      uint32_t r[LENGTH / 4], j[LENGTH / 4];
+      std::memcpy(r, bytes, LENGTH);
+      std::memcpy(j, bytes + LENGTH, LENGTH);
+      for (int64_t i = 0; i < LENGTH / 4; i++) {
+        if (planes(static_cast<int>(job.code_bits))) {
+          ordered[2 * i] = r[i];
+          ordered[2 * i + 1] = j[i];
+        } else {
+          ordered[2 * i] = (r[i] & 0x00ff00ffu) | (j[i] & 0x00ff00ffu) << 8;
+          ordered[2 * i + 1] = (r[i] >> 8 & 0x00ff00ffu) | (j[i] & 0xff00ff00u);
+        }
+      }
+    }
+    int8_t* to = x + (g * job.batch + panel.first) * 2 * LENGTH + (column - panel.first) * 4;
+    for (int64_t i = 0; i < LENGTH / 2; i++) std::memcpy(to + i * panel.width * 4, ordered + i, 4);
+  }
+}
+
+constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
+
+// Points of a unit's codes: STEPS vectors.
+template <int BITS, bool QUADRANT>
+struct RingCodes {
+  using Points = Table<BITS, QUADRANT>;
+  const uint8_t* from;
+  int64_t units;
+  Points table;
+
+  INLINE void start(RingCodes& self, const Linear& job) {
+    self.from = job.codes;
+    self.units = job.units;
+    Points::load(self.table, job.tables);
+  }
+
+  INLINE void points(const RingCodes& self, int64_t block, int64_t unit, uint8_t* out) {
+    const uint8_t* at = self.from + (block * self.units + unit) * BITS * 64;
+    for (size_t part = 0; part < 64; part += sizeof(Bytes)) {
+      Bytes c[8], a, b;
+      codes<BITS>(at + part, c);
+      for (int q = 0; q < 8; q++) {
+        Points::look(self.table, c[q], a, b);
+        store_all(out + 128 * q + part, a);
+        store_all(out + 128 * q + 64 + part, b);
+      }
+    }
+  }
+};
+
+INLINE int32_t four(const int8_t* x) {
+  int32_t v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+
+// f of each of I. Loops over registers are spelled out: compilers keep an array that a loop goes through in memory, and
+// write every sum back after every addition, for half of the speed.
+template <class F, int... I>
+INLINE void each(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+
+// f of a number from 1 to 4 that is known when compiled; otherwise nothing, and false.
+template <class F>
+INLINE bool few(int64_t count, F f) {
+  switch (count) {
+    case 1: f(std::integral_constant<int, 1>()); return true;
+    case 2: f(std::integral_constant<int, 2>()); return true;
+    case 3: f(std::integral_constant<int, 3>()); return true;
+    case 4: f(std::integral_constant<int, 4>()); return true;
+    default: return false;
+  }
+}
+
+// C vectors, a panel of x, times R blocks, `steps` vectors each.
+template <int C, int R>
+INLINE void int8_tile(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, int64_t column, float* y) {
+  const auto all = std::make_integer_sequence<int, C * R>();  // column c of block r is c R + r
+  Sums sum[C * R];
+  const int64_t at = group * job.batch + column;
+  const int8_t* x = job.x + at * GROUP * UNIT * 2;
+  each(all, [&](auto i) TILE { sum[i] = sums(job.x_bias[at + i / R]); });
+  for (int64_t s = 0; s < steps; s++, w += 64, x += 4 * C)
+    each(all, [&](auto i) TILE { dot(sum[i], w + i % R * BUFFER, four(x + i / R * 4)); });
+  each(all, [&](auto i) TILE {
+    accumulate(y + (i % R * job.batch + column + i / R) * ROWS, sum[i], job.x_scale[at + i / R]);
+  });
+}
+
+template <int R>
+ISA void int8_columns(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, float* y) {
+  for (Panel panel = panel_at(0, job.batch); panel.first < job.batch; panel = panel_at(panel.first + panel.width, job.batch)) {
+    if (!few(panel.width, [&](auto c) TILE { int8_tile<c, R>(job, group, steps, w, panel.first, y); }))
+      int8_tile<COLUMNS, R>(job, group, steps, w, panel.first, y);
+  }
+}
+
+template <class Codes>
+ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
+  uint8_t* w = reinterpret_cast<uint8_t*>(scratch);
+  Codes source;
+  Codes::start(source, job);
+  std::memset(y, 0, static_cast<size_t>(count * job.batch * ROWS) * sizeof(float));
+  if (job.batch == 1 && count > 1) {  // nothing to share: one block's points stay in the first-level cache, tables beside them
+    for (int64_t b = 0; b < count; b++) int8_blocks<Codes>(job, first + b, 1, y + b * ROWS, scratch);
+    return;
+  }
+  const int64_t unit_bytes = job.code_bits * 64, row_bytes = job.state_bits ? job.words * 64 : job.units * unit_bytes;
+  for (int64_t group = 0; group < job.groups; group++) {
+    const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
+    for (int64_t b = 0; b < count; b++) {
+      const uint8_t* later = job.codes + (first + b) * row_bytes + (group + 2) * GROUP * unit_bytes;
+      for (int64_t at = 0; at < GROUP * unit_bytes; at += 64) __builtin_prefetch(later + at, 0, 2);
+      for (int64_t u = 0; u < units; u++)
+        Codes::points(source, first + b, group * GROUP + u, w + b * BUFFER + u * STEPS * 64);
+    }
+    int64_t b = 0;
+    for (; b + BLOCKS <= count; b += BLOCKS)
+      int8_columns<BLOCKS>(job, group, units * STEPS, w + b * BUFFER, y + b * job.batch * ROWS);
+    for (; b < count; b++) int8_columns<1>(job, group, units * STEPS, w + b * BUFFER, y + b * job.batch * ROWS);
+  }
+}
+
+#ifdef LLAVA_FA_DIRECT
+// Up to four vectors: points are multiplied where they are looked up. `multiply` does that for one unit.
+template <int C, class Multiply>
+INLINE void direct(const Linear& job, int64_t first, int64_t count, int64_t row_bytes, int64_t unit_bytes, float* y,
+                   Multiply multiply) {
+  constexpr int CHAINS = C == 1 ? 4 : 2;  // sums that do not wait for each other
+  const auto columns = std::make_integer_sequence<int, C>();
+  for (int64_t b = 0; b < count; b++) {
+    const uint8_t* unit = job.codes + (first + b) * row_bytes;
+    const int8_t* x = job.x;
+    Floats total[C];
+    each(columns, [&](auto c) TILE { total[c] = set1(0.0f); });
+    for (int64_t group = 0; group < job.groups; group++) {
+      const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
+      Sums sum[C * CHAINS];
+      each(std::make_integer_sequence<int, C * CHAINS>(),
+           [&](auto i) TILE { sum[i] = sums(i % CHAINS ? 0 : job.x_bias[group * C + i / CHAINS]); });
+      for (int64_t u = 0; u < units; u++, unit += unit_bytes, x += 2 * UNIT * C) {
+        for (int64_t at = 0; at < unit_bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(unit + at + 8192), _MM_HINT_T0);
+        multiply(unit, [&](auto step, Bytes points) TILE {
+          each(columns, [&](auto c) TILE { dot(sum[c * CHAINS + step % CHAINS], points, four(x + 4 * (step * C + c))); });
+        });
+      }
+      each(columns, [&](auto c) TILE {
+        Sums* of = sum + c * CHAINS;
+        if constexpr (CHAINS == 4) of[0] = add(of[0], of[2]), of[1] = add(of[1], of[3]);
+        total[c] = fma(convert(add(of[0], of[1])), set1(job.x_scale[group * C + c]), total[c]);
+      });
+    }
+    each(columns, [&](auto c) TILE { store(y + (b * C + c) * ROWS, total[c]); });
+  }
+}
+
+template <int BITS, bool QUADRANT, int C>
+ISA void rings_direct(const Linear& job, int64_t first, int64_t count, float* y) {
+  using Points = Table<BITS, QUADRANT>;
+  Points table;
+  Points::load(table, job.tables);
+  direct<C>(job, first, count, job.units * BITS * 64, BITS * 64, y, [&](const uint8_t* unit, auto dots) TILE {
+    Bytes c[8];
+    codes<BITS>(unit, c);
+    each(std::make_integer_sequence<int, 8>(), [&](auto i) TILE {
+      Bytes p, q;
+      Points::look(table, c[i], p, q);
+      dots(std::integral_constant<int, 2 * i>(), p);
+      dots(std::integral_constant<int, 2 * i + 1>(), q);
+    });
+  });
+}
+#endif
+
+#ifdef LLAVA_FA_ADDENDS
+#include "trellis_sums.inl"
+#endif
+
+template <int BITS, bool QUADRANT = false>
+INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
+#ifdef LLAVA_FA_ADDENDS
+  if (job.addends) {
+    if (few(job.batch, [&](auto c) TILE { addends_direct<BITS, c>(job, first, count, y); })) return;
+    return int8_blocks<AddendCodes<BITS>>(job, first, count, y, scratch);
+  }
+#endif
+  if (job.state_bits) return int8_blocks<TrellisCodes<BITS>>(job, first, count, y, scratch);
+#ifdef LLAVA_FA_DIRECT
+  if (few(job.batch, [&](auto c) TILE { rings_direct<BITS, QUADRANT, c>(job, first, count, y); })) return;
+#endif
+  int8_blocks<RingCodes<BITS, QUADRANT>>(job, first, count, y, scratch);
+}
+
+ISA void int8_rows(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
+  with_bits(job.code_bits, [&job, first, count, y, scratch](auto bits) TILE {
+    if constexpr (bits == 8)
+      if (job.quadrant) return int8_bits<8, true>(job, first, count, y, scratch);
+    int8_bits<bits>(job, first, count, y, scratch);
+  });
+}
