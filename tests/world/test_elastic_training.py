@@ -11,7 +11,8 @@ from llava_fa.hub.visual_tokens import attach_visual_tokens, visual_tokens_of
 from llava_fa.nn.visual_tokens import VisualTokens
 from llava_fa.world.elastic import ElasticLearner, cells, shared_out, shortened
 from llava_fa.world.packing import PREFIX, WorldBatches
-from llava_fa.world.recipe import Recipe, train
+from llava_fa.world.recipe import Recipe
+from llava_fa.world.training import train
 
 RECIPE = Recipe(
     vision_steps=0,
@@ -68,12 +69,6 @@ def test_shortened_sequences_point_at_the_same_things(processor):
         assert torch.equal(short["look_to"] == same, batch["look_to"] == same)
 
 
-def test_cut_queries_are_looked_for_only_where_they_are():
-    tokens = VisualTokens((8, 8), 4, "queries")
-    shown_by = cells(tokens, 5)
-    assert sorted(cell for cell in shown_by if cell is not None) == [0, 1, 2, 3, 4]
-
-
 def test_a_scale_sees_what_the_model_would_be_given(processor):
     """The packed answer at a scale has the loss that the model itself gives to that question."""
     learner = ElasticLearner(processor, RECIPE, torch.device("cpu"))
@@ -95,20 +90,15 @@ def test_a_scale_sees_what_the_model_would_be_given(processor):
     torch.testing.assert_close(packed, alone, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["fmvr", "queries"])
-def test_one_step_reaches_everything(processor, kind):
-    import dataclasses
-
-    learner = ElasticLearner(processor, dataclasses.replace(RECIPE, visual_tokens=kind), torch.device("cpu"))
+def test_one_step_reaches_everything(processor):
+    learner = ElasticLearner(processor, RECIPE, torch.device("cpu"))
     before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     losses = learner.update(batch_of(processor))
     assert sum(name.startswith("answer") for name in losses) == 4
     after = learner.model.state_dict()
     still = [name for name in before if torch.equal(before[name], after[name])]
-    # the tower's last norm is for the pooled output alone, zero projections hide queries for one step, and a single
-    # token is its own mean and maximum
-    hidden = ("post_layernorm", "queries.query_embed", "queries.q_proj", "queries.k_proj", "queries.v_proj")
-    hidden += ("restoration.2.average.high", "restoration.2.average.a", "restoration.2.maximum.low")
+    # the tower's last norm is for the pooled output alone, and a single token is its own mean and maximum
+    hidden = ("post_layernorm", "restoration.2.average.high", "restoration.2.average.a", "restoration.2.maximum.low")
     assert [name for name in still if not any(part in name for part in hidden)] == []
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from llava_fa.errors import FourierError
-from llava_fa.world import recipe
+from llava_fa.world import training
+from llava_fa.world.learner import Learner
 from llava_fa.world.model import build_model, build_processor
 from llava_fa.world.muon import Muon, orthogonalise
 from llava_fa.world.packing import IGNORED, PREFIX, WorldBatches, attention_mask
-from llava_fa.world.recipe import Learner, Recipe, train
+from llava_fa.world.recipe import Recipe
+from llava_fa.world.training import train
 from llava_fa.world.vocabulary import IMAGE, dense_vocabulary
 
 TINY = Recipe(
@@ -151,7 +153,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     with pytest.raises(StopError):
         train(tmp_path / "parts", TINY, report=stop_at(3), **settings)
     # the words keep their numbers whatever vocabulary a later package brings
-    monkeypatch.setattr(recipe, "build_processor", lambda: pytest.fail("a resumed run builds no tokenizer"))
+    monkeypatch.setattr(training, "build_processor", lambda: pytest.fail("a resumed run builds no tokenizer"))
     resumed = train(tmp_path / "parts", TINY, **settings)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name

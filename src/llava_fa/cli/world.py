@@ -52,7 +52,7 @@ def train(
     start: Annotated[str, typer.Option(help="With --visual-tokens: the model to go on from.")] = "tiny",
     visual_tokens: Annotated[
         str | None,
-        typer.Option(help="Teach a trained model to answer from any number of tokens: fmvr, pooling or queries."),
+        typer.Option(help="Teach a trained model to answer from any number of tokens: fmvr or pooling."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw pictures.")] = 1,
@@ -63,8 +63,9 @@ def train(
     import torch
 
     from llava_fa.world.elastic import elastic_recipe
-    from llava_fa.world.recipe import Recipe, log_to
-    from llava_fa.world.recipe import train as run
+    from llava_fa.world.recipe import Recipe
+    from llava_fa.world.training import log_to
+    from llava_fa.world.training import train as run
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if visual_tokens is None:

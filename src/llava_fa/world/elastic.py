@@ -2,23 +2,22 @@
 
 Every step shares its pictures out among the scales, so that the averaged loss of Matryoshka training (M3, FMVR) is
 estimated without bias at the cost of one pass. The full grid, which the model knows, and the single token, which tells
-little, get fewer pictures than the scales between, and the same weight. Learned queries (MQT) are cut at random
-instead, every octave of the number of tokens equally likely.
+little, get fewer pictures than the scales between, and the same weight.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.visual_tokens import attach_visual_tokens, visual_tokens_of
-from llava_fa.nn.visual_tokens import Grid, VisualTokens
-from llava_fa.world.packing import PREFIX, TASK_NAMES, WorldBatches
-from llava_fa.world.recipe import Learner, Recipe
+from llava_fa.nn.visual_tokens import VisualTokens
+from llava_fa.world.learner import Batch, Learner
+from llava_fa.world.packing import PREFIX, TASK_NAMES
+from llava_fa.world.recipe import Recipe
 from llava_fa.world.render import GRID
 
 INNER = 3
@@ -66,22 +65,22 @@ class ElasticLearner(Learner):
         assert module is not None
         return module
 
-    def _prepare(self) -> None:
-        attach_visual_tokens(self.model, kind=str(self.recipe.visual_tokens))
+    def first_model(self) -> LlavaForConditionalGeneration:
+        """The trained model that the recipe goes on from, visual tokens attached."""
+        return attach_visual_tokens(super().first_model(), kind=str(self.recipe.visual_tokens))
 
-    def losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """For every scale the answers' cross-entropy and the looking loss, on that scale's share of the pictures."""
-        batch = {name: value.to(self.device) for name, value in batch.items()}
-        counts = self._counts()
+        batch = self.here(batch)
+        counts = self.tokens.counts
         shares = shared_out(len(batch["ids"]), len(counts))
         losses = {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             patches = self._patches(batch["pixels"])
             for index, (count, share) in enumerate(zip(counts, shares, strict=True)):
                 part = {name: value[share] for name, value in batch.items()}
-                reduced = self.tokens(patches[share], count)
-                found = self._answer_losses(reduced, shortened(part, count, self._cells(count)))
-                losses |= {f"{name}, scale {index}": loss for name, loss in found.items()}
+                terms = self._answer_losses(*self._reduced(patches[share], part, count))
+                losses |= {f"{name}, scale {index}": loss for name, loss in terms.items()}
         return losses
 
     def total(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -90,43 +89,19 @@ class ElasticLearner(Learner):
         scales = sum(name.startswith("answer") for name in losses)
         return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum() / scales
 
-    def _counts(self) -> Sequence[int]:
-        counts = self.tokens.counts
-        if self.tokens.kind != "queries":
-            return counts
-        rng = random.Random(f"{self.recipe.seed}|{self.step}")
-        return [round(counts[0] ** rng.random()) for _ in counts]
-
-    def _cells(self, count: int) -> list[int | None]:
-        return cells(self.tokens, count)
-
-    def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
-        # the hook of the projector would reduce them; here every picture is reduced in its own way
-        values = (pixels.float() / 255 - 0.5) / 0.25
-        inner = self.model.model
-        features = inner.vision_tower(values, output_hidden_states=True).hidden_states[-1][:, 1:]
-        return inner.multi_modal_projector.forward(features)
+    def _reduced(self, patches: torch.Tensor, batch: Batch, count: int) -> tuple[torch.Tensor, Batch]:
+        """Pictures in ``count`` tokens, and the sequences to go with them."""
+        return self.tokens(patches, count), shortened(batch, count, cells(self.tokens, count))
 
     @torch.no_grad()
     def validate(self, batches: int) -> dict[str, float]:
         """For every scale the mean of the tasks' accuracies on validation scenes, and each task's own."""
-        self.model.eval()
         result = {}
         for count in self.tokens.counts:
-            data = WorldBatches(
-                self.processor.tokenizer,
-                split="validation",
-                seed=0,
-                batch=32,
-                text=self.recipe.text_tokens,
-                start=0,
-                stop=batches,
-            )
-            right, asked = torch.zeros(len(TASK_NAMES)), torch.zeros(len(TASK_NAMES))
-            for batch in data:
-                batch = {name: value.to(self.device) for name, value in batch.items()}
-                reduced = self.tokens(self._patches(batch["pixels"]), count)
-                self._tally(reduced, shortened(batch, count, self._cells(count)), right, asked)
+            tally = torch.zeros(len(TASK_NAMES), 2)
+            for batch in self._validation(batches):
+                tally += self._tally(*self._reduced(self._patches(batch["pixels"]), batch, count))
+            right, asked = tally.unbind(1)
             scores = right / asked.clamp(min=1)
             result[f"{count}"] = float(scores[asked > 0].mean())
             result |= {f"{count} {name}": float(score) for name, score in zip(TASK_NAMES, scores, strict=True)}
@@ -147,16 +122,9 @@ def shared_out(pictures: int, scales: int) -> list[list[int]]:
     return [[i for i in range(pictures) if turn[i % len(turn)] == scale] for scale in range(scales)]
 
 
-def cells(tokens: VisualTokens, count: int) -> list[int | None]:
-    """Which of the ``count`` tokens shows the n-th patch; None where no token does (queries that were cut off)."""
-    height, width = tokens.grids[0]
-    if tokens.kind == "queries":
-        kept = {patch: index for index, patch in enumerate(sorted(tokens.queries.order[:count]))}
-        return [kept.get(patch) for patch in range(height * width)]
-    return _cells_of(tokens.grids[0], tokens.grids[tokens.counts.index(count)])
-
-
-def _cells_of(fine: Grid, coarse: Grid) -> list[int | None]:
+def cells(tokens: VisualTokens, count: int) -> list[int]:
+    """Which of the ``count`` tokens shows the n-th patch."""
+    fine, coarse = tokens.grids[0], tokens.grids[tokens.counts.index(count)]
     return [
         (y * coarse[0] // fine[0]) * coarse[1] + x * coarse[1] // fine[1]
         for y in range(fine[0])
@@ -164,7 +132,7 @@ def _cells_of(fine: Grid, coarse: Grid) -> list[int | None]:
     ]
 
 
-def shortened(batch: dict[str, torch.Tensor], count: int, shown_by: Sequence[int | None]) -> dict[str, torch.Tensor]:
+def shortened(batch: Batch, count: int, shown_by: Sequence[int]) -> Batch:
     """A packed batch (`llava_fa.world.packing`) whose pictures have ``count`` tokens instead of one a patch.
 
     A look at a patch becomes one at the token that shows it; several patches of one token keep their weight.
@@ -173,7 +141,7 @@ def shortened(batch: dict[str, torch.Tensor], count: int, shown_by: Sequence[int
     result = {name: torch.cat([batch[name][:, : 1 + count], batch[name][:, PREFIX:]], 1) for name in _ALONG}
     result["position"] = torch.where(result["segment"] == 0, result["position"], result["position"] - less)
     device = batch["look_to"].device
-    moved = [0, *(-1 if cell is None else 1 + cell for cell in shown_by)]
     length = batch["ids"].shape[1]
-    table = torch.tensor([*moved, *range(PREFIX - less, length - less), -1], device=device)  # -1 stays -1
+    text = range(PREFIX - less, length - less)
+    table = torch.tensor([0, *(1 + token for token in shown_by), *text, -1], device=device)  # -1 stays -1
     return result | {name: table[batch[name]] for name in ("look_from", "look_to")}

@@ -34,7 +34,7 @@ FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold", "DejaVuSa
 class PatchLabels:
     """What each of the GRID × GRID patches shows; int64 arrays [64], 0 means nothing of the kind.
 
-    Dense supervision of the vision tower (`llava_fa.world.recipe`) is made of them; ``anchor`` marks the patch that
+    Dense supervision of the vision tower (`llava_fa.world.learner`) is made of them; ``anchor`` marks the patch that
     holds an object's centre, ``center`` [64, 2] is that centre over the image size (only meaningful there);
     ``focus`` numbers, from 1, things before writings, the item to be seen there: a thing's centre, all of a writing.
     """
