@@ -14,7 +14,6 @@ the language model (256). With 900 questions an accuracy has a standard error of
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import Rows, arguments, nearness
 from paper_claims import report
 from paper_variants import Variant, check, solve
 from real_layers import Subject, llava
@@ -30,7 +30,6 @@ from torch import Tensor
 
 from llava_fa import FourierConfig, approximate
 from llava_fa.eval.divergence import Divergence
-from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.loading import load
 from llava_fa.maths import metrics
 
@@ -51,7 +50,7 @@ def best(bits: float, *, data: bool = False) -> Callable[[Tensor, Tensor], tuple
 def rows() -> dict[str, dict[str, Any]]:
     """Group → name → Variant (or a function of W and H), the most telling first."""
     two, four = (2, 2), (4, 4)
-    found: dict[str, dict[str, Any]] = {
+    groups: dict[str, dict[str, Any]] = {
         "grid": {f"{a}+{b}, rank 256": Variant(bits=(a, b), share=FULL) for a, b in GRID},
         "codes alone": {f"{a}+{b}, no rank": Variant(bits=(a, b)) for a, b in (*GRID, *SPLITS)},
         "rank": {
@@ -65,12 +64,12 @@ def rows() -> dict[str, dict[str, Any]]:
         "iterations": {},
         "for comparison": {f"`best` without data, {bits:g}": best(bits) for bits in (2.0, 3.0, 4.0)},
     }
-    found["rank"] |= {f"{a}+{b}, rank 256 of 2048": Variant(bits=(a, b), share=256 / 2048) for a, b in (two, four)}
+    groups["rank"] |= {f"{a}+{b}, rank 256 of 2048": Variant(bits=(a, b), share=256 / 2048) for a, b in (two, four)}
     for a, b in (two, four):
         name = f"{a}+{b}"
         for share, rank in ((FULL, "rank 256"), (0.0, "no rank")):
             plain = {"bits": (a, b), "share": share, "odc": "none"}
-            spectrum, odc = found["spectrum"], found["ODC"]
+            spectrum, odc = groups["spectrum"], groups["ODC"]
             spectrum[f"{name}, full, {rank}"] = Variant(space="full", **plain)
             spectrum[f"{name}, input axis, {rank}"] = Variant(space="input", **plain)
             spectrum[f"{name}, spatial, {rank}"] = Variant(space="spatial", **plain)
@@ -83,25 +82,25 @@ def rows() -> dict[str, dict[str, Any]]:
             odc[f"{name}, ODC on factors and codes, {rank}"] = Variant(**{**plain, "odc": "codes"})
             odc[f"{name}, ODC before the DFT, {rank}"] = Variant(**{**plain, "odc": "before the DFT"})
         for passes in (1, 2, 4, 30):
-            found["iterations"][f"{name}, {passes} passes"] = Variant(bits=(a, b), share=FULL, passes=passes)
-        found["iterations"][f"{name}, 30 passes, no stop"] = Variant(bits=(a, b), share=FULL, passes=30, stop=False)
+            groups["iterations"][f"{name}, {passes} passes"] = Variant(bits=(a, b), share=FULL, passes=passes)
+        groups["iterations"][f"{name}, 30 passes, no stop"] = Variant(bits=(a, b), share=FULL, passes=30, stop=False)
     for share in (1 / 4, 1 / 2):
         alone = {"bits": None, "share": share, "odc": "none"}
-        found["SVD"] |= {
+        groups["SVD"] |= {
             f"SVD {share:g}, spatial": Variant(space="spatial", **alone),
             f"SVD {share:g}, half, same rank": Variant(**alone),
             f"SVD {share:g}, half, equal numbers": Variant(**alone, numbers="equal"),
             f"SVD {share:g}, input axis, equal numbers": Variant(space="input", **alone, numbers="equal"),
         }
-    return found
+    return groups
 
 
-def replace(subject: Subject, kept: dict[str, Tensor], way: Any) -> dict[str, Any]:
+def replace(subject: Subject, weights: dict[str, Tensor], way: Any) -> dict[str, Any]:
     """Every layer's weight replaced; what that costs and errs."""
-    found: dict[str, Any] = {"bits": 0.0, "weight": 0.0, "out": 0.0}
-    count, passes, gains = sum(W.numel() for W in kept.values()), [], []
+    sums: dict[str, Any] = {"bits": 0.0, "weight": 0.0, "out": 0.0}
+    count, passes, gains = sum(W.numel() for W in weights.values()), [], []
     for name, layer in subject.layers.items():
-        W, H = kept[name], subject.moments[name]
+        W, H = weights[name], subject.moments[name]
         if isinstance(way, Variant):
             solved = solve(W, H, way, 192 if "vision" in name else 256)
             Q, bits = solved.weight, solved.bits
@@ -109,26 +108,25 @@ def replace(subject: Subject, kept: dict[str, Tensor], way: Any) -> dict[str, An
             gains.append(min(solved.history) / solved.history[0])
         else:
             Q, bits = way(W, H)
-        found["bits"] += bits * W.numel() / count
-        found["weight"] += metrics.weight_error(W, Q) / len(kept)
-        found["out"] += metrics.output_error(W, Q, H) / len(kept)
+        sums["bits"] += bits * W.numel() / count
+        sums["weight"] += metrics.weight_error(W, Q) / len(weights)
+        sums["out"] += metrics.output_error(W, Q, H) / len(weights)
         layer.weight.data = Q.contiguous()
     if passes:
-        found |= {"passes": sum(passes) / len(passes), "most passes": max(passes), "gain": sum(gains) / len(gains)}
-    return found
+        sums |= {"passes": sum(passes) / len(passes), "most passes": max(passes), "gain": sum(gains) / len(gains)}
+    return sums
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--limit", type=int, default=900, help="questions answered; 0 leaves the accuracy out")
     parser.add_argument("--questions", type=int, default=180, help="questions of the KL")
     parser.add_argument("--groups", nargs="+", default=list(rows()), choices=list(rows()))
     parser.add_argument("--report", action="store_true", help="measure nothing; print what has been measured")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    file, numbers = args.out / "rows.jsonl", args.out / "spectra.json"
-    known = {r["name"]: r for r in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    measured, numbers = Rows(args.out / "rows.jsonl"), args.out / "spectra.json"
+    known = measured.by_name()
     wanted = {
         name: (group, way)
         for group, ways in rows().items()
@@ -138,22 +136,18 @@ def main() -> None:
     wanted = {"original": ("original", None), **wanted} if wanted else {}
     if todo := {name: both for name, both in wanted.items() if name not in known or needs(known[name], args.limit)}:
         subject = llava("tiny")
-        kept = {name: layer.weight.data.clone() for name, layer in subject.layers.items()}
-        first = next(iter(kept))
-        check(kept[first], subject.moments[first])
+        weights = {name: layer.weight.data.clone() for name, layer in subject.layers.items()}
+        first = next(iter(weights))
+        check(weights[first], subject.moments[first])
         if not numbers.exists():
-            numbers.write_text(json.dumps(spectra(kept, subject.moments), indent=1))
+            numbers.write_text(json.dumps(spectra(weights, subject.moments), indent=1))
         divergence, (_, processor) = Divergence("tiny", args.questions), load("tiny", dtype=torch.float32)
         for name, (group, way) in todo.items():
             began = time.monotonic()
-            figures = {"bits": 16.0, "weight": 0.0, "out": 0.0} if way is None else replace(subject, kept, way)
-            row = {"name": name, "group": group, **figures, "kl": divergence(subject.model)}
-            if args.limit:
-                row["limit"] = args.limit
-                row["accuracy"] = evaluate_world(subject.model, processor, limit=args.limit)["accuracy"]
-            known[name] = {**row, "seconds": time.monotonic() - began}
-            with file.open("a") as handle:
-                handle.write(json.dumps(known[name]) + "\n")
+            figures = {"bits": 16.0, "weight": 0.0, "out": 0.0} if way is None else replace(subject, weights, way)
+            row = {"name": name, "group": group, **figures, "limit": args.limit}
+            row |= nearness(subject.model, processor, divergence, args.limit)
+            known[name] = measured.add({**row, "seconds": time.monotonic() - began})
             print(json.dumps(known[name]), flush=True)
     order = ["original", *(name for ways in rows().values() for name in ways)]
     print(

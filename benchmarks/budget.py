@@ -16,18 +16,17 @@ import argparse
 import itertools
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import Rows, arguments, compressed, nearness, percent
 from real_layers import collect
 
 import llava_fa
 import llava_fa.hub.inspect
 from llava_fa import Budget, FourierConfig, FourierLinear, approximate
 from llava_fa.eval.divergence import Divergence
-from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.loading import load
 from llava_fa.nn.surgery import classify
@@ -38,7 +37,7 @@ SAMPLES = 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--out", type=Path, default=Path("runs/budget"))
     parser.add_argument("--limit", type=int, default=900, help="questions answered; 0 measures the KL alone")
@@ -59,28 +58,18 @@ def main() -> None:
 
 
 def models(args: argparse.Namespace, divergence: Divergence) -> None:
-    file = args.out / "rows.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = Rows(args.out / "rows.jsonl")
     samples = None if args.data_free else calibration_samples(SAMPLES)
     kind = f"{'data-free' if args.data_free else 'calibrated'} {args.codes}"
     codes = FourierConfig(codes=args.codes)
 
     def row(name: str, config: FourierConfig, budget: Budget | None) -> dict[str, Any]:
-        if (found := next((r for r in rows if r["name"] == name), None)) is None:
-            folder = args.out / "model"
-            shutil.rmtree(folder, ignore_errors=True)
-            report = llava_fa.compress(args.model, folder, config, samples, budget=budget, fresh=True)
-            model, processor = load(folder, dtype=torch.float32)
-            model.dequantize()
-            found = {"name": name, "bits": report.bits_per_weight, "kl": divergence(model), "budget": report.budget}
-            if args.limit:
-                found["accuracy"] = evaluate_world(model, processor, limit=args.limit)["accuracy"]
-            rows.append(found)
-            with file.open("a") as handle:
-                handle.write(json.dumps(found) + "\n")
-        accuracy = f"{100 * found['accuracy']:.1f}" if "accuracy" in found else "-"
-        print(f"| {name} | {found['bits']:.3f} | {found['kl']:.5f} | {accuracy} |", flush=True)
-        return found
+        if (made := rows.find(name=name)) is None:
+            model, processor, report = compressed(args.model, args.out / "model", config, samples, budget=budget)
+            figures = nearness(model, processor, divergence, args.limit)
+            made = rows.add({"name": name, "bits": report.bits_per_weight, **figures, "budget": report.budget})
+        print(f"| {name} | {made['bits']:.3f} | {made['kl']:.5f} | {percent(made)} |", flush=True)
+        return made
 
     print("| model | bits/weight | KL | accuracy |\n|---|---|---|---|")
     for bits in args.bits:
@@ -105,9 +94,9 @@ def curve(args: argparse.Namespace) -> None:
             error = result.dequantize() - linear.weight
             real = (error @ moment * error).sum() if feedback else (error.square() * moment).sum()
             logs.append((real / error_powers(linear.weight, config, moment)[1].sum()).log())
-        found = torch.stack(logs)
+        ratios = torch.stack(logs)
         used = distortion(config.code_bits, config.codes_for(1 << 20), feedback=feedback)
-        figures = f"{float(found.mean().exp()):.5f} | {float(found.std()):.2f} | {used:.5f}"
+        figures = f"{float(ratios.mean().exp()):.5f} | {float(ratios.std()):.2f} | {used:.5f}"
         print(f"| {bits:g} | {codes} | {'yes' if feedback else 'no'} | {figures} |", flush=True)
 
 
@@ -117,10 +106,10 @@ def layers(args: argparse.Namespace, divergence: Divergence) -> None:
     if not folder.exists():
         samples = calibration_samples(SAMPLES)
         llava_fa.compress(args.model, folder, FourierConfig(bits=2), samples, budget=Budget(bits=2.5))
-    compressed, _ = load(folder, dtype=torch.float32)
+    budgeted, _ = load(folder, dtype=torch.float32)
     predicted = {layer.name: layer.predicted_loss for layer in llava_fa.hub.inspect.inspect_model(folder).layers}
     pairs = []
-    for name, layer in compressed.named_modules():
+    for name, layer in budgeted.named_modules():
         if not isinstance(layer, FourierLinear):
             continue
         linear = divergence.original.get_submodule(name)

@@ -6,29 +6,26 @@
 
 Rows: X with the same bits everywhere; X under one budget of the same bytes; CASP on X in the same bytes: all query and
 key projections of the language model as two factors with a share ``keep`` of the numbers, what that saves spent on all
-layers by the same budget (so that the second and the third row differ by CASP alone); and CASP where the budget chooses
-it (ours only). KL: nats per answer token against the original on held-out questions; accuracy: the world suite
-(``--limit 0`` leaves it out). Rows already in OUT/rows.jsonl are not measured again.
+layers by the same budget (so that the second and the third row differ by CASP alone). KL: nats per answer token against
+the original on held-out questions; accuracy: the world suite (``--limit 0`` leaves it out). Rows already in
+OUT/rows.jsonl are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import Rows, arguments, compressed, nearness, percent
 from peers import gptq, stored_bits
 from real_layers import collect
 from stagewise import units
 
-import llava_fa
 from llava_fa import Budget, Casp, FourierConfig, approximate
 from llava_fa.eval.divergence import Divergence
-from llava_fa.eval.runner import evaluate_world
 from llava_fa.hub import allocation, attention, blocks, sensitivity
 from llava_fa.hub.calibrated import gather
 from llava_fa.hub.calibration_data import answer_start, prepare
@@ -48,7 +45,7 @@ GPTQ_BITS = {2: 0.1436, 3: 0.0388, 4: 0.0102}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--out", type=Path, default=Path("runs/casp"))
     parser.add_argument("--limit", type=int, default=900, help="questions answered; 0 measures the KL alone")
@@ -60,42 +57,31 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="one attention module at a time")
     parser.add_argument("--factors", action="store_true", help="errors of the factors' codes")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.factors:
         return factors(args)
     (layers if args.layers else models)(args)
 
 
 def models(args: argparse.Namespace) -> None:
-    file = args.out / "rows.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = Rows(args.out / "rows.jsonl")
     samples = calibration_samples(args.samples)
     divergence: Divergence | None = None
 
     def row(name: str, make: Callable[[], tuple[Any, Any, float]]) -> dict[str, Any] | None:
         nonlocal divergence
-        found = next((r for r in rows if r["name"] == name), None)
-        if found is None:
+        made = rows.find(name=name)
+        if made is None:
             if args.only and not any(part in name for part in args.only):
                 return None
             divergence = divergence or Divergence(args.model, args.questions)
             model, processor, bits = make()
-            found = {"name": name, "bits": bits, "kl": divergence(model)}
-            if args.limit:
-                found["accuracy"] = evaluate_world(model, processor, limit=args.limit)["accuracy"]
-            rows.append(found)
-            with file.open("a") as handle:
-                handle.write(json.dumps(found) + "\n")
-        accuracy = f"{100 * found['accuracy']:.1f}" if "accuracy" in found else "-"
-        print(f"| {name} | {found['bits']:.3f} | {found['kl']:.5f} | {accuracy} |", flush=True)
-        return found
+            made = rows.add({"name": name, "bits": bits, **nearness(model, processor, divergence, args.limit)})
+        print(f"| {name} | {made['bits']:.3f} | {made['kl']:.5f} | {percent(made)} |", flush=True)
+        return made
 
     def ours(config: FourierConfig, budget: Budget | None = None, casp: Casp | None = None) -> tuple[Any, Any, float]:
         folder = args.out / f"model-{'-'.join(args.only or [])}"
-        shutil.rmtree(folder, ignore_errors=True)
-        report = llava_fa.compress(args.model, folder, config, samples, budget=budget, casp=casp, fresh=True)
-        model, processor = load(folder, dtype=torch.float32)
-        model.dequantize()
+        model, processor, report = compressed(args.model, folder, config, samples, budget=budget, casp=casp)
         return model, processor, report.bits_per_weight
 
     print("| model | bits/weight | KL | accuracy |\n|---|---|---|---|")
@@ -110,7 +96,6 @@ def models(args: argparse.Namespace) -> None:
             row(f"{codes}, budget of {bits:g}", lambda c=most, b=same: ours(c, b))
             for keep in args.keep:
                 row(f"CASP {keep:g} on {codes}, {bits:g}", lambda c=most, b=same, k=keep: ours(c, b, Casp(keep=k)))
-            row(f"CASP auto on {codes}, {bits:g}", lambda c=most, b=same: ours(c, b, Casp(keep=0.5, auto=True)))
         if bits in GPTQ_BITS:
             row(f"GPTQ, {bits:g} everywhere", lambda b=bits: scalar(args, samples, b, None))
             for keep in args.keep:
@@ -180,11 +165,11 @@ def _scalar_bits(
     plan = make_plan(empty_model(source), source, config)
     used = sensitivity.chosen(len(inputs))
     starts = [answer_start(samples[i], inputs[i], processor) for i in used]
-    found = allocation.measure(plan, config, model, [inputs[i] for i in used], starts, lambda _: None, casp)
+    errors = allocation.measure(plan, config, model, [inputs[i] for i in used], starts, lambda _: None, casp)
     options = [
         [
             Option(variant.replace(bits=bits), _bytes(layer.shape, variant.inner_rank, bits), of.loss(error))
-            for variant, of in zip(allocation.variants(layer, config, casp), found[layer.name], strict=True)
+            for variant, of in zip(allocation.variants(layer, config, casp), errors[layer.name], strict=True)
             for bits, error in GPTQ_BITS.items()
         ]
         for layer in plan.layers
@@ -209,16 +194,16 @@ def layers(args: argparse.Namespace) -> None:
     seen = other_side(model, names, inputs[:32])
     print("| attention | density | cut | cut, weighed by the other side | at 1 bit |\n|---|---|---|---|---|")
     for module, heads in densities.items():
-        found = []
+        divergences = []
         for make in (_cut, _cut_weighed, _one_bit):
             mine = [name for name in names if name.startswith(f"{module}.")]
             before = {name: model.get_submodule(name).weight.data for name in mine}
             for name in mine:
                 model.get_submodule(name).weight.data = make(before[name], moments[name], seen[name])
-            found.append(divergence(model))
+            divergences.append(divergence(model))
             for name in mine:
                 model.get_submodule(name).weight.data = before[name]
-        cells = " | ".join(f"{value:.2e}" for value in found)
+        cells = " | ".join(f"{value:.2e}" for value in divergences)
         print(f"| {module.removeprefix('model.')} | {sum(heads) / len(heads):.3f} | {cells} |", flush=True)
 
 
@@ -298,8 +283,8 @@ def factors(args: argparse.Namespace) -> None:
     moments = second_moments(model, names, inputs)
 
     def ours(part: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
-        found = approximate(part, FourierConfig(bits=bits), moment)
-        return found.dequantize(), found.bits_per_weight * part.numel()
+        result = approximate(part, FourierConfig(bits=bits), moment)
+        return result.dequantize(), result.bits_per_weight * part.numel()
 
     def plain(part: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
         return gptq(part, moment, bits), part.numel() * stored_bits(tuple(part.shape), bits)
@@ -315,8 +300,8 @@ def factors(args: argparse.Namespace) -> None:
         print(f"\n| {part}: factors' codes | 2: bits | out | 3: bits | out | 4: bits | out |\n|{'---|' * 7}")
         chosen = [name for name in names if is_vision(name) == (part == "vision")]
         for title, make in {"cut to a quarter, not coded": _cut, "one matrix at 1 bit": _one_bit}.items():
-            found = [_out(model, name, make, moments[name]) for name in chosen]
-            print(f"| {title}: {min(found):.3f} to {max(found):.3f} |{' |' * 6}", flush=True)
+            errors = [_out(model, name, make, moments[name]) for name in chosen]
+            print(f"| {title}: {min(errors):.3f} to {max(errors):.3f} |{' |' * 6}", flush=True)
         for title, (split, code) in ways.items():
             cells = []
             for bits in (2, 3, 4):

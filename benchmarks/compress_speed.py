@@ -17,7 +17,6 @@ Shares are of wall time. Prints the table of docs/results.md, "Speed of compress
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import pstats
 import subprocess
@@ -26,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import arguments, memory
 
 from llava_fa import FourierConfig, approximate, native
 from llava_fa.solver.drift import corrected_weight
@@ -40,12 +40,6 @@ PHASES = {
     "refine": ("refine",),
     "report": ("_measured",),
 }
-
-
-def resident(what: str) -> int:
-    """Bytes of memory that the process holds (VmRSS), or the most since `forget_peak` (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return 1024 * int(line.split()[1])
 
 
 def forget_peak() -> None:
@@ -84,7 +78,7 @@ def measure(m: int, n: int, bits: float, data: str, codes: str) -> str:
         approximate(torch.randn(8, 64), config, torch.eye(64))  # tables that every process makes once
     moment = second_moment(n) if data in ("calibrated", "drift") else None
     forget_peak()
-    before = resident("VmRSS") - (0 if moment is None else 4 * n * n)
+    before = memory("VmRSS") - (0 if moment is None else 4 * n * n)
     weight = torch.randn(0 if data == "statistics" else m, n).mul_(0.02)
     drift = 0.1 * moment if data == "drift" and moment is not None else None
     given = sum(4 * part.numel() for part in (weight, moment, drift) if part is not None)
@@ -99,7 +93,7 @@ def measure(m: int, n: int, bits: float, data: str, codes: str) -> str:
         approximate(weight, config, moment)
     profile.disable()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = resident("VmHWM") - before
+    peak = memory("VmHWM") - before
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     cells = [f"{m}×{n}", data, f"{codes}, {bits:g}" if coded else ""]
     cells += [f"{wall:.1f}", f"{cpu:.1f}", f"{m * n / wall / 1e6:.1f}"]
@@ -111,27 +105,27 @@ def measure(m: int, n: int, bits: float, data: str, codes: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "18944x3584"])
     parser.add_argument("--bits", nargs="+", type=float, default=[2.0])
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--codes", nargs="+", default=["rings", "trellis"])
     parser.add_argument("--row", action="store_true", help="measure in this process (the first of each list)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.row:
-        m, n = (int(side) for side in arguments.shapes[0].split("x"))
-        print(measure(m, n, arguments.bits[0], arguments.data[0], arguments.codes[0]), flush=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.row:
+        m, n = (int(side) for side in args.shapes[0].split("x"))
+        print(measure(m, n, args.bits[0], args.data[0], args.codes[0]), flush=True)
         return
-    print(f"{arguments.threads} threads, kernels: {native.choice()[0] or 'PyTorch'}\n")
+    print(f"{args.threads} threads, kernels: {native.choice()[0] or 'PyTorch'}\n")
     print(f"| layer | data | codes, bits | s | CPU s | M weights/s | given | peak | {' % | '.join(PHASES)} % |")
     print("|---" * (8 + len(PHASES)) + "|", flush=True)
-    for shape in arguments.shapes:
-        for data in arguments.data:
-            kinds = [(bits, codes) for bits in arguments.bits for codes in arguments.codes]
+    for shape in args.shapes:
+        for data in args.data:
+            kinds = [(bits, codes) for bits in args.bits for codes in args.codes]
             for bits, codes in kinds if data in ("data-free", "calibrated") else kinds[:1]:
-                row = ["--row", "--threads", arguments.threads, "--shapes", shape]
+                row = ["--row", "--threads", args.threads, "--shapes", shape]
                 row += ["--bits", bits, "--data", data, "--codes", codes]
                 subprocess.run([sys.executable, __file__, *map(str, row)], check=True)
 

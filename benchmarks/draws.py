@@ -8,26 +8,22 @@ KL: nats per answer token against the original, on held-out questions with their
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import torch
+from common import Rows, arguments, compressed, percent
 
-import llava_fa
 from llava_fa import FourierConfig
 from llava_fa.eval.divergence import Divergence, token_divergences
 from llava_fa.eval.runner import evaluate_world
-from llava_fa.hub.loading import load
 from llava_fa.world.samples import calibration_samples, held_out_samples
 
 BROKEN = 3.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/draws"))
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--codes", choices=("rings", "trellis"), default="trellis")
@@ -36,32 +32,26 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=180)
     parser.add_argument("--limit", type=int, default=0, help="questions answered too, for the accuracy")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "draws.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = Rows(args.out / "draws.jsonl")
     divergence, asked = Divergence("tiny", args.questions), held_out_samples(args.questions)
     print("| seed | KL | worst token | broken | accuracy |\n|---|---|---|---|---|")
     for seed in range(args.seeds):
         key = {"bits": args.bits, "codes": args.codes, "seed": seed, "questions": args.questions, "limit": args.limit}
         key["data"] = not args.data_free
-        found = next((row for row in rows if key.items() <= ({"data": True} | row).items()), None)
-        if found is None:
+        row = next((row for row in rows if key.items() <= ({"data": True} | row).items()), None)
+        if row is None:
             folder = args.out / f"model-{args.codes}-{args.bits:g}-{seed}"
-            shutil.rmtree(folder, ignore_errors=True)
             config = FourierConfig(bits=args.bits, codes=args.codes, seed=seed)
-            llava_fa.compress("tiny", folder, config, None if args.data_free else calibration_samples(128), fresh=True)
-            model, processor = load(folder, dtype=torch.float32)
-            model.dequantize()
+            samples = None if args.data_free else calibration_samples(128)
+            model, processor, _ = compressed("tiny", folder, config, samples)
             each = token_divergences(divergence.logs, divergence.told.log_probabilities(model))
             every = torch.cat(each)
             broken = [s.question.task for s, one in zip(asked, each, strict=True) if float(one.max()) > BROKEN]
-            found = key | {"kl": float(every.mean()), "worst": float(every.max()), "broken": Counter(broken)}
-            found["accuracy"] = evaluate_world(model, processor, limit=args.limit)["accuracy"] if args.limit else None
-            with file.open("a") as handle:
-                handle.write(json.dumps(found) + "\n")
-        accuracy = "-" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f}"
-        told = ", ".join(f"{count} {task}" for task, count in found["broken"].items()) or "none"
-        print(f"| {seed} | {found['kl']:.4f} | {found['worst']:.1f} | {told} | {accuracy} |", flush=True)
+            row = key | {"kl": float(every.mean()), "worst": float(every.max()), "broken": Counter(broken)}
+            row["accuracy"] = evaluate_world(model, processor, limit=args.limit)["accuracy"] if args.limit else None
+            rows.add(row)
+        tasks = ", ".join(f"{count} {task}" for task, count in row["broken"].items()) or "none"
+        print(f"| {seed} | {row['kl']:.4f} | {row['worst']:.1f} | {tasks} | {percent(row)} |", flush=True)
 
 
 if __name__ == "__main__":

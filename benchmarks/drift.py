@@ -7,25 +7,21 @@ KL in nats per answer token against the original on held-out questions, the embe
 
 from __future__ import annotations
 
-import argparse
 import functools
 import tempfile
-import time
 from pathlib import Path
 
-import torch
+from common import arguments, compressed
 
-import llava_fa
 from llava_fa import FourierConfig
 from llava_fa.eval.divergence import Divergence
 from llava_fa.hub import streaming
-from llava_fa.hub.loading import load
 from llava_fa.solver.drift import corrected_weight
 from llava_fa.world.samples import calibration_samples
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--bits", type=float, nargs="*", default=[2.0, 3.0])
     parser.add_argument("--damping", type=float, nargs="*", default=[0.03, 0.1, 0.3])
@@ -39,15 +35,11 @@ def main() -> None:
             config = FourierConfig(bits=bits, codes=args.codes, target="weights" if damping is None else "outputs")
             if damping is not None:
                 streaming.corrected_weight = functools.partial(corrected_weight, damping=damping)
-            began = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
-                report = llava_fa.compress(args.model, Path(folder) / "out", config, samples)
-                seconds = time.monotonic() - began
-                model, _ = load(Path(folder) / "out", dtype=torch.float32)
-            model.dequantize()
+                model, _, report = compressed(args.model, Path(folder) / "out", config, samples)
             print(
                 f"| {bits:g} | {config.target} | {'' if damping is None else damping} | {report.bits_per_weight:.3f} "
-                f"| {divergence(model):.5f} | {seconds:.0f} |",
+                f"| {divergence(model):.5f} | {report.seconds:.0f} |",
                 flush=True,
             )
 

@@ -10,18 +10,12 @@ already in OUT/rows.jsonl are not measured again.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 from pathlib import Path
 
-import torch
+from common import Rows, arguments, compressed, nearness, percent
 
-import llava_fa
 from llava_fa import FourierConfig
 from llava_fa.eval.divergence import Divergence
-from llava_fa.eval.runner import evaluate_world
-from llava_fa.hub.loading import load
 from llava_fa.world.samples import calibration_samples
 
 SAMPLES = 128
@@ -34,7 +28,7 @@ SHAPES = {  # words, width, tied, other weights of vision tower, projector and l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/embeddings"))
     parser.add_argument("--bits", type=float, nargs="*", default=[4.0, 2.0])
     parser.add_argument("--codes", choices=("rings", "trellis"), default="trellis")
@@ -44,30 +38,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.shapes:
         return shapes()
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "rows.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = Rows(args.out / "rows.jsonl")
     divergence = Divergence("tiny", args.questions)
     samples = calibration_samples(SAMPLES)
     print("| layers | embedding | bytes | KL | accuracy |\n|---|---|---|---|---|")
     for bits in args.bits:
         for words in (None, 4.0, 3.0, 2.0):
             key = {"bits": bits, "codes": args.codes, "words": words, "limit": args.limit, "questions": args.questions}
-            found = next((row for row in rows if key.items() <= row.items()), None)
-            if found is None:
-                folder = args.out / "model"
-                shutil.rmtree(folder, ignore_errors=True)
+            row = rows.find(**key)
+            if row is None:
                 config = FourierConfig(bits=bits, codes=args.codes)
-                report = llava_fa.compress("tiny", folder, config, samples, embeddings=words, fresh=True)
-                model, processor = load(folder, dtype=torch.float32)
-                model.dequantize()
-                accuracy = evaluate_world(model, processor, limit=args.limit)["accuracy"]
-                found = key | {"bytes": report.compressed_bytes, "kl": divergence(model), "accuracy": accuracy}
-                with file.open("a") as handle:
-                    handle.write(json.dumps(found) + "\n")
-            told = "kept, bf16" if words is None else f"{words:g} bits"
-            figures = f"{found['bytes'] / 1e6:.3f} MB | {found['kl']:.5f} | {100 * found['accuracy']:.1f}"
-            print(f"| {bits:g} bits | {told} | {figures} |", flush=True)
+                model, processor, report = compressed("tiny", args.out / "model", config, samples, embeddings=words)
+                figures = nearness(model, processor, divergence, args.limit)
+                row = rows.add(key | {"bytes": report.compressed_bytes} | figures)
+            kind = "kept, bf16" if words is None else f"{words:g} bits"
+            cells = f"{row['bytes'] / 1e6:.3f} MB | {row['kl']:.5f} | {percent(row)}"
+            print(f"| {bits:g} bits | {kind} | {cells} |", flush=True)
 
 
 def shapes() -> None:

@@ -12,7 +12,6 @@ the dtype, float32 or bf16, that is the faster for it here.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments
 
 from llava_fa.eval.runner import answer, evaluate_world
 from llava_fa.hub.flops import count_flops, read_model_config
@@ -63,7 +63,7 @@ def latency(models: list[str | Path], questions: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--elastic", type=Path, required=True, help="a model trained for any number of visual tokens")
     parser.add_argument("--out", type=Path, default=Path("runs/everything"))
     parser.add_argument("--bits", type=float, default=2)

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, clip_large, memory, write_json
 from torch import nn
 
 from llava_fa import FourierConfig, FourierLinear, compress, native
@@ -71,16 +72,8 @@ IMAGE_TOKENS, TEXT_TOKENS = 576, 24
 
 def random_llava() -> nn.Module:
     """LLaVA of CLIP-L (24 layers, 336 pixels) and Qwen2.5-1.5B, on meta."""
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
     text = Qwen2Config(
         vocab_size=151936,
         hidden_size=1536,
@@ -95,7 +88,7 @@ def random_llava() -> nn.Module:
         pad_token_id=0,
     )
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=clip_large(),
         text_config=text,
         image_token_index=151935,
         image_seq_length=IMAGE_TOKENS,
@@ -176,11 +169,6 @@ def prepared(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def peak_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
 class Clock:
     """A streamer, as `generate` takes one: when it was made, when the prompt came, when each token."""
 
@@ -231,7 +219,7 @@ def measure(name: str, rows: list[str], tokens: int, repeats: int) -> list[dict[
             "bytes": sum(
                 t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict().values()}.values()
             ),
-            "peak": None if len(rows) > 1 else peak_bytes(),
+            "peak": None if len(rows) > 1 else memory("VmHWM"),
         }
         for row, (model, inputs) in models.items()
     ]
@@ -239,9 +227,7 @@ def measure(name: str, rows: list[str], tokens: int, repeats: int) -> list[dict[
 
 def write(found: dict[str, Any], out: Path) -> None:
     path = out / f"{found['model']}-{found['row']}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1))
-    partial.rename(path)
+    write_json(path, found)
     print(path.read_text(), flush=True)
 
 
@@ -277,7 +263,7 @@ def report(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", choices=("tiny", "qwen1.5b"), default="qwen1.5b")
     parser.add_argument("--tokens", type=int, default=32, help="generated after the first")
     parser.add_argument("--repeats", type=int, default=3)

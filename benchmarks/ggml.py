@@ -16,7 +16,6 @@ docs/results.md.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, write_json
 from kernels import BEYOND_CACHE, OURS, Turns, alternate, bf16, packed, reading, tenth
 
 # ggml_type of ggml.h; the order repacked where there is one; the least cosine of its product and the exact one.
@@ -157,7 +157,7 @@ def report(out: Path, least: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--library", type=Path, help="the folder of libggml-base.so and libggml-cpu.so")
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "18944x3584", "3584x18944"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
@@ -181,9 +181,7 @@ def main() -> None:
                 continue
             found = measure(library, m, n, batch, args.hot, args.seconds)
             case = {"m": m, "n": n, "batch": batch, "hot": args.hot, "threads": torch.get_num_threads()}
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({**case, **found}, indent=1))
-            partial.rename(path)
+            write_json(path, {**case, **found})
             print(path.name, {key: round(value, 2) for key, value in found.items()}, flush=True)
 
 

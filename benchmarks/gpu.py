@@ -13,8 +13,6 @@ until --seconds are over. One JSON object a line into --out. Prints the tables o
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import Rows, arguments
 
 from llava_fa.kernels import doctor, run, triton, words
 from llava_fa.kernels.layout import best_layout
@@ -258,51 +257,44 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"))
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--sm", nargs="+", type=int, default=[90, 80])
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     stop = time.monotonic() + args.seconds
-    with args.out.open("a") as file:
-
-        def keep(row: dict[str, Any]) -> dict[str, Any]:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            return row
-
-        if args.compile:
-            spilt = [row for row in map(keep, compile_all(args.sm)) if row["stack"] > 64 or row["local"]]
-            raise SystemExit(f"spills: {spilt}" if spilt else 0)
-        copy = copy_bandwidth()
-        device = torch.cuda.get_device_name()
-        print(keep({"device": device, "copy TB/s": copy / 1e12, "triton": triton.triton_version()}), flush=True)
-        cases = [(SHAPES[0], 1), (SHAPES[0], 16), *((shape, b) for b in (1, 16, 4, 512) for shape in SHAPES)]
-        rows = []
-        for i, (shape, batch) in enumerate(dict.fromkeys(cases)):
-            if i == 2 and args.sweep:
-                half = time.monotonic() + args.seconds / 3
-                for row in map(keep, (row for b in (1, 16) for row in sweep(*SHAPES[0], b, half))):
-                    print(row, flush=True)
-            if i == 2:  # the goals' figures are in hand before anything else
-                checked = list(map(keep, correctness(stop)))
-                wrong = [row for row in checked if not row["ok"]]
-                worst = max((row["error over PyTorch's"] for row in checked), default=0.0)
-                print(
-                    f"{len(checked)} cases against float64, {len(wrong)} wrong, worst {worst:.2f}",
-                    wrong[:5],
-                    flush=True,
-                )
-            if time.monotonic() > stop:
-                print(f"out of time: {len(dict.fromkeys(cases)) - i} cases left", flush=True)
-                break
-            ours = OURS if batch in (1, 16) else {"4 bits": OURS["4 bits"], "2 bits": OURS["2 bits"]}
-            rows.append(keep(measure(*shape, batch, copy, ours)))
-            print({key: round(value, 2) for key, value in rows[-1].items()}, flush=True)
-        report(rows)
+    keep = Rows(args.out).add
+    if args.compile:
+        spilt = [row for row in map(keep, compile_all(args.sm)) if row["stack"] > 64 or row["local"]]
+        raise SystemExit(f"spills: {spilt}" if spilt else 0)
+    copy = copy_bandwidth()
+    device = torch.cuda.get_device_name()
+    print(keep({"device": device, "copy TB/s": copy / 1e12, "triton": triton.triton_version()}), flush=True)
+    cases = [(SHAPES[0], 1), (SHAPES[0], 16), *((shape, b) for b in (1, 16, 4, 512) for shape in SHAPES)]
+    rows = []
+    for i, (shape, batch) in enumerate(dict.fromkeys(cases)):
+        if i == 2 and args.sweep:
+            half = time.monotonic() + args.seconds / 3
+            for row in map(keep, (row for b in (1, 16) for row in sweep(*SHAPES[0], b, half))):
+                print(row, flush=True)
+        if i == 2:  # the goals' figures are in hand before anything else
+            checked = list(map(keep, correctness(stop)))
+            wrong = [row for row in checked if not row["ok"]]
+            worst = max((row["error over PyTorch's"] for row in checked), default=0.0)
+            print(
+                f"{len(checked)} cases against float64, {len(wrong)} wrong, worst {worst:.2f}",
+                wrong[:5],
+                flush=True,
+            )
+        if time.monotonic() > stop:
+            print(f"out of time: {len(dict.fromkeys(cases)) - i} cases left", flush=True)
+            break
+        ours = OURS if batch in (1, 16) else {"4 bits": OURS["4 bits"], "2 bits": OURS["2 bits"]}
+        rows.append(keep(measure(*shape, batch, copy, ours)))
+        print({key: round(value, 2) for key, value in rows[-1].items()}, flush=True)
+    report(rows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ tables of docs/results.md, "Kernels on a CPU".
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -41,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, write_json
 
 from llava_fa.kernels import compiled
 from llava_fa.kernels.interleaved import interleaved_shape
@@ -258,7 +258,7 @@ def report(out: Path, least: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--shapes", nargs="+", help="MxN …, instead of the models'")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 512])
@@ -295,9 +295,7 @@ def main() -> None:
                 found = measure(m, n, batch, args.hot, args.seconds)
             case = {"m": m, "n": n, "batch": batch, "hot": args.hot, "busy": args.busy}
             case |= {"threads": torch.get_num_threads(), "threads of process": len(os.listdir("/proc/self/task"))}
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({**case, "kernel": kernel.name if kernel else None, **found}, indent=1))
-            partial.rename(path)
+            write_json(path, {**case, "kernel": kernel.name if kernel else None, **found})
             print(path.name, {key: round(value, 2) for key, value in found.items()}, flush=True)
 
 

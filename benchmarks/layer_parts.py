@@ -10,13 +10,13 @@ unseen inputs with every layer replaced; bits: everything stored / weights.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from common import arguments
 from peers import gptq, rtn, stored_bits
 from real_layers import Subject, collect, end_to_end, llava, minilm
 from torch import Tensor
@@ -165,21 +165,21 @@ def bits_of(text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="minilm", help="minilm, tiny, or a folder with a LLaVA-type model")
     parser.add_argument("--bits", nargs="+", type=bits_of, default=[2, 3, 4])
     parser.add_argument("--rows", nargs="+", default=[], help="only rows whose name contains one of these")
-    arguments = parser.parse_args()
-    subject = minilm() if arguments.model == "minilm" else llava(arguments.model)
+    args = parser.parse_args()
+    subject = minilm() if args.model == "minilm" else llava(args.model)
     unseen = collect(subject.layers, subject.output)
     print(f"{subject.name}: {len(subject.layers)} layers\n")
-    print("| " + " | ".join(["method", *(f"{b} bits: stored, weight, out, unseen, e2e" for b in arguments.bits)]))
-    print("|---" * (1 + len(arguments.bits)) + "|")
+    print("| " + " | ".join(["method", *(f"{b} bits: stored, weight, out, unseen, e2e" for b in args.bits)]))
+    print("|---" * (1 + len(args.bits)) + "|")
     for name, method in ROWS.items():
-        if arguments.rows and not any(part in name for part in arguments.rows):
+        if args.rows and not any(part in name for part in args.rows):
             continue
         cells = []
-        for bits in arguments.bits:
+        for bits in args.bits:
             found = measure(subject, unseen, method, bits)
             errors = ", ".join(f"{found[key]:.4f}" for key in ("weight", "out", "unseen", "e2e"))
             cells.append(f"{found['bits']:.2f}, {errors}")

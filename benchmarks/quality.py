@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -27,6 +26,7 @@ from typing import Any
 import report
 import torch
 from autoround import STEPS, autoround
+from common import Rows, arguments
 from e8p import QuIP
 from libraries import Absent, variants
 from peers import GPTQ, RTN
@@ -112,7 +112,7 @@ def tuned(subject: Subject, *, bits: int) -> Made:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="tiny", help="tiny, a LLaVA-type folder, or minilm")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples (minilm: windows of 128 tokens)")
     parser.add_argument("--questions", type=int, default=180, help="held-out questions of KL and output error")
@@ -126,14 +126,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.report:
         return report.write(args.out, args.plot)
-    args.out.mkdir(parents=True, exist_ok=True)
     measure(args)
 
 
 def measure(args: argparse.Namespace) -> None:
     began = time.monotonic()
     file = args.out / f"{Path(args.model).name}.jsonl"
-    file.touch()
     share, shares = (int(part) for part in args.share.split("/"))
     torch.manual_seed(0)
     if args.model == "minilm":
@@ -143,7 +141,8 @@ def measure(args: argparse.Namespace) -> None:
     folder = args.out / f"model-{share}-of-{shares}-{file.stem}"
     for number, row in enumerate(rows(subject, folder)):
         chosen = not args.only or any(fnmatchcase(row.name, pattern) for pattern in args.only)
-        known = {found["name"]: found for found in map(json.loads, file.read_text().splitlines())}
+        measured = Rows(file)  # read again: other processes may have other shares of the rows
+        known = measured.by_name()
         wanted = "accuracy" if args.limit else "kl"
         if number % shares != share or not chosen or wanted in known.get(row.name, {}):
             continue
@@ -161,9 +160,7 @@ def measure(args: argparse.Namespace) -> None:
         else:
             found["make_seconds"] = time.monotonic() - start
             found |= subject.measure(model)
-        with file.open("a") as handle:
-            handle.write(json.dumps(found) + "\n")
-        print(report.line(found), flush=True)
+        print(report.line(measured.add(found)), flush=True)
 
 
 if __name__ == "__main__":

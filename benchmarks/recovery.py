@@ -15,7 +15,6 @@ order, and the same loss (0.2 cross-entropy + masked KL to the original + 2 × h
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import fnmatch
 import json
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import Rows, arguments
 from safetensors.torch import load_file
 
 import llava_fa
@@ -86,25 +86,19 @@ class Bench:
     """The rows of one output folder."""
 
     def __init__(self, out: Path, steps: int) -> None:
-        self.out, self.file = out, out / "rows.jsonl"
+        self.out, self.rows = out, Rows(out / "rows.jsonl")
         self.settings = TrainingSettings(steps=steps, batch=BATCH, save_every=10, log_every=10, rate=1e-3, hidden=2.0)
-        out.mkdir(parents=True, exist_ok=True)
-
-    def rows(self) -> dict[str, dict[str, Any]]:
-        found = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
-        return {row["name"]: row for row in found}
 
     def keep(self, row: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps({**row, "date": str(date.today())}) + "\n")
+        self.rows.add({**row, "date": str(date.today())})
 
     def baseline(self, name: str, model: str | Path) -> float:
         """Accuracy of a model as it is, measured once."""
-        if name not in self.rows():
+        if not self.rows.find(name=name):
             bits = inspect_model(model).bits_per_weight
             result = evaluate_world(*dense(model))
             self.keep({"name": name, "accuracy": result["accuracy"], "bits_per_weight": bits, "baseline": True})
-        return float(self.rows()[name]["accuracy"])
+        return float(self.rows.by_name()[name]["accuracy"])
 
     def measure(self, name: str, row: Row) -> None:
         settings = dataclasses.replace(
@@ -137,8 +131,8 @@ class Bench:
                     data_name=f"world {pictures}",
                     report=say,
                 )
-            told = json.loads((self.out / name / "training.json").read_text())
-            trained = {key: told[key] for key in ("trainable", "total", "share", "bits_per_weight", "seconds")}
+            training = json.loads((self.out / name / "training.json").read_text())
+            trained = {key: training[key] for key in ("trainable", "total", "share", "bits_per_weight", "seconds")}
             model, processor = dense(self.out / name)
         result = evaluate_world(model, processor)
         self.keep(
@@ -152,7 +146,7 @@ class Bench:
                 "accuracy": result["accuracy"],
                 "kept": result["accuracy"] / original,
                 "kept_before": before / original,
-                "tasks": {task: found["score"] for task, found in result["tasks"].items()},
+                "tasks": {task: figures["score"] for task, figures in result["tasks"].items()},
             }
         )
 
@@ -187,12 +181,12 @@ class Distance:
     @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, float]:
         model.eval()
-        told = [self.loss(model, *both) for both in zip(self.batches, self.targets, strict=True)]
-        return {name: sum(float(row[name]) for row in told) / len(told) for name in told[0] if name != "loss"}
+        terms = [self.loss(model, *both) for both in zip(self.batches, self.targets, strict=True)]
+        return {name: sum(float(row[name]) for row in terms) / len(terms) for name in terms[0] if name != "loss"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--only", default="*", help="rows whose name fits")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"))
@@ -206,9 +200,9 @@ def main() -> None:
         bench.look()
         return
     for name, row in TABLE.items():
-        if not args.report and fnmatch.fnmatch(name, args.only) and name not in bench.rows():
+        if not args.report and fnmatch.fnmatch(name, args.only) and not bench.rows.find(name=name):
             bench.measure(name, row)
-    print(table(bench.rows()))
+    print(table(bench.rows.by_name()))
 
 
 def say(row: dict[str, Any]) -> None:
@@ -251,9 +245,9 @@ def qlora(folder: Path, settings: TrainingSettings, pictures: int) -> tuple[Any,
     bits = weights = 0.0
     for name in layers:
         layer = model.get_submodule(name)
-        found = nf4(layer.weight.detach(), None)
-        layer.weight.data = found.weight
-        bits += found.bits + 16 * settings.rank * sum(layer.weight.shape)
+        rounded = nf4(layer.weight.detach(), None)
+        layer.weight.data = rounded.weight
+        bits += rounded.bits + 16 * settings.rank * sum(layer.weight.shape)
         weights += layer.weight.numel()
     before = evaluate_world(model, processor)["accuracy"]
     total = sum(p.numel() for p in model.parameters())
@@ -268,21 +262,21 @@ def qlora(folder: Path, settings: TrainingSettings, pictures: int) -> tuple[Any,
     data, collator = PackedWorld(processor, pictures=pictures), Collator(0)
     RecoveryTrainer(adapted, loss, data, collator, settings, folder, identity="qlora", report=say).train()
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    told = {
+    facts = {
         "trainable": trainable,
         "total": total,
         "share": trainable / total,
         "bits_per_weight": bits / weights,
         "seconds": time.monotonic() - began,
     }
-    return adapted.merge_and_unload(), processor, told, before
+    return adapted.merge_and_unload(), processor, facts, before
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["| what | bits/weight | trained | before | after |", "|---|---|---|---|---|"]
     for name in TABLE:
-        if name in found:
-            row = found[name]
+        if name in rows:
+            row = rows[name]
             lines.append(
                 f"| {name} | {row['bits_per_weight']:.2f} | {100 * row['share']:.1f} % | "
                 f"{100 * row['kept_before']:.1f} % | {100 * row['kept']:.1f} % |"

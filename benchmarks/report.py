@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from common import Rows
 
 Found = dict[str, Any]
 
@@ -47,7 +48,7 @@ def write(out: Path, picture: Path | None) -> None:
     """Print everything for every model in the folder; draw the picture if asked."""
     models = {}
     for path in sorted(out.glob("*.jsonl"), reverse=True):  # tiny before minilm
-        rows = [json.loads(text) for text in path.read_text().splitlines()]
+        rows = Rows(path)
         found = [row for row in rows if "skipped" not in row]  # a later row of a name has more than an earlier one
         models[path.stem] = {row["name"]: row for row in found}
         parts = [f"## {path.stem}", overview(models[path.stem]), table(models[path.stem]), verdicts(models[path.stem])]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import compressed
 from real_layers import collect, minilm_windows
 from stagewise import Rounded, round_layers
 from torch import Tensor, nn
@@ -56,11 +57,8 @@ class LMM:
         self, folder: Path, config: FourierConfig, budget: Budget | None, *, data: bool
     ) -> tuple[nn.Module, float]:
         """What `llava_fa.compress` makes of it, and its true bits per weight."""
-        shutil.rmtree(folder, ignore_errors=True)
-        given = self.samples if data else None
-        report = llava_fa.compress(self.path, folder, config, given, budget=budget, fresh=True)
-        model, _ = load(folder, dtype=torch.float32)
-        model.dequantize()
+        samples = self.samples if data else None
+        model, _, report = compressed(self.path, folder, config, samples, budget=budget)
         shutil.rmtree(folder)
         return model, report.bits_per_weight
 

@@ -9,10 +9,10 @@ Prints the tables of docs/results.md, "Trellis codes". Layers: one of each kind 
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
+from common import arguments
 from real_layers import minilm
 
 from llava_fa import FourierConfig, approximate, native
@@ -72,16 +72,16 @@ def layer_table() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--no-layers", action="store_true")
     parser.add_argument("--no-gaussian", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if not arguments.no_gaussian:
-        gaussian_table(1024, arguments.rows)
-    if not arguments.no_layers:
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not args.no_gaussian:
+        gaussian_table(1024, args.rows)
+    if not args.no_layers:
         layer_table()
 
 
