@@ -10,12 +10,12 @@ python benchmarks/visual_tokens.py saliency                 # does the map find 
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
+from common import Rows, arguments, clip_large
+from learned_queries import QueryLearner, with_queries
 
 STEPS, SEED = 4500, 11
 KINDS = {"fmvr": "FMVR", "pooling": "M3: pooling, trained", "queries": "MQT-style: truncated queries"}
@@ -28,8 +28,8 @@ class OutOfTimeError(Exception):
 
 def train(kind: str, out: Path, steps: int, until: float) -> None:
     from llava_fa.world.elastic import elastic_recipe
-    from llava_fa.world.recipe import log_to
-    from llava_fa.world.recipe import train as run
+    from llava_fa.world.training import log_to, new_learner
+    from llava_fa.world.training import train as run
 
     out.mkdir(parents=True, exist_ok=True)
     recipe = elastic_recipe(kind, steps, seed=SEED)
@@ -42,14 +42,16 @@ def train(kind: str, out: Path, steps: int, until: float) -> None:
             raise OutOfTimeError
 
     if not (out / kind / "model").is_dir():
-        run(out / kind, recipe, workers=0, report=report, save_every=25, check_every=25, check_batches=0)
+        learner = QueryLearner if kind == "queries" else new_learner
+        often = {"save_every": 25, "check_every": 25, "check_batches": 0}
+        run(out / kind, recipe, workers=0, report=report, make_learner=learner, **often)
 
 
 def evaluate(out: Path, limit: int, steps: int, until: float) -> None:
     from llava_fa.eval.runner import evaluate_world
     from llava_fa.hub.loading import load
 
-    rows = read(out)
+    rows = Rows(out / "accuracy.jsonl")
     done = {(row["model"], row["tokens"], row["limit"], row["steps"]) for row in rows}
     models = {"plain": "tiny"} | {kind: out / kind / "model" for kind in KINDS if (out / kind / "model").is_dir()}
     for tokens in (64, 16, 4, 1, "auto"):
@@ -61,22 +63,15 @@ def evaluate(out: Path, limit: int, steps: int, until: float) -> None:
                 raise OutOfTimeError
             elastic = tokens == "auto"
             model, processor = load(folder, "cpu", torch.float32, visual_tokens=64 if elastic else tokens)
-            found = evaluate_world(model, processor, limit=limit, elastic=elastic)
-            found.pop("answers")
+            result = evaluate_world(model, processor, limit=limit, elastic=elastic)
+            result.pop("answers")
             facts = {"model": name, "steps": trained, "tokens": tokens, "limit": limit}
-            row = {**facts, "date": time.strftime("%Y-%m-%d"), **found}
-            with (out / "accuracy.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(name, tokens, round(found["accuracy"], 4), f"{found['seconds']:.0f} s", flush=True)
-
-
-def read(out: Path) -> list[dict]:
-    path = out / "accuracy.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            rows.add({**facts, "date": time.strftime("%Y-%m-%d"), **result})
+            print(name, tokens, round(result["accuracy"], 4), f"{result['seconds']:.0f} s", flush=True)
 
 
 def report(out: Path, plot: Path | None) -> None:
-    rows = read(out)
+    rows = Rows(out / "accuracy.jsonl")
     full = next(row["accuracy"] for row in rows if (row["model"], row["tokens"]) == ("plain", 64))
     steps = {row["model"]: row["steps"] for row in rows}
     names = {"plain": PLAIN} | {kind: f"{title}, {steps[kind]} steps" for kind, title in KINDS.items() if kind in steps}
@@ -102,8 +97,8 @@ def report(out: Path, plot: Path | None) -> None:
     for name in (name for name in KINDS if (name, 1) in score):
         print(f"\n| {names[name]} | 64 | 16 | 4 | 1 |\n|---|---|---|---|---|")
         for task in rows[0]["tasks"]:
-            found = [score[name, n]["tasks"][task]["score"] for n in (64, 16, 4, 1)]
-            print(f"| {task} | " + " | ".join(f"{100 * value:.1f}" for value in found) + " |")
+            shares = [score[name, n]["tasks"][task]["score"] for n in (64, 16, 4, 1)]
+            print(f"| {task} | " + " | ".join(f"{100 * value:.1f}" for value in shares) + " |")
     if plot is not None:
         draw(score, names, full, plot)
 
@@ -134,19 +129,11 @@ def draw(score: dict, names: dict[str, str], full: float, plot: Path) -> None:
 
 
 def flops() -> None:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlamaConfig, LlavaConfig
 
     from llava_fa.hub.flops import count_flops
 
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064))
+    config = LlavaConfig(vision_config=clip_large(), text_config=LlamaConfig(vocab_size=32064))
     full = count_flops(config, text=32, visual_tokens=576)
     for tokens in (576, 144, 36, 9, 1):
         row = count_flops(config, text=32, visual_tokens=tokens)
@@ -173,12 +160,12 @@ def saliency(count: int = 60) -> None:
         chance += sum(near) / 64
         for name, values in zip(hits, (grid @ slope.mean(0), (grid * slope).sum(1)), strict=True):
             hits[name] += near[int(values.argmax())]
-    for name, found in (*hits.items(), ("a random cell", chance)):
-        print(f"{name}: {100 * found / len(asked):.0f} % of {len(asked)} questions")
+    for name, near_it in (*hits.items(), ("a random cell", chance)):
+        print(f"{name}: {100 * near_it / len(asked):.0f} % of {len(asked)} questions")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("what", choices=("all", "train", "eval", "report", "flops", "saliency"))
     parser.add_argument("kind", nargs="?", choices=tuple(KINDS))
     parser.add_argument("--out", type=Path, default=Path("runs/visual-tokens"))
@@ -186,21 +173,22 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=900)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--plot", type=Path)
-    chosen = parser.parse_args()
-    until = time.monotonic() + 60 * chosen.minutes
+    args = parser.parse_args()
+    until = time.monotonic() + 60 * args.minutes
     torch.set_num_threads(1)
+    with_queries()
     try:
-        for kind in {"all": list(KINDS), "train": [chosen.kind]}.get(chosen.what, []):
-            train(kind, chosen.out, chosen.steps, until)
-        if chosen.what in ("all", "eval"):
-            evaluate(chosen.out, chosen.limit, chosen.steps, until)
+        for kind in {"all": list(KINDS), "train": [args.kind]}.get(args.what, []):
+            train(kind, args.out, args.steps, until)
+        if args.what in ("all", "eval"):
+            evaluate(args.out, args.limit, args.steps, until)
     except OutOfTimeError:
         print("out of time; the same command goes on")
         return
-    if chosen.what in ("all", "report"):
-        report(chosen.out, chosen.plot)
-    elif chosen.what in ("flops", "saliency"):
-        {"flops": flops, "saliency": saliency}[chosen.what]()
+    if args.what in ("all", "report"):
+        report(args.out, args.plot)
+    elif args.what in ("flops", "saliency"):
+        {"flops": flops, "saliency": saliency}[args.what]()
 
 
 if __name__ == "__main__":

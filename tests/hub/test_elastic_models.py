@@ -101,7 +101,7 @@ def test_several_pictures_are_frames():
         model(**inputs)
 
 
-@pytest.mark.parametrize("kind", ["fmvr", "pooling", "queries"])
+@pytest.mark.parametrize("kind", ["fmvr", "pooling"])
 def test_saved_and_restored(tmp_path, kind):
     model, processor = helpers.random_llava(), helpers.processor()
     attach_visual_tokens(model, processor, 4, kind)
@@ -136,6 +136,10 @@ def test_tensors_that_a_checkpoint_lacks_start_afresh(tmp_path):
     [
         ({"kind": "fmvr", "tokens": 5}, "config.json: visual_tokens: a grid of 4×4 cannot give 5"),
         ({"kind": "magic", "tokens": 4}, "'magic' is no kind"),
+        (
+            {"kind": "queries", "tokens": 4},
+            "config.json: visual_tokens: .*kind 'queries' .* --matryoshka",
+        ),
         ({"tokens": 4}, "not an object with kind and tokens"),
         (7, "not an object with kind and tokens"),
     ],

@@ -1,4 +1,4 @@
-"""Nested grids, FMVR and learned queries on plain tensors."""
+"""Nested grids and FMVR on plain tensors."""
 
 import pytest
 import torch
@@ -9,10 +9,8 @@ import llava_fa
 from llava_fa.nn.visual_tokens import (
     KINDS,
     FrequencyRestoration,
-    LearnedQueries,
     Modulation,
     VisualTokens,
-    coarse_to_fine,
     nested_grids,
     pool,
 )
@@ -128,28 +126,7 @@ def test_a_number_the_grid_cannot_give_lists_those_it_can():
 
 
 def test_other_mistakes_are_named():
-    with pytest.raises(llava_fa.FourierError, match="fmvr, pooling, queries"):
+    with pytest.raises(llava_fa.FourierError, match="fmvr, pooling"):
         VisualTokens((8, 8), 4, "magic")
     with pytest.raises(llava_fa.FourierError, match="gives 60 tokens, too few for a grid of 8×8"):
         VisualTokens((8, 8), 4)(torch.randn(1, 60, 4))
-
-
-@pytest.mark.parametrize("grid", [(8, 8), (24, 24), (27, 27), (5, 3)])
-def test_truncated_order_covers_the_picture(grid):
-    order = coarse_to_fine(grid)
-    assert sorted(order) == list(range(grid[0] * grid[1]))
-    for height, width in nested_grids(grid):
-        cells = {(i // grid[1] * height // grid[0], i % grid[1] * width // grid[1]) for i in order[: height * width]}
-        assert len(cells) == height * width
-
-
-def test_queries_start_from_the_grids_own_tokens_and_can_be_cut_anywhere():
-    queries = LearnedQueries(6, (4, 4))
-    tokens = torch.randn(2, 16, 6)
-    assert torch.equal(queries(tokens, 16), tokens)
-    assert torch.equal(queries(tokens, 7), tokens[:, sorted(queries.order[:7])])
-    torch.nn.init.normal_(queries.o_proj.weight)
-    out = queries(tokens, 7)
-    changed = tokens.clone()
-    changed[:, queries.order[-1]] += 1  # a patch that is not kept is still seen
-    assert (queries(changed, 7) - out).abs().max() > 1e-4

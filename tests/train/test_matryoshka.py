@@ -174,7 +174,7 @@ def test_compressed_and_trained_back_in_one_command(tmp_path, original, rows):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(llava_fa.FourierError, match="no elastic visual tokens"):
         MatryoshkaLoss(RecoveryLoss(None), helpers.random_llava())
-    model = attach_visual_tokens(helpers.random_llava(), kind="queries")
+    model = attach_visual_tokens(helpers.random_llava(), kind="fmvr")
     helpers.save_llava(tmp_path, model=model)
-    with pytest.raises(llava_fa.FourierError, match="kind queries"):
-        matryoshka(tmp_path, None, "fmvr")
+    with pytest.raises(llava_fa.FourierError, match="kind fmvr"):
+        matryoshka(tmp_path, None, "pooling")

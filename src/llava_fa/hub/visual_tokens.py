@@ -24,6 +24,9 @@ FAMILIES = ("llava", "llava_next", "llava_onevision")
 FIELD = "visual_tokens"
 """Of config.json, and the module's name in the model."""
 
+RETIRED = ("queries",)
+"""Kinds that earlier versions had: learned queries, which pooling surpassed at every number (docs/results.md)."""
+
 
 def attach_visual_tokens(model: Any, processor: Any = None, tokens: int | None = None, kind: str = "fmvr") -> Any:
     """Give a model an elastic number of visual tokens; returns the same model.
@@ -34,7 +37,7 @@ def attach_visual_tokens(model: Any, processor: Any = None, tokens: int | None =
         model: a LLaVA, LLaVA-NeXT or LLaVA-OneVision model, compressed or not; what was attached before is replaced.
         processor: its processor, changed to agree.
         tokens: tokens per picture, tile or frame; all of the grid if None.
-        kind: ``"fmvr"``, ``"pooling"`` (no parameters) or ``"queries"`` (`nn.visual_tokens`).
+        kind: ``"fmvr"`` or ``"pooling"`` (no parameters; `nn.visual_tokens`).
 
     Raises:
         FourierError: another model, an unknown kind, or a number that the grid cannot give.
@@ -112,12 +115,12 @@ def processor_fields(config: Any) -> dict[str, Any]:
 
 def _patch_size(size: int, side: int, patch: int) -> int:
     """The patch of which ``side`` fit into ``size``, the model's own where that does."""
-    found = patch if size // patch == side else size // side
-    if size // found != side:
+    size_of_patch = patch if size // patch == side else size // side
+    if size // size_of_patch != side:
         raise FourierError(
             f"no patch size divides {size} pixels into {side}", remedy="Choose another number of visual tokens"
         )
-    return found
+    return size_of_patch
 
 
 def restore(model: nn.Module) -> None:
@@ -133,6 +136,12 @@ def restore(model: nn.Module) -> None:
             f"{FIELD} is {settings!r}, not an object with kind and tokens",
             remedy="Copy config.json again",
             where="config.json",
+        )
+    if settings["kind"] in RETIRED:
+        raise FourierError(
+            f"visual tokens of kind {settings['kind']!r} are not supported any more",
+            remedy="Train the original model again with --matryoshka, which gives it FMVR",
+            where=f"config.json: {FIELD}",
         )
     config = model.config
     try:

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from llava_fa.errors import FourierError
 
-KINDS = ("fmvr", "pooling", "queries")
-"""FMVR; pooling alone (M3); a truncated sequence of learned queries (MQT, arXiv 2405.19315)."""
+KINDS = ("fmvr", "pooling")
+"""FMVR, and pooling alone (M3)."""
 
 Grid = tuple[int, int]
 
@@ -30,11 +30,11 @@ def nested_grids(grid: Grid) -> list[Grid]:
     Args:
         grid: height and width of the full grid, in tokens.
     """
-    found = [grid]
-    while found[-1] != (1, 1):
-        height, width = found[-1]
-        found.append((1, 1) if max(height, width) <= 3 else (-(-height // 2), -(-width // 2)))
-    return found
+    grids = [grid]
+    while grids[-1] != (1, 1):
+        height, width = grids[-1]
+        grids.append((1, 1) if max(height, width) <= 3 else (-(-height // 2), -(-width // 2)))
+    return grids
 
 
 def pool(maps: Tensor, grids: Sequence[Grid]) -> Tensor:
@@ -97,68 +97,6 @@ class FrequencyRestoration(nn.Module):
         return (exact + restored).to(x.dtype)
 
 
-class LearnedQueries(nn.Module):
-    """Token i = the grid's token i + what query i finds in the grid; kept are the first N of a coarse-to-fine order.
-
-    MQT's query transformer (arXiv 2405.19315) in small: one layer of cross-attention beside a residual path, whose
-    output projection starts at zero, and what is kept stays in the grid's order, so that it, too, can be attached to
-    a trained model and changes nothing where all tokens are kept.
-    """
-
-    def __init__(self, channels: int, grid: Grid, head_size: int = 64) -> None:
-        super().__init__()
-        self.heads = max(1, channels // head_size)
-        self.order = coarse_to_fine(grid)
-        self.query_embed = nn.Parameter(torch.empty(grid[0] * grid[1], channels))
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(channels, channels, bias=False) for _ in range(4)
-        )
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Back to the start."""
-        nn.init.normal_(self.query_embed)
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=self.query_embed.shape[1] ** -0.5)
-        nn.init.zeros_(self.o_proj.weight)
-
-    def forward(self, tokens: Tensor, count: int) -> Tensor:
-        """[batch, h·w, channels] → [batch, count, channels]."""
-        batch, _, channels = tokens.shape
-        kept = sorted(self.order[:count])
-        unit = functional.rms_norm(tokens, (channels,))
-        query = self.q_proj(self.query_embed[kept].to(tokens.dtype)).expand(batch, -1, -1)
-        split = [
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, self.k_proj(unit), self.v_proj(unit))
-        ]
-        found = functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-        return tokens[:, kept] + self.o_proj(found)
-
-
-def coarse_to_fine(grid: Grid) -> list[int]:
-    """All cells of a grid, numbered by rows, so ordered that each nested grid's worth of them covers the picture."""
-    grids = nested_grids(grid)
-    chosen = {(y, x): (y, x) for y in range(grid[0]) for x in range(grid[1])}
-    levels = [list(chosen.values())]
-    for height, width in grids[1:]:
-        parents: dict[Grid, Grid] = {}
-        for cell in chosen.values():  # a cell is stood for by that of its parts nearest to its centre
-            parent = (cell[0] * height // grid[0], cell[1] * width // grid[1])
-            best = parents.get(parent)
-            centre = ((parent[0] + 0.5) * grid[0] / height - 0.5, (parent[1] + 0.5) * grid[1] / width - 0.5)
-            if best is None or _distance(cell, centre) < _distance(best, centre):
-                parents[parent] = cell
-        chosen = parents
-        levels.append(list(chosen.values()))
-    order = dict.fromkeys(cell for level in reversed(levels) for cell in level)
-    return [y * grid[1] + x for y, x in order]
-
-
-def _distance(cell: Grid, point: tuple[float, float]) -> float:
-    return (cell[0] - point[0]) ** 2 + (cell[1] - point[1]) ** 2
-
-
 class VisualTokens(nn.Module):
     """Between projector and language model: a grid of tokens in, as many tokens as ``tokens`` says out.
 
@@ -179,8 +117,6 @@ class VisualTokens(nn.Module):
         self.kind, self.grids = kind, nested_grids(grid)
         if kind == "fmvr":  # the full grid has lost nothing
             self.restoration = nn.ModuleList(FrequencyRestoration(channels) for _ in self.grids[1:])
-        elif kind == "queries":
-            self.queries = LearnedQueries(channels, grid)
         self.tokens = self.counts[0] if tokens is None else tokens
         self.restored = True
         """Whether FMVR's modules are used; False leaves plain pooling (for comparisons)."""
@@ -218,7 +154,7 @@ class VisualTokens(nn.Module):
     def reset_parameters(self) -> None:
         """Back to the start, where a trained model is changed by nothing but the pooling."""
         for module in self.modules():
-            if isinstance(module, (Modulation, LearnedQueries)):
+            if isinstance(module, Modulation):
                 module.reset_parameters()
 
     def forward(self, features: Tensor, tokens: int | None = None) -> Tensor:
@@ -226,7 +162,7 @@ class VisualTokens(nn.Module):
 
         Args:
             features: what the projector gives.
-            tokens: instead of ``self.tokens``; learned queries can be cut anywhere.
+            tokens: instead of ``self.tokens``.
         """
         count = self.tokens if tokens is None else tokens
         height, width = self.grids[0]
@@ -237,8 +173,6 @@ class VisualTokens(nn.Module):
                 remedy="Elastic visual tokens need pictures of the size that the vision tower was made for",
             )
         first, rest = features[:, :extra], features[:, extra:]
-        if self.kind == "queries":
-            return torch.cat([first, self.queries(rest, count)], 1)
         level = self.counts.index(count)
         if level == 0:
             return features

@@ -34,7 +34,7 @@ class Side:
         bits: per weight of the compressed layers; None for an original.
         counts: the numbers of visual tokens it can be told a picture in, fewest first; empty if it has no choice.
         saved: how many it was saved with; 0 if it has no choice.
-        trained: whether fewer visual tokens have parameters of their own (FMVR, queries) or are pooled plainly.
+        trained: whether fewer visual tokens have parameters of their own (FMVR) or are pooled plainly.
     """
 
     name: str
