@@ -37,10 +37,16 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], clean: Callable[[str],
 
 def yes_no_f1(predictions: Sequence[str], answers: Sequence[str]) -> float:
     """F1 of "yes" (POPE); 0 where nothing is rightly called yes."""
+    hits, false_alarms, misses = yes_counts(predictions, answers)
+    return 2 * hits / (2 * hits + false_alarms + misses) if hits else 0.0
+
+
+def yes_counts(predictions: Sequence[str], answers: Sequence[str]) -> tuple[int, int, int]:
+    """Hits, false alarms and misses of "yes"."""
     said = [normalise(p).startswith("yes") for p in predictions]
     true = [normalise(a) == "yes" for a in answers]
     hits = sum(s and t for s, t in zip(said, true, strict=True))
-    return 2 * hits / (sum(said) + sum(true)) if hits else 0.0
+    return hits, sum(said) - hits, sum(true) - hits
 
 
 def grouped_accuracy(predictions: Sequence[str], answers: Sequence[str], groups: Sequence[Hashable]) -> float:

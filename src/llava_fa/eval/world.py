@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llava_fa.eval.intervals import f1_interval, wilson
-from llava_fa.eval.metrics import chair, exact_match, grouped_accuracy, normalise, vqa_accuracy, yes_no_f1
+from llava_fa.eval.metrics import chair, exact_match, grouped_accuracy, vqa_accuracy, yes_counts, yes_no_f1
 from llava_fa.world.questions import TASKS
 from llava_fa.world.samples import Sample
 from llava_fa.world.scene import COLORS, KINDS, SHAPES
+from llava_fa.world.video import TASKS as VIDEO_TASKS
 from llava_fa.world.video import VideoSample
 
 MENTION = re.compile(rf"\b(?:({'|'.join(COLORS)}) ({'|'.join(SHAPES)})|({'|'.join(KINDS)}))\b")
@@ -18,84 +19,58 @@ ANNOTATORS = 10
 """VQA accuracy is defined over ten annotators; in a world with exact answers all of them agree."""
 
 
-def score(samples: Sequence[Sample], predictions: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Per task: ``score`` in [0, 1], ``questions``, ``metric``, the score's 95 % ``interval``, and what else the
-    metric tells."""
-    report = {}
-    for task in TASKS:
-        rows = [(s, p) for s, p in zip(samples, predictions, strict=True) if s.question.task == task]
-        if rows:
-            report[task] = {**SCORERS.get(task, _exact)(rows), "questions": len(rows)}
-    return report
+Rows = list[tuple[Any, str]]
+"""Samples of one task with what was answered."""
 
 
-def score_video(samples: Sequence[VideoSample], predictions: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The same for clips: exact match for every task."""
-    report = {}
-    for task in dict.fromkeys(s.question.task for s in samples):
-        rows = [(p, s.question.answer) for s, p in zip(samples, predictions, strict=True) if s.question.task == task]
-        told, true = (list(column) for column in zip(*rows, strict=True))
-        found = exact_match(told, true)
-        report[task] = {"score": found, "metric": "exact match", "questions": len(rows), **_share(found, len(rows))}
-    return report
+def score(samples: Sequence[Sample | VideoSample], predictions: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Per task: ``score`` in [0, 1], ``metric``, the score's 95 % ``interval``, what else the metric tells, and
+    ``questions``."""
+    rows: dict[str, Rows] = {}
+    for sample, prediction in zip(samples, predictions, strict=True):
+        rows.setdefault(sample.question.task, []).append((sample, prediction))
+    tasks = [task for task in (*TASKS, *VIDEO_TASKS) if task in rows]
+    return {task: {**SCORERS.get(task, _exact)(rows[task]), "questions": len(rows[task])} for task in tasks}
 
 
-Rows = list[tuple[Sample, str]]
+def _share(score: float, metric: str, count: int) -> dict[str, Any]:
+    return {"score": score, "metric": metric, "interval": list(wilson(score * count, count))}
 
 
-def _share(score: float, count: int) -> dict[str, Any]:
-    return {"interval": list(wilson(score * count, count))}
+def _columns(rows: Rows) -> tuple[list[str], list[str]]:
+    """What was answered, and the right answers."""
+    return [prediction for _, prediction in rows], [sample.question.answer for sample, _ in rows]
 
 
 def _exact(rows: Rows) -> dict[str, Any]:
-    found = exact_match([p for _, p in rows], [s.question.answer for s, _ in rows])
-    return {"score": found, "metric": "exact match", **_share(found, len(rows))}
+    return _share(exact_match(*_columns(rows)), "exact match", len(rows))
 
 
 def _vqa(rows: Rows) -> dict[str, Any]:
     scores = [vqa_accuracy(p, [s.question.answer] * ANNOTATORS) for s, p in rows]
-    found = sum(scores) / len(scores)
-    return {"score": found, "metric": "VQA accuracy", **_share(found, len(rows))}
+    return _share(sum(scores) / len(scores), "VQA accuracy", len(rows))
 
 
 def _existence(rows: Rows) -> dict[str, Any]:
-    predictions, answers = [p for _, p in rows], [s.question.answer for s, _ in rows]
+    columns = _columns(rows)
     kinds = sorted({s.question.kind for s, _ in rows})
-    by_kind = {
-        kind: exact_match(
-            [p for s, p in rows if s.question.kind == kind],
-            [s.question.answer for s, _ in rows if s.question.kind == kind],
-        )
-        for kind in kinds
-    }
     return {
-        "score": yes_no_f1(predictions, answers),
+        "score": yes_no_f1(*columns),
         "metric": "F1",
-        "interval": list(f1_interval(*_yes_counts(predictions, answers))),
-        "accuracy": exact_match(predictions, answers),
-        "accuracy_by_kind": by_kind,
+        "interval": list(f1_interval(*yes_counts(*columns))),
+        "accuracy": exact_match(*columns),
+        "accuracy_by_kind": {
+            kind: exact_match(*_columns([row for row in rows if row[0].question.kind == kind])) for kind in kinds
+        },
     }
-
-
-def _yes_counts(predictions: Sequence[str], answers: Sequence[str]) -> tuple[int, int, int]:
-    """Hits, false alarms and misses of "yes", as `yes_no_f1` tells them."""
-    said = [normalise(p).startswith("yes") for p in predictions]
-    true = [normalise(a) == "yes" for a in answers]
-    hits = sum(s and t for s, t in zip(said, true, strict=True))
-    return hits, sum(said) - hits, sum(true) - hits
 
 
 def _grouped(metric: str) -> Callable[[Rows], dict[str, Any]]:
     def scorer(rows: Rows) -> dict[str, Any]:
-        predictions, answers = [p for _, p in rows], [s.question.answer for s, _ in rows]
         groups = [s.question.group for s, _ in rows]
-        found = grouped_accuracy(predictions, answers, groups)
-        return {
-            "score": found,
-            "metric": metric,
-            **_share(found, len(set(groups))),  # a group is right or wrong as one
-            "accuracy": exact_match(predictions, answers),
-        }
+        share = grouped_accuracy(*_columns(rows), groups)
+        # a group is right or wrong as one
+        return {**_share(share, metric, len(set(groups))), "accuracy": exact_match(*_columns(rows))}
 
     return scorer
 
@@ -103,11 +78,9 @@ def _grouped(metric: str) -> Callable[[Rows], dict[str, Any]]:
 def _caption(rows: Rows) -> dict[str, Any]:
     said = [mentions(prediction) for _, prediction in rows]
     there = [{thing.pair for thing in s.scene.things} | {w.kind for w in s.scene.writings} for s, _ in rows]
-    rates = chair(said, there)
     # a caption that says nothing hallucinates nothing; it is not thereby a good one
     faithful = [bool(named) and named <= shown for named, shown in zip(said, there, strict=True)]
-    found = sum(faithful) / len(faithful)
-    return {"score": found, "metric": "1 - CHAIR response", **_share(found, len(rows)), **rates}
+    return {**_share(sum(faithful) / len(faithful), "1 - CHAIR response", len(rows)), **chair(said, there)}
 
 
 def mentions(caption: str) -> set[Any]:

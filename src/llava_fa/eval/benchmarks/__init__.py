@@ -38,8 +38,7 @@ def kind_of(name: str) -> type[Benchmark]:
     if name not in WHERE:
         raise FourierError(f"there is no task {name!r}", remedy=f"Choose among {', '.join(WHERE)}")
     module, _, kind = WHERE[name].partition(".")
-    found: type[Benchmark] = getattr(import_module(f"{__name__}.{module}"), kind)
-    return found
+    return getattr(import_module(f"{__name__}.{module}"), kind)  # type: ignore[no-any-return]
 
 
 def benchmark(name: str, folder: str | Path = ".", **options: Any) -> Benchmark:

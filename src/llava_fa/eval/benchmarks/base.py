@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from llava_fa.errors import FourierError
 from llava_fa.eval.intervals import wilson
+from llava_fa.hub import shards
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -121,21 +122,21 @@ class Benchmark(abc.ABC):
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """Write the files that the official scorer or server takes; returns them."""
 
-    def missing(self, path: Path) -> FourierError:
-        """The error for a file that is not there."""
-        return FourierError("no such file", remedy=f"{self.name} needs {self.files}", where=str(path))
+    def missing(self, path: Path, what: str = "no such file") -> FourierError:
+        """The error for what is not there."""
+        return FourierError(what, remedy=f"{self.name} needs {self.files}", where=str(path))
 
     def first(self, *patterns: str) -> Path:
         """The first file that matches a pattern in the folder; several matches of one pattern are ambiguous."""
         for pattern in patterns:
-            found = sorted(self.folder.glob(pattern))
-            if len(found) > 1:
-                names = ", ".join(path.name for path in found)
+            paths = sorted(self.folder.glob(pattern))
+            if len(paths) > 1:
+                names = ", ".join(path.name for path in paths)
                 raise FourierError(
                     f"several files fit {pattern}: {names}", remedy="Keep one a folder", where=str(self.folder)
                 )
-            if found:
-                return found[0]
+            if paths:
+                return paths[0]
         raise self.missing(self.folder / patterns[0])
 
     def pictures_in(self, *names: str) -> Path:
@@ -143,9 +144,7 @@ class Benchmark(abc.ABC):
         for name in names:
             if (self.folder / name).is_dir():
                 return self.folder / name
-        raise FourierError(
-            "no such folder", remedy=f"{self.name} needs {self.files}", where=str(self.folder / names[0])
-        )
+        raise self.missing(self.folder / names[0], "no such folder")
 
 
 def mean_parts(
@@ -168,14 +167,47 @@ def mean_parts(
     }
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, or `FourierError` with file, line and column."""
+def score_alone(
+    items: Sequence[Item],
+    answers: Sequence[str],
+    metric: str,
+    rule: Callable[[Item, str], Any],
+    right: Callable[[Item, str], float] | None = None,
+) -> Score:
+    """Answers that count one by one; where the right ones are not known, nothing but what the rules read.
+
+    Args:
+        items, answers: what was asked and answered.
+        metric: of the parts.
+        rule: what the official rules make of an answer.
+        right: the share of an answer that is right; by default whether what was read is what is expected.
+    """
+    pairs = list(zip(items, answers, strict=True))
+    read = {item.id: rule(item, text) for item, text in pairs}
+    if any(item.expected is None for item in items):
+        return Score({}, {}, dict.fromkeys(read), [], statistics_of([]), read)
+    correct: dict[str, float | None] = {
+        item.id: float(read[item.id] == item.expected if right is None else right(item, text)) for item, text in pairs
+    }
+    values = [value or 0.0 for value in correct.values()]
+    figures = {"accuracy": sum(values) / len(values)}
+    return Score(figures, mean_parts(items, correct, metric), correct, list(correct), statistics_of(values), read)
+
+
+def read_text(path: Path) -> str:
+    """A text file, or `FourierError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FourierError("no such file", remedy="Check --data", where=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise FourierError(f"it cannot be read ({error})", remedy="Check the file", where=str(path)) from None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or `FourierError` with file, line and column."""
+    try:
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise FourierError(
             f"it is not JSON (line {error.lineno}, column {error.colno}: {error.msg})",
@@ -186,10 +218,7 @@ def read_json(path: Path) -> Any:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """One JSON object a line; a file that holds one list of objects is read too."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FourierError(f"it cannot be read ({error})", remedy="Check the file", where=str(path)) from None
+    text = read_text(path)
     if text.lstrip().startswith("["):
         rows = read_json(path)
     else:
@@ -253,10 +282,8 @@ def open_picture(picture: Any, where: str) -> Image.Image:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write through a temporary name."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+    """Write a file, complete or not at all."""
+    shards.write_text(path, text)
     return path
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llava_fa.errors import FourierError
 from llava_fa.eval.benchmarks.base import (
@@ -17,6 +17,7 @@ from llava_fa.eval.benchmarks.base import (
     mean_parts,
     read_json,
     read_table,
+    score_alone,
     statistics_of,
     write_json,
 )
@@ -78,17 +79,14 @@ class ScienceQA(Benchmark):
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
         """Accuracy; an answer that names no option that there is counts as wrong."""
-        read = {
-            item.id: letter
-            if (letter := science_answer(text)) and LETTERS.index(letter) < item.row["choices"]
-            else None
-            for item, text in zip(items, answers, strict=True)
-        }
-        correct: dict[str, float | None] = {item.id: float(read[item.id] == item.expected) for item in items}
-        values = [value or 0.0 for value in correct.values()]
-        figures = {"accuracy": sum(values) / len(values), "unreadable": _unreadable(read)}
-        parts = mean_parts(items, correct, self.metric)
-        return Score(figures, parts, correct, list(correct), statistics_of(values), read)
+
+        def rule(item: Item, text: str) -> str | None:
+            letter = science_answer(text)
+            return letter if letter and LETTERS.index(letter) < item.row["choices"] else None
+
+        scored = score_alone(items, answers, self.metric, rule)
+        scored.figures["unreadable"] = _unreadable(scored)
+        return scored
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """The results file of ScienceQA's scorers: ``results`` (index, -1 where unreadable) and ``outputs``."""
@@ -153,25 +151,24 @@ class MMBench(Benchmark):
 
     def read(self) -> list[Item]:
         """Items of the file's rotations, or of rotations made here where it has none; a unit is a question."""
-        named = [
-            p
-            for p in sorted(self.folder.glob("*.tsv"))
-            if "mmbench" in p.name.lower() and ("_cn" in p.name.lower()) == self.chinese
+        paths = [
+            path
+            for path in sorted(self.folder.glob("*.tsv"))
+            if "mmbench" in path.name.lower() and ("_cn" in path.name.lower()) == self.chinese
         ]
-        if len(named) != 1:
-            found = f"{len(named)} files fit: {', '.join(p.name for p in named)}" if named else "no such file"
-            raise FourierError(found, remedy=f"{self.name} needs {self.files}", where=str(self.folder / "*.tsv"))
-        rows = read_table(named[0])
+        if len(paths) != 1:
+            what = f"{len(paths)} files fit: {', '.join(path.name for path in paths)}" if paths else "no such file"
+            raise self.missing(self.folder / "*.tsv", what)
+        name, rows = paths[0].name, read_table(paths[0])
         for number, row in enumerate(rows, 2):
-            fields(row, ("index", "question", "A", "B", "image"), f"{named[0].name} row {number}")
+            where = f"{name} row {number}"
+            fields(row, ("index", "question", "A", "B", "image"), where)
             if not row["index"].isdecimal():
-                raise FourierError(
-                    f"its index is {row['index']!r}", remedy="Fetch it again", where=f"{named[0].name} row {number}"
-                )
+                raise FourierError(f"its index is {row['index']!r}", remedy="Fetch it again", where=where)
         pictures = {row["index"]: row["image"] for row in rows}
         if all(int(row["index"]) < _FIRST_ROTATION for row in rows):
             rows = [rotated for row in rows for rotated in rotations(row)]
-        return [self._item(row, pictures, named[0].name) for row in rows]
+        return [self._item(row, pictures, name) for row in rows]
 
     def _item(self, row: dict[str, str], pictures: dict[str, str], file: str) -> Item:
         options, answer = options_in(row), row.get("answer", "")
@@ -180,7 +177,7 @@ class MMBench(Benchmark):
             raise FourierError(
                 f"its answer {answer!r} is not one of {', '.join(options)}", remedy="Fetch it again", where=where
             )
-        hint = f"{row['hint']}\n" if _is_told(row.get("hint", "")) else ""
+        hint = f"{row['hint']}\n" if _has_text(row.get("hint", "")) else ""
         lines = "\n".join(f"{letter}. {text}" for letter, text in options.items())
         image = row["image"]
         if image.isdecimal() and image in pictures:  # a rotation may name the question whose picture it shares
@@ -188,27 +185,26 @@ class MMBench(Benchmark):
         unit = str(int(row["index"]) % _FIRST_ROTATION)
         part = row.get("l2-category") or row.get("category", "")
         prompt = f"{hint}{row['question']}\n{lines}\n{self.instruction}"
-        told = {name: value for name, value in row.items() if name != "image"}
-        return Item(row["index"], prompt, (image,), answer or None, part=part, unit=unit, row=told)
+        cells = {name: value for name, value in row.items() if name != "image"}
+        return Item(row["index"], prompt, (image,), answer or None, part=part, unit=unit, row=cells)
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
         """Circular accuracy; ``accuracy`` beside it counts every rotation for itself."""
-        read = {item.id: option_of(text, options_in(item.row)) for item, text in zip(items, answers, strict=True)}
-        figures: dict[str, Any] = {"unreadable": _unreadable(read)}
-        if any(item.expected is None for item in items):
-            return Score(figures, {}, dict.fromkeys(read), [], statistics_of([]), read)
-        correct: dict[str, float | None] = {item.id: float(read[item.id] == item.expected) for item in items}
+        alone = score_alone(items, answers, self.metric, lambda item, text: option_of(text, options_in(item.row)))
+        alone.figures["unreadable"] = _unreadable(alone)
+        if not alone.units:
+            return alone
         whole: dict[str, float] = {}
         for item in items:
-            whole[item.unit] = min(whole.get(item.unit, 1.0), correct[item.id] or 0.0)
+            whole[item.unit] = min(whole.get(item.unit, 1.0), alone.correct[item.id] or 0.0)
         firsts = list({item.unit: item for item in items}.values())
-        parts = mean_parts(firsts, {item.id: whole[item.unit] for item in firsts}, self.metric)
-        figures = {
-            "circular_accuracy": sum(whole.values()) / len(whole),
-            "accuracy": sum(value or 0.0 for value in correct.values()) / len(correct),
-            **figures,
-        }
-        return Score(figures, parts, correct, list(whole), statistics_of(list(whole.values())), read)
+        return dataclasses.replace(
+            alone,
+            figures={"circular_accuracy": sum(whole.values()) / len(whole), **alone.figures},
+            parts=mean_parts(firsts, {item.id: whole[item.unit] for item in firsts}, self.metric),
+            units=list(whole),
+            statistics=statistics_of(list(whole.values())),
+        )
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """The server's format: the table's columns without the picture, ``prediction`` after the options, as XLSX."""
@@ -234,21 +230,21 @@ class MMBenchCN(MMBench):
 
 def options_in(row: dict[str, str]) -> dict[str, str]:
     """Letter → text of the options that a row has."""
-    return {letter: row[letter] for letter in "ABCD" if _is_told(row.get(letter, ""))}
+    return {letter: row[letter] for letter in "ABCD" if _has_text(row.get(letter, ""))}
 
 
 def rotations(row: dict[str, str]) -> list[dict[str, str]]:
     """A question once for every option it has: the j-th moves every option j letters up, round the end."""
     options = options_in(row)
     letters, texts = list(options), list(options.values())
-    found = []
+    rows = []
     for j in range(len(letters)):
-        turned = dict(zip(letters, texts[j:] + texts[:j], strict=True))
+        rotation = dict(zip(letters, texts[j:] + texts[:j], strict=True))
         answer = row.get("answer", "")
         if answer in letters:
-            turned["answer"] = letters[(letters.index(answer) - j) % len(letters)]
-        found.append({**row, **turned, "index": str(int(row["index"]) + j * _FIRST_ROTATION)})
-    return found
+            rotation["answer"] = letters[(letters.index(answer) - j) % len(letters)]
+        rows.append({**row, **rotation, "index": str(int(row["index"]) + j * _FIRST_ROTATION)})
+    return rows
 
 
 _NOTHING = frozenset(
@@ -272,10 +268,10 @@ _NOTHING = frozenset(
 """What the official scripts' reader of tables (pandas) takes for an empty cell."""
 
 
-def _is_told(cell: str) -> bool:
+def _has_text(cell: str) -> bool:
     cell = cell.strip()
     return cell not in _NOTHING and cell.lower() not in ("nan", "-nan", "none")
 
 
-def _unreadable(read: dict[str, str | None]) -> float:
-    return sum(letter is None for letter in read.values()) / max(1, len(read))
+def _unreadable(scored: Score) -> float:
+    return sum(letter is None for letter in scored.read.values()) / max(1, len(scored.read))

@@ -11,11 +11,11 @@ import numpy as np
 from llava_fa.eval.benchmarks.base import Benchmark, Item, Score, write_json
 from llava_fa.eval.intervals import interval_of_mean
 from llava_fa.eval.metrics import exact_match, normalise
-from llava_fa.eval.world import SCORERS, score, score_video
+from llava_fa.eval.world import SCORERS, score
 from llava_fa.world.questions import TASKS
-from llava_fa.world.samples import held_out_samples
+from llava_fa.world.samples import Sample, held_out_samples
 from llava_fa.world.video import TASKS as VIDEO_TASKS
-from llava_fa.world.video import video_samples
+from llava_fa.world.video import VideoSample, video_samples
 
 _TOGETHER = ("paired", "choice")
 
@@ -35,19 +35,23 @@ class World(Benchmark):
     from_files = False
     tasks: Sequence[str] = tuple(TASKS)
 
+    def samples(self) -> Sequence[Sample | VideoSample]:
+        """Drawn on the spot."""
+        return held_out_samples(self.options["limit"], self.options["seed"])
+
     def read(self) -> list[Item]:
-        """The questions, drawn on the spot."""
+        """The questions of `samples`."""
         return [
             Item(
                 f"{s.question.task}/{number}",
                 s.question.text,
-                (s.image,),
+                s.frames if isinstance(s, VideoSample) else (s.image,),
                 s.question.answer,
                 part=s.question.task,
                 unit=f"{s.question.task}/{s.question.group}" if s.question.task in _TOGETHER else "",
                 row={"sample": s},
             )
-            for number, s in enumerate(held_out_samples(self.options["limit"], self.options["seed"]))
+            for number, s in enumerate(self.samples())
         ]
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
@@ -63,7 +67,9 @@ class World(Benchmark):
         for place, rows in enumerate(units.values()):
             task = rows[0][0].question.task
             counts[place, self.tasks.index(task)] = _ratio(task, rows)
-        return _scored(parts, correct, list(units), counts)
+        figures = {"accuracy": sum(part["score"] for part in parts.values()) / len(parts)}
+        interval = list(interval_of_mean(parts)), "the tasks' half widths, squared and summed"
+        return Score(figures, parts, correct, list(units), counts.reshape(len(units), -1), interval=interval)
 
     def headline(self, sums: np.ndarray) -> np.ndarray:
         """Mean of the tasks' ratios."""
@@ -83,39 +89,9 @@ class WorldVideo(World):
     name = "world-video"
     tasks = VIDEO_TASKS
 
-    def read(self) -> list[Item]:
-        """The questions, drawn on the spot."""
-        drawn = video_samples("test", self.options["seed"], max(1, self.options["limit"] // len(VIDEO_TASKS)))
-        return [
-            Item(
-                f"{s.question.task}/{i}",
-                s.question.text,
-                s.frames,
-                s.question.answer,
-                s.question.task,
-                row={"sample": s},
-            )
-            for i, s in enumerate(drawn)
-        ]
-
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
-        """As `llava_fa.eval.world.score_video`."""
-        parts = score_video([item.row["sample"] for item in items], answers)
-        correct: dict[str, float | None] = {
-            item.id: exact_match([text], [item.expected]) for item, text in zip(items, answers, strict=True)
-        }
-        counts = np.zeros((len(items), len(self.tasks), 2))
-        for place, item in enumerate(items):
-            counts[place, self.tasks.index(item.part)] = (correct[item.id] or 0.0, 1)
-        return _scored(parts, correct, [item.id for item in items], counts)
-
-
-def _scored(
-    parts: dict[str, dict[str, Any]], correct: dict[str, float | None], units: list[str], counts: np.ndarray
-) -> Score:
-    figures = {"accuracy": sum(part["score"] for part in parts.values()) / len(parts)}
-    interval = list(interval_of_mean(parts)), "the tasks' half widths, squared and summed"
-    return Score(figures, parts, correct, units, counts.reshape(len(units), -1), interval=interval)
+    def samples(self) -> Sequence[Sample | VideoSample]:
+        """Drawn on the spot."""
+        return video_samples("test", self.options["seed"], max(1, self.options["limit"] // len(VIDEO_TASKS)))
 
 
 def _alone(task: str, row: tuple[Any, str]) -> float:

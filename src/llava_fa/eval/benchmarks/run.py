@@ -204,11 +204,7 @@ def _spread(items: list[Item], limit: int | None) -> list[Item]:
 
 def _check_items(items: Sequence[Item], benchmark: Benchmark) -> None:
     if not items:
-        raise FourierError(
-            "there is no question in it",
-            remedy=f"{benchmark.name} needs {benchmark.files}",
-            where=str(benchmark.folder),
-        )
+        raise benchmark.missing(benchmark.folder, "there is no question in it")
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
@@ -217,11 +213,7 @@ def _check_items(items: Sequence[Item], benchmark: Benchmark) -> None:
     shown = dict.fromkeys(p for item in items for p in item.pictures if isinstance(p, Path))
     lost = [path for path in shown if not path.is_file()]
     if lost:
-        raise FourierError(
-            f"{len(lost)} pictures are missing, the first is {lost[0]}",
-            remedy=f"{benchmark.name} needs {benchmark.files}",
-            where=str(benchmark.folder),
-        )
+        raise benchmark.missing(benchmark.folder, f"{len(lost)} pictures are missing, the first is {lost[0]}")
 
 
 def _ask(

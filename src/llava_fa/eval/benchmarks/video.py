@@ -15,9 +15,8 @@ from llava_fa.eval.benchmarks.base import (
     Item,
     Score,
     fields,
-    mean_parts,
     read_json_lines,
-    statistics_of,
+    score_alone,
     write_json,
 )
 from llava_fa.eval.metrics import normalise
@@ -54,16 +53,13 @@ class Video(Benchmark):
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
         """Right where the answer is one of the given ones, but for case, articles and punctuation."""
-        read = {item.id: normalise(text) for item, text in zip(items, answers, strict=True)}
-        if any(item.expected is None for item in items):
-            return Score({}, {}, dict.fromkeys(read), [], statistics_of([]), read)
-        correct: dict[str, float | None] = {
-            item.id: float(read[item.id] in map(normalise, item.expected)) for item in items
-        }
-        values = [value or 0.0 for value in correct.values()]
-        figures = {"accuracy": sum(values) / len(values)}
-        parts = mean_parts(items, correct, self.metric)
-        return Score(figures, parts, correct, list(correct), statistics_of(values), read)
+        return score_alone(
+            items,
+            answers,
+            self.metric,
+            lambda _, text: normalise(text),
+            lambda item, text: normalise(text) in map(normalise, item.expected),
+        )
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """The rows with ``prediction``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llava_fa.errors import FourierError
 from llava_fa.eval.benchmarks.base import (
@@ -14,10 +14,9 @@ from llava_fa.eval.benchmarks.base import (
     Item,
     Score,
     fields,
-    mean_parts,
     read_json,
     read_json_lines,
-    statistics_of,
+    score_alone,
     write_json,
 )
 from llava_fa.eval.metrics import vqa_accuracy
@@ -42,11 +41,11 @@ _WITH_APOSTROPHE = """
 
 def _contractions() -> dict[str, str]:
     """Every form with one apostrophe left out → the form with all of them; the official table is this and one slip."""
-    found = {"somebody'd": "somebodyd"}
+    table = {"somebody'd": "somebodyd"}
     for word in _WITH_APOSTROPHE.split():
         for place in (match.start() for match in re.finditer("'", word)):
-            found[word[:place] + word[place + 1 :]] = word
-    return found
+            table[word[:place] + word[place + 1 :]] = word
+    return table
 
 
 CONTRACTIONS = _contractions()
@@ -72,11 +71,37 @@ def clean_answer(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-class TextVQA(Benchmark):
+class VQA(Benchmark):
+    """Questions with an answer of each of several annotators: VQA accuracy."""
+
+    metric = "VQA accuracy"
+    key: ClassVar[str]
+    """The field by which the challenge's server knows a question."""
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
+        """VQA accuracy; nothing where the file has no answers."""
+        return score_alone(
+            items,
+            answers,
+            self.metric,
+            lambda _, text: clean_answer(text),
+            lambda item, text: vqa_accuracy(text, item.expected, clean_answer),
+        )
+
+    def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
+        """EvalAI's format; answers in the form in which they are compared, as LLaVA-1.5 sends them."""
+        rows = [
+            {self.key: item.row[self.key], "answer": clean_answer(text)}
+            for item, text in zip(items, answers, strict=True)
+        ]
+        return [write_json(folder / f"{self.name}.json", rows)]
+
+
+class TextVQA(VQA):
     """TextVQA's validation set (Singh et al. 2019): VQA accuracy over ten annotators, each left out in turn."""
 
     name = "textvqa"
-    metric = "VQA accuracy"
+    key = "question_id"
     files = (
         "TextVQA_0.5.1_val.json and train_images/ (val's pictures are there); with llava_textvqa_val_v051_ocr.jsonl of "
         "LLaVA's eval.zip beside them its prompts, which name OCR tokens"
@@ -108,36 +133,29 @@ class TextVQA(Benchmark):
         path = self.folder / OCR_PROMPTS
         if not path.exists():
             return None
-        found = {}
+        prompts = {}
         for number, row in enumerate(read_json_lines(path)):
             name, text = fields(row, ("question_id", "text"), f"{path.name} row {number}")
             lines = text.split("\n")
             asked = lines[1] if lines[0].startswith("Reference OCR token") else lines[0]
-            found[str(name), asked.lower()] = text
-        return found
+            prompts[str(name), asked.lower()] = text
+        return prompts
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
         """VQA accuracy; also tells whether the prompts named OCR tokens."""
-        tokens = any("Reference OCR token" in item.prompt for item in items)
-        return _vqa_score(items, answers, {"ocr_tokens": tokens})
-
-    def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
-        """EvalAI's format."""
-        rows = [
-            {"question_id": item.row["question_id"], "answer": clean_answer(text)}
-            for item, text in zip(items, answers, strict=True)
-        ]
-        return [write_json(folder / "textvqa.json", rows)]
+        scored = super().score(items, answers)
+        scored.figures["ocr_tokens"] = any("Reference OCR token" in item.prompt for item in items)
+        return scored
 
 
 OCR_PROMPTS = "llava_textvqa_val_v051_ocr.jsonl"
 
 
-class VizWiz(Benchmark):
+class VizWiz(VQA):
     """VizWiz-VQA (Gurari et al. 2018): VQA accuracy; half of the questions of blind people cannot be answered."""
 
     name = "vizwiz"
-    metric = "VQA accuracy"
+    key = "image"
     files = "val.json and val/ (scored here), or test.json and test/ (scored by the challenge's server)"
 
     def read(self) -> list[Item]:
@@ -153,18 +171,6 @@ class VizWiz(Benchmark):
             part = row.get("answer_type", "")
             items.append(Item(image, prompt, (pictures / image,), expected, part=part, row={"image": image}))
         return items
-
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
-        """VQA accuracy; nothing where the file has no answers."""
-        return _vqa_score(items, answers, {})
-
-    def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
-        """The challenge's format; answers in the form in which they are compared, as LLaVA-1.5 sends them."""
-        rows = [
-            {"image": item.row["image"], "answer": clean_answer(text)}
-            for item, text in zip(items, answers, strict=True)
-        ]
-        return [write_json(folder / "vizwiz.json", rows)]
 
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -196,19 +202,13 @@ class GQA(Benchmark):
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
         """Exact match after lower case and without a last period, as LLaVA-1.5 hands answers to the official scorer."""
-        read = {item.id: gqa_answer(text) for item, text in zip(items, answers, strict=True)}
-        if any(item.expected is None for item in items):
-            return Score({}, {}, dict.fromkeys(read), [], statistics_of([]), read)
-        correct: dict[str, float | None] = {item.id: float(read[item.id] == item.expected) for item in items}
-        binary = [correct[item.id] for item in items if item.part != "query"]
-        free = [correct[item.id] for item in items if item.part == "query"]
-        values = [correct[item.id] or 0.0 for item in items]
-        figures: dict[str, Any] = {"accuracy": sum(values) / len(values)}
-        for name, some in (("binary", binary), ("open", free)):
-            if some and all(item.part for item in items):
-                figures[name] = sum(value or 0.0 for value in some) / len(some)
-        parts = mean_parts(items, correct, self.metric)
-        return Score(figures, parts, correct, list(correct), statistics_of(values), read)
+        scored = score_alone(items, answers, self.metric, lambda _, text: gqa_answer(text))
+        if scored.units and all(item.part for item in items):
+            for name, is_open in (("binary", False), ("open", True)):
+                some = [scored.correct[item.id] or 0.0 for item in items if (item.part == "query") == is_open]
+                if some:
+                    scored.figures[name] = sum(some) / len(some)
+        return scored
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """What the official ``eval.py`` reads."""
@@ -221,20 +221,6 @@ class GQA(Benchmark):
 def gqa_answer(text: str) -> str:
     """Lower case, without periods at the end."""
     return text.rstrip(".").lower()
-
-
-def _vqa_score(items: Sequence[Item], answers: Sequence[str], figures: dict[str, Any]) -> Score:
-    read = {item.id: clean_answer(text) for item, text in zip(items, answers, strict=True)}
-    if any(item.expected is None for item in items):
-        return Score(figures, {}, dict.fromkeys(read), [], statistics_of([]), read)
-    correct: dict[str, float | None] = {
-        item.id: vqa_accuracy(text, item.expected, clean_answer) for item, text in zip(items, answers, strict=True)
-    }
-    values = [correct[item.id] or 0.0 for item in items]
-    figures = {"accuracy": sum(values) / len(values), **figures}
-    return Score(
-        figures, mean_parts(items, correct, "VQA accuracy"), correct, list(correct), statistics_of(values), read
-    )
 
 
 def _rows_of(value: Any, key: str | None, path: Path) -> list[dict[str, Any]]:

@@ -177,10 +177,10 @@ class MME(Benchmark):
                     (p for p in (pictures / f"{path.stem}{end}" for end in (".jpg", ".png")) if p.exists()), None
                 )
                 if picture is None:
-                    raise FourierError("its picture is missing", remedy=f"mme needs {self.files}", where=str(path))
+                    raise self.missing(path, "its picture is missing")
                 items += self._pair(task, path, picture)
         if not items:
-            raise FourierError("there is no sub-task in it", remedy=f"mme needs {self.files}", where=str(self.folder))
+            raise self.missing(self.folder, "there is no sub-task in it")
         return items
 
     def _pair(self, task: str, path: Path, picture: Path) -> list[Item]:
