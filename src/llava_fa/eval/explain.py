@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava_fa.eval.runner import inputs_of, prompt
 from llava_fa.hub.visual_tokens import grid_of, visual_tokens_of
 
 SHOWN = 336
@@ -64,9 +65,7 @@ def evidence(
 ) -> tuple[str, float, torch.Tensor, torch.Tensor]:
     """The answer, its mean log-probability a token, A and ∂S/∂A (`explain`), float64 [height · width, channels]."""
     height, width = grid_of(model.config)
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=[picture], text=[text], return_tensors="pt").to(model.device, model.dtype)
+    inputs = inputs_of(model, processor, [[picture]], [prompt(processor, 1, question)])
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     start = inputs["input_ids"].shape[1]
@@ -97,13 +96,13 @@ def compare_restoration(model: Any, processor: Any, picture: Image.Image, questi
     module = visual_tokens_of(model)
     if module is None or module.kind != "fmvr" or module.level == 0:
         return {"model": explain(model, processor, picture, question)}
-    found = {"with FMVR": explain(model, processor, picture, question)}
+    explanations = {"with FMVR": explain(model, processor, picture, question)}
     module.restored = False
     try:
-        found["without FMVR"] = explain(model, processor, picture, question)
+        explanations["without FMVR"] = explain(model, processor, picture, question)
     finally:
         module.restored = True
-    return found
+    return explanations
 
 
 def draw(picture: Image.Image, explanations: dict[str, Explanation]) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava_fa.eval.runner import batches, prompt
+from llava_fa.eval.runner import batches, inputs_of, pictures_of, prompt
 
 
 @torch.inference_mode()
@@ -36,7 +36,7 @@ def log_likelihood(
         progress: called with (done, all) after every batch.
     """
     tokenizer = processor.tokenizer
-    shown = [[seen] if isinstance(seen, Image.Image) else list(seen) for seen, _, _ in answers]
+    shown = [pictures_of(seen) for seen, _, _ in answers]
     texts = [prompt(processor, len(s), q, a) for s, (_, q, a) in zip(shown, answers, strict=True)]
     counts = []
     for s, (_, question, _), text in zip(shown, answers, texts, strict=True):
@@ -44,21 +44,18 @@ def log_likelihood(
         before, whole = tokenizer(prompt(processor, len(s), question))["input_ids"], tokenizer(text)["input_ids"]
         same = next((i for i, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), len(before))
         counts.append(len(whole) - same)
-    found = [(0.0, True)] * len(answers)
+    results = [(0.0, True)] * len(answers)
     tokenizer.padding_side = "right"  # positions are counted from the left where none are given
     done = 0
     for chosen in batches([(len(t), len(s)) for t, s in zip(texts, shown, strict=True)], batch_size):
-        pictures = [shown[i] for i in chosen] if shown[chosen[0]] else None
-        inputs = processor(images=pictures, text=[texts[i] for i in chosen], padding=True, return_tensors="pt").to(
-            model.device, model.dtype
-        )
+        inputs = inputs_of(model, processor, [shown[i] for i in chosen], [texts[i] for i in chosen])
         logits = model(**inputs, use_cache=False).logits
         for row, i in enumerate(chosen):
             end = int(inputs["attention_mask"][row].sum())
             ids = inputs["input_ids"][row, end - counts[i] : end]
             logs = logits[row, end - counts[i] - 1 : end - 1].float().log_softmax(-1)
-            told = logs.gather(-1, ids[:, None])
-            found[i] = (float(told.double().sum()), bool((logs.argmax(-1) == ids).all()))
+            chosen_logs = logs.gather(-1, ids[:, None])
+            results[i] = (float(chosen_logs.double().sum()), bool((logs.argmax(-1) == ids).all()))
         done += len(chosen)
         progress(done, len(answers))
-    return found
+    return results

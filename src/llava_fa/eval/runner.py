@@ -48,7 +48,7 @@ def answer(
         progress: called with (answered, all) after every batch.
     """
     answers = [""] * len(questions)
-    shown = [[seen] if isinstance(seen, Image.Image) else list(seen) for seen, _ in questions]
+    shown = [pictures_of(seen) for seen, _ in questions]
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, **(sampling or {})}
     if until:
         options |= {"stop_strings": list(until), "tokenizer": processor.tokenizer}
@@ -56,10 +56,7 @@ def answer(
     done = 0
     for chosen in batches([(len(q), len(s)) for (_, q), s in zip(questions, shown, strict=True)], batch_size):
         prompts = [prompt(processor, len(shown[i]), questions[i][1]) for i in chosen]
-        pictures = [shown[i] for i in chosen] if shown[chosen[0]] else None
-        inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt").to(
-            model.device, model.dtype
-        )
+        inputs = inputs_of(model, processor, [shown[i] for i in chosen], prompts)
         ids = model.generate(**inputs, **options)
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
@@ -67,6 +64,19 @@ def answer(
         done += len(chosen)
         progress(done, len(questions))
     return answers
+
+
+def pictures_of(seen: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    """The pictures that go with a question: one, frames, or none."""
+    return [seen] if isinstance(seen, Image.Image) else list(seen)
+
+
+def inputs_of(model: Any, processor: Any, pictures: Sequence[list[Image.Image]], texts: Sequence[str]) -> Any:
+    """What a model is given for a batch; its texts all have pictures, or none has."""
+    images = list(pictures) if pictures[0] else None
+    several = len(texts) > 1  # some tokenizers have nothing to pad with
+    inputs = processor(images=images, text=list(texts), padding=several, return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
 
 
 def batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[int]]:
@@ -98,9 +108,9 @@ def prompt(processor: Any, pictures: int, question: str, answer: str | None = No
         return text
     messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
     whole: str = processor.apply_chat_template(messages)
-    told = whole[len(text) :]
-    space = told[: len(told) - len(told.lstrip())]
-    if not whole.startswith(text) or not told.lstrip().startswith(said):
+    rest = whole[len(text) :]
+    space = rest[: len(rest) - len(rest.lstrip())]
+    if not whole.startswith(text) or not rest.lstrip().startswith(said):
         return text + answer  # a template that rewrites what comes before, or thinks first
     return text + space + said
 
@@ -139,9 +149,9 @@ def answer_elastic(
     try:
         for index, count in enumerate(counts):
             set_visual_tokens(model, count, processor)
-            found = answer(model, processor, [questions[i] for i in waiting], **options)
+            texts = answer(model, processor, [questions[i] for i in waiting], **options)
             agreed = set()
-            for i, text in zip(waiting, found, strict=True):
+            for i, text in zip(waiting, texts, strict=True):
                 if index and normalise(text) == normalise(answers[i]):
                     agreed.add(i)
                     enough[i] = counts[index - 1]
@@ -156,8 +166,7 @@ def answer_elastic(
     progress(len(questions), len(questions))
     shares = []
     for (seen, question), sets in zip(questions, tried, strict=True):
-        pictures = 1 if isinstance(seen, Image.Image) else len(seen)
-        size = {"text": len(processor.tokenizer.encode(question)) + _MARKS, "pictures": pictures}
+        size = {"text": len(processor.tokenizer.encode(question)) + _MARKS, "pictures": len(pictures_of(seen))}
         full = count_flops(model.config, visual_tokens=counts[-1], **size)
         spent = sum(count_flops(model.config, visual_tokens=count, **size).language_model for count in sets)
         shares.append((full.vision_tower + full.projector + spent) / full.total)

@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from llava_fa.config import QUANT_METHOD
 from llava_fa.errors import FourierError
+from llava_fa.eval.runner import inputs_of, prompt
 from llava_fa.hub.inspect import inspect_model
 from llava_fa.hub.loading import check_chat_template, context_length, load
 from llava_fa.hub.source import read_config, resolve_model, weight_files
@@ -171,9 +172,7 @@ def generate(
         raise FourierError("this model has no choice of visual tokens", where=side.name)
     answer.began = time.perf_counter()
     try:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(images=[picture], text=[text], return_tensors="pt").to(model.device, model.dtype)
+        inputs = inputs_of(model, processor, [[picture]], [prompt(processor, 1, question)])
         ids = inputs["input_ids"]
         answer.prompt_tokens = ids.shape[-1]
         answer.visual_tokens = int((ids == model.config.image_token_id).sum())
@@ -187,7 +186,7 @@ def generate(
             )
         limit = min(max_new_tokens, room)
         tokenizer = getattr(processor, "tokenizer", processor)
-        found = model.generate(
+        written = model.generate(
             **inputs,
             max_new_tokens=limit,
             do_sample=False,
@@ -195,7 +194,7 @@ def generate(
             stopping_criteria=StoppingCriteriaList([_Clock(answer, stopped)]),
         )
         ends = model.generation_config.eos_token_id
-        answer.cut = answer.tokens >= limit and int(found[0, -1]) not in (ends if isinstance(ends, list) else [ends])
+        answer.cut = answer.tokens >= limit and int(written[0, -1]) not in (ends if isinstance(ends, list) else [ends])
     finally:
         answer.ended = time.perf_counter()
 
