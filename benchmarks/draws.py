@@ -44,7 +44,7 @@ def main() -> None:
             config = FourierConfig(bits=args.bits, codes=args.codes, seed=seed)
             samples = None if args.data_free else calibration_samples(128)
             model, processor, _ = compressed("tiny", folder, config, samples)
-            each = token_divergences(divergence.logs, divergence.told.log_probabilities(model))
+            each = token_divergences(divergence.logs, divergence.references.log_probabilities(model))
             every = torch.cat(each)
             broken = [s.question.task for s, one in zip(asked, each, strict=True) if float(one.max()) > BROKEN]
             row = key | {"kl": float(every.mean()), "worst": float(every.max()), "broken": Counter(broken)}

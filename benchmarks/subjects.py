@@ -45,7 +45,7 @@ class LMM:
         self.original.requires_grad_(False)
         self.names = list(classify(self.original).layers)
         self.inputs = list(prepare(self.samples, self.processor))
-        held_out = self.divergence.told.inputs[:: max(1, questions // MOMENT_SAMPLES)]
+        held_out = self.divergence.references.inputs[:: max(1, questions // MOMENT_SAMPLES)]
         layers = {name: self.original.get_submodule(name) for name in self.names}
         self.moments = collect(layers, lambda: [self.original(**x) for x in held_out])
 

@@ -17,7 +17,7 @@ import llava_fa
 from llava_fa.cli.main import app
 from llava_fa.eval.metrics import normalise
 from llava_fa.eval.report import answers, charts, models
-from llava_fa.eval.report.collect import Collected, Settings, chosen_layers, collect
+from llava_fa.eval.report.collect import Findings, Settings, chosen_layers, collect
 from llava_fa.eval.report.markup import Html, join, tag
 from llava_fa.eval.report.page import LARGEST, page
 from llava_fa.eval.spectra import Originals, singular_values, spectra
@@ -217,7 +217,7 @@ def test_hostile_answers_stay_text(collected):
     runs = [dataclasses.replace(run_) for run_ in collected.runs]
     bad = [dataclasses.replace(d, compressed=HOSTILE, original=HOSTILE) for d in runs[1].differences]
     runs[1] = dataclasses.replace(runs[1], name=HOSTILE, differences=bad)
-    found = Collected(runs, runs[0], collected.settings, {})
+    found = Findings(runs, runs[0], collected.settings, {})
     text = page(found, [HOSTILE], datetime.date(2026, 11, 21))
     parsed = Strict(text)
     assert "script" not in parsed.names

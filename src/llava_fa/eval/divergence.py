@@ -14,7 +14,7 @@ from llava_fa.world.samples import Sample, held_out_samples
 Progress = Callable[[int, int], None]
 
 
-class Told:
+class References:
     """Questions with their right answers as a model reads them, and where in the tokens each answer begins."""
 
     def __init__(self, samples: Sequence[Sample], processor: Any) -> None:
@@ -29,14 +29,14 @@ class Told:
         Teacher-forced: token t is predicted from the picture, the question and the right answer up to t - 1. One
         question at a time, so that no padding enters.
         """
-        found = []
+        logs = []
         for index, (x, start) in enumerate(zip(self.inputs, self.starts, strict=True)):
-            given = {k: v.to(model.device) for k, v in x.items()}
-            given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in given.items()}
-            logits = model(**given, use_cache=False).logits[0, start - 1 : -1]
-            found.append(logits.float().log_softmax(-1).cpu())
+            inputs = {k: v.to(model.device) for k, v in x.items()}
+            inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+            logits = model(**inputs, use_cache=False).logits[0, start - 1 : -1]
+            logs.append(logits.float().log_softmax(-1).cpu())
             progress(index + 1, len(self.inputs))
-        return found
+        return logs
 
 
 def token_divergences(original: Sequence[torch.Tensor], compressed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -49,10 +49,10 @@ class Divergence:
 
     def __init__(self, model: str, count: int) -> None:
         self.original, processor = load(model, dtype=torch.float32)
-        self.told = Told(held_out_samples(count), processor)
-        self.logs = self.told.log_probabilities(self.original)
+        self.references = References(held_out_samples(count), processor)
+        self.logs = self.references.log_probabilities(self.original)
 
     def __call__(self, model: Any) -> float:
         """Nats per answer token of a model that reads the same inputs."""
-        rows = token_divergences(self.logs, self.told.log_probabilities(model))
+        rows = token_divergences(self.logs, self.references.log_probabilities(model))
         return sum(float(row.sum()) for row in rows) / sum(len(row) for row in rows)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava_fa.eval.intervals import NORMAL
 from llava_fa.eval.report import charts
-from llava_fa.eval.report.collect import Collected, Difference, Run
+from llava_fa.eval.report.collect import Difference, Findings, Run
 from llava_fa.eval.report.markup import Html, number, percent, scroll, size, table, tag
 
 SHOWN = 192
@@ -20,12 +20,12 @@ GOOD = 0.95
 _POSITIONS = 24
 
 
-def summary(found: Collected) -> list[Html]:
+def summary(findings: Findings) -> list[Html]:
     """One row a model."""
     rows = []
-    for run in found.runs:
+    for run in findings.runs:
         world = run.scores.get("world")
-        kept = kept_by(found, run)
+        share = retention(findings, run)
         mean = mean_divergence(run)
         report = run.report
         rows.append(
@@ -35,7 +35,7 @@ def summary(found: Collected) -> list[Html]:
                 "–" if report is None else size(report.compressed_bytes),
                 "–" if report is None else f"{report.compression_ratio:.2f}×",
                 "–" if world is None else percent(world["accuracy"]),
-                "–" if kept is None else percent(kept),
+                "–" if share is None else percent(share),
                 "–" if mean is None else number(mean, 3),
             ]
         )
@@ -48,45 +48,45 @@ def summary(found: Collected) -> list[Html]:
         "of the original's",
         "KL, nats a token",
     ]
-    return [headline(found), table(headings, rows, "The models at a glance")]
+    return [headline(findings), table(headings, rows, "The models at a glance")]
 
 
-def kept_by(found: Collected, run: Run) -> float | None:
+def retention(findings: Findings, run: Run) -> float | None:
     """The share of the original's accuracy in the world, where both were asked."""
-    base, world = found.original and found.original.scores.get("world"), run.scores.get("world")
+    base, world = findings.original and findings.original.scores.get("world"), run.scores.get("world")
     return world["accuracy"] / base["accuracy"] if world and base and base["accuracy"] else None
 
 
-def headline(found: Collected) -> Html:
+def headline(findings: Findings) -> Html:
     """The one sentence that a reader takes along: on the smallest model that is still good, if any is."""
-    runs = [run for run in found.runs if run.compressed and run.report is not None]
+    runs = [run for run in findings.runs if run.compressed and run.report is not None]
     if not runs:
-        return tag("p", f"{len(found.runs)} models.", class_="lead")
-    good = [run for run in runs if (kept_by(found, run) or 0) >= GOOD]
+        return tag("p", f"{len(findings.runs)} models.", class_="lead")
+    good = [run for run in runs if (retention(findings, run) or 0) >= GOOD]
     run = min(good or runs, key=lambda r: r.report.compressed_bytes if r.report else math.inf)
     assert run.report is not None
     which = f"The smallest that keeps {100 * GOOD:.0f} %" if good and len(good) < len(runs) else "The smallest"
-    said = f"{which}, {run.name}, takes {size(run.report.compressed_bytes)} in the place of "
-    said += f"{size(run.report.original_bytes)}, {run.report.bits_per_weight:.2f} bits per weight"
-    if (kept := kept_by(found, run)) is not None:
-        said += f", and keeps {percent(kept)} of the original's accuracy"
-    return tag("p", said + ".", class_="lead")
+    text = f"{which}, {run.name}, takes {size(run.report.compressed_bytes)} in the place of "
+    text += f"{size(run.report.original_bytes)}, {run.report.bits_per_weight:.2f} bits per weight"
+    if (share := retention(findings, run)) is not None:
+        text += f", and keeps {percent(share)} of the original's accuracy"
+    return tag("p", text + ".", class_="lead")
 
 
-def scores(found: Collected) -> list[Html]:
+def scores(findings: Findings) -> list[Html]:
     """Accuracy per task with intervals."""
-    suites = list(dict.fromkeys(suite for run in found.runs for suite in run.scores))
+    suites = list(dict.fromkeys(suite for run in findings.runs for suite in run.scores))
     if not suites:
         return [tag("p", "Not measured: --limit was 0, and no result of eval was given.", class_="note")]
     shown: list[Html] = []
     for suite in suites:
         shown += [tag("h3", f"suite {suite}")] if len(suites) > 1 else []
-        shown += _suite(found, suite)
+        shown += _suite(findings, suite)
     return shown
 
 
-def _suite(found: Collected, suite: str) -> list[Html]:
-    runs = [(i, run, run.scores[suite]) for i, run in enumerate(found.runs) if suite in run.scores]
+def _suite(findings: Findings, suite: str) -> list[Html]:
+    runs = [(i, run, run.scores[suite]) for i, run in enumerate(findings.runs) if suite in run.scores]
     tasks = list(dict.fromkeys(task for _, _, result in runs for task in result["tasks"]))
     figures, rows = [], []
     whole = [(i, run, result["accuracy"], result) for i, run, result in runs if result["accuracy"] is not None]
@@ -95,13 +95,13 @@ def _suite(found: Collected, suite: str) -> list[Html]:
         own = [(i, run, r["tasks"][task]["score"], r["tasks"][task]) for i, run, r in runs if task in r["tasks"]]
         blocks.append((task, own))
     for name, own in blocks:
-        marks = [(i, run.name, score, told.get("interval")) for i, run, score, told in own]
+        marks = [(i, run.name, score, part.get("interval")) for i, run, score, part in own]
         ends = [score if interval is None else interval[0] for _, _, score, interval in marks]
         low = max(start for start in (0.0, 0.2, 0.4, 0.6, 0.8) if start <= min(ends))
         metric = own[0][3].get("metric", "")
         caption = [tag("b", name), f" {metric}" if metric else "", f", {own[0][3]['questions']} questions"]
         figures.append(tag("figure", tag("figcaption", caption), charts.intervals(marks, f"Scores of {name}", low)))
-        by_run = {i: _scored(score, told.get("interval")) for i, _, score, told in own}
+        by_run = {i: _scored(score, part.get("interval")) for i, _, score, part in own}
         rows.append([name, metric or "–", *(by_run.get(i, "–") for i, _, _ in runs)])
     note = tag("p", "Scores in %, with 95 % intervals: two models whose intervals overlap may still differ, since they "
                "answered the same questions; the questions they differ on are below.", class_="small")  # fmt: skip
@@ -122,19 +122,19 @@ def mean_divergence(run: Run) -> float | None:
 
 def positions(run: Run) -> list[tuple[int, float, float, int]]:
     """(position from 1, mean KL, its standard error, questions) of every position that some answer reaches."""
-    found = []
+    means = []
     rows = run.divergence or []
     for position in range(min(_POSITIONS, max(map(len, rows), default=0))):
         values = [row[position] for row in rows if len(row) > position]
         mean = sum(values) / len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
-        found.append((position + 1, mean, spread, len(values)))
-    return found
+        means.append((position + 1, mean, spread, len(values)))
+    return means
 
 
-def divergence(found: Collected) -> list[Html]:
+def divergence(findings: Findings) -> list[Html]:
     """KL divergence of the original over the position in the answer."""
-    runs = [(i, run, positions(run)) for i, run in enumerate(found.runs) if run.divergence]
+    runs = [(i, run, positions(run)) for i, run in enumerate(findings.runs) if run.divergence]
     if not runs:
         return [tag("p", "Needs the original and its questions: give --original MODEL, and a --limit.", class_="note")]
     floor = 1e-6
@@ -154,7 +154,7 @@ def divergence(found: Collected) -> list[Html]:
     figure = charts.svg(plane.width, plane.height, title, plane.frame("token of the answer", "nats"), drawn)
     counted = runs[0][2]
     rows = [
-        [str(position), str(questions), *(f"{told[k][1]:.3g} ± {NORMAL * told[k][2]:.2g}" for _, _, told in runs)]
+        [str(position), str(questions), *(f"{each[k][1]:.3g} ± {NORMAL * each[k][2]:.2g}" for _, _, each in runs)]
         for k, (position, _, _, questions) in enumerate(counted)
     ]
     means = [
@@ -164,27 +164,18 @@ def divergence(found: Collected) -> list[Html]:
     ]
     headings = ["token", "answers", *(run.name for _, run, _ in runs)]
     asked = len(runs[0][1].divergence or [])
-    said = "KL(original ‖ compressed) of the next token, given the picture, the question and the right answer so far, "
-    said += f"on {asked} held-out questions; shaded: 95 % intervals of the means' logarithms; "
-    said += "at later positions only the captions are left."
-    told = tag("p", said, class_="small")
-    marks = _legend_of(found, [i for i, _, _ in runs])
+    text = "KL(original ‖ compressed) of the next token, given the picture, the question and the right answer so far, "
+    text += f"on {asked} held-out questions; shaded: 95 % intervals of the means' logarithms; "
+    text += "at later positions only the captions are left."
+    note = tag("p", text, class_="small")
+    marks = charts.legend([run.name for _, run, _ in runs], [i for i, _, _ in runs])
     every = tag("details", tag("summary", "the numbers"), table(headings, [*rows, means], title))
-    return [told, tag("figure", marks, scroll(figure, title)), every]
+    return [note, tag("figure", marks, scroll(figure, title)), every]
 
 
-def _legend_of(found: Collected, wanted: list[int]) -> Html:
-    entries = []
-    for i in wanted:
-        sign = [tag("line", x1=0, y1=7, x2=28, y2=7, class_=f"s{i % charts.KINDS}"), charts.mark(i, 14, 7)]
-        drawn = tag("svg", sign, width=28, height=14, aria_hidden="true")
-        entries.append(tag("li", drawn, " ", found.runs[i].name))
-    return tag("ul", entries, class_="legend")
-
-
-def questions(found: Collected) -> list[Html]:
+def questions(findings: Findings) -> list[Html]:
     """The questions on which each model and the original differ most."""
-    runs = [run for run in found.runs if run.differences]
+    runs = [run for run in findings.runs if run.differences]
     if not runs:
         return [tag("p", "Needs the original: give --original MODEL, and a --limit.", class_="note")]
     shown = []
@@ -193,19 +184,19 @@ def questions(found: Collected) -> list[Html]:
         head = f"{run.name}: answers {run.differing} of {asked} questions differently"
         cards = tag("ol", [_card(run, one) for one in run.differences], class_="questions")
         shown.append(tag("details", tag("summary", head), cards, open=run is runs[-1]))
-    said = "Differing answers first, each group by the mean KL divergence over the right answer; of more than thirty "
-    said += "differing answers thirty are measured, spread over the tasks."
-    return [tag("p", said, class_="small"), *shown]
+    text = "Differing answers first, each group by the mean KL divergence over the right answer; of more than thirty "
+    text += "differing answers thirty are measured, spread over the tasks."
+    return [tag("p", text, class_="small"), *shown]
 
 
 def _card(run: Run, one: Difference) -> Html:
-    asked = one.sample.question
-    picture = tag("img", src=embedded(one.sample.image), alt=f"the picture of this question ({asked.task})",
+    question = one.sample.question
+    picture = tag("img", src=embedded(one.sample.image), alt=f"the picture of this question ({question.task})",
                   width=SHOWN, height=SHOWN, loading="lazy")  # fmt: skip
-    rows = [("expected", asked.answer), ("original", one.original), (run.name, one.compressed)]
-    said = tag("dl", [[tag("dt", who), tag("dd", what or "(nothing)")] for who, what in rows])
-    told = tag("p", f"{asked.task}, KL {number(one.kl, 3)} nats a token", class_="small")
-    return tag("li", picture, tag("div", tag("p", asked.text, class_="asked"), said, told))
+    rows = [("expected", question.answer), ("original", one.original), (run.name, one.compressed)]
+    texts = tag("dl", [[tag("dt", who), tag("dd", what or "(nothing)")] for who, what in rows])
+    note = tag("p", f"{question.task}, KL {number(one.kl, 3)} nats a token", class_="small")
+    return tag("li", picture, tag("div", tag("p", question.text, class_="asked"), texts, note))
 
 
 def embedded(picture: Image.Image) -> str:

@@ -23,12 +23,12 @@ def svg(width: float, height: float, title: str, *children: Any) -> Html:
 def hatchings() -> Html:
     """The patterns that bars are filled with; once a document."""
     angles = (0, 45, -45, 90, 0, 45, -45, 90)
-    found = []
+    patterns = []
     for i, angle in enumerate(angles):
         lines = () if i == 0 else (tag("line", x1=0, y1=0, x2=0, y2=8, class_="hatch", stroke_width=2 if i < 4 else 5),)
         ground = tag("rect", width=8, height=8, class_=f"f{i}")
         turn = f"rotate({angle})"
-        found.append(
+        patterns.append(
             tag(
                 "pattern",
                 ground,
@@ -40,7 +40,7 @@ def hatchings() -> Html:
                 patternTransform=turn,
             )
         )
-    return tag("svg", tag("defs", found), width=0, height=0, class_="defs", aria_hidden="true")
+    return tag("svg", tag("defs", patterns), width=0, height=0, class_="defs", aria_hidden="true")
 
 
 def mark(kind: int, x: float, y: float, r: float = 4.5) -> Html:
@@ -60,10 +60,10 @@ def mark(kind: int, x: float, y: float, r: float = 4.5) -> Html:
     return tag("path", d=d, class_=cls)
 
 
-def legend(names: Sequence[str], *, filled: bool = False) -> Html:
-    """What each mark (or hatching) stands for."""
+def legend(names: Sequence[str], series: Sequence[int] | None = None, *, filled: bool = False) -> Html:
+    """What each mark (or hatching) stands for; by default of the first series."""
     entries = []
-    for i, name in enumerate(names):
+    for i, name in zip(series or range(len(names)), names, strict=True):
         if filled:
             sign = tag("rect", x=1, y=1, width=26, height=12, fill=f"url(#h{i % KINDS})", class_="edge")
         else:
@@ -77,7 +77,7 @@ def bars(rows: Sequence[tuple[str, Sequence[float], str]], title: str) -> Html:
     width, left, right, step = 720.0, 130.0, 90.0, 34.0
     longest = max(sum(parts) for _, parts, _ in rows) or 1.0
     drawn: list[Html] = []
-    for k, (name, parts, said) in enumerate(rows):
+    for k, (name, parts, remark) in enumerate(rows):
         x, y = left, 4 + k * step
         drawn.append(tag("text", clip(name, 19), x=left - 8, y=y + 17, class_="end"))
         for i, part in enumerate(parts):
@@ -85,7 +85,7 @@ def bars(rows: Sequence[tuple[str, Sequence[float], str]], title: str) -> Html:
             if wide > 0:
                 drawn.append(tag("rect", x=x, y=y, width=wide, height=24, fill=f"url(#h{i % KINDS})", class_="edge"))
             x += wide
-        drawn.append(tag("text", said, x=x + 6, y=y + 17))
+        drawn.append(tag("text", remark, x=x + 6, y=y + 17))
     return svg(width, 8 + step * len(rows), title, drawn)
 
 
@@ -131,8 +131,8 @@ class Plane:
 
     @staticmethod
     def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
-        kept = [v for v in values if not log or v > 0] or [1.0]
-        low, high = min(kept), max(kept)
+        values = [v for v in values if not log or v > 0] or [1.0]
+        low, high = min(values), max(values)
         if log:
             low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
             return (low, high) if high > low else (low, 10 * low)
@@ -222,8 +222,8 @@ def heatmap(
             drawn.append(
                 tag("text", text, x=x + wide / 2 - 1, y=y + 15, class_="mid figure on" if shade > 4 else "mid figure")
             )
-    said = f"{title}, from {number(low, 3)} to {number(high, 3)} {unit}"
-    return svg(left + wide * len(columns) + 4, top + step * len(rows) + 4, said, drawn)
+    title = f"{title}, from {number(low, 3)} to {number(high, 3)} {unit}"
+    return svg(left + wide * len(columns) + 4, top + step * len(rows) + 4, title, drawn)
 
 
 def clip(text: str, length: int) -> str:

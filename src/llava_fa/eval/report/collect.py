@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import psutil
 import torch
 
 from llava_fa.errors import FourierError
-from llava_fa.eval.divergence import Told, token_divergences
+from llava_fa.eval.divergence import References, token_divergences
 from llava_fa.eval.metrics import normalise
-from llava_fa.eval.report.kept import Kept, fingerprint
+from llava_fa.eval.report.cache import Cache, fingerprint
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.eval.spectra import Originals, Spectra, spectra
 from llava_fa.hub.inspect import inspect_model, spending
@@ -91,7 +93,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Collected:
+class Findings:
     """All of a report: ``runs`` in the order they are shown, the original (where given) first."""
 
     runs: list[Run]
@@ -107,7 +109,7 @@ def collect(
     work: Path,
     tell: Tell = lambda what, done, total: None,
     answered: Mapping[str, dict[str, Any]] | None = None,
-) -> Collected:
+) -> Findings:
     """Measure everything; what takes long is kept in the folder ``work``, from which a killed run goes on.
 
     Args:
@@ -119,12 +121,12 @@ def collect(
         FourierError: no such model or file, or one that is not what it should be.
     """
     runs, first = _runs(models, original)
-    kept = Kept(work)
+    cache = Cache(work)
     samples = held_out_samples(settings.limit, settings.seed) if settings.limit else []
     for run in runs:
         if run.report is None or not samples:
             continue
-        result = (answered or {}).get(run.model) or kept(
+        result = (answered or {}).get(run.model) or cache(
             "answers",
             {"model": fingerprint(run.model), "limit": settings.limit, "seed": settings.seed},
             lambda run=run: _answer(run, settings, tell),
@@ -135,9 +137,9 @@ def collect(
     if first is not None:
         others = [run for run in runs if run is not first and run.report is not None]
         if samples:
-            dtypes = _compare(first, others, samples, settings, kept, tell)
-        _spectra(first, [run for run in others if run.compressed], settings, kept, tell)
-    return Collected(runs, first, settings, dtypes)
+            dtypes = _compare(first, others, samples, settings, cache, tell)
+        _spectra(first, [run for run in others if run.compressed], settings, cache, tell)
+    return Findings(runs, first, settings, dtypes)
 
 
 def _runs(models: Sequence[str], original: str | None) -> tuple[list[Run], Run | None]:
@@ -162,13 +164,13 @@ def _runs(models: Sequence[str], original: str | None) -> tuple[list[Run], Run |
     short = [Path(run.model).name for run in runs.values()]
     for run, name in zip(runs.values(), short, strict=True):
         run.name = name if short.count(name) == 1 else run.model
-    found = list(runs.values())
-    first = found[0] if original else None
+    every = list(runs.values())
+    first = every[0] if original else None
     if first is not None and first.compressed:
         raise FourierError(
             "the original is a compressed model", remedy="Give the checkpoint it was made from", where=str(original)
         )
-    return found, first
+    return every, first
 
 
 def _result(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -197,12 +199,12 @@ def _answer(run: Run, settings: Settings, tell: Tell) -> dict[str, Any]:
         processor,
         limit=settings.limit,
         seed=settings.seed,
-        progress=lambda done, total: tell(f"asking {run.name}", done, total),
+        progress=functools.partial(tell, f"asking {run.name}"),
     )
 
 
 def _compare(
-    first: Run, others: list[Run], samples: list[Sample], settings: Settings, kept: Kept, tell: Tell
+    first: Run, others: list[Run], samples: list[Sample], settings: Settings, cache: Cache, tell: Tell
 ) -> dict[str, str]:
     """KL divergences and differences; one model in memory at a time, the original's distributions kept."""
     assert first.answers is not None
@@ -217,7 +219,10 @@ def _compare(
     place = check_device(
         ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     )
-    dtype = _exact_dtype(first, place)
+    # float32 on a CPU that has the memory, so that no model's own rounding is taken for divergence
+    assert first.report is not None
+    enough = 3 * first.report.compressed_bytes < psutil.virtual_memory().available
+    dtype = torch.float32 if place.type == "cpu" and enough else None
     keys = {
         run.model: {
             "model": fingerprint(run.model),
@@ -231,44 +236,36 @@ def _compare(
     }
     state: dict[str, Any] = {}
 
+    def distributions(model: Any, run: Run) -> list[torch.Tensor]:
+        progress = functools.partial(tell, f"distributions of {run.name}")
+        return state["references"].log_probabilities(model, progress)  # type: ignore[no-any-return]
+
     def measure(run: Run) -> list[list[float]]:
         if not state:
             tell(f"loading {first.name}", 0, 1)
             model, processor = load(first.model, settings.device, dtype)
-            state["told"] = Told([samples[i] for i in wanted], processor)
-            state["logs"] = _log_probabilities(state["told"], model, first, tell)
+            state["references"] = References([samples[i] for i in wanted], processor)
+            state["logs"] = distributions(model, first)
             del model
         tell(f"loading {run.name}", 0, 1)
         model, _ = load(run.model, settings.device, dtype)
         if run.compressed:
             model.dequantize()  # once, not for every question: the same function of the input up to rounding
-        logs = _log_probabilities(state["told"], model, run, tell)
-        return [row.tolist() for row in token_divergences(state["logs"], logs)]
+        return [row.tolist() for row in token_divergences(state["logs"], distributions(model, run))]
 
     for run in others:
-        found = dict(zip(wanted, kept("divergence", keys[run.model], lambda run=run: measure(run)), strict=True))
-        run.divergence = [found[i] for i in even]
-        rows = [
+        rows = cache("divergence", keys[run.model], functools.partial(measure, run))
+        kls = dict(zip(wanted, rows, strict=True))
+        run.divergence = [kls[i] for i in even]
+        differences = [
             Difference(
-                samples[i], first.answers[i]["answer"], (run.answers or [])[i]["answer"], sum(found[i]) / len(found[i])
+                samples[i], first.answers[i]["answer"], (run.answers or [])[i]["answer"], sum(kls[i]) / len(kls[i])
             )
             for i in {*even, *differing[run.model]}
         ]
-        rows.sort(key=lambda d: (normalise(d.original) != normalise(d.compressed), d.kl), reverse=True)
-        run.differences = rows[:DIFFERENCES]
+        differences.sort(key=lambda d: (normalise(d.original) != normalise(d.compressed), d.kl), reverse=True)
+        run.differences = differences[:DIFFERENCES]
     return {"divergence": str(dtype).removeprefix("torch.") if dtype else "as loaded"}
-
-
-def _log_probabilities(told: Told, model: Any, run: Run, tell: Tell) -> list[torch.Tensor]:
-    return told.log_probabilities(model, lambda done, total: tell(f"distributions of {run.name}", done, total))
-
-
-def _exact_dtype(first: Run, device: str) -> torch.dtype | None:
-    """float32 on a CPU that has the memory, so that no model's own rounding is taken for divergence."""
-    assert first.report is not None
-    place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    enough = 3 * first.report.compressed_bytes < psutil.virtual_memory().available
-    return torch.float32 if place.type == "cpu" and enough else None
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
@@ -298,19 +295,17 @@ def chosen_layers(report: Report, wanted: Sequence[str]) -> list[str]:
     Raises:
         FourierError: a pattern matches no compressed layer.
     """
-    from fnmatch import fnmatchcase
-
     names = [layer.name for layer in report.layers]
     if wanted:
-        found = []
+        chosen = []
         for pattern in wanted:
             hits = [n for n in names if n == pattern or n.endswith(f".{pattern}") or fnmatchcase(n, pattern)]
             if not hits:
                 raise FourierError(
                     f"no compressed layer matches {pattern!r}", remedy="`llava-fa inspect --layers` lists them"
                 )
-            found += hits
-        return list(dict.fromkeys(found))
+            chosen += hits
+        return list(dict.fromkeys(chosen))
     worst: dict[str, LayerReport] = {}
     # An embedding's error is never an output error, and its matrix is too large to take apart unasked.
     plain = [layer for layer in report.layers if not layer.embedding]
@@ -319,14 +314,14 @@ def chosen_layers(report: Report, wanted: Sequence[str]) -> list[str]:
     return [worst[part].name for part in ("vision tower", "projector", "language model") if part in worst]
 
 
-def _spectra(first: Run, runs: list[Run], settings: Settings, kept: Kept, tell: Tell) -> None:
+def _spectra(first: Run, runs: list[Run], settings: Settings, cache: Cache, tell: Tell) -> None:
     originals = Originals(open_source(resolve_model(first.model)))
     todo = [(run, name) for run in runs if run.report for name in chosen_layers(run.report, settings.layers)]
     for done, (run, name) in enumerate(todo):
         tell(f"spectrum of {name}", done, len(todo))
         key = {"model": fingerprint(run.model), "original": fingerprint(first.model), "layer": name}
         folder = resolve_model(run.model)
-        values = kept(
+        values = cache(
             "spectra", key, lambda folder=folder, name=name: dataclasses.asdict(spectra(originals, folder, name))
         )
         run.spectra.append(Spectra(**values))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_fa.eval.report import charts
-from llava_fa.eval.report.collect import Collected, Run, layer_error, part_of
+from llava_fa.eval.report.collect import Findings, Run, layer_error, part_of
 from llava_fa.eval.report.markup import Html, join, number, percent, scroll, size, table, tag
 from llava_fa.eval.spectra import REACH, Spectra
 from llava_fa.hub.report import LayerReport
@@ -36,9 +36,9 @@ ROWS = 400
 """Rows of a table at most; the worst are kept."""
 
 
-def sizes(found: Collected) -> list[Html]:
+def sizes(findings: Findings) -> list[Html]:
     """What the bytes are spent on."""
-    runs = [run for run in found.runs if run.spent is not None and run.report is not None]
+    runs = [run for run in findings.runs if run.spent is not None and run.report is not None]
     if not runs:
         return [tag("p", "Only results were given, no model folders.", class_="note")]
     kinds = [kind for kind in SPENT if any((run.spent or {}).get(kind) for run in runs)]
@@ -63,9 +63,9 @@ def sizes(found: Collected) -> list[Html]:
     ]
 
 
-def layers(found: Collected) -> list[Html]:
+def layers(findings: Findings) -> list[Html]:
     """Error and bits of every layer over depth and module."""
-    runs = [run for run in found.runs if run.compressed]
+    runs = [run for run in findings.runs if run.compressed]
     if not runs:
         return [tag("p", "No compressed model folder was given.", class_="note")]
     return [_layers_of(run, opened=run is runs[-1]) for run in runs]
@@ -139,15 +139,15 @@ def place(layer: str) -> tuple[str, int]:
     return re.sub(r"\b\d+\b", "*", layer[depth.end() :]), int(depth.group(1))
 
 
-def allocation(found: Collected) -> list[Html]:
+def allocation(findings: Findings) -> list[Html]:
     """Why each layer has its bits."""
-    runs = [run for run in found.runs if run.compressed]
+    runs = [run for run in findings.runs if run.compressed]
     budgeted = [run for run in runs if run.report is not None and run.report.budget is not None]
     shown: list[Html] = []
     if same := [run.name for run in runs if run not in budgeted]:
-        said = f"{', '.join(same)}: every layer was given the same bits; "
-        said += "a budget (compress --bits 2.25 or --size) gives each layer what it needs."
-        shown.append(tag("p", said, class_="note"))
+        text = f"{', '.join(same)}: every layer was given the same bits; "
+        text += "a budget (compress --bits 2.25 or --size) gives each layer what it needs."
+        shown.append(tag("p", text, class_="note"))
     for run in budgeted:
         assert run.report is not None
         assert run.report.budget is not None
@@ -166,7 +166,7 @@ def _allocation_of(run: Run, budget: dict[str, Any]) -> Html:
         "no uniform bits fit" if uniform is None else f"{number(float(str(uniform)), 3)} with the same bits everywhere"
     )
     loss = number(float(str(budget["predicted_loss"])), 3)
-    told = tag("p", f"Budget {given}. Predicted loss {loss} {budget['unit']}; {beside}.")
+    note = tag("p", f"Budget {given}. Predicted loss {loss} {budget['unit']}; {beside}.")
     known = [layer for layer in rows if layer.sensitivity]
     figure = None
     if known:
@@ -199,12 +199,12 @@ def _allocation_of(run: Run, budget: dict[str, Any]) -> Html:
     every = tag(
         "details", tag("summary", "every layer, the largest predicted loss first"), table(headings, cells, caption)
     )
-    return tag("section", tag("h3", run.name), told, figure, every)
+    return tag("section", tag("h3", run.name), note, figure, every)
 
 
-def inside(found: Collected) -> list[Html]:
+def inside(findings: Findings) -> list[Html]:
     """Singular values and histograms of the chosen layers."""
-    runs = [run for run in found.runs if run.spectra]
+    runs = [run for run in findings.runs if run.spectra]
     if not runs:
         return [tag("p", "Needs the original's weights: give --original MODEL.", class_="note")]
     shown = [tag("p", ABOUT)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from llava_fa.errors import FourierError
 from llava_fa.eval.report import answers, charts, models
-from llava_fa.eval.report.collect import Collected, Run
+from llava_fa.eval.report.collect import Findings, Run
 from llava_fa.eval.report.markup import Html, table, tag
 from llava_fa.hub.provenance import versions
 
@@ -16,11 +17,11 @@ LARGEST = 5_000_000
 """Bytes of a report at most: it is sent by mail and opened on phones."""
 
 
-def page(found: Collected, commands: Sequence[str], today: datetime.date) -> str:
+def page(findings: Findings, commands: Sequence[str], today: datetime.date) -> str:
     """The whole document.
 
     Args:
-        found: what was measured.
+        findings: what was measured.
         commands: how the report was made, one line of shell each.
         today: the date it carries.
 
@@ -28,17 +29,17 @@ def page(found: Collected, commands: Sequence[str], today: datetime.date) -> str
         FourierError: it would be larger than `LARGEST`.
     """
     sections = (
-        ("summary", "At a glance", answers.summary(found)),
-        ("size", "Size: what the bytes are spent on", models.sizes(found)),
-        ("accuracy", "Accuracy", answers.scores(found)),
-        ("divergence", "Divergence by position", answers.divergence(found)),
-        ("layers", "Error and bits of every layer", models.layers(found)),
-        ("allocation", "Why each layer has its bits", models.allocation(found)),
-        ("inside", "Before and after the transform", models.inside(found)),
-        ("questions", "Where the models differ most", answers.questions(found)),
-        ("made", "How this was made", made(found, commands)),
+        ("summary", "At a glance", answers.summary(findings)),
+        ("size", "Size: what the bytes are spent on", models.sizes(findings)),
+        ("accuracy", "Accuracy", answers.scores(findings)),
+        ("divergence", "Divergence by position", answers.divergence(findings)),
+        ("layers", "Error and bits of every layer", models.layers(findings)),
+        ("allocation", "Why each layer has its bits", models.allocation(findings)),
+        ("inside", "Before and after the transform", models.inside(findings)),
+        ("questions", "Where the models differ most", answers.questions(findings)),
+        ("made", "How this was made", made(findings, commands)),
     )
-    title = "Compression report: " + ", ".join(run.name for run in found.runs if run is not found.original)
+    title = "Compression report: " + ", ".join(run.name for run in findings.runs if run is not findings.original)
     style = files("llava_fa.eval.report").joinpath("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = tag(
@@ -72,10 +73,10 @@ def page(found: Collected, commands: Sequence[str], today: datetime.date) -> str
     return text
 
 
-def made(found: Collected, commands: Sequence[str]) -> list[Html]:
+def made(findings: Findings, commands: Sequence[str]) -> list[Html]:
     """Versions and the exact commands."""
     rows = []
-    for run in found.runs:
+    for run in findings.runs:
         if run.compressed:
             rows.append([run.name, tag("code", command_of(run)), _versions(run)])
     shown = [tag("h3", "This report"), tag("pre", "\n".join(commands))]
@@ -84,12 +85,14 @@ def made(found: Collected, commands: Sequence[str]) -> list[Html]:
             tag("h3", "The models"),
             table(["model", "made by", "with"], rows, "Commands of the models", numbers=9),
         ]
-    for run in found.runs:
+    for run in findings.runs:
         if run.report is not None and run.report.training is not None:
-            told = run.report.training
-            shown.append(tag("p", f"{run.name} was trained: {told['steps']} steps, {told['trainable']:,} parameters."))
-    settings = found.settings
-    measured = [f"{name}: {dtype}" for name, dtype in found.dtypes.items()]
+            training = run.report.training
+            shown.append(
+                tag("p", f"{run.name} was trained: {training['steps']} steps, {training['trainable']:,} parameters.")
+            )
+    settings = findings.settings
+    measured = [f"{name}: {dtype}" for name, dtype in findings.dtypes.items()]
     text = f"Questions of the world: seed {settings.seed}, about {settings.limit}"
     shown.append(tag("p", "; ".join([text, *measured]) + "."))
     return [
@@ -101,10 +104,13 @@ def made(found: Collected, commands: Sequence[str]) -> list[Html]:
 
 def command_of(run: Run) -> str:
     """What made a compressed folder."""
-    told = run.report.provenance if run.report is not None else None
-    return told["command"].replace(" OUT", f" {run.model}", 1) if told else "not recorded: through the Python API"
+    command = _provenance(run).get("command")
+    return command.replace(" OUT", f" {run.model}", 1) if command else "not recorded: through the Python API"
 
 
 def _versions(run: Run) -> str:
-    told = run.report.provenance if run.report is not None else None
-    return ", ".join(f"{name} {number}" for name, number in (told or {}).get("versions", {}).items()) or "–"
+    return ", ".join(f"{name} {number}" for name, number in _provenance(run).get("versions", {}).items()) or "–"
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    return (run.report and run.report.provenance) or {}

@@ -18,12 +18,12 @@ def fingerprint(model: str) -> str:
     folder = resolve_model(model)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
-        told = path.stat()
-        digest.update(f"{path.resolve()}:{told.st_size}:{told.st_mtime_ns}".encode())
+        status = path.stat()
+        digest.update(f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
-class Kept:
+class Cache:
     """JSON values by what they depend on, one file each in a folder that is made when the first is kept."""
 
     def __init__(self, folder: Path) -> None:
