@@ -1,9 +1,9 @@
 """AutoRound (Cheng et al. 2023, arXiv 2309.05516) with its library's own wrapped layers and sign-gradient optimiser.
 
-The library's driver takes language models with text from a hub; here its `quantize_block` is followed by hand for every
-block of the vision tower, the projector and the language model: the block on the inputs of the rounded blocks before it
-against the original's outputs on the original's inputs, batches of 8 samples, 200 steps, rate 1 / steps falling to 0,
-the best step kept. Asymmetric, groups of 128, scales in float16, zeros in as many bits as the codes.
+The library's driver takes language models with text from a hub; here its ``quantize_block`` is followed by hand for
+every block of the vision tower, the projector and the language model: the block on the inputs of the rounded blocks
+before it against the original's outputs on the original's inputs, batches of 8 samples, 200 steps, rate 1 / steps
+falling to 0, the best step kept. Asymmetric, groups of 128, scales in float16, zeros in as many bits as the codes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which tensors one compressed layer consists of: names, dtypes and shapes (docs/format.md, "Method `best`")."""
+"""Which tensors one compressed layer consists of: names, dtypes and shapes (docs/format.md)."""
 
 from __future__ import annotations
 
