@@ -57,45 +57,42 @@ class Pictures:
         Raises:
             ApiError: 400, what it is or where it lies is not accepted, or it is no picture; 413, it is too large.
         """
-        if not isinstance(url, str):
-            raise ApiError(400, "image_url.url is not a string", param=param, code="invalid_image")
-        self.count += 1
-        if self.count > self.limits.images:
-            raise ApiError(400, f"More than {self.limits.images} images", param=param, code="too_many_images")
-        scheme = url.split(":", 1)[0].lower() if ":" in url[:16] else ""
-        if scheme == "data":
-            data = self._decoded(url, param)
-        elif scheme in ("http", "https"):
-            data = self._fetched(url, param)
-        elif scheme == "file":
-            data = self._read(url, param)
-        else:
-            raise ApiError(
-                400, "An image is given as a data URL: data:image/png;base64,…", param=param, code="invalid_image_url"
-            )
-        image = self.look(data, param)
+        try:
+            data = self._bytes(url)
+            image = self.look(data)
+        except ApiError as error:
+            error.param = param
+            raise
         kind = "jpeg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
-    def _decoded(self, url: str, param: str) -> bytes:
+    def _bytes(self, url: object) -> bytes:
+        if not isinstance(url, str):
+            raise ApiError(400, "image_url.url is not a string", code="invalid_image")
+        self.count += 1
+        if self.count > self.limits.images:
+            raise ApiError(400, f"More than {self.limits.images} images", code="too_many_images")
+        scheme = url.split(":", 1)[0].lower() if ":" in url[:16] else ""
+        ways = {"data": self._decoded, "http": self._fetched, "https": self._fetched, "file": self._read}
+        if scheme not in ways:
+            raise ApiError(400, "An image is given as a data URL: data:image/png;base64,…", code="invalid_image_url")
+        return ways[scheme](url)
+
+    def _decoded(self, url: str) -> bytes:
         head, comma, content = url.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise ApiError(400, "The data URL is not base64", param=param, code="invalid_image_url")
+            raise ApiError(400, "The data URL is not base64", code="invalid_image_url")
         if len(content) * 3 // 4 > self.limits.image_bytes + 2:
-            raise self._too_large(param)
+            raise self._too_large()
         try:
             raw = unquote_to_bytes(content) if "%" in content else content.encode()
-            data = base64.b64decode(b"".join(raw.split()), validate=True)
+            return base64.b64decode(b"".join(raw.split()), validate=True)
         except (binascii.Error, ValueError):
-            raise ApiError(400, "The data URL is not valid base64", param=param, code="invalid_image_url") from None
-        return data
+            raise ApiError(400, "The data URL is not valid base64", code="invalid_image_url") from None
 
-    def _fetched(self, url: str, param: str) -> bytes:
+    def _fetched(self, url: str) -> bytes:
         refused = ApiError(
-            400,
-            "This server does not fetch images from there; send a data URL",
-            param=param,
-            code="remote_image_refused",
+            400, "This server does not fetch images from there; send a data URL", code="remote_image_refused"
         )
         if not self.sources.hosts:
             raise refused
@@ -107,7 +104,7 @@ class Pictures:
             raise refused from None
         if address.host.lower() not in {name.lower() for name in self.sources.hosts}:
             raise refused
-        failed = ApiError(400, "The image could not be fetched", param=param, code="image_not_fetched")
+        failed = ApiError(400, "The image could not be fetched", code="image_not_fetched")
         data, end = bytearray(), time.monotonic() + FETCH_SECONDS
         try:
             # trust_env: neither a proxy nor .netrc of the server's account may speak for a stranger's request
@@ -120,17 +117,15 @@ class Pictures:
                 for part in reply.iter_raw():
                     data += part
                     if len(data) > self.limits.image_bytes:
-                        raise self._too_large(param)
+                        raise self._too_large()
                     if time.monotonic() > end:
                         raise failed
         except httpx.HTTPError:
             raise failed from None
         return bytes(data)
 
-    def _read(self, url: str, param: str) -> bytes:
-        refused = ApiError(
-            400, "This server does not read that file; send a data URL", param=param, code="file_refused"
-        )
+    def _read(self, url: str) -> bytes:
+        refused = ApiError(400, "This server does not read that file; send a data URL", code="file_refused")
         folder = self.sources.folder
         parts = urlsplit(url)
         if folder is None or parts.netloc not in ("", "localhost"):
@@ -144,36 +139,29 @@ class Pictures:
         except (OSError, ValueError):  # whether a file outside exists is nobody's business: one error for all
             raise refused from None
 
-    def look(self, data: bytes, param: str | None = None) -> Image.Image:
+    def look(self, data: bytes) -> Image.Image:
         """The decoded picture in these bytes; its size is read before any pixel is.
 
         Raises:
             ApiError: 400, it is no picture; 413, it is too large.
         """
         if len(data) > self.limits.image_bytes:
-            raise self._too_large(param)
+            raise self._too_large()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is the one that counts
                 with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                     self.pixels += image.width * image.height
                     if self.pixels > self.limits.pixels:
-                        raise ApiError(
-                            413,
-                            f"The images have more than {self.limits.pixels} pixels",
-                            param=param,
-                            code="image_too_large",
-                        )
+                        most = self.limits.pixels
+                        raise ApiError(413, f"The images have more than {most} pixels", code="image_too_large")
                     image.load()
                     return image
         except Image.DecompressionBombError:
-            raise ApiError(413, "The image has too many pixels", param=param, code="image_too_large") from None
+            raise ApiError(413, "The image has too many pixels", code="image_too_large") from None
         except (OSError, SyntaxError, ValueError, EOFError):
-            raise ApiError(
-                400, f"This is not a readable image ({', '.join(FORMATS)})", param=param, code="invalid_image"
-            ) from None
+            message = f"This is not a readable image ({', '.join(FORMATS)})"
+            raise ApiError(400, message, code="invalid_image") from None
 
-    def _too_large(self, param: str | None) -> ApiError:
-        return ApiError(
-            413, f"An image has more than {self.limits.image_bytes} bytes", param=param, code="image_too_large"
-        )
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"An image has more than {self.limits.image_bytes} bytes", code="image_too_large")
