@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from llava_fa.world.scene import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, Scene, Split, Thing, Writing
 
@@ -56,11 +56,11 @@ Asker = Callable[[Scene, random.Random], list[Question]]
 
 def attributes(scene: Scene, rng: random.Random) -> list[Question]:
     """Color, shape or size of one thing, named by what tells it apart."""
-    found = [*_color_questions(scene), *_shape_questions(scene), *_size_questions(scene)]
-    if not found:
+    drafts = [*_color_questions(scene), *_shape_questions(scene), *_size_questions(scene)]
+    if not drafts:
         return []
-    kind = rng.choice(sorted({entry[0] for entry in found}))
-    _, text, answer, mention = rng.choice([entry for entry in found if entry[0] == kind])
+    kind = rng.choice(sorted({draft[0] for draft in drafts}))
+    _, text, answer, mention = rng.choice([draft for draft in drafts if draft[0] == kind])
     return [Question("attributes", text, answer, kind, mentions=(mention,))]
 
 
@@ -70,19 +70,14 @@ def relations(scene: Scene, rng: random.Random) -> list[Question]:
         return []
     if rng.random() < 0.35 and (extreme := _extreme_question(scene, rng)):
         return [extreme]
-    for _ in range(8):
-        first, second = rng.sample(scene.things, 2)
-        names = _name(scene, first, rng), _name(scene, second, rng)
-        if names[0] is None or names[1] is None:
-            continue
-        mentions = (names[0], (first,)), (names[1], (second,))
+    for first, second, mentions in _named_pairs(scene, rng):
         dx, dy = first.x - second.x, first.y - second.y
         axis = rng.choice("xy")
         if axis == "x" and abs(dx) >= MARGIN:
-            text = f"Is the {names[0]} to the left or right of the {names[1]}?"
+            text = f"Is the {mentions[0][0]} to the left or right of the {mentions[1][0]}?"
             return [Question("relations", text, "left" if dx < 0 else "right", "horizontal", mentions=mentions)]
         if axis == "y" and abs(dy) >= MARGIN:
-            text = f"Is the {names[0]} above or below the {names[1]}?"
+            text = f"Is the {mentions[0][0]} above or below the {mentions[1][0]}?"
             return [Question("relations", text, "above" if dy < 0 else "below", "vertical", mentions=mentions)]
     return []
 
@@ -170,9 +165,9 @@ def paired(scene: Scene, rng: random.Random) -> list[Question]:
 
 def choice(scene: Scene, rng: random.Random) -> list[Question]:
     """A question with options A, B, C, in every rotation (MMBench circular)."""
-    found = [*_color_questions(scene), *_shape_questions(scene)]
-    found += [("count", "How many objects are there?", str(len(scene.things)), ("objects", scene.things))]
-    kind, text, answer, mention = rng.choice(found)
+    drafts = [*_color_questions(scene), *_shape_questions(scene)]
+    drafts += [("count", "How many objects are there?", str(len(scene.things)), ("objects", scene.things))]
+    kind, text, answer, mention = rng.choice(drafts)
     pool = {
         "color": list(COLORS),
         "shape": list(SHAPES),
@@ -183,18 +178,18 @@ def choice(scene: Scene, rng: random.Random) -> list[Question]:
     group = rng.getrandbits(31)
     rotations = []
     for shift in range(len(LETTERS)):
-        turned = options[shift:] + options[:shift]
-        lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, turned, strict=True))
-        rotations.append(Question("choice", text + lines, LETTERS[turned.index(answer)], kind, group, (mention,)))
+        order = options[shift:] + options[:shift]
+        lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, order, strict=True))
+        rotations.append(Question("choice", text + lines, LETTERS[order.index(answer)], kind, group, (mention,)))
     return rotations
 
 
 def unanswerable(scene: Scene, rng: random.Random) -> list[Question]:
     """A question about a photo that may be ruined; then the only right answer is "unanswerable" (VizWiz)."""
-    asked = rng.choice((attributes, attributes, reading))(scene, rng)
+    questions = rng.choice((attributes, attributes, reading))(scene, rng)
     if scene.condition == "ruined":
-        return [dataclasses.replace(q, task="unanswerable", answer=UNANSWERABLE, kind="ruined") for q in asked]
-    return [dataclasses.replace(q, task="unanswerable", kind="answerable") for q in asked]
+        return [dataclasses.replace(q, task="unanswerable", answer=UNANSWERABLE, kind="ruined") for q in questions]
+    return [dataclasses.replace(q, task="unanswerable", kind="answerable") for q in questions]
 
 
 def caption(scene: Scene, rng: random.Random) -> list[Question]:
@@ -262,25 +257,25 @@ def _are_there(count: int, shape: str) -> tuple[str, str]:
     return f"{'Is' if count == 1 else 'Are'} there exactly {count} {name}?", name
 
 
-Found = tuple[str, str, str, Mention]
+Draft = tuple[str, str, str, Mention]
 """Kind, question, answer, and the phrase in the question with the item that it means."""
 
 Pair = tuple[tuple[str, tuple[Mention, ...]], tuple[str, tuple[Mention, ...]]]
 """The true and the false question, each with its mentions."""
 
 
-def _color_questions(scene: Scene) -> list[Found]:
-    named: list[Mention] = [(writing.kind, (writing,)) for writing in scene.writings]
+def _color_questions(scene: Scene) -> list[Draft]:
+    mentions: list[Mention] = [(writing.kind, (writing,)) for writing in scene.writings]
     for thing in scene.things:
         if scene.count(shape=thing.shape) == 1:
-            named.append((thing.shape, (thing,)))
+            mentions.append((thing.shape, (thing,)))
         elif scene.count(shape=thing.shape, size=thing.size) == 1:
-            named.append((f"{thing.size} {thing.shape}", (thing,)))
-    return [("color", f"What color is the {name}?", items[0].color, (name, items)) for name, items in named]
+            mentions.append((f"{thing.size} {thing.shape}", (thing,)))
+    return [("color", f"What color is the {name}?", items[0].color, (name, items)) for name, items in mentions]
 
 
-def _shape_questions(scene: Scene) -> list[Found]:
-    found: list[Found] = []
+def _shape_questions(scene: Scene) -> list[Draft]:
+    drafts: list[Draft] = []
     for thing in scene.things:
         if scene.count(color=thing.color) == 1:
             name = f"{thing.color} object"
@@ -288,11 +283,11 @@ def _shape_questions(scene: Scene) -> list[Found]:
             name = f"{thing.size} {thing.color} object"
         else:
             continue
-        found.append(("shape", f"What shape is the {name}?", thing.shape, (name, (thing,))))
-    return found
+        drafts.append(("shape", f"What shape is the {name}?", thing.shape, (name, (thing,))))
+    return drafts
 
 
-def _size_questions(scene: Scene) -> list[Found]:
+def _size_questions(scene: Scene) -> list[Draft]:
     return [
         ("size", f"Is the {' '.join(thing.pair)} small or large?", thing.size, (" ".join(thing.pair), (thing,)))
         for thing in scene.things
@@ -305,6 +300,15 @@ def _name(scene: Scene, thing: Thing, rng: random.Random) -> str | None:
     if scene.count(shape=thing.shape) == 1 and rng.random() < 0.5:
         return thing.shape
     return f"{thing.color} {thing.shape}" if scene.count(color=thing.color, shape=thing.shape) == 1 else None
+
+
+def _named_pairs(scene: Scene, rng: random.Random) -> Iterator[tuple[Thing, Thing, tuple[Mention, Mention]]]:
+    """Some pairs of things that can both be told from the others, with their names."""
+    for _ in range(8):
+        first, second = rng.sample(scene.things, 2)
+        names = _name(scene, first, rng), _name(scene, second, rng)
+        if names[0] is not None and names[1] is not None:
+            yield first, second, ((names[0], (first,)), (names[1], (second,)))
 
 
 def _extreme_question(scene: Scene, rng: random.Random) -> Question | None:
@@ -330,15 +334,11 @@ def _paired_color(scene: Scene, rng: random.Random) -> Pair | None:
 
 
 def _paired_position(scene: Scene, rng: random.Random) -> Pair | None:
-    for _ in range(8):
-        if len(scene.things) < 2:
-            return None
-        first, second = rng.sample(scene.things, 2)
-        names = _name(scene, first, rng), _name(scene, second, rng)
-        if names[0] is None or names[1] is None or abs(second.x - first.x) < MARGIN:
-            continue
-        mentions: tuple[Mention, ...] = (names[0], (first,)), (names[1], (second,))
-        sides = ("left", "right") if first.x < second.x else ("right", "left")
-        true, false = (f"Is the {names[0]} to the {side} of the {names[1]}?" for side in sides)
-        return (true, mentions), (false, mentions)
+    if len(scene.things) < 2:
+        return None
+    for first, second, mentions in _named_pairs(scene, rng):
+        if abs(second.x - first.x) >= MARGIN:
+            sides = ("left", "right") if first.x < second.x else ("right", "left")
+            true, false = (f"Is the {mentions[0][0]} to the {side} of the {mentions[1][0]}?" for side in sides)
+            return (true, mentions), (false, mentions)
     return None

@@ -32,7 +32,7 @@ def samples(split: Split, seed: int, per_task: int, tasks: Sequence[str] = tuple
     """
     if unknown := sorted(set(tasks) - set(TASKS)):
         raise FourierError(f"unknown task {', '.join(unknown)}", remedy=f"Choose among {', '.join(TASKS)}")
-    found: list[Sample] = []
+    result: list[Sample] = []
     for task in tasks:
         count = index = 0
         while count < per_task:
@@ -42,9 +42,9 @@ def samples(split: Split, seed: int, per_task: int, tasks: Sequence[str] = tuple
             index += 1
             if questions := ask(task, scene, rng, split):
                 image = render(scene, rng)
-                found += [Sample(image, question, scene) for question in questions]
+                result += [Sample(image, question, scene) for question in questions]
                 count += len(questions)
-    return found
+    return result
 
 
 def held_out_samples(limit: int = 2250, seed: int = 0) -> list[Sample]:
@@ -54,7 +54,6 @@ def held_out_samples(limit: int = 2250, seed: int = 0) -> list[Sample]:
 
 def calibration_samples(count: int = 128, seed: int = 0) -> list[tuple[Image.Image, str, str]]:
     """(picture, question, answer) triples of training scenes, every task in turn."""
-    drawn = samples("train", seed + 1_000_003, -(-count // len(TASKS)))
-    by_task = [[s for s in drawn if s.question.task == task] for task in TASKS]
-    mixed = [group[i] for i in range(max(map(len, by_task))) for group in by_task if i < len(group)]
-    return [(s.image, s.question.text, s.question.answer) for s in mixed[:count]]
+    by_task = [samples("train", seed + 1_000_003, -(-count // len(TASKS)), [task]) for task in TASKS]
+    in_turn = [group[i] for i in range(max(map(len, by_task))) for group in by_task if i < len(group)]
+    return [(s.image, s.question.text, s.question.answer) for s in in_turn[:count]]

@@ -128,7 +128,7 @@ def sample_scene(
         if writing := _place_writing(rng, kind, split, boxes):
             writings.append(writing)
             boxes.append(writing.box)
-    wanted = rng.randint(0, 1) if wordy else rng.choices((1, 2, 3, 4, 5), (8, 22, 28, 24, 18))[0]
+    count = rng.randint(0, 1) if wordy else rng.choices((1, 2, 3, 4, 5), (8, 22, 28, 24, 18))[0]
     colors, shapes = list(COLORS), list(SHAPES)
     color_weights, shape_weights = list(COLOR_WEIGHTS), list(SHAPE_WEIGHTS)
     if rng.random() < 0.45:  # few colors or few shapes: something to count, and near misses for "is there a ..."
@@ -139,7 +139,7 @@ def sample_scene(
         for i in rng.sample(range(len(repeated)), 2):
             weights[i] = 5
     things: list[Thing] = []
-    for _ in range(wanted):
+    for _ in range(count):
         pair = _sample_pair(rng, split, colors, color_weights, shapes, shape_weights)
         if thing := _place_thing(rng, pair, boxes):
             things.append(thing)

@@ -77,14 +77,14 @@ class VideoSample:
 def sample_clip(rng: random.Random, split: Split = "train") -> Clip:
     """Up to four things, of which about half move and about half appear late; one is there from the start."""
     actors: list[Actor] = []
-    wanted = rng.randint(2, 4)
+    count = rng.randint(2, 4)
     pairs = [
         (color, shape)
         for color in COLORS
         for shape in SHAPES
         if split != "train" or (color, shape) not in HELD_OUT_PAIRS
     ]
-    for color, shape in rng.sample(pairs, wanted):
+    for color, shape in rng.sample(pairs, count):
         since = 0 if not actors or rng.random() < 0.5 else rng.randint(1, FRAMES - 1)
         for _ in range(40):
             direction = rng.choice(tuple(DIRECTIONS)) if rng.random() < 0.5 else None
@@ -119,9 +119,9 @@ def ask_about(task: str, clip: Clip, rng: random.Random) -> Question | None:
         if not pairs:
             return None
         first, second = rng.choice(pairs)
-        named = [first.name, second.name]
-        rng.shuffle(named)
-        text = f"Which is there first: the {named[0]} or the {named[1]}?"
+        names = [first.name, second.name]
+        rng.shuffle(names)
+        text = f"Which is there first: the {names[0]} or the {names[1]}?"
         return Question(task, text, first.name, "appearance")
     if task == "count":
         frame = rng.choice((0, FRAMES - 1))
@@ -139,15 +139,15 @@ def video_samples(split: Split, seed: int, per_task: int, tasks: Sequence[str] =
     Raises:
         FourierError: for an unknown task.
     """
-    found: list[VideoSample] = []
+    result: list[VideoSample] = []
     for task in tasks:
-        index = wanted = 0
-        while wanted < per_task:
+        index = count = 0
+        while count < per_task:
             rng = scene_rng(split, seed, index, f"video {task}")
             index += 1
             clip = sample_clip(rng, split)
             question = ask_about(task, clip, rng)
             if question is not None:
-                found.append(VideoSample(clip.frames(rng), question, clip))
-                wanted += 1
-    return found
+                result.append(VideoSample(clip.frames(rng), question, clip))
+                count += 1
+    return result
