@@ -147,6 +147,11 @@ class Benchmark(abc.ABC):
         raise self.missing(self.folder / names[0], "no such folder")
 
 
+def broken(what: str, where: object) -> FourierError:
+    """The error for an official file that is not whole, or another one."""
+    return FourierError(what, remedy="Fetch it again", where=str(where))
+
+
 def mean_parts(
     items: Sequence[Item], correct: dict[str, float | None], metric: str, names: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
@@ -228,9 +233,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise FourierError(
-                        f"line {number} is not JSON ({error.msg})", remedy="Fetch it again", where=str(path)
-                    ) from None
+                    raise broken(f"line {number} is not JSON ({error.msg})", path) from None
     if not all(isinstance(row, dict) for row in rows):
         raise FourierError("its rows are not objects", remedy="Give the official file", where=str(path))
     return rows
@@ -246,9 +249,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
         raise FourierError(f"it cannot be read ({error})", remedy="Give the official TSV", where=str(path)) from None
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
-            raise FourierError(
-                f"row {number} has not as many cells as the header", remedy="Fetch it again", where=str(path)
-            )
+            raise broken(f"row {number} has not as many cells as the header", path)
     return rows
 
 
@@ -277,8 +278,7 @@ def open_picture(picture: Any, where: str) -> Image.Image:
     except FileNotFoundError:
         raise FourierError("no such picture", remedy="Check the folder of pictures", where=str(picture)) from None
     except (binascii.Error, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        named = str(picture) if isinstance(picture, Path) else where
-        raise FourierError(f"the picture cannot be read ({error})", remedy="Fetch it again", where=named) from None
+        raise broken(f"the picture cannot be read ({error})", picture if isinstance(picture, Path) else where) from None
 
 
 def write_text(path: Path, text: str) -> Path:

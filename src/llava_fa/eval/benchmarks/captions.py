@@ -41,18 +41,18 @@ class Synonyms:
     def mentions(self, text: str) -> list[str]:
         """The objects that a text names, by their first names, once for every time they are named."""
         words = [self.singular(word) for word in _WORD.findall(text.lower())]
-        found, place = [], 0
+        named, place = [], 0
         while place < len(words):
             pair = " ".join(words[place : place + 2])
             if pair in self.pairs:
-                found.append(self.pairs[pair])
+                named.append(self.pairs[pair])
                 place += 2
             else:
-                found.append(words[place])
+                named.append(words[place])
                 place += 1
-        if "toilet" in found:  # the seat of a toilet is no chair
-            found = [word for word in found if word != "seat"]
-        return [self.names[word] for word in found if word in self.names]
+        if "toilet" in named:  # the seat of a toilet is no chair
+            named = [word for word in named if word != "seat"]
+        return [self.names[word] for word in named if word in self.names]
 
     def singular(self, word: str) -> str:
         """A word of the table for its plural; other words as they are."""
@@ -78,11 +78,12 @@ class ObjectHalBench(Benchmark):
         """One item a row; what is there comes from COCO's segmentations and captions, both."""
         path = self.first("obj_halbench*.jsonl")
         rows = read_json_lines(path)
-        told = [fields(row, ("image_id", "question", "image"), f"{path.name} row {i}") for i, row in enumerate(rows, 1)]
+        names = ("image_id", "question", "image")
+        cells = [fields(row, names, f"{path.name} row {i}") for i, row in enumerate(rows, 1)]
         self.synonyms = Synonyms(self.first("synonyms*.txt"))
-        there = self._objects({int(image_id) for image_id, _, _ in told})
+        there = self._objects({int(image_id) for image_id, _, _ in cells})
         items = []
-        for number, (image_id, question, image) in enumerate(told):
+        for number, (image_id, question, image) in enumerate(cells):
             if not there[int(image_id)]:
                 raise FourierError(
                     f"COCO's files say nothing of picture {image_id}",
@@ -94,8 +95,8 @@ class ObjectHalBench(Benchmark):
             items.append(Item(f"{number}/{image_id}", question, (image,), expected, row=row))
         return items
 
-    def _objects(self, wanted: set[int]) -> dict[int, set[str]]:
-        there: dict[int, set[str]] = {image_id: set() for image_id in wanted}
+    def _objects(self, image_ids: set[int]) -> dict[int, set[str]]:
+        there: dict[int, set[str]] = {image_id: set() for image_id in image_ids}
         for path in self._coco("instances"):
             content = read_json(path)
             categories, annotations = fields(content, ("categories", "annotations"), path.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llava_fa.errors import FourierError
-from llava_fa.eval.benchmarks.base import Benchmark, Item, Score, fields, read_json, statistics_of, write_json
+from llava_fa.eval.benchmarks.base import Benchmark, Item, Score, broken, fields, read_json, statistics_of, write_json
 from llava_fa.eval.benchmarks.statistics import bootstrap
 from llava_fa.eval.intervals import wilson
 
@@ -30,8 +31,8 @@ _REFUSED = 500
 
 def rating(review: str) -> int:
     """The one ``rating: 0`` to ``rating: 6`` that a review holds; 0 where it holds none, or several."""
-    found = [number for number in range(7) if f"rating: {number}" in review.lower()]
-    return found[0] if len(found) == 1 else 0
+    ratings = [number for number in range(7) if f"rating: {number}" in review.lower()]
+    return ratings[0] if len(ratings) == 1 else 0
 
 
 class MMHalBench(Benchmark):
@@ -77,7 +78,7 @@ class MMHalBench(Benchmark):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except SyntaxError as error:
-            raise FourierError(f"it is not Python ({error.msg})", remedy="Fetch it again", where=str(path)) from None
+            raise broken(f"it is not Python ({error.msg})", path) from None
         for node in tree.body:
             if (
                 isinstance(node, ast.Assign)
@@ -125,25 +126,23 @@ class MMHalBench(Benchmark):
 
     def _review(self, item: Item, text: str) -> str:
         """What the judge says of an answer; asked once, then read from the file of reviews."""
-        told = ", ".join(item.row["image_content"])
-        prompt = self.template.format(told, item.prompt, item.expected, text)
+        content = ", ".join(item.row["image_content"])
+        prompt = self.template.format(content, item.prompt, item.expected, text)
         key = hashlib.sha256(f"{self.options['judge_model']}\n{prompt}".encode()).hexdigest()
-        kept = self._kept()
-        if key not in kept:
-            kept[key] = ask(self.options["judge"], self.options["judge_model"], prompt)
+        if key not in self._reviews:
+            self._reviews[key] = ask(self.options["judge"], self.options["judge_model"], prompt)
             path = self.options.get("reviews")
             if path is not None:
                 with Path(path).open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"key": key, "id": item.id, "review": kept[key]}) + "\n")
-        return kept[key]
+                    stream.write(json.dumps({"key": key, "id": item.id, "review": self._reviews[key]}) + "\n")
+        return self._reviews[key]
 
-    def _kept(self) -> dict[str, str]:
-        if not hasattr(self, "_reviews"):
-            path = self.options.get("reviews")
-            lines = Path(path).read_text(encoding="utf-8").split("\n") if path and Path(path).exists() else []
-            rows = [json.loads(line) for line in lines if line.endswith("}")]
-            self._reviews: dict[str, str] = {row["key"]: row["review"] for row in rows}
-        return self._reviews
+    @functools.cached_property
+    def _reviews(self) -> dict[str, str]:
+        path = self.options.get("reviews")
+        lines = Path(path).read_text(encoding="utf-8").split("\n") if path and Path(path).exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return {row["key"]: row["review"] for row in rows}
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """The template with ``model_answer`` filled in, which ``eval_gpt4.py`` reads."""

@@ -120,15 +120,15 @@ def run(
 
 def figures_of(benchmark: Benchmark, scored: Score) -> dict[str, Any]:
     """``score``, its ``interval`` and how that was drawn, ``figures``, ``tasks`` (the parts); None where unknown."""
-    score, found, how = None, None, None
+    score, ends, how = None, None, None
     if scored.units:
         score = float(benchmark.headline(scored.statistics.sum(0)))
-        found, how = scored.interval or interval(scored.statistics, benchmark.headline, share=_is_share(benchmark))
+        ends, how = scored.interval or interval(scored.statistics, benchmark.headline, share=_is_share(benchmark))
     return {
         "score": score,
         "metric": benchmark.metric,
         "percent": benchmark.percent,
-        "interval": found,
+        "interval": ends,
         "interval_method": how,
         "figures": scored.figures,
         "tasks": scored.parts,
@@ -146,7 +146,7 @@ def compare(
         if was is not None and now is not None and was != now:
             changes.append(
                 {
-                    **_told(item),
+                    **_question(item),
                     "change": "lost" if now < was else "gained",
                     "before": {"answer": a, "score": was},
                     "now": {"answer": b, "score": now},
@@ -169,7 +169,7 @@ def answer_rows(items: Sequence[Item], answers: Sequence[str], scored: Score) ->
     """What ``answers.json`` holds."""
     return [
         {
-            **_told(item),
+            **_question(item),
             "answer": text,
             **({"read": scored.read[item.id]} if item.id in scored.read else {}),
             "score": scored.correct[item.id],
@@ -178,15 +178,9 @@ def answer_rows(items: Sequence[Item], answers: Sequence[str], scored: Score) ->
     ]
 
 
-def _told(item: Item) -> dict[str, Any]:
-    shown = [str(picture) for picture in item.pictures if isinstance(picture, Path)]
-    return {
-        "id": item.id,
-        "task": item.part,
-        "question": item.prompt,
-        "pictures": shown,
-        "expected": item.expected,
-    }
+def _question(item: Item) -> dict[str, Any]:
+    paths = [str(picture) for picture in item.pictures if isinstance(picture, Path)]
+    return {"id": item.id, "task": item.part, "question": item.prompt, "pictures": paths, "expected": item.expected}
 
 
 def _is_share(benchmark: Benchmark) -> bool:
@@ -197,9 +191,9 @@ def _spread(items: list[Item], limit: int | None) -> list[Item]:
     if limit is None or limit >= len(items):
         return items
     units = list(dict.fromkeys(item.unit or item.id for item in items))
-    wanted = max(1, round(limit * len(units) / len(items)))
-    chosen = {units[i * len(units) // wanted] for i in range(wanted)}
-    return [item for item in items if (item.unit or item.id) in chosen]
+    count = max(1, round(limit * len(units) / len(items)))
+    some = {units[i * len(units) // count] for i in range(count)}
+    return [item for item in items if (item.unit or item.id) in some]
 
 
 def _check_items(items: Sequence[Item], benchmark: Benchmark) -> None:
@@ -282,11 +276,11 @@ def _resume(out: Path, settings: dict[str, Any], items: Sequence[Item]) -> dict[
             return {}
     except OSError as error:
         raise FourierError(str(error.strerror), remedy="Give a writable --out", where=str(out)) from None
-    kept = _read_run(out)
-    if kept != json.loads(json.dumps(settings)):
-        differs = [name for name in sorted({*kept, *settings}) if kept.get(name) != settings.get(name)]
-        told = ", ".join(f"{name} was {kept.get(name)!r}, is {settings.get(name)!r}" for name in differs)
-        raise FourierError(f"it holds another run: {told}", remedy="Give another --out", where=str(out))
+    earlier = _read_run(out)
+    if earlier != json.loads(json.dumps(settings)):
+        names = [name for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
+        changes = ", ".join(f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}" for name in names)
+        raise FourierError(f"it holds another run: {changes}", remedy="Give another --out", where=str(out))
     path = out / "predictions.jsonl"
     if not path.exists():
         return {}
@@ -307,11 +301,9 @@ def _resume(out: Path, settings: dict[str, Any], items: Sequence[Item]) -> dict[
 
 def _predictions_of(folder: Path, benchmark: Benchmark, items: Sequence[Item]) -> list[str]:
     """Another run's answers to these questions."""
-    kept = _read_run(folder)
-    if kept.get("task") != benchmark.name:
-        raise FourierError(
-            f"it is a run of {kept.get('task')}", remedy=f"Give a run of {benchmark.name}", where=str(folder)
-        )
+    task = _read_run(folder).get("task")
+    if task != benchmark.name:
+        raise FourierError(f"it is a run of {task}", remedy=f"Give a run of {benchmark.name}", where=str(folder))
     path = folder / "predictions.jsonl"
     rows = _rows(path, path.read_text(encoding="utf-8")) if path.exists() else {}
     absent = [item.id for item in items if rows.get(item.id, {}).get("question") != item.prompt]
@@ -326,12 +318,12 @@ def _predictions_of(folder: Path, benchmark: Benchmark, items: Sequence[Item]) -
 
 def _read_run(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        settings = None
+    if not isinstance(settings, dict):
         raise FourierError("it is no run", remedy="Give the --out folder of `llava-fa eval`", where=str(folder))
-    return found
+    return settings
 
 
 def _rows(path: Path, text: str) -> dict[str, dict[str, Any]]:

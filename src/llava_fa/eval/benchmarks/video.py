@@ -67,8 +67,8 @@ class Video(Benchmark):
         return [write_json(folder / "video.json", rows)]
 
 
-def frames_of(clip: Path, wanted: int, where: str) -> tuple[Any, ...]:
-    """At most ``wanted`` frames of a folder of pictures (their paths), a GIF or a WebP, evenly spaced.
+def frames_of(clip: Path, count: int, where: str) -> tuple[Any, ...]:
+    """At most ``count`` frames of a folder of pictures (their paths), a GIF or a WebP, evenly spaced.
 
     Raises:
         FourierError: there is no picture; ``where`` says who asked for it.
@@ -77,11 +77,11 @@ def frames_of(clip: Path, wanted: int, where: str) -> tuple[Any, ...]:
         frames = sorted(path for path in clip.iterdir() if path.suffix.lower() in PICTURES)
         if not frames:
             raise FourierError(f"there is no picture in {clip}", remedy="Give its frames", where=where)
-        return tuple(frames[i] for i in _even(len(frames), wanted))
+        return tuple(frames[i] for i in _even(len(frames), count))
     try:
         with Image.open(clip) as film:
             shown = []
-            for i in _even(getattr(film, "n_frames", 1), wanted):
+            for i in _even(getattr(film, "n_frames", 1), count):
                 film.seek(i)
                 shown.append(film.convert("RGB"))
             return tuple(shown)
@@ -95,8 +95,8 @@ def frames_of(clip: Path, wanted: int, where: str) -> tuple[Any, ...]:
         ) from None
 
 
-def _even(count: int, wanted: int) -> list[int]:
-    """Places of ``wanted`` frames among ``count``, each in the middle of its share; all where there are no more."""
-    if count <= wanted:
-        return list(range(count))
-    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+def _even(total: int, count: int) -> list[int]:
+    """Places of ``count`` frames among all, each in the middle of its share; all where there are no more."""
+    if total <= count:
+        return list(range(total))
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]

@@ -165,8 +165,8 @@ class VizWiz(VQA):
         items = []
         for number, row in enumerate(_rows_of(read_json(path), None, path)):
             image, question = fields(row, ("image", "question"), f"{path.name} row {number}")
-            given = row.get("answers")
-            expected = [answer["answer"] for answer in given] if given is not None else None
+            answers = row.get("answers")
+            expected = [answer["answer"] for answer in answers] if answers is not None else None
             prompt = f"{question.capitalize()}\n{UNANSWERABLE}\n{SHORT}"  # as in LLaVA's llava_test.jsonl
             part = row.get("answer_type", "")
             items.append(Item(image, prompt, (pictures / image,), expected, part=part, row={"image": image}))

@@ -14,6 +14,7 @@ from llava_fa.eval.benchmarks.base import (
     Benchmark,
     Item,
     Score,
+    broken,
     fields,
     read_json_lines,
     write_json_lines,
@@ -189,17 +190,13 @@ class MME(Benchmark):
         for number, line in enumerate(lines):
             question, tab, label = line.strip().rpartition("\t")
             if not tab or label.lower() not in ("yes", "no"):
-                raise FourierError(
-                    f"line {number + 1} is not a question, a tab, and Yes or No",
-                    remedy="Fetch it again",
-                    where=str(path),
-                )
+                raise broken(f"line {number + 1} is not a question, a tab, and Yes or No", path)
             prompt = f"{question.replace(_ASKS, '').strip()}\n{SHORT}"
             unit = f"{task}/{picture.name}"
             row = {"question": question, "label": label}
             items.append(Item(f"{unit}/{number}", prompt, (picture,), label.lower(), part=task, unit=unit, row=row))
         if len(items) != 2:
-            raise FourierError(f"it has {len(items)} questions, not 2", remedy="Fetch it again", where=str(path))
+            raise broken(f"it has {len(items)} questions, not 2", path)
         return items
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:

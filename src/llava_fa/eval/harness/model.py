@@ -86,13 +86,13 @@ class LlavaFA(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers, greedy unless a task asks for a temperature; cut at the first of the texts ``until``."""
         answers = [""] * len(requests)
-        asked = [settings(request.args[1]) for request in requests]
+        options = [settings(request.args[1]) for request in requests]
         with self._bar(len(requests)) as bar:
-            for told in list({repr(found): found for found in asked}.values()):
-                places = [i for i, found in enumerate(asked) if found == told]
+            for same in list({repr(each): each for each in options}.values()):
+                places = [i for i, each in enumerate(options) if each == same]
                 for some in self._windows(places, [len(request.args[0]) for request in requests]):
                     pairs = [(self._seen(*requests[i].args[2:]), requests[i].args[0]) for i in some]
-                    texts = answer(self.model, self.processor, pairs, batch_size=self.batch_size, **told)
+                    texts = answer(self.model, self.processor, pairs, batch_size=self.batch_size, **same)
                     for i, text in zip(some, texts, strict=True):
                         answers[i] = text
                     bar.update(len(some))
@@ -105,7 +105,7 @@ class LlavaFA(lmms):
         its own models (its issue 370). Those hand over the continuation as text, the others as a function of the
         document. The pair is the ``text`` of a result: lmms-eval 0.7.3 makes a string of whatever else is no text.
         """
-        found: list[Any] = [None] * len(requests)
+        results: list[Any] = [None] * len(requests)
         with self._bar(len(requests)) as bar:
             for some in self._windows(range(len(requests)), [len(request.args[0]) for request in requests]):
                 triples, signs = [], []
@@ -123,9 +123,9 @@ class LlavaFA(lmms):
                     triples.append((self._seen(doc_to_visual, doc_id, task, split), context, continuation))
                 logs = log_likelihood(self.model, self.processor, triples, batch_size=self.batch_size)
                 for i, sign, (value, greedy) in zip(some, signs, logs, strict=True):
-                    found[i] = GenerationResult((sign * value, greedy))
+                    results[i] = GenerationResult((sign * value, greedy))
                 bar.update(len(some))
-        return found
+        return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not supported: LLaVA-1.5's benchmarks have none, and pictures would come in the middle of a conversation."""
@@ -173,7 +173,7 @@ class LlavaFA(lmms):
             raise FourierError(f"{path} cannot be read ({error})", remedy="Check the clip", where=where) from None
 
 
-def settings(told: dict[str, Any]) -> dict[str, Any]:
+def settings(task: dict[str, Any]) -> dict[str, Any]:
     """A task's ``generation_kwargs`` as options of `runner.answer`.
 
     A temperature above 0 samples, unless ``do_sample`` says no. What LLaVA's own code is told of pictures
@@ -182,19 +182,19 @@ def settings(told: dict[str, Any]) -> dict[str, Any]:
     Raises:
         FourierError: one that is not known: to ignore it might change the score.
     """
-    told = dict(told)
-    told.pop("image_aspect_ratio", None)
-    until = told.pop("until", None) or []
-    longest = told.pop("max_new_tokens", None) or told.pop("max_gen_toks", None) or _LONGEST
-    temperature = told.get("temperature")
-    do_sample = bool(told.pop("do_sample", temperature)) and temperature != 0
-    if unknown := sorted(set(told) - set(SAMPLING)):
+    task = dict(task)
+    task.pop("image_aspect_ratio", None)
+    until = task.pop("until", None) or []
+    longest = task.pop("max_new_tokens", None) or task.pop("max_gen_toks", None) or _LONGEST
+    temperature = task.get("temperature")
+    do_sample = bool(task.pop("do_sample", temperature)) and temperature != 0
+    if unknown := sorted(set(task) - set(SAMPLING)):
         raise FourierError(
             f"llava_fa does not know the setting {', '.join(unknown)}",
             remedy=f"Choose among until, max_new_tokens, do_sample, {', '.join(SAMPLING)}",
             where="generation_kwargs",
         )
-    sampling = {name: value for name, value in told.items() if value is not None}
+    sampling = {name: value for name, value in task.items() if value is not None}
     if not do_sample:
         sampling = {name: value for name, value in sampling.items() if name not in SAMPLING[:3]}
     return {
