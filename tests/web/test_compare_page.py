@@ -8,7 +8,7 @@ from PIL import Image
 from llava_fa.errors import FourierError
 from llava_fa.serve.limits import Limits
 from llava_fa.web import view
-from llava_fa.web.desk import Asked, Question
+from llava_fa.web.desk import Question, Ticket
 from llava_fa.web.pictures import read_picture, write_examples
 from llava_fa.web.side import Answer, Side
 from llava_fa.world.samples import held_out_samples
@@ -19,7 +19,7 @@ SIDES = (ORIGINAL, COMPRESSED)
 
 
 def asked(text="what?", **options):
-    return Asked(Question(Image.new("RGB", (4, 4)), text, 9, **options), end=float("inf"))
+    return Ticket(Question(Image.new("RGB", (4, 4)), text, 9, **options), end=float("inf"))
 
 
 def sentence(one, ahead=0):

@@ -118,8 +118,8 @@ class Door:
             if name not in self.hosts:
                 return ApiError(400, f"This server does not go by the name {name[:200]!r}", code="wrong_host")
         if self.key is not None and scope["path"] != "/health":
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.key.encode()):
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.key.encode()):
                 return ApiError(401, "A valid API key is needed", code="invalid_api_key")
         return None
 
@@ -203,8 +203,8 @@ class _Chat:
             await gone.wait()
             return {"type": "http.disconnect"}
 
-        kept = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
-        headers = [*kept, (b"content-length", str(len(body)).encode())]
+        others = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
+        headers = [*others, (b"content-length", str(len(body)).encode())]
         current.set(turn)  # of this task and those that it starts
         await self.inner({**scope, "headers": headers}, receive, out)
 

@@ -73,12 +73,12 @@ def read_chat(data: bytes, model: str, vocabulary: int, limits: Limits, sources:
     return ChatRequest(body, seed)
 
 
-def _check_model(asked: Any, model: str) -> None:
-    if not isinstance(asked, str):
+def _check_model(name: Any, model: str) -> None:
+    if not isinstance(name, str):
         raise _invalid("model is missing, or not a string", "model")
-    if asked != model:
+    if name != model:
         raise ApiError(
-            404, f"There is no model {asked[:200]!r} here; this is {model!r}", param="model", code="model_not_found"
+            404, f"There is no model {name[:200]!r} here; this is {model!r}", param="model", code="model_not_found"
         )
 
 

@@ -113,10 +113,10 @@ def warm_up(desk: Desk) -> None:
         FourierError: they do not answer.
     """
     sample = held_out_samples(1)[0]
-    asked = desk.ask("", Question(sample.image, sample.question.text, max_new_tokens=2))
-    asked.wait()
-    if asked.error:
-        raise FourierError(asked.error)
+    ticket = desk.ask("", Question(sample.image, sample.question.text, max_new_tokens=2))
+    ticket.wait()
+    if ticket.error:
+        raise FourierError(ticket.error)
 
 
 class _Keeper:

@@ -41,7 +41,7 @@ class Question:
     together: bool = False
 
 
-class Asked:
+class Ticket:
     """A question on its way: its answers so far, and how it ended."""
 
     def __init__(self, question: Question, end: float) -> None:
@@ -100,13 +100,13 @@ class Desk:
 
     def __init__(self, sides: tuple[Side, Side], limits: Limits) -> None:
         self.sides, self.limits = sides, limits
-        self._line: deque[tuple[str, Asked]] = deque()
+        self._line: deque[tuple[str, Ticket]] = deque()
         self._lock = threading.Lock()
         # One thread a side: torch's pool of workers belongs to the thread that calls it.
         self._first, self._second = (ThreadPoolExecutor(1, f"side{i}") for i in range(2))
         self._turns = ThreadPoolExecutor(1, "turns")
 
-    def ask(self, visitor: str, question: Question) -> Asked:
+    def ask(self, visitor: str, question: Question) -> Ticket:
         """Join the line. A visitor has one question at a time: an earlier one of theirs is given up.
 
         Raises:
@@ -116,28 +116,28 @@ class Desk:
             raise FourierError("there is no question", remedy="Type one")
         if len(question.text) > self.limits.text_characters:
             raise FourierError(f"the question has more than {self.limits.text_characters} characters")
-        asked = Asked(question, time.monotonic() + self.limits.seconds)
+        ticket = Ticket(question, time.monotonic() + self.limits.seconds)
         with self._lock:
             self._give_up(visitor)
             if sum(not other.cancelled for _, other in self._line) >= self.limits.requests:
                 raise FourierError(
                     f"{self.limits.requests} people are being answered already", remedy="Try again in a moment"
                 )
-            self._line.append((visitor, asked))
-            self._turns.submit(self._turn, asked)
-        return asked
+            self._line.append((visitor, ticket))
+            self._turns.submit(self._turn, ticket)
+        return ticket
 
     def stop(self, visitor: str) -> None:
         """Give up what this visitor has asked."""
         with self._lock:
             self._give_up(visitor)
 
-    def ahead(self, asked: Asked) -> int:
+    def ahead(self, ticket: Ticket) -> int:
         """How many are answered before this one."""
         with self._lock:
             before = 0
             for _, other in self._line:
-                if other is asked:
+                if other is ticket:
                     break
                 before += not other.cancelled
         return before
@@ -145,53 +145,53 @@ class Desk:
     def close(self) -> None:
         """Give up everything and end the threads."""
         with self._lock:
-            for _, asked in self._line:
-                asked.cancel()
+            for _, ticket in self._line:
+                ticket.cancel()
         for pool in (self._turns, self._first, self._second):
             pool.shutdown(wait=True)
 
     def _give_up(self, visitor: str) -> None:
-        for owner, asked in self._line:
+        for owner, ticket in self._line:
             if owner == visitor:
-                asked.cancel()
+                ticket.cancel()
 
-    def _turn(self, asked: Asked) -> None:
+    def _turn(self, ticket: Ticket) -> None:
         try:
-            if asked.begin():
-                self._answer(asked)
+            if ticket.begin():
+                self._answer(ticket)
         except FourierError as error:
-            asked.error = str(error)
+            ticket.error = str(error)
         except Exception:  # the visitor is told that it failed, the log why
             logger.exception("a question was not answered")
-            asked.error = "The model failed on this question; the terminal that runs the page says why."
+            ticket.error = "The model failed on this question; the terminal that runs the page says why."
         finally:
             with self._lock:
-                self._line = deque(pair for pair in self._line if pair[1] is not asked)
-            asked.finish()
+                self._line = deque(pair for pair in self._line if pair[1] is not ticket)
+            ticket.finish()
 
-    def _answer(self, asked: Asked) -> None:
-        if asked.question.together:
-            both = [self._start(asked, index) for index in range(2)]
+    def _answer(self, ticket: Ticket) -> None:
+        if ticket.question.together:
+            both = [self._start(ticket, index) for index in range(2)]
             done, _ = wait(both, return_when=FIRST_EXCEPTION)
             if any(future.exception() for future in done):
-                asked.cancel()  # the other need not go on
+                ticket.cancel()  # the other need not go on
             wait(both)
             for future in both:
                 future.result()
         else:
             for index in range(2):
-                if not asked.stopped():
-                    self._start(asked, index).result()
+                if not ticket.stopped():
+                    self._start(ticket, index).result()
 
-    def _start(self, asked: Asked, index: int) -> Future[None]:
-        question = asked.question
+    def _start(self, ticket: Ticket, index: int) -> Future[None]:
+        question = ticket.question
         return (self._first, self._second)[index].submit(
             generate,
             self.sides[index],
             question.picture,
             question.text,
-            asked.answers[index],
+            ticket.answers[index],
             max_new_tokens=min(question.max_new_tokens, self.limits.tokens),
             visual_tokens=question.visual_tokens[index],
-            stopped=asked.stopped,
+            stopped=ticket.stopped,
         )

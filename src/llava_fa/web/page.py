@@ -11,7 +11,7 @@ import gradio as gr
 
 from llava_fa.errors import FourierError
 from llava_fa.web import view
-from llava_fa.web.desk import Asked, Desk, Question
+from llava_fa.web.desk import Desk, Question, Ticket
 from llava_fa.web.pictures import read_picture, write_examples
 from llava_fa.web.side import Answer, Side, chosen_counts
 
@@ -71,18 +71,18 @@ def build_page(desk: Desk, folder: Path) -> gr.Blocks:
             try:
                 seen = await asyncio.to_thread(read_picture, path, desk.limits)
                 given = Question(seen, text or "", tokens, chosen_counts(sides, places), both)
-                asked = desk.ask(str(request.session_hash), given)
+                ticket = desk.ask(str(request.session_hash), given)
             except FourierError as error:
                 yield [view.problem(str(error)), *[gr.skip()] * (len(shown) - 1)]
                 return
             try:
                 done = False
                 while not done:
-                    done = asked.done  # before looking: nothing changes afterwards
-                    yield news.of(_state(desk, asked, done))
+                    done = ticket.done  # before looking: nothing changes afterwards
+                    yield news.of(_state(desk, ticket, done))
                     await asyncio.sleep(0 if done else POLL_SECONDS)
             finally:  # also where the visitor leaves
-                asked.cancel()
+                ticket.cancel()
 
         def give_up(request: gr.Request) -> None:
             desk.stop(str(request.session_hash))
@@ -162,15 +162,15 @@ def _examples(folder: Path, picture: Any, question: Any, right: Any) -> None:
     gr.on(changed, lambda: "", None, right, **PRIVATE)
 
 
-def _state(desk: Desk, asked: Asked, done: bool) -> list[Any]:
+def _state(desk: Desk, ticket: Ticket, done: bool) -> list[Any]:
     """Everything that an answer changes on the page."""
     answers = [
         part
-        for index, one in enumerate(asked.answers)
+        for index, one in enumerate(ticket.answers)
         for part in (view.answer_text(one), view.figures(desk.sides, index, one))
     ]
     buttons = [gr.update(interactive=done), gr.update(interactive=not done)]
-    return [view.standing(asked, desk.ahead(asked)), view.memory(desk.sides), *buttons, *answers]
+    return [view.standing(ticket, desk.ahead(ticket)), view.memory(desk.sides), *buttons, *answers]
 
 
 class _News:

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from llava_fa.eval.report.markup import Html, number, size, tag
-from llava_fa.web.desk import Asked
+from llava_fa.web.desk import Ticket
 from llava_fa.web.side import Answer, Side
 
 TITLES = ("Original", "Compressed")
@@ -82,24 +82,25 @@ def _seconds(seconds: float | None) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def standing(asked: Asked, ahead: int) -> Html:
+def standing(ticket: Ticket, ahead: int) -> Html:
     """One sentence on how far a question is, and which it is."""
-    return tag("div", _standing(asked, ahead), tag("p", f"Asked: {asked.question.text.strip()}", class_="small asked"))
+    question = tag("p", f"Asked: {ticket.question.text.strip()}", class_="small asked")
+    return tag("div", _standing(ticket, ahead), question)
 
 
-def _standing(asked: Asked, ahead: int) -> Html:
-    if asked.error:
-        return problem(asked.error)
-    first, second = asked.answers
-    if not asked.done:
-        if not asked.started:
+def _standing(ticket: Ticket, ahead: int) -> Html:
+    if ticket.error:
+        return problem(ticket.error)
+    first, second = ticket.answers
+    if not ticket.done:
+        if not ticket.started:
             return note(f"Waiting: {ahead} before you." if ahead else "Waiting …")
-        if asked.question.together:
+        if ticket.question.together:
             return note("Both are answering …")
         return note(f"The {TITLES[0 if second.began is None else 1].lower()} model is answering …")
-    if asked.late:
+    if ticket.late:
         return problem("Stopped: the time that a question may take is over")
-    if asked.cancelled:
+    if ticket.cancelled:
         return note("Stopped.")
     return note("Both gave the same answer." if first.text.strip() == second.text.strip() else "The answers differ.")
 
