@@ -273,15 +273,12 @@ class Casp:
     Args:
         keep: share of a projection's numbers that its two factors have. Every query and key projection of the
             language model is factored; what that saves the budget spends on all layers. The paper keeps a quarter.
-        auto: leave it to the budget instead which query and key projections, of the vision tower too, are factored,
-            and how narrow (``keep`` then is the widest that is offered).
 
     Raises:
         FourierError: a share that is not above 0 and at most 1.
     """
 
     keep: float = 0.25
-    auto: bool = False
 
     def __post_init__(self) -> None:
         number = isinstance(self.keep, (int, float)) and not isinstance(self.keep, bool)
@@ -289,8 +286,8 @@ class Casp:
             raise FourierError(f"keep is {self.keep!r}", remedy="Give a share above 0 and at most 1, such as 0.25")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return dataclasses.asdict(self)
+        """Plain JSON types, with the ``auto`` of versions in which a budget could choose what is factored."""
+        return {"keep": self.keep, "auto": False}
 
 
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}

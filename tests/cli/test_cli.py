@@ -154,7 +154,7 @@ def test_world_calibration(model, tmp_path, monkeypatch):
             ["--method", "paper", "--bits", "4", "--amplitude-bits", "4", "--phase-bits", "4"],
             "exclude each other",
         ),
-        (["--casp", "--casp-auto"], "exclude each other"),
+        (["--casp-auto"], "No such option"),
         (["--casp-keep", "0.5"], "goes with --casp"),
         (["--casp", "--casp-keep", "2"], "keep is 2.0"),
         (["--images", "."], "goes with --calibration"),
@@ -329,16 +329,15 @@ def test_the_public_names_are_there():
         llava_fa.nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize("flags", [["--casp", "--casp-keep", "0.5"], ["--casp-auto"]])
-def test_casp_is_told_and_shown(model, tmp_path, flags):
-    result = run("compress", model, tmp_path / "out", *QUICK, "--only", "*.self_attn", *flags, "--json")
+def test_casp_is_told_and_shown(model, tmp_path):
+    flags = ["--only", "*.self_attn", "--casp", "--casp-keep", "0.5"]
+    result = run("compress", model, tmp_path / "out", *QUICK, *flags, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["budget"]["casp"] == {"keep": 0.5 if "--casp" in flags else 0.25, "auto": "--casp" not in flags}
+    assert report["budget"]["casp"] == {"keep": 0.5, "auto": False}
     widths = [layer["inner_rank"] for layer in report["layers"] if layer["name"].endswith("q_proj")]
-    if "--casp" in flags:
-        assert sorted(widths) == [0, 0, 12, 12]  # the language model's
-        assert "12 L R" in run("inspect", tmp_path / "out", "--layers").stdout
+    assert sorted(widths) == [0, 0, 12, 12]  # the language model's
+    assert "12 L R" in run("inspect", tmp_path / "out", "--layers").stdout
 
 
 def test_doctor_tells_what_runs_and_checks_it(monkeypatch):

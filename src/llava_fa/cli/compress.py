@@ -62,13 +62,9 @@ def compress(
             "saves on all layers: the same bytes as without.",
         ),
     ] = False,
-    casp_auto: Annotated[
-        bool,
-        typer.Option("--casp-auto", help="Only where that is predicted to pay; in the vision tower too."),
-    ] = False,
     casp_keep: Annotated[
         float | None,
-        typer.Option(help="Share of a projection's numbers that its factors have (at most). [default: 0.25]"),
+        typer.Option(help="With --casp: share of a projection's numbers that its factors have. [default: 0.25]"),
     ] = None,
     amplitude_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each |coefficient|.")] = None,
     phase_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each angle.")] = None,
@@ -122,13 +118,11 @@ def compress(
     """Compress a LLaVA-type model. Killed at any moment, the same command resumes."""
     if bits is not None and amplitude_bits is not None:
         raise typer.BadParameter("--bits and --amplitude-bits exclude each other: the sum of the two decides")
-    if casp_keep is not None and not (casp or casp_auto):
-        raise typer.BadParameter("--casp-keep goes with --casp or --casp-auto")
-    if casp and casp_auto:
-        raise typer.BadParameter("--casp and --casp-auto exclude each other: all projections, or those that pay")
+    if casp_keep is not None and not casp:
+        raise typer.BadParameter("--casp-keep goes with --casp")
     try:
         share = Casp.keep if casp_keep is None else casp_keep
-        factored = Casp(keep=share, auto=casp_auto) if casp or casp_auto else None
+        factored = Casp(keep=share) if casp else None
         budget = _budget(method, bits, size, mixed)
         if embeddings is not None:
             FourierConfig(bits=embeddings)  # checks it

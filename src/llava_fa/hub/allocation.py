@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from llava_fa.config import MIN_BITS, Budget, Casp, Codes, FourierConfig
 from llava_fa.errors import FourierError
@@ -59,13 +59,6 @@ when they are measured, and trellis codes at 3 bits, predicted to gain 24 %, los
 Sensitivities = Mapping[str, Sequence[Prediction]]
 """Layer → prediction for each of `variants`."""
 
-_NOISE, _WORST = 1e-3, 1e3
-"""Measured divergences, in nats: below the first a bf16 model's own rounding may be all that is seen; none is taken for
-more than the second."""
-
-NARROWER = (1.0, 0.75, 0.5, 0.25)
-"""Widths of factors offered where a budget chooses, as shares of the widest."""
-
 
 def check(config: FourierConfig) -> None:
     """Raise `FourierError` where a configuration cannot be given a budget."""
@@ -100,13 +93,9 @@ def same_bytes(plan: Plan) -> Budget:
 
 def variants(layer: PlannedLayer, config: FourierConfig, casp: Casp | None) -> list[FourierConfig]:
     """What a layer may become but for bits and codes: with low rank and without, or as two factors."""
-    plain = [config.replace(bits=MIN_BITS, rank=rank) for rank in ((0, config.rank) if config.rank else (0,))]
-    if casp is None or not is_query_or_key(layer.name) or (is_vision(layer.name) and not casp.auto):
-        return plain
-    shares = NARROWER if casp.auto else (1.0,)
-    wide = dict.fromkeys(inner_rank(layer.shape, share * casp.keep) for share in shares)
-    factored = [config.replace(bits=MIN_BITS, rank=0, inner_rank=width) for width in wide]
-    return plain + factored if casp.auto else factored
+    if casp is not None and is_query_or_key(layer.name) and not is_vision(layer.name):
+        return [config.replace(bits=MIN_BITS, rank=0, inner_rank=inner_rank(layer.shape, casp.keep))]
+    return [config.replace(bits=MIN_BITS, rank=rank) for rank in ((0, config.rank) if config.rank else (0,))]
 
 
 def widths(config: FourierConfig) -> tuple[float, ...]:
@@ -156,22 +145,13 @@ def measure(
     """Sensitivities from samples, in nats of KL divergence per softened answer token; 0 where none depends on it."""
     tell("")
     configs = {layer.name: variants(layer, config, casp) for layer in plan.layers}
-    choice = casp is not None and casp.auto  # else all are factored alike, whatever that costs
-    reference = measured.Reference(model, inputs, answers) if choice else None
-    powers = measured.output_powers(model, plan.layers, configs, inputs, tell, reference)
+    powers = measured.output_powers(model, plan.layers, configs, inputs, tell)
     tell("")
     minds = measured.fisher(model, {name: of[0].directions for name, of in powers.items()}, inputs, answers)
-    found = {name: [Prediction(0.0, 0.0)] * len(of) for name, of in configs.items()}
-    for name in minds.keys() & powers.keys():
-        found[name] = [_predicted(of, minds[name]) for of in powers[name]]
-    return found
-
-
-def _predicted(powers: measured.Powers, minds: Tensor) -> Prediction:
-    fixed = sensitivity(powers.outside, minds)
-    if powers.truncated is not None and powers.truncated > _NOISE:
-        fixed = max(fixed, min(powers.truncated, _WORST))
-    return Prediction(fixed, sensitivity(powers.slope, minds))
+    predictions = {name: [Prediction(0.0, 0.0)] * len(of) for name, of in configs.items()}
+    for name, g in minds.items():
+        predictions[name] = [Prediction(sensitivity(of.outside, g), sensitivity(of.slope, g)) for of in powers[name]]
+    return predictions
 
 
 def estimate(

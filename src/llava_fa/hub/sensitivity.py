@@ -10,11 +10,9 @@ columns), and what one block of calibrated compression takes.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +21,11 @@ from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub import blocks
 from llava_fa.hub.calibrated import gather
-from llava_fa.hub.families import is_query_or_key
 from llava_fa.hub.plan import PlannedLayer
-from llava_fa.solver.attention import whitened_factors
 from llava_fa.solver.sensitivity import error_directions, error_powers
 
 SAMPLES = 32
 """Calibration samples used, evenly spaced among all."""
-_CHECKED = 6
-"""Samples on which factors are tried out."""
 TEMPERATURE = 3.0
 """By which logits are divided before anything is asked of them. A sure answer has next to no gradient and divergence up
 to the error that turns it over; the softened one says how near that is (docs/results.md)."""
@@ -112,62 +106,17 @@ def fisher(
     return {name: power / (_PROBES * tokens) for name, power in found.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Powers:
+class Powers(NamedTuple):
     """What one configuration of a layer is expected to do.
 
     Attributes:
         outside, slope: `error_powers`, float64 [m] each.
         directions: which way its errors lie, [n, `SKETCH`] (`error_directions`).
-        truncated: of two factors, the divergence that was measured with them, not quantised, in the layer's place: a
-            projection's share of what query and key projection of one attention did together.
     """
 
     outside: Tensor
     slope: Tensor
     directions: Tensor
-    truncated: float | None = None
-
-
-class Reference:
-    """The answers' distributions of a model as it is, from which those of an altered one diverge.
-
-    Args:
-        model, inputs, answers: as for `fisher`; at most `_CHECKED` samples are used.
-    """
-
-    def __init__(self, model: nn.Module, inputs: blocks.Inputs, answers: Sequence[int]) -> None:
-        used = min(len(inputs), _CHECKED)
-        self.model = model
-        self.samples = [(inputs[i], answers[i], i) for i in (k * len(inputs) // used for k in range(used))]
-        self.original = self._logs()
-
-    @torch.no_grad()
-    def _logs(self) -> list[Tensor]:
-        found = []
-        for sample, start, index in self.samples:
-            logits = blocks.forward(self.model, sample, index).logits[0, start - 1 : -1]
-            found.append((logits.float() / TEMPERATURE).log_softmax(-1))
-        return found
-
-    def divergence(self) -> float:
-        """KL(as it was ‖ as it is now) in nats per answer token; infinite where that is no number."""
-        pairs = list(zip(self.original, self._logs(), strict=True))
-        total = sum(float((p.exp() * (p - q)).sum()) for p, q in pairs) / sum(len(p) for p, _ in pairs)
-        return total if math.isfinite(total) else math.inf
-
-    @torch.no_grad()
-    def divergence_with(self, weights: Mapping[str, Tensor]) -> float:
-        """The same with other weights in some layers."""
-        places = {name: self.model.get_submodule(name).weight for name in weights}
-        before = {name: place.detach().clone() for name, place in places.items()}
-        try:
-            for name, place in places.items():
-                place.copy_(weights[name])
-            return self.divergence()
-        finally:
-            for name, place in places.items():
-                place.copy_(before[name])
 
 
 @torch.no_grad()
@@ -177,14 +126,8 @@ def output_powers(
     configs: Mapping[str, Sequence[FourierConfig]],
     inputs: blocks.Inputs,
     tell: Tell,
-    reference: Reference | None = None,
 ) -> dict[str, list[Powers]]:
-    """`Powers` of every layer under each of its configurations; a layer that no input reaches is left out.
-
-    With a ``reference`` factors of query and key projections are tried out in the model, too: an attention whose
-    softmax has saturated minds no small error, so that its sensitivity is next to nothing, and breaks on a cut
-    (docs/results.md). Query and key are tried out together, since either alone may break nothing.
-    """
+    """`Powers` of every layer under each of its configurations; a layer that no input reaches is left out."""
     powers: dict[str, list[Powers]] = {}
     chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)
     for segment in chains:
@@ -203,41 +146,7 @@ def output_powers(
                             powers[layer.name] = [Powers(*error_powers(weight, c, moment), sketch) for c in of]
                         except FourierError as error:
                             raise error.at(layer.name) from error
-                    if reference is not None and statistics is not None and bool(statistics.moment.any()):
-                        powers |= _tried_out(group, configs, statistics.moment, reference, powers)
             if index < len(segment) - 1:
                 blocks.advance(unit, calls[index], hidden)
             calls[index] = []
     return powers
-
-
-def _tried_out(
-    group: Sequence[PlannedLayer],
-    configs: Mapping[str, Sequence[FourierConfig]],
-    moment: Tensor,
-    reference: Reference,
-    powers: Mapping[str, list[Powers]],
-) -> dict[str, list[Powers]]:
-    """The powers of query and key projections, with what their factors did to the answers."""
-    found = {layer.name: list(powers[layer.name]) for layer in group if is_query_or_key(layer.name)}
-    attentions: dict[str, list[PlannedLayer]] = {}
-    for layer in group:
-        if is_query_or_key(layer.name):
-            attentions.setdefault(layer.name.rpartition(".")[0], []).append(layer)
-    for pair in attentions.values():
-        weights = {layer.name: layer.weight.read().to(torch.float32) for layer in pair}
-        for index in range(max(len(configs[name]) for name in weights)):
-            of = {name: configs[name][min(index, len(configs[name]) - 1)] for name in weights}
-            if not of[pair[0].name].inner_rank:
-                continue
-            cut = {name: _cut(weight, of[name], moment) for name, weight in weights.items()}
-            truncated = reference.divergence_with(cut) / len(cut)
-            for name in weights:
-                if index < len(configs[name]):
-                    found[name][index] = dataclasses.replace(found[name][index], truncated=truncated)
-    return found
-
-
-def _cut(weight: Tensor, config: FourierConfig, moment: Tensor) -> Tensor:
-    left, right = whitened_factors(weight, config.inner_rank, moment, damping=config.damping, seed=config.seed)
-    return left @ right
