@@ -26,7 +26,7 @@ from stagewise import units
 
 from llava_fa import Budget, Casp, FourierConfig, approximate
 from llava_fa.eval.divergence import Divergence
-from llava_fa.hub import allocation, attention, blocks, sensitivity
+from llava_fa.hub import allocation, attention_density, blocks, model_sensitivity
 from llava_fa.hub.calibrated import gather
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.families import is_query_or_key, is_vision
@@ -163,7 +163,7 @@ def _scalar_bits(
     source = open_source(resolve_model(args.model))
     config = FourierConfig()
     plan = make_plan(empty_model(source), source, config)
-    used = sensitivity.chosen(len(inputs))
+    used = model_sensitivity.chosen(len(inputs))
     starts = [answer_start(samples[i], inputs[i], processor) for i in used]
     errors = allocation.measure(plan, config, model, [inputs[i] for i in used], starts, lambda _: None, casp)
     options = [
@@ -190,7 +190,7 @@ def layers(args: argparse.Namespace) -> None:
     inputs = list(prepare(calibration_samples(args.samples), processor))
     names = [name for name in classify(model).layers if is_query_or_key(name)]
     moments = second_moments(model, names, inputs)
-    densities = attention.densities(model, inputs)
+    densities = attention_density.densities(model, inputs)
     seen = other_side(model, names, inputs[:32])
     print("| attention | density | cut | cut, weighed by the other side | at 1 bit |\n|---|---|---|---|---|")
     for module, heads in densities.items():
@@ -267,7 +267,7 @@ def other_side(model: Any, names: list[str], inputs: Any) -> dict[str, torch.Ten
             return (output[0].detach(), *output[1:])
 
         handles.append(model.get_submodule(module).register_forward_hook(see))
-    with torch.enable_grad(), attention.eager(model):
+    with torch.enable_grad(), attention_density.eager(model):
         for sample in inputs:
             model(**sample, use_cache=False)
     for handle in handles:

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 
 from llava_fa import FourierConfig
-from llava_fa.hub.checkpoint import LayerRecord, Metadata, codebook_digest, stored_tensors
+from llava_fa.hub.checkpoint import LayerRecord, Metadata, codebook_digest, file_keys
 from llava_fa.hub.shards import Item, write_file
 from llava_fa.kernels.layout import FactoredLayout, Layout
 from llava_fa.maths.bitpack import pack
-from llava_fa.nn.codebooks import codebook_key
 
 HERE = Path(__file__).parent
 
@@ -142,10 +141,9 @@ def build(folder: Path, layers: dict[str, Layout | FactoredLayout]) -> None:
     digests: dict[str, str] = {}
     for name, layout in layers.items():
         layer = tensors(name, layout)
-        stored |= stored_tensors(name, layer)
+        stored |= {file_key: layer[key] for key, file_key in file_keys(name, layout).items()}
         for prefix, part in layout.parts().items():
             if prefix + "codebook" in layer:
-                stored[codebook_key(part.codebook)] = layer[prefix + "codebook"]
                 digests[part.codebook] = codebook_digest(layer[prefix + "codebook"])
     write_file(folder / "model.safetensors", [Item.of(name, tensor) for name, tensor in stored.items()])
     records = {

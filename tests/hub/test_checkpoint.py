@@ -11,7 +11,6 @@ from helpers import random_llava, save_llava
 from safetensors.torch import load_file, save_file
 
 from llava_fa import FourierConfig, FourierError
-from llava_fa.hub import checkpoint
 from llava_fa.hub.checkpoint import Metadata, account, read_layer, read_metadata, validate
 from llava_fa.hub.source import weight_files
 
@@ -226,8 +225,3 @@ def test_a_folder_that_is_not_compressed(folders):
         read_metadata(folders / "plain")
     with pytest.raises(FourierError, match="no such folder"):
         read_metadata(folders / "nowhere")
-
-
-def test_stored_names_leave_the_codebook_out():
-    tensors = {"codes": torch.zeros(1), "codebook": torch.zeros(1)}
-    assert set(checkpoint.stored_tensors("a.b", tensors)) == {"a.b.codes"}

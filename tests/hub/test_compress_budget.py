@@ -11,7 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_fa
 from llava_fa import Budget, FourierConfig, FourierError
-from llava_fa.hub import allocation, blocks, sensitivity
+from llava_fa.hub import allocation, blocks, model_sensitivity
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.inspect import inspect_model
 from llava_fa.hub.plan import make_plan
@@ -192,14 +192,14 @@ def test_the_fisher_information_predicts_a_small_error(checkpoint, samples):
     name = "model.language_model.layers.0.mlp.down_proj"
     layer = model.get_submodule(name)
     directions = torch.randn(layer.in_features, 24, generator=torch.Generator().manual_seed(1)) / 10
-    runs = [sensitivity.fisher(model, {name: directions}, inputs, answers, seed)[name] for seed in range(8)]
+    runs = [model_sensitivity.fisher(model, {name: directions}, inputs, answers, seed)[name] for seed in range(8)]
     found = torch.stack(runs).mean(0)
     assert all(parameter.requires_grad for parameter in model.parameters())  # left as it was
 
     @torch.no_grad()
     def logs():
         return [
-            (blocks.forward(model, x, 0).logits[0, start - 1 : -1] / sensitivity.TEMPERATURE).log_softmax(-1)
+            (blocks.forward(model, x, 0).logits[0, start - 1 : -1] / model_sensitivity.TEMPERATURE).log_softmax(-1)
             for x, start in zip(inputs, answers, strict=True)
         ]
 

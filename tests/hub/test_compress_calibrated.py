@@ -234,9 +234,9 @@ def test_a_block_is_run_no_further_than_it_must_be(samples):
 def test_the_running_dtype_is_chosen_once(checkpoint, quick, samples, tmp_path, monkeypatch):
     """float32 where the CPU emulates 16-bit floats and there is room; what an interrupted run chose is kept."""
     from llava_fa.hub import compress as module
-    from llava_fa.hub.parts import WorkFolder
     from llava_fa.hub.plan import make_plan
     from llava_fa.hub.source import empty_model, open_source
+    from llava_fa.hub.work_folder import WorkFolder
 
     source = open_source(helpers.save_llava(tmp_path / "in", dtype=torch.bfloat16))
     plan = make_plan(empty_model(source), source, quick)

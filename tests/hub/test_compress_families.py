@@ -8,10 +8,10 @@ import llava_fa
 from llava_fa import FourierConfig
 from llava_fa.hub import blocks as blockwise
 from llava_fa.hub import calibrated
-from llava_fa.hub.parts import WorkFolder
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.source import empty_model, open_source
 from llava_fa.hub.streaming import Tracker, assemble
+from llava_fa.hub.work_folder import WorkFolder
 
 IMAGE, START, END = 1, 3, 4
 TEXT = {

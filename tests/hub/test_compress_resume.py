@@ -11,7 +11,7 @@ import torch
 
 import llava_fa
 from llava_fa import FourierError
-from llava_fa.hub import parts, shards
+from llava_fa.hub import shards, work_folder
 from llava_fa.maths.trellis import trellis_points
 
 LAYERS = 28
@@ -132,7 +132,7 @@ def test_fresh_starts_over(checkpoint, quick, compressed, interrupted, digest):
 def test_two_runs_at_once_are_refused(checkpoint, quick, interrupted):
     manifest = json.loads((interrupted.with_name("out.partial") / "manifest.json").read_text())
     with (
-        parts.WorkFolder(interrupted, manifest),
+        work_folder.WorkFolder(interrupted, manifest),
         pytest.raises(FourierError, match="another run is compressing to this folder"),
     ):
         llava_fa.compress(checkpoint, interrupted, quick)
@@ -161,7 +161,7 @@ def test_a_full_disk_ends_in_one_error_and_resumes(checkpoint, quick, compressed
 def test_too_little_disk_is_said_before_the_work(checkpoint, quick, tmp_path, monkeypatch):
     usage = os.statvfs(tmp_path)
     assert usage.f_bavail > 0
-    monkeypatch.setattr(parts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000}))
+    monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000}))
     with pytest.raises(FourierError, match=r"the disk has 1\.0 MB free, and about 64\.\d MB are needed"):
         llava_fa.compress(checkpoint, tmp_path / "out", quick)
     assert list(tmp_path.iterdir()) == []
@@ -175,7 +175,7 @@ def test_an_unwritable_place_is_said(checkpoint, quick, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")  # root, who runs CI, is never refused
 
-    monkeypatch.setattr(parts.Path, "mkdir", refuse)
+    monkeypatch.setattr(work_folder.Path, "mkdir", refuse)
     with pytest.raises(FourierError, match=r"cannot write there \(Permission denied\)\. Give an OUT in a folder"):
         llava_fa.compress(checkpoint, tmp_path / "out", quick)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llava_fa import FourierError
-from llava_fa.hub.shards import Item, read_header, read_metadata, tensor_bytes, write_file
+from llava_fa.hub.shards import Item, file_metadata, read_header, tensor_bytes, write_file
 
 DTYPES = [
     torch.float64,
@@ -41,7 +41,7 @@ def test_round_trip_through_the_library(tmp_path_factory, kinds):
             assert torch.equal(loaded[name], tensor)
             assert torch.equal(entries[name].read(), tensor)
             assert b"".join(entries[name].chunks()) == tensor_bytes(tensor)
-    assert read_metadata(folder / "ours") == {"format": "pt", "note": "x"}
+    assert file_metadata(folder / "ours") == {"format": "pt", "note": "x"}
 
 
 def test_copies_keep_dtypes_torch_may_not_know(tmp_path):

@@ -145,8 +145,8 @@ def compress(
         raise typer.BadParameter("--recover goes with --calibration, which it trains on")
 
     from llava_fa.hub.compress import compress as run
-    from llava_fa.hub.parts import refuse_existing
     from llava_fa.hub.provenance import record
+    from llava_fa.hub.work_folder import refuse_existing
 
     refuse_existing(out.expanduser())
     target = out

@@ -93,7 +93,7 @@ def train(
     """Train factors, scales, norms, biases and projector; codes stay. Killed, the same command resumes."""
     if images is not None and data == "world":
         raise typer.BadParameter("--images goes with a LLaVA JSON file, not with `world`")
-    from llava_fa.hub.parts import refuse_existing
+    from llava_fa.hub.work_folder import refuse_existing
     from llava_fa.train.recover import recover
     from llava_fa.train.settings import DEFAULT_PARTS, TrainingSettings
 

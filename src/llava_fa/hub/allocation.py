@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +16,11 @@ from torch import nn
 
 from llava_fa.config import MIN_BITS, Budget, Casp, Codes, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub import sensitivity as measured
+from llava_fa.hub import model_sensitivity
 from llava_fa.hub.families import is_query_or_key, is_vision
-from llava_fa.hub.parts import WorkFolder, disk_errors, gigabytes
 from llava_fa.hub.plan import Plan, PlannedLayer
-from llava_fa.hub.shards import write_text
 from llava_fa.hub.streaming import SHARD_BYTES, norm_moment
+from llava_fa.hub.work_folder import WorkFolder, gigabytes
 from llava_fa.kernels.layout import layout_of
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.attention import inner_rank
@@ -145,9 +143,9 @@ def measure(
     """Sensitivities from samples, in nats of KL divergence per softened answer token; 0 where none depends on it."""
     tell("")
     configs = {layer.name: variants(layer, config, casp) for layer in plan.layers}
-    powers = measured.output_powers(model, plan.layers, configs, inputs, tell)
+    powers = model_sensitivity.output_powers(model, plan.layers, configs, inputs, tell)
     tell("")
-    minds = measured.fisher(model, {name: of[0].directions for name, of in powers.items()}, inputs, answers)
+    minds = model_sensitivity.fisher(model, {name: of[0].directions for name, of in powers.items()}, inputs, answers)
     predictions = {name: [Prediction(0.0, 0.0)] * len(of) for name, of in configs.items()}
     for name, g in minds.items():
         predictions[name] = [Prediction(sensitivity(of.outside, g), sensitivity(of.slope, g)) for of in powers[name]]
@@ -271,18 +269,16 @@ def _with(layer: PlannedLayer, config: FourierConfig, sensitivity: float, loss: 
 def save(plan: Plan, work: WorkFolder) -> None:
     """Keep an allocation in the work folder."""
     layers = {layer.name: [layer.config.to_dict(), layer.sensitivity, layer.predicted_loss] for layer in plan.layers}
-    with disk_errors(work.path):
-        write_text(work.path / FILE, json.dumps({"budget": plan.budget, "layers": layers}))
+    work.write_json(FILE, {"budget": plan.budget, "layers": layers})
 
 
 def load(plan: Plan, work: WorkFolder) -> Plan | None:
     """The plan with the allocation that the work folder holds; None where it has none yet."""
-    path = work.path / FILE
-    if not path.is_file():
+    allocation = work.read_json(FILE)
+    if allocation is None:
         return None
-    kept = json.loads(path.read_text())
     layers = {}
     for layer in plan.layers:
-        values, sensitivity, loss = kept["layers"][layer.name]
+        values, sensitivity, loss = allocation["layers"][layer.name]
         layers[layer.name] = _with(layer, FourierConfig.from_dict(values), sensitivity, loss)
-    return plan.assign(layers, kept["budget"])
+    return plan.assign(layers, allocation["budget"])

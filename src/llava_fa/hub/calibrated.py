@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.hub.blocks import Call, Inputs, Unit, advance, capture, find_units, replay, segments, stages
-from llava_fa.hub.parts import WorkFolder
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.streaming import Tracker, compress_layer
+from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.solver.statistics import Drift, SecondMoment
 

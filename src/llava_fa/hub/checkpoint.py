@@ -32,6 +32,9 @@ FORMAT_VERSION = 4
 """The newest version; models without embeddings, factored layers, or trellis codes are written, as before, in versions
 3, 2 and 1."""
 
+ORIGINAL_BYTES = "llava_fa_original_bytes"
+"""Key in the metadata of the weight files: bytes of all tensors of the checkpoint that was compressed."""
+
 _SAFETENSORS = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
 _COMPRESS_AGAIN = "Compress the model again, or copy the folder again"
 
@@ -165,11 +168,6 @@ def _version(layers: Mapping[str, LayerRecord]) -> int:
 def codebook_digest(codebook: Tensor) -> str:
     """SHA-256 of a codebook's bytes as stored (bf16 [points, 2], C order)."""
     return hashlib.sha256(tensor_bytes(codebook)).hexdigest()
-
-
-def stored_tensors(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of layer ``name`` under their names in the file; its codebooks go to `codebook_key`."""
-    return {f"{name}.{key}": tensor for key, tensor in tensors.items() if not is_codebook(key)}
 
 
 def is_codebook(key: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -14,27 +13,19 @@ import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub import allocation, attention, proofread, provenance, sensitivity
+from llava_fa.hub import allocation, attention_density, model_sensitivity, proofread
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
-from llava_fa.hub.checkpoint import account, codebook_digest, read_metadata, validate
-from llava_fa.hub.loading import check_device, fast_dtype, memory_errors
-from llava_fa.hub.parts import WorkFolder, check_space, disk_errors, refuse_existing
+from llava_fa.hub.checkpoint import codebook_digest
+from llava_fa.hub.inspect import describe
+from llava_fa.hub.loading import check_device, fast_dtype, load_processor, memory_errors
 from llava_fa.hub.plan import Plan, make_plan
-from llava_fa.hub.report import (
-    TRAINING,
-    LayerReport,
-    ProgressCallback,
-    Report,
-    Skipped,
-    kind_of_codes,
-    peak_rss_bytes,
-)
-from llava_fa.hub.shards import read_metadata as read_metadata_of
+from llava_fa.hub.report import ProgressCallback, Report
 from llava_fa.hub.shards import write_text
-from llava_fa.hub.source import Source, empty_model, open_source, quiet_transformers, resolve_model, weight_files
-from llava_fa.hub.streaming import ORIGINAL_BYTES, Tracker, assemble, compress_streaming
+from llava_fa.hub.source import Source, empty_model, open_source, quiet_transformers, resolve_model
+from llava_fa.hub.streaming import Tracker, assemble, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
+from llava_fa.hub.work_folder import WorkFolder, check_space, disk_errors, refuse_existing
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
 
@@ -139,11 +130,11 @@ def compress(
             plan = _settled(plan, config, budget, casp, work, loaded, data, tracker)
             if on_plan is not None:
                 on_plan(plan)
-        density = attention.load(work)
+        density = work.read_json(attention_density.FILE)
         if density is None and data is not None and loaded is not None:
             tracker.tell("measuring attention")
-            density = attention.densities(loaded, data.inputs)
-            attention.save(density, work)
+            density = attention_density.densities(loaded, data.inputs)
+            work.write_json(attention_density.FILE, density)
         tracker.tell("compressing")
         if data is None:
             compress_streaming(plan, work, tracker)
@@ -158,70 +149,6 @@ def compress(
         assemble(plan, config, work, density)
         tracker.tell("done")
     return describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
-
-
-def describe(
-    folder: Path,
-    *,
-    original_bytes: int | None = None,
-    seconds: float | None = None,
-    notes: dict[str, tuple[str, ...]] | None = None,
-) -> Report:
-    """The `Report` of a compressed folder, from its headers alone; every byte counted from the files.
-
-    ``original_bytes`` is what the tensors of the original took; where it is not known, the original is taken
-    to have kept its compressed layers in 16 bits.
-    """
-    start = time.monotonic()
-    metadata = read_metadata(folder)
-    files = weight_files(folder)
-    accounts = account(validate(files, metadata), metadata)
-    layers = tuple(
-        LayerReport(
-            name=name,
-            shape=(record.layout.out_features, record.layout.in_features),
-            bits_per_weight=accounts.layers[name],
-            weight_error=record.weight_error,
-            output_error=record.output_error,
-            rank=getattr(record.layout, "rank", 0),
-            inner_rank=getattr(record.layout, "inner_rank", 0),
-            sensitivity=record.sensitivity,
-            predicted_loss=record.predicted_loss,
-            notes=(notes or {}).get(name, ()),
-            embedding=record.embedding,
-            codes=kind_of_codes(record.layout),
-        )
-        for name, record in metadata.layers.items()
-    )
-    compressed = accounts.packed_bytes + accounts.codebook_bytes + accounts.other_bytes
-    noted = read_metadata_of(files[0]).get(ORIGINAL_BYTES)
-    original = original_bytes or (int(noted) if noted else accounts.dense_bytes)
-    return Report(
-        path=str(folder),
-        method=metadata.config.method,
-        bits=metadata.config.bits if metadata.budget is None else metadata.budget.get("bits"),
-        rank=metadata.config.rank,
-        bits_per_weight=accounts.bits_per_weight,
-        compression_ratio=original / compressed,
-        original_bytes=original,
-        compressed_bytes=compressed,
-        layers=layers,
-        not_compressed=tuple(Skipped(name, reason) for name, reason in metadata.not_compressed.items()),
-        seconds=time.monotonic() - start if seconds is None else seconds,
-        peak_rss_bytes=peak_rss_bytes(),
-        budget=metadata.budget,
-        attention_density=metadata.attention_density,
-        training=_training(folder),
-        provenance=provenance.read(folder),
-    )
-
-
-def _training(folder: Path) -> dict[str, Any] | None:
-    path = folder / TRAINING
-    try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:
-        raise FourierError("it is not JSON", remedy="Remove it; the model does not need it", where=str(path)) from None
 
 
 def _codebooks() -> str:
@@ -290,28 +217,13 @@ class _Data:
 
     def some(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """The samples that sensitivity is measured on, with the positions of their answers."""
-        indices = sensitivity.chosen(len(self.inputs))
+        indices = model_sensitivity.chosen(len(self.inputs))
         return [self.inputs[i] for i in indices], self.answers(indices)
 
     def answers(self, indices: Sequence[int] | None = None) -> list[int]:
         """Where the answers of these samples, or of all, begin."""
         chosen = range(len(self.inputs)) if indices is None else indices
         return [answer_start(self.samples[i], self.inputs[i], self.processor) for i in chosen]
-
-
-def load_processor(folder: Path) -> Any:
-    """The model's processor: tokenizer, image processor and chat template in one."""
-    from transformers import AutoProcessor
-
-    with quiet_transformers():
-        try:
-            return AutoProcessor.from_pretrained(folder)
-        except Exception as error:  # whatever transformers raises on missing or damaged files
-            raise FourierError(
-                f"its processor cannot be loaded ({type(error).__name__}: {error})",
-                remedy="The folder needs the tokenizer and preprocessor files of the model",
-                where=str(folder),
-            ) from error
 
 
 def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.dtype | str:

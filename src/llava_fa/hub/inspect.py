@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from llava_fa.config import QUANT_METHOD
-from llava_fa.hub.checkpoint import file_keys, is_codebook, read_metadata, validate
-from llava_fa.hub.compress import describe
-from llava_fa.hub.report import LayerReport, Report, Skipped, peak_rss_bytes
-from llava_fa.hub.shards import Entry
+from llava_fa.errors import FourierError
+from llava_fa.hub import provenance
+from llava_fa.hub.checkpoint import ORIGINAL_BYTES, account, file_keys, is_codebook, read_metadata, validate
+from llava_fa.hub.report import TRAINING, LayerReport, Report, Skipped, kind_of_codes, peak_rss_bytes
+from llava_fa.hub.shards import Entry, file_metadata
 from llava_fa.hub.source import empty_model, match_names, open_source, read_config, resolve_model, weight_files
 from llava_fa.nn.surgery import classify
 
@@ -28,6 +31,70 @@ def inspect_model(model: str | Path) -> Report:
     if quantised.get("quant_method") == QUANT_METHOD:
         return describe(folder)
     return _original(folder)
+
+
+def describe(
+    folder: Path,
+    *,
+    original_bytes: int | None = None,
+    seconds: float | None = None,
+    notes: dict[str, tuple[str, ...]] | None = None,
+) -> Report:
+    """The `Report` of a compressed folder, from its headers alone; every byte counted from the files.
+
+    ``original_bytes`` is what the tensors of the original took; where it is not known, the original is taken
+    to have kept its compressed layers in 16 bits.
+    """
+    start = time.monotonic()
+    metadata = read_metadata(folder)
+    files = weight_files(folder)
+    accounts = account(validate(files, metadata), metadata)
+    layers = tuple(
+        LayerReport(
+            name=name,
+            shape=(record.layout.out_features, record.layout.in_features),
+            bits_per_weight=accounts.layers[name],
+            weight_error=record.weight_error,
+            output_error=record.output_error,
+            rank=getattr(record.layout, "rank", 0),
+            inner_rank=getattr(record.layout, "inner_rank", 0),
+            sensitivity=record.sensitivity,
+            predicted_loss=record.predicted_loss,
+            notes=(notes or {}).get(name, ()),
+            embedding=record.embedding,
+            codes=kind_of_codes(record.layout),
+        )
+        for name, record in metadata.layers.items()
+    )
+    compressed = accounts.packed_bytes + accounts.codebook_bytes + accounts.other_bytes
+    noted = file_metadata(files[0]).get(ORIGINAL_BYTES)
+    original = original_bytes or (int(noted) if noted else accounts.dense_bytes)
+    return Report(
+        path=str(folder),
+        method=metadata.config.method,
+        bits=metadata.config.bits if metadata.budget is None else metadata.budget.get("bits"),
+        rank=metadata.config.rank,
+        bits_per_weight=accounts.bits_per_weight,
+        compression_ratio=original / compressed,
+        original_bytes=original,
+        compressed_bytes=compressed,
+        layers=layers,
+        not_compressed=tuple(Skipped(name, reason) for name, reason in metadata.not_compressed.items()),
+        seconds=time.monotonic() - start if seconds is None else seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        budget=metadata.budget,
+        attention_density=metadata.attention_density,
+        training=_training(folder),
+        provenance=provenance.read(folder),
+    )
+
+
+def _training(folder: Path) -> dict[str, Any] | None:
+    path = folder / TRAINING
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        raise FourierError("it is not JSON", remedy="Remove it; the model does not need it", where=str(path)) from None
 
 
 def spending(model: str | Path) -> dict[str, int]:

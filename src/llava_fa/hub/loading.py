@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
 from llava_fa.errors import FourierError
@@ -30,8 +31,6 @@ def load(
     Raises:
         FourierError: there is no such model, or it cannot be loaded or has no processor.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     folder = resolve_model(model)
     place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     read_config(folder)
@@ -52,6 +51,19 @@ def load(
     if visual_tokens is not None:
         set_visual_tokens(loaded, visual_tokens, processor)
     return loaded.eval().to(place), processor
+
+
+def load_processor(folder: Path) -> Any:
+    """The model's processor: tokenizer, image processor and chat template in one."""
+    with quiet_transformers():
+        try:
+            return AutoProcessor.from_pretrained(folder)
+        except Exception as error:  # whatever transformers raises on missing or damaged files
+            raise FourierError(
+                f"its processor cannot be loaded ({type(error).__name__}: {error})",
+                remedy="The folder needs the tokenizer and preprocessor files of the model",
+                where=str(folder),
+            ) from error
 
 
 def check_chat_template(processor: Any, model: str | Path) -> None:

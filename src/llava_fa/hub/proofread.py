@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,11 +25,10 @@ from torch import Tensor, nn
 
 from llava_fa.hub.blocks import Inputs, forward
 from llava_fa.hub.families import is_query_or_key, is_vision
-from llava_fa.hub.parts import WorkFolder, disk_errors
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import LayerReport
-from llava_fa.hub.shards import write_text
 from llava_fa.hub.streaming import Tracker, approximated
+from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.solver.statistics import SecondMoment
 
 FILE = "proofread.json"
@@ -94,13 +92,11 @@ def _cost(lost: dict[int, Tensor]) -> float:
 
 def settle(work: WorkFolder) -> bool:
     """Whether the work folder's model is proofread; what an interrupted run had decided is carried out."""
-    path = work.path / FILE
-    if not path.is_file():
-        return False
-    for name in json.loads(path.read_text()):
+    redrawn = work.read_json(FILE)
+    for name in redrawn or ():
         if _again(name) in work:
             work.replace(name, _again(name))
-    return True
+    return redrawn is not None
 
 
 def _again(name: str) -> str:
@@ -136,8 +132,7 @@ def proofread(plan: Plan, work: WorkFolder, model: nn.Module, answers: Answers, 
         redrawn |= _redraw(plan, model, answers, modules.pop(name), broken, (before, _cost(lost)), tracker)
     for name, (tensors, report) in redrawn.items():
         work.save(_again(name), tensors, report)
-    with disk_errors(work.path):
-        write_text(work.path / FILE, json.dumps(list(redrawn)))
+    work.write_json(FILE, list(redrawn))
     settle(work)
 
 

@@ -131,7 +131,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], str]:
     return entries, hashlib.sha256(raw).hexdigest()
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def file_metadata(path: Path) -> dict[str, str]:
     """The free-form part of a file's header."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")

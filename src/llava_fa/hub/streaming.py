@@ -15,12 +15,12 @@ import torch
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub.checkpoint import LayerRecord, Metadata, codebook_digest
-from llava_fa.hub.parts import WorkFolder, disk_errors
+from llava_fa.hub.checkpoint import ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import LayerReport, Progress, ProgressCallback, kind_of_codes
 from llava_fa.hub.shards import Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE
+from llava_fa.hub.work_folder import WorkFolder, disk_errors
 from llava_fa.maths import metrics
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.approximate import approximate
@@ -29,9 +29,6 @@ from llava_fa.solver.drift import corrected_weight
 
 SHARD_BYTES = 4_000_000_000
 """Largest weight file written (as far as one tensor allows)."""
-
-ORIGINAL_BYTES = "llava_fa_original_bytes"
-"""Key in the metadata of the weight files: bytes of all tensors of the checkpoint that was compressed."""
 
 _NOT_COPIED = (
     ".index.json",

@@ -2,7 +2,7 @@
 
 An attention map that puts its mass on few entries can lose little of it: that is CASP's reason to compress W_q and W_k
 harder than all else, by a data-aware low-rank decomposition. This file has the quantities; `solver.factored` stores the
-factors as codes, `hub.attention` measures the maps of a model.
+factors as codes, `hub.attention_density` measures the maps of a model.
 """
 
 from __future__ import annotations

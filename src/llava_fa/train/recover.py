@@ -22,13 +22,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub.compress import describe, load_processor
-from llava_fa.hub.loading import fast_dtype, load
-from llava_fa.hub.parts import WorkFolder, disk_errors
+from llava_fa.hub.inspect import describe
+from llava_fa.hub.loading import fast_dtype, load, load_processor
 from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
 from llava_fa.hub.report import TRAINING, peak_rss_bytes
 from llava_fa.hub.shards import CHUNK, write_text
 from llava_fa.hub.source import quiet_transformers, read_config, resolve_model, weight_files
+from llava_fa.hub.work_folder import WorkFolder, disk_errors
 from llava_fa.maths.metrics import weight_error
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.trainable import make_packed, make_trainable

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llava_fa.errors import FourierError
-from llava_fa.hub.shards import Item, read_header, read_metadata, write_file
+from llava_fa.hub.shards import Item, file_metadata, read_header, write_file
 from llava_fa.nn.trainable import TrainableLinear
 from llava_fa.train.data import ROWS_LEFT_OUT
 from llava_fa.train.factors import CHOSEN_ANEW
@@ -163,7 +163,7 @@ def load_trained(model: nn.Module, folder: Path, identity: str, *, codes: bool =
     entries = read_header(path)[0]
     own = _own(model, codes)
     shapes = {name: tuple(value.shape) for name, value in own.items()}
-    if read_metadata(path).get("model") != identity or {n: e.shape for n, e in entries.items()} != shapes:
+    if file_metadata(path).get("model") != identity or {n: e.shape for n, e in entries.items()} != shapes:
         raise FourierError(
             "this checkpoint is of another model", remedy="Give --fresh to start over, or another OUT", where=str(path)
         )

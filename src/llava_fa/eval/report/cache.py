@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_fa.hub.parts import disk_errors
 from llava_fa.hub.shards import write_text
 from llava_fa.hub.source import resolve_model, weight_files
+from llava_fa.hub.work_folder import disk_errors
 
 
 def fingerprint(model: str) -> str:

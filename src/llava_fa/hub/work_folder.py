@@ -25,7 +25,7 @@ import torch
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.report import LayerReport
-from llava_fa.hub.shards import Entry, Item, read_header, read_metadata, write_file, write_text
+from llava_fa.hub.shards import Entry, Item, file_metadata, read_header, write_file, write_text
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -139,12 +139,22 @@ class WorkFolder:
 
     def report(self, name: str) -> LayerReport:
         """What was measured when the layer was compressed."""
-        return LayerReport.from_dict(json.loads(read_metadata(self._part(name))["report"]))
+        return LayerReport.from_dict(json.loads(file_metadata(self._part(name))["report"]))
 
     def replace(self, name: str, by: str) -> None:
         """Let the finished layer ``by`` take the place of ``name``."""
         with disk_errors(self.path):
             os.replace(self._part(by), self._part(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Keep what was measured or decided, so that a resumed run ends with the same."""
+        with disk_errors(self.path):
+            write_text(self.path / name, json.dumps(value))
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` kept under this name; None where nothing was."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
 
     def finish(self) -> None:
         """Give the finished result its name and remove the work folder."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.hub.blocks import forward
-from llava_fa.hub.parts import WorkFolder, disk_errors
-from llava_fa.hub.shards import write_text
 from llava_fa.solver.attention import EPSILON, attention_density
 
 SAMPLES = 4
 """Calibration samples whose attention is looked at, evenly spaced among all."""
 FILE = "attention.json"
+"""Of the work folder."""
 
 Densities = dict[str, list[float]]
 """Attention module → density of every head."""
@@ -80,16 +78,3 @@ def eager(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name in before:
             config._attn_implementation = name
-
-
-def save(found: Densities, work: WorkFolder) -> None:
-    """Keep what was measured in the work folder: a resumed run ends with the same."""
-    with disk_errors(work.path):
-        write_text(work.path / FILE, json.dumps(found))
-
-
-def load(work: WorkFolder) -> Densities | None:
-    """What the work folder holds; None where nothing was measured yet."""
-    path = work.path / FILE
-    found: Densities | None = json.loads(path.read_text()) if path.is_file() else None
-    return found
