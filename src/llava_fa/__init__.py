@@ -14,16 +14,20 @@ from llava_fa.hub import autoload as _autoload
 
 if TYPE_CHECKING:
     from llava_fa.hub.compress import compress as compress
+    from llava_fa.hub.request import CompressionRequest as CompressionRequest
     from llava_fa.hub.visual_tokens import attach_visual_tokens as attach_visual_tokens
     from llava_fa.hub.visual_tokens import set_visual_tokens as set_visual_tokens
     from llava_fa.nn.factored_linear import FactoredLinear as FactoredLinear
     from llava_fa.nn.fourier_linear import FourierLinear as FourierLinear
     from llava_fa.solver.approximate import approximate as approximate
     from llava_fa.solver.approximation import Approximation as Approximation
+    from llava_fa.train.compress_recover import compress_and_recover as compress_and_recover
 
 # One line a name, as above: where it comes from.
 _LAZY = {
     "compress": "llava_fa.hub.compress",
+    "CompressionRequest": "llava_fa.hub.request",
+    "compress_and_recover": "llava_fa.train.compress_recover",
     "attach_visual_tokens": "llava_fa.hub.visual_tokens",
     "set_visual_tokens": "llava_fa.hub.visual_tokens",
     "FactoredLinear": "llava_fa.nn.factored_linear",

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 
-from llava_fa.cli import output
+from llava_fa.cli import output, sources, tables
+from llava_fa.cli.progress import layer_progress, training_progress
 from llava_fa.config import MAX_BITS, MIN_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
 
 if TYPE_CHECKING:
-    from llava_fa.hub.plan import Plan
     from llava_fa.hub.report import Report
-
-_NOTABLE = 0.2
-"""Share of the result from which embeddings that stay as they are are worth a line."""
-
-_SHOWN = 12
-"""Names listed before a list is cut short; --json has them all."""
+    from llava_fa.hub.request import CompressionRequest
+    from llava_fa.train.data import DataFactory
+    from llava_fa.train.settings import TrainingSettings
 
 
 def compress(
@@ -120,12 +114,16 @@ def compress(
         raise typer.BadParameter("--bits and --amplitude-bits exclude each other: the sum of the two decides")
     if casp_keep is not None and not casp:
         raise typer.BadParameter("--casp-keep goes with --casp")
+    if images is not None and calibration is None:
+        raise typer.BadParameter("--images goes with --calibration FILE.json")
+    if recover is not None and calibration is None:
+        raise typer.BadParameter("--recover goes with --calibration, which it trains on")
+    if calibration is not None:
+        sources.check_images(calibration, images)
+    from llava_fa.hub.request import CompressionRequest
+
     try:
-        share = Casp.keep if casp_keep is None else casp_keep
-        factored = Casp(keep=share) if casp else None
         budget = _budget(method, bits, size, mixed)
-        if embeddings is not None:
-            FourierConfig(bits=embeddings)  # checks it
         config = FourierConfig(
             method=method,  # type: ignore[arg-type]  # FourierConfig checks it
             bits=MAX_BITS if bits is None or budget is not None else bits,
@@ -137,52 +135,46 @@ def compress(
             skip=tuple(skip or ()),
             only=tuple(only or ()),
         )
+        request = CompressionRequest(
+            model=model,
+            config=config,
+            calibration=sources.calibration_source(calibration, images, samples, seed) if calibration else None,
+            budget=budget,
+            casp=Casp(keep=Casp.keep if casp_keep is None else casp_keep) if casp else None,
+            embeddings=embeddings,
+            visual_tokens=visual_tokens,
+            device=device,
+            command=output.given_command(context, out="OUT"),
+        )
     except FourierError as error:
         raise output.usage_error(error) from None
-    if images is not None and calibration is None:
-        raise typer.BadParameter("--images goes with --calibration FILE.json")
-    if recover is not None and calibration is None:
-        raise typer.BadParameter("--recover goes with --calibration, which it trains on")
-
-    from llava_fa.hub.compress import compress as run
-    from llava_fa.hub.provenance import record
-    from llava_fa.hub.work_folder import refuse_existing
-
-    refuse_existing(out.expanduser())
-    target = out
-    if recover is not None:
-        from llava_fa.cli.train import before_recovery, recover_from
-
-        asked = (model, config, budget, factored, calibration, images, samples, seed, embeddings, visual_tokens)
-        target = before_recovery(out, asked, fresh)
-    report = None
-    if target == out or not target.exists():
-        data = None if calibration is None else _samples(calibration, images, samples, seed)
-        with output.layer_progress() as progress:
-            report = run(
-                model,
-                target,
-                config,
-                data,
-                budget=budget,
-                casp=factored,
-                embeddings=embeddings,
-                visual_tokens=visual_tokens,
-                device=device,
-                fresh=fresh,
-                progress=progress,
-                on_plan=lambda plan: show_plan(plan, config),
-            )
-    if recover is not None:
-        assert calibration is not None
-        report = recover_from(model, target, out, calibration, images, recover, rank, visual_tokens, device, fresh)
-    assert report is not None
-    told = record(out.expanduser(), output.given_command(context, out="OUT"))
-    report = dataclasses.replace(report, provenance=told)
+    if recover is None or calibration is None:
+        report = _compress(request, out, fresh)
+    else:
+        data = functools.partial(sources.training_source, calibration, images, None)
+        report = _compress_and_recover(request, out, recover, data, fresh)
     if json_output:
         output.print_json(report.to_dict())
     else:
-        show_report(report)
+        tables.show_report(report)
+
+
+def _compress(request: CompressionRequest, out: Path, fresh: bool) -> Report:
+    from llava_fa.hub.compress import carry_out
+
+    with layer_progress() as progress:
+        return carry_out(request, out, fresh=fresh, progress=progress, on_plan=tables.show_plan)
+
+
+def _compress_and_recover(
+    request: CompressionRequest, out: Path, steps: int, data: Callable[[TrainingSettings], DataFactory], fresh: bool
+) -> Report:
+    from llava_fa.train.compress_recover import compress_first, train_back
+
+    with layer_progress() as progress:  # one bar after the other; from Python, compress_and_recover does both
+        compressed = compress_first(request, out, fresh=fresh, progress=progress, on_plan=tables.show_plan)
+    with training_progress() as report:
+        return train_back(request, compressed, out, steps, data, fresh=fresh, report=report)
 
 
 def _budget(method: str, bits: float | None, size: str | None, mixed: bool) -> Budget | None:
@@ -201,153 +193,3 @@ def _budget(method: str, bits: float | None, size: str | None, mixed: bool) -> B
             f"a budget (--size, --mixed or --bits between half steps) is not for method {method!r}"
         )
     return budget
-
-
-def _samples(source: str, images: Path | None, count: int, seed: int) -> list[Any]:
-    if source == "world":
-        if images is not None:
-            raise typer.BadParameter("--images goes with a LLaVA JSON file, not with `world`")
-        from llava_fa.world import calibration_samples
-
-        return list(calibration_samples(count, seed))
-    from llava_fa.hub.calibration_data import read_samples
-
-    return read_samples(source, images=images, count=count, seed=seed)
-
-
-def show_plan(plan: Plan, config: FourierConfig) -> None:
-    """Say on stderr what the patterns came to, before any work."""
-    console = output.stderr()
-    if plan.budget is not None:  # told before; now it is settled who gets what
-        counts = Counter(layer.config.bits for layer in plan.layers)
-        shares = ", ".join(f"{count} layers {bits:g}" for bits, count in sorted(counts.items()))
-        console.print(f"bits: {shares}; {_prediction(plan.budget)}", highlight=False)
-        return
-    weights = sum(layer.numel for layer in plan.layers)
-    console.print(f"compressing {len(plan.layers)} layers, {weights / 1e6:.1f} M weights", highlight=False)
-    if plan.embeddings:
-        told = ", ".join(f"{layer.name} at {layer.config.bits:g} bits" for layer in plan.embeddings)
-        console.print(f"embeddings: {told}", markup=False, highlight=False)
-    elif (share := _words(plan) / max(1, plan.output_bytes)) > _NOTABLE:
-        told = f"the word embeddings stay as they are, {share:.0%} of the result: --embeddings compresses them"
-        console.print(told, highlight=False)
-    if config.only:
-        _list(console, "only", [layer.name for layer in plan.layers])
-    if config.skip:
-        _list(console, "skipped", [s.name for s in plan.not_compressed if s.reason.startswith("skipped")])
-
-
-def _words(plan: Plan) -> int:
-    """Bytes of the input and output embeddings that stay as they are."""
-    from llava_fa.hub.families import is_vision
-
-    reasons = ("embedding", "output embedding")
-    wordy = [kept.name for kept in plan.not_compressed if kept.reason in reasons and not is_vision(kept.name)]
-    kept = [f"{name}.weight" for name in wordy]
-    return sum(plan.source.entries[plan.names[name]].nbytes for name in kept if name in plan.names)
-
-
-def _list(console: Any, title: str, names: list[str]) -> None:
-    for name in names[:_SHOWN]:
-        console.print(f"  {title}: {name}", markup=False, highlight=False)
-    if len(names) > _SHOWN:
-        console.print(f"  {title}: … and {len(names) - _SHOWN} more", highlight=False)
-
-
-def show_report(report: Report, *, all_layers: bool = False) -> None:
-    """The report as tables on stdout."""
-    console = output.stdout()
-    console.print(f"[bold]{escape(report.path)}[/]", highlight=False, soft_wrap=True)
-    console.print(
-        f"{report.bits_per_weight:.3f} bits per weight in {len(report.layers)} layers; "
-        f"{output.size(report.compressed_bytes)}, was {output.size(report.original_bytes)}: "
-        f"{report.compression_ratio:.2f}x smaller "
-        f"({output.duration(report.seconds)}, peak memory {output.size(report.peak_rss_bytes)})",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if report.budget is not None:
-        console.print(f"{_given(report.budget)}; {_prediction(report.budget)}", highlight=False, soft_wrap=True)
-    if report.training is not None:
-        console.print(_training(report.training), highlight=False, soft_wrap=True)
-    if report.layers:
-        console.print(_layers(report, all_layers))
-    if report.attention_density:
-        console.print(_densities(report.attention_density, all_layers))
-    for layer in report.layers:
-        for note in layer.notes:
-            console.print(f"note: {layer.name}: {note}", markup=False, highlight=False, soft_wrap=True)
-    reasons = Counter(skipped.reason for skipped in report.not_compressed)
-    for reason, count in reasons.most_common():
-        names = [skipped.name for skipped in report.not_compressed if skipped.reason == reason]
-        more = f" and {count - 1} more" if count > 1 else ""
-        console.print(f"not compressed: {names[0]}{more} ({reason})", markup=False, highlight=False, soft_wrap=True)
-
-
-def _training(told: dict[str, Any]) -> str:
-    shares = f"{100 * told['share']:.1f} % of the original's parameters"
-    return f"trained: {told['steps']} steps, {told['trainable']:,} parameters ({shares})"
-
-
-def _given(budget: dict[str, Any]) -> str:
-    if budget.get("bits") is not None:
-        return f"budget {budget['bits']:g} bits per weight"
-    return f"budget {output.size(budget['size'])}"
-
-
-def _prediction(budget: dict[str, Any]) -> str:
-    uniform = budget["uniform_loss"]
-    beside = "no uniform bits fit in" if uniform is None else f"{uniform:.3g} with the same bits everywhere"
-    return f"predicted loss {budget['predicted_loss']:.3g} {budget['unit']} ({beside})"
-
-
-def _layers(report: Report, all_layers: bool) -> Table:
-    measured = any(layer.output_error is not None for layer in report.layers)
-
-    def error(layer: Any) -> float:
-        value = layer.output_error if measured else layer.weight_error
-        return -1.0 if value is None else value
-
-    worst_first = sorted(report.layers, key=error, reverse=True)
-    shown = report.layers if all_layers else worst_first[:_SHOWN]
-    title = "layers" if all_layers or len(shown) == len(report.layers) else f"the {_SHOWN} worst layers"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    why = ("sensitivity", "predicted loss") if report.budget is not None else ()
-    for heading in ("shape", "codes", "bits", "rank", "weight error", "output error", *why):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for layer in shown:
-        reasons = (f"{x:.2g}" if x is not None else "-" for x in (layer.sensitivity, layer.predicted_loss)[: len(why)])
-        table.add_row(
-            escape(layer.name.removeprefix("model.")),
-            "×".join(map(str, layer.shape)),
-            layer.codes or "-",
-            f"{layer.bits_per_weight:.3f}",
-            f"{layer.inner_rank} L R" if layer.inner_rank else str(layer.rank),
-            _number(layer.weight_error),
-            _number(layer.output_error),
-            *reasons,
-        )
-    return table
-
-
-def _densities(found: dict[str, list[float]], all_layers: bool) -> Table | str:
-    """How sparse the original's attention is: every module and head, or one line."""
-    every = [density for heads in found.values() for density in heads]
-    if not all_layers:
-        return f"attention density {min(every):.3f} to {max(every):.3f}, {_share(every)} on average (--layers: by head)"
-    table = Table(title="attention density of the original", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("attention", overflow="fold")
-    table.add_column("mean", justify="right", no_wrap=True)
-    table.add_column("heads", overflow="fold")
-    for name, heads in found.items():
-        table.add_row(escape(name.removeprefix("model.")), _share(heads), " ".join(f"{x:.3f}" for x in heads))
-    return table
-
-
-def _share(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.3f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fa.cli.eval import counting
-from llava_fa.cli.output import given_command, layer_progress, print_json, size, stderr, stdout
+from llava_fa.cli.output import given_command, print_json, size, stderr, stdout
+from llava_fa.cli.progress import counting, layer_progress
 from llava_fa.cli.report import write_report
 from llava_fa.errors import FourierError
 
@@ -70,8 +70,9 @@ def _compressed(
     model: str, out: Path, limit: int, count: int, seed: int, answered: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Each row; what was answered goes to ``answered`` under the folder's name."""
-    from llava_fa import FourierConfig, compress
-    from llava_fa.hub.provenance import record
+    from llava_fa.config import FourierConfig
+    from llava_fa.hub.compress import carry_out
+    from llava_fa.hub.request import CompressionRequest
     from llava_fa.world.samples import calibration_samples
 
     samples = calibration_samples(count, seed)
@@ -82,16 +83,14 @@ def _compressed(
             name = f"{method}-{bits:g}bit"
             stderr().print(f"[bold]{name}[/]")
             shutil.rmtree(out / name, ignore_errors=True)
+            request = CompressionRequest(
+                model=model,
+                config=FourierConfig(method=method, bits=bits, seed=seed),
+                calibration=calibration,
+                command=equivalent(model, method, bits, count, seed),
+            )
             with layer_progress() as progress:
-                report = compress(
-                    model,
-                    out / name,
-                    FourierConfig(method=method, bits=bits, seed=seed),
-                    calibration,
-                    fresh=True,
-                    progress=progress,
-                )
-            record(out / name, equivalent(model, method, bits, count, seed))
+                report = carry_out(request, out / name, fresh=True, progress=progress)
             worst = report.worst
             answered[str(out / name)] = _evaluate(out / name, limit, seed)
             yield {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llava_fa.cli.output import VISUAL_TOKENS, print_json, stderr, stdout, visual_tokens_option
+from llava_fa.cli.output import VISUAL_TOKENS, print_json, stdout, visual_tokens_option
+from llava_fa.cli.progress import counting
 from llava_fa.eval.benchmarks import WHERE
 
 GENERATED = {"world": 2250, "world-video": 300}
@@ -155,19 +154,3 @@ def _figures(found: dict[str, Any], scale: int) -> tuple[str, str]:
     if found["score"] is None:
         return "not known here", ""
     return f"{scale * found['score']:.1f}", "–".join(f"{scale * end:.1f}" for end in found["interval"])
-
-
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A (done, all) callback that shows a bar on a terminal's stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield update

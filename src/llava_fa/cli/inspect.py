@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llava_fa.cli import output
-from llava_fa.cli.compress import show_report
+from llava_fa.cli.tables import show_report
 
 
 def inspect(

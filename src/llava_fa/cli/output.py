@@ -1,4 +1,4 @@
-"""What all commands share: where output goes, how errors end, how progress looks.
+"""What all commands share: where output goes, how errors end, how numbers look.
 
 stdout carries the result (with ``--json``: one object and nothing else); progress, notes and errors go to
 stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -11,11 +11,9 @@ import json
 import os
 import shlex
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,13 +21,7 @@ from rich.markup import escape
 
 from llava_fa.errors import FourierError
 
-if TYPE_CHECKING:
-    from llava_fa.hub.report import Progress, ProgressCallback
-
 P, R = ParamSpec("P"), TypeVar("R")
-
-PLAIN_SECONDS = 10.0
-"""Without a terminal, progress is a line of text at most this often."""
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
@@ -129,82 +121,6 @@ def print_json(value: Any) -> None:
     """One JSON object on stdout. NaN is not JSON, and is refused."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
-
-
-@contextmanager
-def layer_progress() -> Iterator[ProgressCallback]:
-    """A callback that shows layer, rate, time left and peak memory on stderr."""
-    console = stderr()
-    with _bar(console) if console.is_terminal else _lines(console) as update:
-        yield update
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[ProgressCallback]:
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.fields[stage]}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[count]}  {task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[layer]}"),
-    )
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, stage="reading", count="", figures="", layer="")
-        clock = _Clock()
-
-        def update(progress: Progress) -> None:
-            bar.update(
-                task,
-                stage=progress.stage,
-                total=progress.weights_total,
-                completed=progress.weights_done,
-                count=f"{progress.done}/{progress.total}",
-                figures=clock.figures(progress),
-                layer=progress.name,
-            )
-
-        yield update
-
-
-@contextmanager
-def _lines(console: Console) -> Iterator[ProgressCallback]:
-    clock = _Clock()
-    last = -PLAIN_SECONDS
-
-    def update(progress: Progress) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < PLAIN_SECONDS and progress.done < progress.total:
-            return
-        last = now
-        parts = (f"{progress.stage} {progress.done}/{progress.total}", clock.figures(progress), progress.name)
-        console.print("  ".join(part for part in parts if part), markup=False, highlight=False)
-
-    yield update
-
-
-class _Clock:
-    """Rate and time left, from the weights done since a stage began (resumed ones cost no time)."""
-
-    def __init__(self) -> None:
-        self.stage, self.start, self.first = "", 0.0, 0
-
-    def figures(self, progress: Progress) -> str:
-        from llava_fa.hub.report import peak_rss_bytes
-
-        if progress.stage != self.stage:
-            self.stage, self.start, self.first = progress.stage, time.monotonic(), progress.weights_done
-        elapsed, done = time.monotonic() - self.start, progress.weights_done - self.first
-        memory = f"peak {size(peak_rss_bytes())}"
-        if elapsed <= 0 or done <= 0:
-            return memory
-        left = (progress.weights_total - progress.weights_done) * elapsed / done
-        rate = done / elapsed
-        speed = f"{rate / 1e6:.2f} M" if rate >= 1e5 else f"{rate / 1e3:.1f} k"
-        return f"{speed} weights/s, {duration(left)} left, {memory}"
 
 
 def duration(seconds: float) -> str:

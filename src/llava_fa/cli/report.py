@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import datetime
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from llava_fa.cli import output
+from llava_fa.cli.progress import step_progress
 from llava_fa.errors import FourierError
 
 
@@ -70,7 +68,7 @@ def write_report(
             what, remedy="Give a file in a folder that exists", where=str(out if out.is_dir() else out.parent)
         )
     work = out.with_name(f"{out.name}.partial")
-    with telling() as tell:
+    with step_progress() as tell:
         found = collect(models, original, settings, work, tell, answered)
     text = page(found, commands, datetime.date.today())
     with disk_errors(out):
@@ -88,39 +86,3 @@ def write_report(
         for run in found.runs
     ]
     return {"report": str(out), "bytes": len(text.encode()), "models": rows}
-
-
-@contextmanager
-def telling() -> Iterator[Callable[[str, int, int], None]]:
-    """A (what, done, all) callback: a bar on a terminal's stderr, else a line now and then."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = output.stderr()
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, transient=True) as bar:
-            task, current = bar.add_task("reading", total=None), ""
-
-            def update(what: str, done: int, total: int) -> None:
-                nonlocal current
-                if what != current:
-                    bar.reset(task, description=what, total=total)
-                    current = what
-                bar.update(task, completed=done, total=total)
-
-            yield update
-        return
-    last = time.monotonic()
-
-    def line(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= output.PLAIN_SECONDS:
-            last = time.monotonic()
-            console.print(f"{what} {done}/{total}", markup=False, highlight=False)
-
-    yield line

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from llava_fa.cli import output
+from llava_fa.cli import output, sources
+from llava_fa.cli.progress import training_progress
 from llava_fa.errors import FourierError
 
 if TYPE_CHECKING:
-    from llava_fa.hub.report import Report
     from llava_fa.train.recover import TrainingReport
-    from llava_fa.train.settings import TrainingSettings
 
 
 def train(
@@ -91,8 +86,7 @@ def train(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
 ) -> None:
     """Train factors, scales, norms, biases and projector; codes stay. Killed, the same command resumes."""
-    if images is not None and data == "world":
-        raise typer.BadParameter("--images goes with a LLaVA JSON file, not with `world`")
+    sources.check_images(data, images)
     from llava_fa.hub.work_folder import refuse_existing
     from llava_fa.train.recover import recover
     from llava_fa.train.settings import DEFAULT_PARTS, TrainingSettings
@@ -123,7 +117,7 @@ def train(
         )
     except FourierError as error:
         raise output.usage_error(error) from None
-    options: dict[str, Any] = {"data": samples_of(data, images, samples, settings)}
+    options: dict[str, Any] = {"data": sources.training_source(data, images, samples, settings)}
     if matryoshka:
         from llava_fa.train.matryoshka import matryoshka as over_all_scales
 
@@ -146,103 +140,6 @@ def train(
         output.print_json(found.to_dict())
     else:
         show(found)
-
-
-def before_recovery(out: Path, asked: tuple[Any, ...], fresh: bool) -> Path:
-    """Where `llava-fa compress --recover` keeps the model that is then trained: beside OUT, named by what was asked."""
-    folder = out.expanduser().absolute()
-    found = folder.with_name(f"{folder.name}.compressed-{hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}")
-    if fresh and found.exists():
-        shutil.rmtree(found)
-    return found
-
-
-def recover_from(
-    original: str,
-    compressed: Path,
-    out: Path,
-    data: str,
-    images: Path | None,
-    steps: int,
-    rank: int,
-    visual_tokens: int | None,
-    device: str,
-    fresh: bool,
-) -> Report:
-    """Train ``compressed`` back towards ``original`` and remove it; the report of the model that came of it."""
-    from llava_fa.hub.flops import read_model_config
-    from llava_fa.hub.inspect import inspect_model
-    from llava_fa.hub.visual_tokens import FIELD
-    from llava_fa.train.matryoshka import matryoshka
-    from llava_fa.train.recover import recover
-    from llava_fa.train.settings import DEFAULT_PARTS, TrainingSettings
-
-    config = read_model_config(compressed)
-    elastic = getattr(config, FIELD, None) is not None
-    settings = TrainingSettings(
-        steps=steps,
-        rank=rank or max(1, config.get_text_config().hidden_size // 64),
-        parts=DEFAULT_PARTS + ("visual_tokens",) * elastic,
-        hidden=2.0,
-        save_every=20,
-        device="cpu" if device == "cpu" else "auto",
-    )
-    options: dict[str, Any] = {"data": samples_of(data, images, None, settings)}
-    if elastic:
-        options = matryoshka(compressed, options["data"], tokens=getattr(config, FIELD)["tokens"])
-    with training_progress(True) as report:
-        recover(
-            compressed,
-            out,
-            settings=settings,
-            teacher=original,
-            data_name=f"{data} {visual_tokens}",
-            fresh=fresh,
-            report=report,
-            **options,
-        )
-    shutil.rmtree(compressed)
-    return inspect_model(out)
-
-
-def samples_of(
-    source: str, images: Path | None, count: int | None, settings: TrainingSettings
-) -> Callable[[Any, int], Any]:
-    """(processor, most tokens) → dataset: packed questions of the world, or conversations."""
-
-    def make(processor: Any, max_length: int) -> Any:
-        if source == "world":
-            from llava_fa.world.packed import PackedWorld
-
-            seen = settings.steps * settings.batch * settings.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
-            return PackedWorld(processor, pictures=min(count or seen, seen))
-        from llava_fa.train.data import Conversations, Rows
-
-        rows = Rows(source, images=images, count=count, seed=settings.seed)
-        return Conversations(rows, processor, max_length=max_length, skip_bad_rows=settings.skip_bad_rows)
-
-    return make
-
-
-@contextmanager
-def training_progress(shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A callback for log entries: a bar on a terminal's stderr, otherwise a line each."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = output.stderr()
-    told = TextColumn("{task.fields[terms]}")
-    columns = (TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), told, TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task("training", total=None, terms="")
-
-        def update(row: dict[str, Any]) -> None:
-            names = ("loss", "cross_entropy", "divergence", "hidden")
-            terms = ", ".join(f"{name.replace('_', '-')} {row[name]:.4f}" for name in names if name in row)
-            bar.update(task, completed=row["step"], total=row["of"], terms=terms)
-            if shown and not console.is_terminal:
-                console.print(f"step {row['step']}/{row['of']}  {terms}", markup=False, highlight=False)
-
-        yield update
 
 
 def show(found: TrainingReport) -> None:

@@ -58,19 +58,6 @@ Sensitivities = Mapping[str, Sequence[Prediction]]
 """Layer → prediction for each of `variants`."""
 
 
-def check(config: FourierConfig) -> None:
-    """Raise `FourierError` where a configuration cannot be given a budget."""
-    if config.inner_rank:
-        raise FourierError(
-            "inner_rank is one width for all layers, and a budget chooses", remedy="Leave inner_rank out; or give casp"
-        )
-    if config.method != "best":
-        raise FourierError(
-            f"a budget is for method 'best', not {config.method!r}",
-            remedy="Leave the budget out and give bits",
-        )
-
-
 def check_casp(plan: Plan) -> None:
     """Raise `FourierError` where there is nothing that CASP could factor."""
     if not any(is_query_or_key(layer.name) for layer in plan.layers):

@@ -6,10 +6,11 @@ is an error that names its row and file, since a silently skipped one would chan
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,28 @@ Sample: TypeAlias = "tuple[Any, str, str] | Sequence[Mapping[str, Any]]"
 
 An image is a PIL image or a path.
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSource:
+    """Samples by name, read anew whenever they are iterated.
+
+    Args:
+        name, images, count, seed: as for `read_samples`.
+        draw: (count, seed) → samples, for a source that is no file and no dataset.
+    """
+
+    name: str
+    images: Path | None = None
+    count: int = 128
+    seed: int = 0
+    draw: Callable[[int, int], Iterable[Sample]] | None = dataclasses.field(default=None, repr=False)
+
+    def __iter__(self) -> Iterator[Sample]:
+        if self.draw is not None:
+            return iter(self.draw(self.count, self.seed))
+        return iter(read_samples(self.name, images=self.images, count=self.count, seed=self.seed))
+
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _QUESTION = ("question", "query", "prompt", "instruction")

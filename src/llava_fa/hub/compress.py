@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub import allocation, attention_density, model_sensitivity, proofread
+from llava_fa.hub import allocation, attention_density, model_sensitivity, proofread, provenance
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
 from llava_fa.hub.checkpoint import codebook_digest
@@ -21,6 +22,7 @@ from llava_fa.hub.inspect import describe
 from llava_fa.hub.loading import check_device, fast_dtype, load_processor, memory_errors
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.report import ProgressCallback, Report
+from llava_fa.hub.request import CompressionRequest
 from llava_fa.hub.shards import write_text
 from llava_fa.hub.source import Source, empty_model, open_source, quiet_transformers, resolve_model
 from llava_fa.hub.streaming import Tracker, assemble, compress_streaming
@@ -86,69 +88,87 @@ def compress(
 
     Source: docs/method.md; LLaVA-FA (arXiv 2602.00135) for method ``paper``.
     """
+    request = CompressionRequest(
+        model=model,
+        config=FourierConfig() if config is None else config,
+        calibration=calibration,
+        budget=budget,
+        casp=casp,
+        embeddings=embeddings,
+        visual_tokens=visual_tokens,
+        device=device,
+    )
+    return carry_out(request, out, fresh=fresh, progress=progress, on_plan=on_plan)
+
+
+def carry_out(
+    request: CompressionRequest,
+    out: str | Path,
+    *,
+    fresh: bool = False,
+    progress: ProgressCallback | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> Report:
+    """`compress` as a request says it; the other arguments, the result and the errors are the same."""
     start = time.monotonic()
-    config = FourierConfig() if config is None else config
     out = Path(out).expanduser().absolute()
-    callback = progress or (lambda _: None)
     refuse_existing(out)
-    _check_calibration(config, calibration)
-    if budget is not None or casp is not None:
-        allocation.check(config)
-    place = check_device(device)
-    source = open_source(resolve_model(model))
-    if visual_tokens is not None:
-        source = with_visual_tokens(source, visual_tokens)
-    plan = make_plan(empty_model(source), source, config, embeddings)
-    if casp is not None:
+    device, show = check_device(request.device), on_plan or (lambda _: None)
+    source = open_source(resolve_model(request.model))
+    if request.visual_tokens is not None:
+        source = with_visual_tokens(source, request.visual_tokens)
+    plan = make_plan(empty_model(source), source, request.config, request.embeddings)
+    if request.casp is not None:
         allocation.check_casp(plan)
-        if budget is None:
-            budget, config = allocation.same_bytes(plan), config.replace(bits=MAX_BITS)
-    if on_plan is not None:
-        on_plan(plan)
+        if request.budget is None:
+            most = request.config.replace(bits=MAX_BITS)
+            request = dataclasses.replace(request, config=most, budget=allocation.same_bytes(plan))
+    show(plan)
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
-    data = None if calibration is None else _Data.prepare(source, calibration)
-    manifest = {
-        "llava_fa": version("llava-fa"),
-        "codebook": _codebooks(),
-        "source": source.fingerprint,
-        "config": config.to_dict(),
-        "calibration": None if data is None else fingerprint(data.inputs),
-        **({} if budget is None else {"budget": budget.to_dict()}),
-        **({} if casp is None else {"casp": casp.to_dict()}),
-        **({} if embeddings is None else {"embeddings": embeddings}),
-        **({} if visual_tokens is None else {"visual_tokens": visual_tokens}),
-    }
-    with WorkFolder(out, manifest, fresh) as work, memory_errors(place):
-        tracker = Tracker(plan, work, callback)
-        loaded = None
+    data = None if request.calibration is None else _Calibration.of(source, request.calibration)
+    with WorkFolder(out, _manifest(request, source, data), fresh) as work, memory_errors(device):
+        tracker = Tracker(plan, work, progress or (lambda _: None))
+        model = None
         if data is not None and (tracker.done < tracker.total or not proofread.settle(work)):
             tracker.tell("loading the model")
-            loaded = _load(source.folder, _running_dtype(plan, place, work), place)
-            if visual_tokens is not None:
-                set_visual_tokens(loaded, visual_tokens)
-        if budget is not None:
-            plan = _settled(plan, config, budget, casp, work, loaded, data, tracker)
-            if on_plan is not None:
-                on_plan(plan)
+            model = _load(source.folder, _running_dtype(plan, device, work), device)
+            if request.visual_tokens is not None:
+                set_visual_tokens(model, request.visual_tokens)
+        if request.budget is not None:
+            plan = _allocated(request, plan, work, model, data, tracker)
+            show(plan)
         density = work.read_json(attention_density.FILE)
-        if density is None and data is not None and loaded is not None:
+        if density is None and data is not None and model is not None:
             tracker.tell("measuring attention")
-            density = attention_density.densities(loaded, data.inputs)
+            density = attention_density.densities(model, data.inputs)
             work.write_json(attention_density.FILE, density)
         tracker.tell("compressing")
         if data is None:
             compress_streaming(plan, work, tracker)
-        elif loaded is not None:
+        elif model is not None:
             tracker.tell("reading the answers")
-            answers = proofread.Answers.of(loaded, data.inputs, data.answers())
-            compress_calibrated(plan, work, loaded, data.inputs, tracker)
-            proofread.proofread(plan, work, loaded, answers, tracker)
-            del loaded
+            answers = proofread.Answers.of(model, data.inputs, data.answers())
+            compress_calibrated(plan, work, model, data.inputs, tracker)
+            proofread.proofread(plan, work, model, answers, tracker)
+            del model
         notes = {layer.name: work.report(layer.name).notes for layer in plan.all_layers}
         tracker.tell("writing")
-        assemble(plan, config, work, density)
+        assemble(plan, request.config, work, density)
         tracker.tell("done")
+    if request.command is not None:
+        provenance.record(out, request.command)
     return describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
+
+
+def _manifest(request: CompressionRequest, source: Source, data: _Calibration | None) -> dict[str, Any]:
+    """What a left-over work folder must have been begun with for this run to go on from it."""
+    return {
+        "llava_fa": version("llava-fa"),
+        "codebook": _codebooks(),
+        "source": source.fingerprint,
+        "calibration": None if data is None else fingerprint(data.inputs),
+        **request.to_dict(),
+    }
 
 
 def _codebooks() -> str:
@@ -158,56 +178,45 @@ def _codebooks() -> str:
     return codebook_digest(torch.cat(books).to(torch.bfloat16))
 
 
-def _check_calibration(config: FourierConfig, calibration: Iterable[Sample] | None) -> None:
-    if calibration is None and config.calibration == "feedback":
-        raise FourierError(
-            "calibration 'feedback' needs samples",
-            remedy="Give calibration samples, or use calibration='auto'",
-        )
-    if calibration is not None and config.calibration == "none":
-        raise FourierError(
-            "there are calibration samples, but the config's calibration is 'none'",
-            remedy="Leave one of the two out",
-        )
-
-
-def _settled(
+def _allocated(
+    request: CompressionRequest,
     plan: Plan,
-    config: FourierConfig,
-    budget: Budget,
-    casp: Casp | None,
     work: WorkFolder,
     model: torch.nn.Module | None,
-    data: _Data | None,
+    data: _Calibration | None,
     tracker: Tracker,
 ) -> Plan:
     """The plan under a budget: the one that an interrupted run had settled on, or a new one."""
-    if (found := allocation.load(plan, work)) is not None:
-        return found
+    if (known := allocation.load(plan, work)) is not None:
+        return known
+    assert request.budget is not None
+    config, casp = request.config, request.casp
 
     def tell(name: str) -> None:
         tracker.tell("measuring sensitivity", name)
 
     if data is None:
-        estimated = allocation.estimate(plan, config, tell, casp)
-        found = allocation.spend(plan, config, budget, estimated, allocation.BLIND, casp)
+        unit, predictions = allocation.BLIND, allocation.estimate(plan, config, tell, casp)
     else:
         assert model is not None  # it was loaded, since no layer can be finished before this
         inputs, answers = data.some()
-        measured = allocation.measure(plan, config, model, inputs, answers, tell, casp)
-        found = allocation.spend(plan, config, budget, measured, allocation.NATS, casp)
-    allocation.save(found, work)
-    return found
+        unit, predictions = allocation.NATS, allocation.measure(plan, config, model, inputs, answers, tell, casp)
+    plan = allocation.spend(plan, config, request.budget, predictions, unit, casp)
+    allocation.save(plan, work)
+    return plan
 
 
-class _Data:
-    """Prepared calibration samples, and where their answers begin."""
+@dataclasses.dataclass(frozen=True)
+class _Calibration:
+    """Calibration samples, and what the model's processor makes of them."""
 
-    def __init__(self, samples: Sequence[Sample], inputs: Sequence[dict[str, torch.Tensor]], processor: Any) -> None:
-        self.samples, self.inputs, self.processor = samples, inputs, processor
+    samples: Sequence[Sample]
+    inputs: Sequence[dict[str, torch.Tensor]]
+    processor: Any
 
     @classmethod
-    def prepare(cls, source: Source, calibration: Iterable[Sample]) -> _Data:
+    def of(cls, source: Source, calibration: Iterable[Sample]) -> _Calibration:
+        """Read and prepared for the model of this checkpoint."""
         processor, samples = load_processor(source.folder), list(calibration)
         for key, value in source.processor.items():
             setattr(processor, key, value)

@@ -7,7 +7,7 @@ is replaced by the next and counted: nothing is left out in silence.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from llava_fa.errors import FourierError
 from llava_fa.hub.calibration_data import (
     Sample,
+    SampleSource,
     chat_messages,
     conversation,
     dataset_row,
@@ -25,9 +26,13 @@ from llava_fa.hub.calibration_data import (
     render,
 )
 from llava_fa.train.loss import IGNORED
+from llava_fa.train.settings import TrainingSettings
 
 ROWS_LEFT_OUT = "rows_left_out"
 """Key of a batch's inputs that lists the rows that could not be used."""
+
+DataFactory = Callable[[Any, int], Any]
+"""(processor, most tokens a sample may have) → map-style dataset whose items `Collator` takes."""
 
 _BY_ANSWER = ("teacher_log_p", "teacher_ids")
 """Entries with a row for every answer token, in the order of the labels."""
@@ -146,6 +151,20 @@ class Conversations(torch.utils.data.Dataset[dict[str, Any]]):
         if not bool((inputs["labels"] != IGNORED).any()):
             raise FourierError("it has no answer", remedy=_ADVICE, where=where)
         return inputs
+
+
+def training_data(samples: Iterable[Sample], settings: TrainingSettings, count: int | None = None) -> DataFactory:
+    """`Conversations` of these samples; of a file or dataset by name, ``count`` of its rows, or all."""
+
+    def make(processor: Any, max_length: int) -> Conversations:
+        rows: Sequence[Sample]
+        if isinstance(samples, SampleSource) and samples.draw is None:
+            rows = Rows(samples.name, images=samples.images, count=count, seed=settings.seed)
+        else:
+            rows = list(samples)
+        return Conversations(rows, processor, max_length=max_length, skip_bad_rows=settings.skip_bad_rows)
+
+    return make
 
 
 def encode(processor: Any, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ Source: M3 (arXiv 2405.17430), FMVR (arXiv 2603.11220).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,13 @@ from llava_fa.hub.visual_tokens import (
     set_visual_tokens,
     visual_tokens_of,
 )
+from llava_fa.train.data import DataFactory
 from llava_fa.train.loss import IGNORED, Inputs, RecoveryLoss
 
-Data = Callable[[Any, int], Any]
 
-
-def matryoshka(model: str | Path, data: Data, kind: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+def matryoshka(
+    model: str | Path, data: DataFactory, kind: str | None = None, tokens: int | None = None
+) -> dict[str, Any]:
     """The arguments of `train.recover` that make of it a training over all scales.
 
     Args:

@@ -33,7 +33,7 @@ from llava_fa.maths.metrics import weight_error
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.trainable import make_packed, make_trainable
 from llava_fa.train.cache import CachedTargets, ask
-from llava_fa.train.data import Collator
+from llava_fa.train.data import Collator, DataFactory
 from llava_fa.train.factors import blank_factors, initial_factors, requantize, second_moments
 from llava_fa.train.loss import LossFunction, ModelTeacher, RecoveryLoss
 from llava_fa.train.parts import TrainableCount, choose
@@ -83,7 +83,7 @@ class TrainingReport:
 def recover(
     model: str | Path,
     out: str | Path,
-    data: Callable[[Any, int], Any],
+    data: DataFactory,
     settings: TrainingSettings | None = None,
     *,
     teacher: str | Path | None = None,
@@ -101,7 +101,7 @@ def recover(
     Args:
         model: ``tiny``, a folder or a hub id; compressed (codes stay fixed) or not (then parts decide what is trained).
         out: folder to be made.
-        data: (processor, most tokens a sample may have) → map-style dataset whose items `train.data.Collator` takes.
+        data: what it is trained on (`train.data.DataFactory`).
         settings: see `TrainingSettings`.
         teacher: the model this one was compressed from; without it, cross-entropy alone.
         data_name: what the data are, for the resumption check: a run resumes with the data it began with.
@@ -183,7 +183,7 @@ class _Run:
         self,
         folder: Path,
         settings: TrainingSettings,
-        data: Callable[[Any, int], Any],
+        data: DataFactory,
         teacher: str | Path | None,
         prepare: Callable[[nn.Module], None] | None,
     ) -> None:

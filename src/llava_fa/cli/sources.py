@@ -1,0 +1,43 @@
+"""What SOURCE is on the command line: `world`, a LLaVA-format JSON file, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from llava_fa.hub.calibration_data import SampleSource
+    from llava_fa.train.data import DataFactory
+    from llava_fa.train.settings import TrainingSettings
+
+WORLD = "world"
+
+
+def check_images(source: str, images: Path | None) -> None:
+    """Refuse an image folder beside generated samples."""
+    if images is not None and source == WORLD:
+        raise typer.BadParameter("--images goes with a LLaVA JSON file, not with `world`")
+
+
+def calibration_source(name: str, images: Path | None, count: int, seed: int) -> SampleSource:
+    """``--calibration``: samples that are read when the compression needs them."""
+    from llava_fa.hub.calibration_data import SampleSource
+    from llava_fa.world import calibration_samples
+
+    return SampleSource(name, images, count, seed, draw=calibration_samples if name == WORLD else None)
+
+
+def training_source(name: str, images: Path | None, count: int | None, settings: TrainingSettings) -> DataFactory:
+    """``--data``: packed questions of the world, or conversations."""
+    from llava_fa.hub.calibration_data import SampleSource
+    from llava_fa.train.data import training_data
+
+    if name != WORLD:
+        return training_data(SampleSource(name, images), settings, count)
+    from llava_fa.world.packed import PackedWorld
+
+    seen = settings.steps * settings.batch * settings.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    return lambda processor, max_length: PackedWorld(processor, pictures=min(count or seen, seen))
