@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_fa import Budget, FourierConfig, FourierError
+from llava_fa.config import format_size
 
 
 def test_defaults():
@@ -181,3 +182,8 @@ def test_a_budget_reads_sizes(given, size):
 def test_what_is_no_budget_is_said(arguments, message):
     with pytest.raises(FourierError, match=message):
         Budget(**arguments)
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (3.4e6, "3.4 MB"), (1.25e9, "1.25 GB")])
+def test_sizes(count, text):
+    assert format_size(count) == text

@@ -306,6 +306,15 @@ def _size(value: Any) -> int:
     return count
 
 
+def format_size(count: float) -> str:
+    """Bytes for people, powers of ten: 512 B, 3.4 MB, 1.25 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise FourierError(f"{name} is {value!r}", remedy=f"Choose one of {', '.join(map(str, allowed))}")

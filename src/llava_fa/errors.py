@@ -1,4 +1,7 @@
-"""The one exception the package raises on purpose."""
+"""The one exception the package raises on purpose, and how those of libraries become it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 
 class FourierError(ValueError):
@@ -16,3 +19,28 @@ class FourierError(ValueError):
     def at(self, where: str) -> "FourierError":
         """The same error with its place put in front (outermost first)."""
         return FourierError(self.what, remedy=self.remedy, where=f"{where}: {self.where}" if self.where else where)
+
+
+def _name_and_message(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def explained(
+    what: str,
+    *,
+    remedy: str,
+    where: str = "",
+    kinds: tuple[type[Exception], ...] = (Exception,),
+    words: Callable[[Exception], str] = _name_and_message,
+) -> Iterator[None]:
+    """Inside, what a library raises becomes a `FourierError`: ``what``, with the library's own words in brackets.
+
+    Libraries raise all sorts on missing or damaged files, so that by default every exception is meant.
+    """
+    try:
+        yield
+    except FourierError:
+        raise
+    except kinds as error:
+        raise FourierError(f"{what} ({words(error)})", remedy=remedy, where=where) from error

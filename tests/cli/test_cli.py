@@ -316,11 +316,6 @@ def test_durations(seconds, text):
     assert output.duration(seconds) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (3.4e6, "3.4 MB"), (1.25e9, "1.25 GB")])
-def test_sizes(count, text):
-    assert output.size(count) == text
-
-
 def test_the_public_names_are_there():
     assert callable(llava_fa.compress)
     assert callable(llava_fa.approximate)

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fa.cli.output import given_command, print_json, size, stderr, stdout
+from llava_fa.cli.output import given_command, print_json, stderr, stdout
 from llava_fa.cli.progress import counting, layer_progress
 from llava_fa.cli.report import write_report
+from llava_fa.config import format_size
 from llava_fa.errors import FourierError
 
 METHODS = ("best", "paper")
@@ -143,7 +144,7 @@ def table(rows: list[dict[str, Any]]) -> Any:
     for row in rows:
         shown.add_column(row["name"].replace("-", "\n"), justify="right", no_wrap=True)
     shown.add_row("bits/weight", *(f"{row['bits_per_weight']:.2f}" for row in rows))
-    shown.add_row("size", *(size(row["bytes"]) for row in rows))
+    shown.add_row("size", *(format_size(row["bytes"]) for row in rows))
     shown.add_section()
     for task in rows[0]["tasks"]:
         shown.add_row(task, *(f"{100 * row['tasks'][task]['score']:.1f}" for row in rows))

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from llava_fa.cli import output
+from llava_fa.config import format_size
 
 if TYPE_CHECKING:
     from llava_fa.hub.report import Progress, ProgressCallback
@@ -66,7 +67,7 @@ class _Clock:
         if progress.stage != self.stage:
             self.stage, self.start, self.first = progress.stage, time.monotonic(), progress.weights_done
         elapsed, done = time.monotonic() - self.start, progress.weights_done - self.first
-        memory = f"peak {output.size(peak_rss_bytes())}"
+        memory = f"peak {format_size(peak_rss_bytes())}"
         if elapsed <= 0 or done <= 0:
             return memory
         left = (progress.weights_total - progress.weights_done) * elapsed / done

@@ -11,6 +11,7 @@ import typer
 
 from llava_fa.cli import output
 from llava_fa.cli.progress import step_progress
+from llava_fa.config import format_size
 from llava_fa.errors import FourierError
 
 
@@ -43,7 +44,7 @@ def report(
     if json_output:
         output.print_json(told)
     else:
-        output.stdout().print(f"{told['report']} ({output.size(told['bytes'])})", highlight=False, soft_wrap=True)
+        output.stdout().print(f"{told['report']} ({format_size(told['bytes'])})", highlight=False, soft_wrap=True)
 
 
 def write_report(

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava_fa.cli import output
+from llava_fa.config import format_size
 
 if TYPE_CHECKING:
     from llava_fa.hub.plan import Plan
@@ -67,9 +68,9 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
     console.print(f"[bold]{escape(report.path)}[/]", highlight=False, soft_wrap=True)
     console.print(
         f"{report.bits_per_weight:.3f} bits per weight in {len(report.layers)} layers; "
-        f"{output.size(report.compressed_bytes)}, was {output.size(report.original_bytes)}: "
+        f"{format_size(report.compressed_bytes)}, was {format_size(report.original_bytes)}: "
         f"{report.compression_ratio:.2f}x smaller "
-        f"({output.duration(report.seconds)}, peak memory {output.size(report.peak_rss_bytes)})",
+        f"({output.duration(report.seconds)}, peak memory {format_size(report.peak_rss_bytes)})",
         highlight=False,
         soft_wrap=True,
     )
@@ -99,7 +100,7 @@ def _training(told: dict[str, Any]) -> str:
 def _given(budget: dict[str, Any]) -> str:
     if budget.get("bits") is not None:
         return f"budget {budget['bits']:g} bits per weight"
-    return f"budget {output.size(budget['size'])}"
+    return f"budget {format_size(budget['size'])}"
 
 
 def _prediction(budget: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from llava_fa.cli import output, sources
 from llava_fa.cli.progress import training_progress
+from llava_fa.config import format_size
 from llava_fa.errors import FourierError
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def show(found: TrainingReport) -> None:
         console.print(f"loss {first['loss']:.4f} → {last['loss']:.4f}", highlight=False)
     if found.bits_per_weight is not None and found.compressed_bytes is not None:
         console.print(
-            f"{found.bits_per_weight:.3f} bits per weight; {output.size(found.compressed_bytes)}", highlight=False
+            f"{found.bits_per_weight:.3f} bits per weight; {format_size(found.compressed_bytes)}", highlight=False
         )
     if found.rows_left_out:
         console.print(f"left out {len(found.rows_left_out)} of {found.samples} samples", highlight=False)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from llava_fa.config import MIN_BITS, Budget, Casp, Codes, FourierConfig
+from llava_fa.config import MIN_BITS, Budget, Casp, Codes, FourierConfig, format_size
 from llava_fa.errors import FourierError
 from llava_fa.hub import model_sensitivity
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.streaming import SHARD_BYTES, norm_moment
-from llava_fa.hub.work_folder import WorkFolder, gigabytes
+from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.kernels.layout import layout_of
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.attention import inner_rank
@@ -244,8 +244,8 @@ def _too_small(plan: Plan, budget: Budget, casp: Casp | None, least: int) -> str
     if budget.bits is not None:
         need = 8 * least / sum(layer.numel for layer in plan.layers)
         return f"the budget is {budget.bits:g} bits per weight, and {need:.3f} is the least that these layers take"
-    size = gigabytes(budget.size or 0)
-    return f"the budget is {size}, and {gigabytes(least + _others(plan, casp))} is the least that this model takes"
+    size = format_size(budget.size or 0)
+    return f"the budget is {size}, and {format_size(least + _others(plan, casp))} is the least that this model takes"
 
 
 def _with(layer: PlannedLayer, config: FourierConfig, sensitivity: float, loss: float) -> PlannedLayer:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from PIL import Image
 
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, explained
 from llava_fa.hub.shards import tensor_bytes
 
 Sample: TypeAlias = "tuple[Any, str, str] | Sequence[Mapping[str, Any]]"
@@ -185,26 +185,19 @@ def dataset_split(source: str, *, streaming: bool) -> Any:
 
 def _dataset(source: str, count: int, seed: int) -> list[Sample]:
     samples: list[Sample] = []
-    where = source
-    try:
+    what, remedy = "the dataset cannot be read", "Check its name, the network, and that its images decode"
+    with explained(what, remedy=remedy, where=source):
         split = dataset_split(source, streaming=True)
         buffered = {} if hasattr(split, "__len__") else {"buffer_size": max(1000, count)}
         rows: Iterable[Any] = split.shuffle(seed=seed, **buffered)
         reader = iter(rows)
-        for index in range(count):
-            where = f"{source} sample {index}"
+    for index in range(count):
+        where = f"{source} sample {index}"
+        with explained(what, remedy=remedy, where=where):
             row = next(reader, None)
             if row is None:
                 break
             samples.append(dataset_row(row, where))
-    except FourierError:
-        raise
-    except Exception as error:  # whatever datasets, its file readers and decoders or the network raise
-        raise FourierError(
-            f"the dataset cannot be read ({type(error).__name__}: {error})",
-            remedy="Check its name, the network, and that its images decode",
-            where=where,
-        ) from error
     if not samples:
         raise FourierError("the dataset is empty", remedy="Give another one", where=source)
     return samples
@@ -242,17 +235,13 @@ def prepare(samples: Iterable[Sample], processor: Any) -> Iterator[dict[str, tor
     for index, sample in enumerate(samples):
         where = f"calibration sample {index}"
         messages, images = chat_messages(sample, where)
-        try:
+        with explained(
+            "the model's processor refuses it",
+            remedy="Check the sample, and the processor files of the model",
+            where=where,
+        ):
             text = render(processor, messages)
             inputs = processor(images=images or None, text=[text], return_tensors="pt")
-        except FourierError:
-            raise
-        except Exception as error:  # processors raise all sorts
-            raise FourierError(
-                f"the model's processor refuses it ({type(error).__name__}: {error})",
-                remedy="Check the sample, and the processor files of the model",
-                where=where,
-            ) from error
         yield {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -327,14 +326,12 @@ class Accounting:
     Attributes:
         layers: module name → bits per weight: its packed tensors, neither bias nor shared codebooks.
         bits_per_weight: of all compressed layers together, shared codebooks included.
-        total_bits_per_weight: of the checkpoint: every tensor, compressed or not, over all parameters.
         packed_bytes, codebook_bytes, other_bytes: their sum is the bytes of all tensors.
         dense_bytes: what all tensors would take with every compressed layer in 16 bits.
     """
 
     layers: dict[str, float]
     bits_per_weight: float
-    total_bits_per_weight: float
     packed_bytes: int
     codebook_bytes: int
     other_bytes: int
@@ -355,11 +352,9 @@ def account(entries: Mapping[str, Entry], metadata: Metadata) -> Accounting:
     books = [entry for key, entry in entries.items() if key.startswith(f"{MODULE}.")]
     others = [entry for key, entry in entries.items() if key not in seen and entry not in books]
     codebook_bytes, other_bytes = sum(e.nbytes for e in books), sum(e.nbytes for e in others)
-    numbers = weights + sum(math.prod(entry.shape) for entry in others)
     return Accounting(
         layers=layers,
         bits_per_weight=8 * (packed + codebook_bytes) / max(weights, 1),
-        total_bits_per_weight=8 * (packed + codebook_bytes + other_bytes) / max(numbers, 1),
         packed_bytes=packed,
         codebook_bytes=codebook_bytes,
         other_bytes=other_bytes,

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from llava_fa.errors import FourierError
-from llava_fa.hub.source import quiet_transformers, read_config, resolve_model
+from llava_fa.hub.source import read_config, resolve_model, transformers_errors
 from llava_fa.hub.visual_tokens import FIELD, grid_of
 from llava_fa.nn.visual_tokens import VisualTokens
 
@@ -85,15 +85,12 @@ def read_model_config(model: str | Path) -> Any:
     folder = resolve_model(model) if local else model
     if local:
         read_config(Path(folder))
-    with quiet_transformers():
-        try:
-            return AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise FourierError(
-                f"it has no configuration that transformers can read ({str(error).splitlines()[0]})",
-                remedy="Give `tiny`, a folder with a config.json, or a hub id",
-                where=str(model),
-            ) from error
+    with transformers_errors(
+        "it has no configuration that transformers can read",
+        remedy="Give `tiny`, a folder with a config.json, or a hub id",
+        where=str(model),
+    ):
+        return AutoConfig.from_pretrained(folder)
 
 
 def _vision_tower(config: Any, patches: int, classes: int) -> int:

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, explained
 from llava_fa.hub.shards import read_header
-from llava_fa.hub.source import quiet_transformers, read_config, resolve_model, weight_files
+from llava_fa.hub.source import quiet_transformers, read_config, resolve_model, transformers_errors, weight_files
 from llava_fa.hub.visual_tokens import set_visual_tokens
 
 
@@ -36,18 +36,13 @@ def load(
     read_config(folder)
     for path in weight_files(folder):  # a missing, pickled or cut short file has its own error here
         read_header(path)
-    with quiet_transformers():
-        try:
-            processor = AutoProcessor.from_pretrained(folder)
-            loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or fast_dtype(place))
-        except FourierError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            raise FourierError(
-                f"it does not load as a vision-language model ({str(error).splitlines()[0]})",
-                remedy="Give a folder or hub id with an image-text-to-text model and its processor",
-                where=str(model),
-            ) from error
+    with transformers_errors(
+        "it does not load as a vision-language model",
+        remedy="Give a folder or hub id with an image-text-to-text model and its processor",
+        where=str(model),
+    ):
+        processor = AutoProcessor.from_pretrained(folder)
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or fast_dtype(place))
     if visual_tokens is not None:
         set_visual_tokens(loaded, visual_tokens, processor)
     return loaded.eval().to(place), processor
@@ -55,15 +50,9 @@ def load(
 
 def load_processor(folder: Path) -> Any:
     """The model's processor: tokenizer, image processor and chat template in one."""
-    with quiet_transformers():
-        try:
-            return AutoProcessor.from_pretrained(folder)
-        except Exception as error:  # whatever transformers raises on missing or damaged files
-            raise FourierError(
-                f"its processor cannot be loaded ({type(error).__name__}: {error})",
-                remedy="The folder needs the tokenizer and preprocessor files of the model",
-                where=str(folder),
-            ) from error
+    remedy = "The folder needs the tokenizer and preprocessor files of the model"
+    with quiet_transformers(), explained("its processor cannot be loaded", remedy=remedy, where=str(folder)):
+        return AutoProcessor.from_pretrained(folder)
 
 
 def check_chat_template(processor: Any, model: str | Path) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 import llava_fa
 from llava_fa.config import QUANT_METHOD
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, explained
 from llava_fa.hub.shards import Entry, read_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -219,19 +219,14 @@ def empty_model(source: Source | Path) -> nn.Module:
             remedy="Give a LLaVA-type checkpoint (vision tower, projector and language model in one)",
             where=str(folder),
         )
-    with quiet_transformers():
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder)
-            with torch.device("meta"):
-                return getattr(transformers, str(name))(config).eval()
-        except FourierError:
-            raise
-        except Exception as error:  # transformers raises all sorts on an inconsistent config.json
-            raise FourierError(
-                f"transformers cannot build {name} from config.json ({type(error).__name__}: {error})",
-                remedy="Check the folder with transformers alone first",
-                where=str(folder),
-            ) from error
+    what = f"transformers cannot build {name} from config.json"
+    with (
+        quiet_transformers(),
+        explained(what, remedy="Check the folder with transformers alone first", where=str(folder)),
+    ):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return getattr(transformers, str(name))(config).eval()
 
 
 def match_names(model: nn.Module, source: Source) -> tuple[dict[str, str], dict[str, str]]:
@@ -287,3 +282,14 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def transformers_errors(what: str, *, remedy: str, where: str) -> Iterator[None]:
+    """transformers, quiet, on a folder that may be no model: what it then raises, the first line of it, `explained`."""
+    kinds = (OSError, ValueError, KeyError)
+    with (
+        quiet_transformers(),
+        explained(what, remedy=remedy, where=where, kinds=kinds, words=lambda error: str(error).splitlines()[0]),
+    ):
+        yield

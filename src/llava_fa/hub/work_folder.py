@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from llava_fa.config import format_size
 from llava_fa.errors import FourierError
 from llava_fa.hub.report import LayerReport
 from llava_fa.hub.shards import Entry, Item, file_metadata, read_header, write_file, write_text
@@ -177,7 +178,7 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise FourierError(
-            f"the disk has {gigabytes(free)} free, and about {gigabytes(needed)} are needed",
+            f"the disk has {format_size(free)} free, and about {format_size(needed)} are needed",
             remedy="Free some space, or give an OUT on another disk",
             where=str(path),
         )
@@ -202,15 +203,6 @@ def disk_errors(path: Path) -> Iterator[None]:
             remedy="Give an OUT in a folder you may write to",
             where=str(path),
         ) from error
-
-
-def gigabytes(count: float) -> str:
-    """A number of bytes for people: kB, MB or GB (powers of ten)."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, explained
 from llava_fa.hub.calibration_data import (
     Sample,
     SampleSource,
@@ -62,16 +62,9 @@ class Rows(Sequence[Sample]):
         elif images is not None:
             raise FourierError("an image folder goes with a LLaVA JSON file", remedy="Leave it out", where=source)
         else:
-            try:
+            remedy = "Check its name and the network"
+            with explained("the dataset cannot be read", remedy=remedy, where=source):
                 self._rows = dataset_split(source, streaming=False)
-            except FourierError:
-                raise
-            except Exception as error:  # whatever datasets, its file readers or the network raise
-                raise FourierError(
-                    f"the dataset cannot be read ({type(error).__name__}: {error})",
-                    remedy="Check its name and the network",
-                    where=source,
-                ) from error
         indices = list(range(len(self._rows)))
         if count is not None and count < len(indices):
             indices = sorted(random.Random(seed).sample(indices, count))

@@ -192,7 +192,7 @@ class _Run:
         self.settings = settings = dataclasses.replace(settings, bf16=fast)
         if settings.fsdp and settings.requantize:
             raise FourierError("new codes need whole layers", remedy="Leave --requantize or --fsdp out")
-        self.folder, self.prepare, self.teacher_path = folder, prepare, teacher
+        self.folder, self.prepare = folder, prepare
         self.processor = load_processor(folder)
         self.teacher: nn.Module | None = None
         if teacher is not None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from llava_fa.eval.report.markup import Html, number, size, tag
+from llava_fa.config import format_size
+from llava_fa.eval.report.markup import Html, number, tag
 from llava_fa.web.desk import Ticket
 from llava_fa.web.side import Answer, Side
 
@@ -62,10 +63,10 @@ def figures(sides: Sequence[Side], index: int, answer: Answer) -> Html:
         ("Speed after the first", "–" if answer.rate is None else f"{answer.rate:.1f} tokens/s", mark),
         ("Tokens written", str(answer.tokens) if begun else "–", ""),
         ("Tokens read", str(answer.prompt_tokens) if answer.prompt_tokens else "–", read),
-        ("On disk", size(side.disk_bytes), _times(disk, index)),
+        ("On disk", format_size(side.disk_bytes), _times(disk, index)),
         (
             f"In memory ({side.dtype})",
-            size(side.memory_bytes),
+            format_size(side.memory_bytes),
             _times(memory, index),
         ),
     ]
@@ -118,10 +119,10 @@ def problem(text: str) -> Html:
 
 def memory(sides: Sequence[Side]) -> Html:
     """What this process takes with both models in it."""
-    said = f"This process, with both models in it, takes {size(psutil.Process().memory_info().rss)} of memory"
+    said = f"This process, with both models in it, takes {format_size(psutil.Process().memory_info().rss)} of memory"
     place = sides[0].model.device
     if place.type == "cuda":
-        said += f" and {size(torch.cuda.memory_allocated(place))} of {torch.cuda.get_device_name(place)}"
+        said += f" and {format_size(torch.cuda.memory_allocated(place))} of {torch.cuda.get_device_name(place)}"
     return tag("p", f"{said}.", class_="small")
 
 

@@ -8,10 +8,11 @@ import math
 
 from PIL import Image
 
+from llava_fa.config import format_size
 from llava_fa.eval.intervals import NORMAL
 from llava_fa.eval.report import charts
 from llava_fa.eval.report.collect import Difference, Findings, Run
-from llava_fa.eval.report.markup import Html, number, percent, scroll, size, table, tag
+from llava_fa.eval.report.markup import Html, number, percent, scroll, table, tag
 
 SHOWN = 192
 """Pixels of a picture's longer side at most."""
@@ -32,7 +33,7 @@ def summary(findings: Findings) -> list[Html]:
             [
                 run.name,
                 "–" if report is None else number(report.bits_per_weight, 3),
-                "–" if report is None else size(report.compressed_bytes),
+                "–" if report is None else format_size(report.compressed_bytes),
                 "–" if report is None else f"{report.compression_ratio:.2f}×",
                 "–" if world is None else percent(world["accuracy"]),
                 "–" if share is None else percent(share),
@@ -66,8 +67,8 @@ def headline(findings: Findings) -> Html:
     run = min(good or runs, key=lambda r: r.report.compressed_bytes if r.report else math.inf)
     assert run.report is not None
     which = f"The smallest that keeps {100 * GOOD:.0f} %" if good and len(good) < len(runs) else "The smallest"
-    text = f"{which}, {run.name}, takes {size(run.report.compressed_bytes)} in the place of "
-    text += f"{size(run.report.original_bytes)}, {run.report.bits_per_weight:.2f} bits per weight"
+    text = f"{which}, {run.name}, takes {format_size(run.report.compressed_bytes)} in the place of "
+    text += f"{format_size(run.report.original_bytes)}, {run.report.bits_per_weight:.2f} bits per weight"
     if (share := retention(findings, run)) is not None:
         text += f", and keeps {percent(share)} of the original's accuracy"
     return tag("p", text + ".", class_="lead")

@@ -76,15 +76,6 @@ def _right(index: int, numbers: int) -> str | None:
     return "n" if index >= numbers else None
 
 
-def size(count: float) -> str:
-    """Bytes for people, powers of ten: 512 B, 3.4 MB, 1.25 GB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 def percent(share: float | None, digits: int = 1) -> str:
     """A share for people: 92.6 %."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from llava_fa.config import format_size
 from llava_fa.eval.report import charts
 from llava_fa.eval.report.collect import Findings, Run, layer_error, part_of
-from llava_fa.eval.report.markup import Html, join, number, percent, scroll, size, table, tag
+from llava_fa.eval.report.markup import Html, join, number, percent, scroll, table, tag
 from llava_fa.eval.spectra import REACH, Spectra
 from llava_fa.hub.report import LayerReport
 
@@ -46,17 +47,17 @@ def sizes(findings: Findings) -> list[Html]:
     for run in runs:
         assert run.report is not None
         parts = [float((run.spent or {}).get(kind, 0)) for kind in kinds]
-        rows.append((run.name, parts, size(run.report.compressed_bytes)))
+        rows.append((run.name, parts, format_size(run.report.compressed_bytes)))
     chart = scroll(charts.bars(rows, "Bytes of each model by what they are spent on"), "bytes by purpose")
     cells = []
     for kind in kinds:
         each = [(run.spent or {}).get(kind, 0) for run in runs]
         shares = [
-            f"{size(n)} ({percent(n / sum((run.spent or {}).values()), 1)})" if n else "–"
+            f"{format_size(n)} ({percent(n / sum((run.spent or {}).values()), 1)})" if n else "–"
             for n, run in zip(each, runs, strict=True)
         ]
         cells.append([MEANS[kind], *shares])
-    totals = ["all tensors", *(size(sum((run.spent or {}).values())) for run in runs)]
+    totals = ["all tensors", *(format_size(sum((run.spent or {}).values())) for run in runs)]
     return [
         tag("figure", charts.legend(kinds, filled=True), chart),
         table(["bytes of", *(run.name for run in runs)], [*cells, totals], "What the bytes are spent on"),
@@ -159,7 +160,9 @@ def _allocation_of(run: Run, budget: dict[str, Any]) -> Html:
     assert run.report is not None
     rows = [layer for layer in run.report.layers if layer.sensitivity is not None]
     given = (
-        f"{budget['bits']:g} bits per weight" if budget.get("bits") is not None else size(float(str(budget["size"])))
+        f"{budget['bits']:g} bits per weight"
+        if budget.get("bits") is not None
+        else format_size(float(str(budget["size"])))
     )
     uniform = budget.get("uniform_loss")
     beside = (
