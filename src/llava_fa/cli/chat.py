@@ -9,20 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fa.cli import output
+from llava_fa.cli import options, output
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="`tiny`, a folder (compressed or not), or a hub id.")],
+    model: options.Model,
     question: Annotated[str, typer.Argument(help="What to ask.")],
     image: Annotated[list[Path], typer.Option(help="The picture to ask about; given more than once, frames in order.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    visual_tokens: Annotated[str | None, typer.Option(help=output.VISUAL_TOKENS)] = None,
-    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, …")] = "auto",
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
+    max_new_tokens: options.MaxTokens = 256,
+    visual_tokens: options.VisualTokens = None,
+    device: options.Device = "auto",
+    json_output: options.Json = False,
 ) -> None:
     """Ask a model one question about a picture, or about several; the answer streams."""
-    count, elastic = output.visual_tokens_option(visual_tokens)
+    count, elastic = options.elastic(visual_tokens)
     from llava_fa.hub.calibration_data import open_image
     from llava_fa.hub.loading import check_chat_template, load
 

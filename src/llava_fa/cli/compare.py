@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llava_fa.cli import output
+from llava_fa.cli import options, output
 from llava_fa.cli.serve import LOOPBACK, address
 from llava_fa.errors import FourierError
 
@@ -20,17 +20,15 @@ CLOSING_SECONDS = 2
 def compare(
     original: Annotated[str, typer.Argument(help="`tiny`, a folder, or a hub id.")],
     compressed: Annotated[str, typer.Argument(help="The same, compressed; or any other model.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine can connect.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 7860,
     device: Annotated[str, typer.Option(help="Of both models: `auto`, `cpu`, `cuda`, …")] = "auto",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    max_tokens: options.MaxTokens = 256,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds both answers may take, waiting included.")] = 300.0,
     max_requests: Annotated[int, typer.Option(min=1, help="Questions at a time, waiting ones included.")] = 64,
-    max_image: Annotated[int, typer.Option(min=1, help="Bytes of a picture, as encoded.")] = 10 * 2**20,
+    max_image: options.MaxImage = 10 * 2**20,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 25_000_000,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object once it listens.")] = False,
+    json_output: options.JsonOnceListening = False,
 ) -> None:
     """Open a page where you ask two models about a picture and see answers, times and sizes; until Ctrl-C."""
     try:
@@ -52,7 +50,7 @@ def compare(
     with server.bind(host, port) as listening:  # before minutes of loading
         if not local:
             console.print("[yellow]anyone who reaches this address can use the models[/]: there is no key")
-        console.print(f"loading {original} and {compressed} …", markup=False, highlight=False)
+        console.print(f"loading {original} and {compressed} …", markup=False)
         page = compare_app(
             original,
             compressed,
@@ -68,7 +66,7 @@ def compare(
             if json_output:
                 output.print_json({"url": url, "original": original, "compressed": compressed})
             else:
-                console.print(f"open {url} (Ctrl-C stops it)", markup=False, highlight=False)
+                console.print(f"open {url} (Ctrl-C stops it)", markup=False)
 
         with contextlib.suppress(KeyboardInterrupt), page as app:
             server.run(app, listening, ready, lifespan="on", closing=CLOSING_SECONDS)

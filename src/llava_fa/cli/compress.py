@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llava_fa.cli import output, sources, tables
+from llava_fa.cli import options, output, sources, tables
 from llava_fa.cli.progress import layer_progress, training_progress
 from llava_fa.config import MAX_BITS, MIN_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
@@ -70,9 +70,7 @@ def compress(
             "Without it the weights alone are used, and the model is streamed.",
         ),
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Image folder of the LLaVA JSON. [default: the JSON's own folder]")
-    ] = None,
+    images: options.Images = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples to draw.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the draw and of the random signs.")] = 0,
     skip: Annotated[
@@ -104,22 +102,17 @@ def compress(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs on calibration samples.")] = "cpu",
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Throw an interrupted run's work away, do not resume.")
-    ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
+    fresh: options.Fresh = False,
+    json_output: options.Json = False,
 ) -> None:
     """Compress a LLaVA-type model. Killed at any moment, the same command resumes."""
-    if bits is not None and amplitude_bits is not None:
-        raise typer.BadParameter("--bits and --amplitude-bits exclude each other: the sum of the two decides")
-    if casp_keep is not None and not casp:
-        raise typer.BadParameter("--casp-keep goes with --casp")
-    if images is not None and calibration is None:
-        raise typer.BadParameter("--images goes with --calibration FILE.json")
-    if recover is not None and calibration is None:
-        raise typer.BadParameter("--recover goes with --calibration, which it trains on")
-    if calibration is not None:
-        sources.check_images(calibration, images)
+    refuse = options.refuse
+    both = bits is not None and amplitude_bits is not None
+    refuse(both, "--bits and --amplitude-bits exclude each other: the sum of the two decides")
+    refuse(casp_keep is not None and not casp, "--casp-keep goes with --casp")
+    refuse(images is not None and calibration is None, "--images goes with --calibration FILE.json")
+    refuse(recover is not None and calibration is None, "--recover goes with --calibration, which it trains on")
+    sources.check_images(calibration, images)
     from llava_fa.hub.request import CompressionRequest
 
     try:
@@ -178,18 +171,15 @@ def _compress_and_recover(
 
 
 def _budget(method: str, bits: float | None, size: str | None, mixed: bool) -> Budget | None:
+    options.refuse(size is None and mixed and bits is None, "--mixed goes with --bits")
     if size is not None:
-        if bits is not None:
-            raise typer.BadParameter("--bits and --size exclude each other: each is a budget")
+        options.refuse(bits is not None, "--bits and --size exclude each other: each is a budget")
         budget = Budget(size=size)  # type: ignore[arg-type]  # text becomes bytes
-    elif mixed and bits is None:
-        raise typer.BadParameter("--mixed goes with --bits")
     elif bits is not None and (mixed or (2 * bits != round(2 * bits) and MIN_BITS < bits < MAX_BITS)):
         budget = Budget(bits=bits)
     else:
         return None
-    if method != "best":
-        raise typer.BadParameter(
-            f"a budget (--size, --mixed or --bits between half steps) is not for method {method!r}"
-        )
+    options.refuse(
+        method != "best", f"a budget (--size, --mixed or --bits between half steps) is not for method {method!r}"
+    )
     return budget

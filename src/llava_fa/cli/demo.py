@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fa.cli.output import given_command, print_json, stderr, stdout
+from llava_fa.cli import options
+from llava_fa.cli.output import given_command, print_json, stderr, stdout, writing
 from llava_fa.cli.progress import counting, layer_progress
 from llava_fa.cli.report import write_report
 from llava_fa.config import format_size
-from llava_fa.errors import FourierError
 
 METHODS = ("best", "paper")
 BITS = (4.0, 3.0, 2.0)
@@ -28,7 +28,7 @@ def demo(
     limit: Annotated[int, typer.Option(min=9, help="About how many held-out questions.")] = 900,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples, for `best`.")] = 64,
     seed: Annotated[int, typer.Option(help="Of questions and calibration samples.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    json_output: options.Json = False,
 ) -> None:
     """Compress the embedded model by both methods at 4, 3 and 2 bits, evaluate, print one table and write a report.
 
@@ -38,37 +38,31 @@ def demo(
     from llava_fa.hub.source import resolve_model
 
     resolve_model(model)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FourierError(str(error.strerror), remedy="Give a writable folder", where=str(out)) from None
-    answered: dict[str, Any] = {model: _evaluate(model, limit, seed)}
-    rows = [{"name": "original", **_told(answered[model]), **_original(model)}]
-    for row in _compressed(model, out, limit, samples, seed, answered):
+    answers: dict[str, Any] = {model: _evaluate(model, limit, seed)}
+    rows = [{"name": "original", **_told(answers[model]), **_original(model)}]
+    for row in _compressed(model, out, limit, samples, seed, answers):
         rows.append(row)
     page = out / "report.html"
     settings = Settings(limit=limit, divergence=45, seed=seed)
-    write_report(
-        [name for name in answered if name != model], model, settings, page, [given_command(context)], answered
-    )
-    found = {"model": model, "seed": seed, "questions": rows[0]["questions"]}
-    result = {**found, "report": str(page), "rows": rows}
+    write_report([name for name in answers if name != model], model, settings, page, [given_command(context)], answers)
+    summary = {"model": model, "seed": seed, "questions": rows[0]["questions"]}
+    result = {**summary, "report": str(page), "rows": rows}
     (out / "demo.json").write_text(json.dumps(result, indent=1))
     if json_output:
         print_json(result)
         return
     stdout().print(table(rows))
     for row in rows[1:]:
-        stdout().print(
-            f"worst layer of {row['name']}: {row['worst_layer']} (error {row['worst_error']:.3f})", highlight=False
-        )
+        stdout().print(f"worst layer of {row['name']}: {row['worst_layer']} (error {row['worst_error']:.3f})")
     best = out / "best-2bit"
-    stdout().print(f"\nThe models are in {out}, and a report on them is {page}.", highlight=False)
-    stdout().print(f"Try: llava-fa inspect {best}", highlight=False)
+    stdout().print(f"\nThe models are in {out}, and a report on them is {page}.")
+    stdout().print(f"Try: llava-fa inspect {best}")
 
 
 def _compressed(
-    model: str, out: Path, limit: int, count: int, seed: int, answered: dict[str, Any]
+    model: str, out: Path, limit: int, count: int, seed: int, answers: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Each row; what was answered goes to ``answered`` under the folder's name."""
     from llava_fa.config import FourierConfig
@@ -93,10 +87,10 @@ def _compressed(
             with layer_progress() as progress:
                 report = carry_out(request, out / name, fresh=True, progress=progress)
             worst = report.worst
-            answered[str(out / name)] = _evaluate(out / name, limit, seed)
+            answers[str(out / name)] = _evaluate(out / name, limit, seed)
             yield {
                 "name": name,
-                **_told(answered[str(out / name)]),
+                **_told(answers[str(out / name)]),
                 "bits_per_weight": report.bits_per_weight,
                 "bytes": report.compressed_bytes,
                 "worst_layer": worst and worst.name,

@@ -2,58 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from llava_fa.cli import output
+from llava_fa.cli import options, output
 
 
 def doctor(
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
+    json_output: options.Json = False,
 ) -> None:
     """Show which kernels run here and why, and check that each computes what it should."""
     from llava_fa.kernels.doctor import diagnose
 
-    found = diagnose()
+    diagnosis = diagnose()
     if json_output:
-        output.print_json(found)
+        output.print_json(diagnosis)
     else:
-        _show(found)
-    if not found["ok"]:
+        _show(diagnosis)
+    if not diagnosis["ok"]:
         raise typer.Exit(1)
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(diagnosis: dict[str, Any]) -> None:
     console = output.stdout()
-    kernels = found["kernels"]
+    kernels = diagnosis["kernels"]
     lines = [
-        ("versions", ", ".join(f"{name} {number}" for name, number in found["versions"].items())),
-        ("CPU", f"{found['cpu']}, {found['threads']} threads; OpenMP: {found['openmp']}"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in diagnosis["versions"].items())),
+        ("CPU", f"{diagnosis['cpu']}, {diagnosis['threads']} threads; OpenMP: {diagnosis['openmp']}"),
         ("kernels", f"{kernels['level'] or 'PyTorch'} ({kernels['reason']}); built: {', '.join(kernels['available'])}"),
     ]
     if kernels["trellis"]:
-        lines.append(("trellis codes", f"points found {kernels['trellis']}"))
+        lines.append(("trellis codes", f"points diagnosis {kernels['trellis']}"))
     lines += [
         (f"layer, {dtype}", f"{layer['implementation']} ({layer['reason']}), {layer['activations']} activations")
-        for dtype, layer in found["layer"].items()
+        for dtype, layer in diagnosis["layer"].items()
     ]
-    gpu = found["gpu"]
+    gpu = diagnosis["gpu"]
     on = f"{gpu['device']}: {gpu['implementation']} ({gpu['reason']})" if gpu["device"] else f"none ({gpu['reason']})"
     lines.append(("GPU", f"{on}; Triton {gpu['triton'] or 'not installed'}"))
     worst: dict[str, float] = {"exact": 0.0, "int8": 0.0}
-    for check in found["checks"]:
+    for check in diagnosis["checks"]:
         worst[check["activations"]] = max(worst.get(check["activations"], 0.0), check["error"])
     wrong = [
-        f"{check['level']}, {check['codes']}, {check['activations']}" for check in found["checks"] if not check["ok"]
+        f"{check['level']}, {check['codes']}, {check['activations']}"
+        for check in diagnosis["checks"]
+        if not check["ok"]
     ]
     verdict = f"WRONG: {'; '.join(wrong)}" if wrong else "right"
     lines.append(
         (
             "checks",
-            f"{len(found['checks'])} layers against float64: {verdict}; largest error "
+            f"{len(diagnosis['checks'])} layers against float64: {verdict}; largest error "
             + ", ".join(f"{error:.1e} {kind}" for kind, error in worst.items()),
         )
     )
     for name, text in lines:
-        console.print(f"{name:<16}{text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name:<16}{text}", markup=False, soft_wrap=True)

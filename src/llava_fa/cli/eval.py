@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fa.cli.output import VISUAL_TOKENS, print_json, stdout, visual_tokens_option
+from llava_fa.cli import options
+from llava_fa.cli.output import print_json, stdout
 from llava_fa.cli.progress import counting
 from llava_fa.eval.benchmarks import WHERE
 
@@ -43,42 +44,36 @@ def evaluate(
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="Which model the judge is.")] = None,
     blank: Annotated[bool, typer.Option(help="Show a grey picture instead: what is known without looking.")] = False,
-    visual_tokens: Annotated[str | None, typer.Option(help=VISUAL_TOKENS)] = None,
+    visual_tokens: options.VisualTokens = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Questions at a time. [default: 16, of the world 64]")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    device: options.Device = "auto",
+    json_output: options.Json = False,
 ) -> None:
     """Ask a benchmark's questions and score the answers by its official rules; by default those of the world."""
-    if task not in WHERE:
-        raise typer.BadParameter(f"{task!r} is not one of {', '.join(WHERE)}", param_hint="--task")
+    refuse = options.refuse
+    refuse(task not in WHERE, f"{task!r} is not one of {', '.join(WHERE)}", "--task")
     generated = task in GENERATED
-    if generated and data is not None:
-        raise typer.BadParameter(f"{task} needs no files", param_hint="--data")
-    if not generated and (data is None or out is None):
-        raise typer.BadParameter(f"{task} needs one", param_hint="--data" if data is None else "--out")
-    if not generated and seed:
-        raise typer.BadParameter(f"{task} has no seed", param_hint="--seed")
-    if task != "mmhal" and (judge or judge_model):
-        raise typer.BadParameter(f"{task} needs no judge", param_hint="--judge")
-    if (judge is None) != (judge_model is None):
-        raise typer.BadParameter("--judge and --judge-model go together", param_hint="--judge")
-    if task != "video" and frames is not None:
-        raise typer.BadParameter(f"{task} is not shown in frames of yours", param_hint="--frames")
-    count, elastic = visual_tokens_option(visual_tokens)
+    refuse(generated and data is not None, f"{task} needs no files", "--data")
+    refuse(not generated and (data is None or out is None), f"{task} needs one", "--data" if data is None else "--out")
+    refuse(not generated and seed, f"{task} has no seed", "--seed")
+    refuse(task != "mmhal" and (judge or judge_model), f"{task} needs no judge", "--judge")
+    refuse((judge is None) != (judge_model is None), "--judge and --judge-model go together", "--judge")
+    refuse(task != "video" and frames is not None, f"{task} is not shown in frames of yours", "--frames")
+    count, elastic = options.elastic(visual_tokens)
     from llava_fa.eval.benchmarks import benchmark
     from llava_fa.eval.benchmarks.run import run
     from llava_fa.hub.loading import load
 
-    options = {"limit": limit or GENERATED[task], "seed": seed} if generated else {}
+    settings = {"limit": limit or GENERATED[task], "seed": seed} if generated else {}
     if task == "video":
-        options = {"frames": frames or 8}
+        settings = {"frames": frames or 8}
     if task == "mmhal":
-        options = {"judge": judge, "judge_model": judge_model, "reviews": str(out / "reviews.jsonl") if out else None}
+        settings = {"judge": judge, "judge_model": judge_model, "reviews": str(out / "reviews.jsonl") if out else None}
     with counting("answering") as progress:
         result = run(
-            benchmark(task, data or Path(), **options),
+            benchmark(task, data or Path(), **settings),
             lambda: load(model, device, visual_tokens=count),
             model=model,
             out=out,
@@ -101,13 +96,13 @@ def _show(model: str, result: dict[str, Any]) -> None:
     console.print(task_table(f"{model}, {result['task']}", result))
     others = [f"{name} {value:.4g}" for name, value in result["figures"].items() if isinstance(value, (int, float))]
     if result["task"] not in GENERATED and others:
-        console.print(", ".join(others), highlight=False)
+        console.print(", ".join(others))
     if result.get("visual_tokens_cost"):
         console.print(cost_line(result["visual_tokens_cost"]))
     if "against" in result:
-        console.print(against_line(result), highlight=False)
+        console.print(against_line(result))
     if result["out"]:
-        console.print(f"[dim]answers, scores and submission are in {result['out']}[/]", highlight=False)
+        console.print(f"[dim]answers, scores and submission are in {result['out']}[/]")
 
 
 def cost_line(cost: dict[str, Any]) -> str:
@@ -121,16 +116,17 @@ def cost_line(cost: dict[str, Any]) -> str:
 
 def against_line(result: dict[str, Any]) -> str:
     """What the comparison with another run came to."""
-    found, scale = result["against"], 100 if result["percent"] else 1
-    told = f"against {found['run']}: "
-    if "p" in found:
-        told += (
-            f"{scale * found['difference']:+.1f} "
-            f"({' to '.join(f'{scale * end:+.1f}' for end in found['interval'])}), "
-            f"p = {found['p']:.2g} ({found['test']}); "
+    comparison, scale = result["against"], 100 if result["percent"] else 1
+    text = f"against {comparison['run']}: "
+    if "p" in comparison:
+        text += (
+            f"{scale * comparison['difference']:+.1f} "
+            f"({' to '.join(f'{scale * end:+.1f}' for end in comparison['interval'])}), "
+            f"p = {comparison['p']:.2g} ({comparison['test']}); "
         )
-    told += f"{found['lost']} questions lost, {found['gained']} gained, {found['answers_that_differ']} answers differ"
-    return told + (f"; which: {result['out']}/changes.json" if result["out"] else "")
+    text += f"{comparison['lost']} questions lost, {comparison['gained']} gained, "
+    text += f"{comparison['answers_that_differ']} answers differ"
+    return text + (f"; which: {result['out']}/changes.json" if result["out"] else "")
 
 
 def task_table(title: str, result: dict[str, Any]) -> Any:
@@ -150,7 +146,7 @@ def task_table(title: str, result: dict[str, Any]) -> Any:
     return table
 
 
-def _figures(found: dict[str, Any], scale: int) -> tuple[str, str]:
-    if found["score"] is None:
+def _figures(score: dict[str, Any], scale: int) -> tuple[str, str]:
+    if score["score"] is None:
         return "not known here", ""
-    return f"{scale * found['score']:.1f}", "–".join(f"{scale * end:.1f}" for end in found["interval"])
+    return f"{scale * score['score']:.1f}", "–".join(f"{scale * end:.1f}" for end in score["interval"])

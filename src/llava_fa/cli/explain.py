@@ -8,20 +8,17 @@ from typing import Annotated
 
 import typer
 
-from llava_fa.cli import output
-from llava_fa.errors import FourierError
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
+from llava_fa.cli import options, output
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="`tiny`, a folder (compressed or not), or a hub id.")],
+    model: options.Model,
     question: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[Path, typer.Option(help="The picture to ask about.")],
     out: Annotated[Path, typer.Option(help="Where the picture with its saliency goes (PNG).")] = Path("explain.png"),
     visual_tokens: Annotated[int | None, typer.Option(help="Tokens per picture. [default: as saved]")] = None,
-    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, …")] = "auto",
-    json_output: Json = False,
+    device: options.Device = "auto",
+    json_output: options.Json = False,
 ) -> None:
     """Show which part of a picture an answer rests on (Grad-CAM), with and without FMVR where the model has it."""
     from llava_fa.eval.explain import compare_restoration, draw
@@ -30,13 +27,11 @@ def explain(
 
     picture = open_image(image.expanduser(), "--image")
     loaded, processor = load(model, device, visual_tokens=visual_tokens)
-    found = compare_restoration(loaded, processor, picture, question)
+    explanations = compare_restoration(loaded, processor, picture, question)
     new = out.expanduser().with_name(f".{out.name}.new")
-    try:
-        draw(picture, found).save(new, format="PNG")
+    with output.writing(out, "Give a writable path"):
+        draw(picture, explanations).save(new, format="PNG")
         os.replace(new, out.expanduser())
-    except OSError as error:
-        raise FourierError(str(error.strerror), remedy="Give a writable path", where=str(out)) from None
     if json_output:
         rows = {
             name: {
@@ -44,13 +39,13 @@ def explain(
                 "log_probability": one.log_probability,
                 "saliency": [[round(value, 4) for value in row] for row in one.saliency.tolist()],
             }
-            for name, one in found.items()
+            for name, one in explanations.items()
         }
         output.print_json({"picture": str(out), "explanations": rows})
     else:
-        for name, one in found.items():
+        for name, one in explanations.items():
             output.stdout().print(f"{name}: {one.answer}  [dim](log-probability {one.log_probability:.2f} a token)[/]")
-        output.stdout().print(f"left to right in {out}: the picture, {', '.join(found)}")
+        output.stdout().print(f"left to right in {out}: the picture, {', '.join(explanations)}")
 
 
 def flops(
@@ -58,7 +53,7 @@ def flops(
     text: Annotated[int, typer.Option(min=1, help="Tokens of the prompt besides the picture.")] = 32,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures, tiles or frames.")] = 1,
     generated: Annotated[int, typer.Option(min=0, help="Tokens generated after the first.")] = 0,
-    json_output: Json = False,
+    json_output: options.Json = False,
 ) -> None:
     """Count the operations of a question for every number of visual tokens, from config.json alone."""
     from llava_fa.hub.flops import count_flops, read_model_config

@@ -6,13 +6,15 @@ stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import typer
@@ -39,7 +41,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             if kwargs.get("json_output"):
                 parts = {"what": error.what, "remedy": error.remedy, "where": error.where}
                 print_json({"error": {"message": str(error), **parts}})
-            stderr().print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            stderr().print(f"[bold red]error:[/] {escape(str(error))}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             stderr().print("[bold red]stopped.[/] Finished work is kept; the same command resumes.")
@@ -80,16 +82,13 @@ def given_command(context: typer.Context, **instead: str) -> str:
     return shlex.join(["llava-fa", *names, *arguments, *options])
 
 
-VISUAL_TOKENS = "Tokens per picture, or `auto`: as few as each question needs. [default: as the model was saved]"
-
-
-def visual_tokens_option(value: str | None) -> tuple[int | None, bool]:
-    """``--visual-tokens``: (number or None, whether it is to be chosen for every question)."""
-    if value is None or value == "auto":
-        return None, value == "auto"
-    if not value.isdecimal():
-        raise typer.BadParameter(f"{value!r} is neither a number nor auto", param_hint="--visual-tokens")
-    return int(value), False
+@contextlib.contextmanager
+def writing(path: Path, remedy: str = "Give a writable folder") -> Iterator[None]:
+    """What the operating system says about a path that is written becomes an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise FourierError(str(error.strerror or error), remedy=remedy, where=str(path)) from None
 
 
 def usage_error(error: FourierError) -> typer.BadParameter:
@@ -108,13 +107,13 @@ def quiet_libraries() -> None:
 
 def stderr() -> Console:
     """The console for everything but results; made anew, so that redirection in tests is seen."""
-    return Console(stderr=True, soft_wrap=True)
+    return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def stdout() -> Console:
     """The console for results; wide enough for layer names where no terminal sets the width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=120, highlight=False)
 
 
 def print_json(value: Any) -> None:

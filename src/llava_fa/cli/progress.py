@@ -50,7 +50,7 @@ def layer_progress() -> Iterator[ProgressCallback]:
                 return
             last = now
             parts = (f"{progress.stage} {count}", figures, progress.name)
-            console.print("  ".join(part for part in parts if part), markup=False, highlight=False)
+            console.print("  ".join(part for part in parts if part), markup=False)
 
         yield update
 
@@ -96,7 +96,7 @@ def training_progress(shown: bool = True) -> Iterator[Callable[[dict[str, Any]],
             terms = ", ".join(f"{name.replace('_', '-')} {row[name]:.4f}" for name in names if name in row)
             bar.update(task, completed=row["step"], total=row["of"], terms=terms)
             if shown and not console.is_terminal:
-                console.print(f"step {row['step']}/{row['of']}  {terms}", markup=False, highlight=False)
+                console.print(f"step {row['step']}/{row['of']}  {terms}", markup=False)
 
         yield update
 
@@ -117,7 +117,7 @@ def step_progress(first: str = "reading", plain: bool = True) -> Iterator[Callab
             bar.update(task, completed=done, total=total)
             if plain and not console.is_terminal and time.monotonic() - last >= PLAIN_SECONDS:
                 last = time.monotonic()
-                console.print(f"{what} {done}/{total}", markup=False, highlight=False)
+                console.print(f"{what} {done}/{total}", markup=False)
 
         yield update
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fa.cli import output
+from llava_fa.cli import options, output
 from llava_fa.cli.progress import step_progress
 from llava_fa.config import format_size
 from llava_fa.errors import FourierError
@@ -33,18 +33,18 @@ def report(
         list[str] | None,
         typer.Option(help="Layer whose spectra are shown, name or pattern; repeatable. [default: each part's worst]"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    device: options.Device = "auto",
+    json_output: options.Json = False,
 ) -> None:
     """Write one self-contained HTML file to hand on: bytes, accuracy, divergence, layers, answers, commands."""
     from llava_fa.eval.report.collect import Settings
 
     settings = Settings(limit=limit, seed=seed, device=device, layers=tuple(layer or ()))
-    told = write_report(runs, original, settings, out, [output.given_command(context)])
+    summary = write_report(runs, original, settings, out, [output.given_command(context)])
     if json_output:
-        output.print_json(told)
+        output.print_json(summary)
     else:
-        output.stdout().print(f"{told['report']} ({format_size(told['bytes'])})", highlight=False, soft_wrap=True)
+        output.stdout().print(f"{summary['report']} ({format_size(summary['bytes'])})", soft_wrap=True)
 
 
 def write_report(
@@ -70,8 +70,8 @@ def write_report(
         )
     work = out.with_name(f"{out.name}.partial")
     with step_progress() as tell:
-        found = collect(models, original, settings, work, tell, answered)
-    text = page(found, commands, datetime.date.today())
+        results = collect(models, original, settings, work, tell, answered)
+    text = page(results, commands, datetime.date.today())
     with disk_errors(out):
         write_text(out, text)
     shutil.rmtree(work, ignore_errors=True)
@@ -84,6 +84,6 @@ def write_report(
             "divergence": mean_divergence(run),
             "differing": run.differing if run.differences else None,
         }
-        for run in found.runs
+        for run in results.runs
     ]
     return {"report": str(out), "bytes": len(text.encode()), "models": rows}

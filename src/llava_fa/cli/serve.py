@@ -9,47 +9,44 @@ from typing import Annotated
 
 import typer
 
-from llava_fa.cli import output
+from llava_fa.cli import options, output
 from llava_fa.errors import FourierError
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="`tiny`, a folder (compressed or not), or a hub id.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine can connect.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    model: options.Model,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
     name: Annotated[
         str | None, typer.Option(help="The model's name in requests. [default: the folder's name, or MODEL]")
     ] = (None),
     api_key: Annotated[
         str | None, typer.Option(envvar="LLAVA_FA_API_KEY", help="Ask this of every client, as a bearer token.")
     ] = None,
-    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, …")] = "auto",
+    device: options.Device = "auto",
     visual_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens per picture. [default: as the model was saved]")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    max_tokens: options.MaxTokens = 1024,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a request may take, waiting included.")] = 300.0,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time, waiting ones included.")] = 64,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 32 * 2**20,
-    max_image: Annotated[int, typer.Option(min=1, help="Bytes of a picture, as encoded.")] = 10 * 2**20,
+    max_image: options.MaxImage = 10 * 2**20,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of all pictures of a request.")] = 25_000_000,
     max_images: Annotated[int, typer.Option(min=1, help="Pictures in a request.")] = 16,
     allow_image_host: Annotated[
         list[str] | None, typer.Option(help="Fetch http(s) pictures from this host; may be given more than once.")
     ] = None,
     allow_image_folder: Annotated[Path | None, typer.Option(help="Read file:// pictures below this folder.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object once it listens.")] = False,
+    json_output: options.JsonOnceListening = False,
 ) -> None:
     """Serve a model to OpenAI clients: chat completions with pictures, streaming; until Ctrl-C."""
-    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise typer.BadParameter("it is empty, or has characters that a header cannot carry", param_hint="--api-key")
+    usable = api_key is None or (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key)
+    options.refuse(not usable, "it is empty, or has characters that a header cannot carry", "--api-key")
     folder = allow_image_folder.expanduser() if allow_image_folder else None
-    if folder is not None and not folder.is_dir():
-        raise typer.BadParameter(f"{folder} is not a folder", param_hint="--allow-image-folder")
+    options.refuse(folder is not None and not folder.is_dir(), f"{folder} is not a folder", "--allow-image-folder")
     try:
         from llava_fa.serve import server
     except ImportError as error:
@@ -59,16 +56,16 @@ def serve(
     from llava_fa.serve.limits import Limits
     from llava_fa.serve.pictures import Sources
 
-    called = name or _name_of(model)
+    model_name = name or _name_of(model)
     listening = server.bind(host, port)  # before minutes of loading
     local = server.is_loopback(host)
     console = output.stderr()
     if not local and api_key is None:
         console.print("[yellow]anyone who reaches this address can use the model:[/] no --api-key is set")
-    console.print(f"loading {model} …", markup=False, highlight=False)
+    console.print(f"loading {model} …", markup=False)
     app = server.build_app(
         model,
-        name=called,
+        name=model_name,
         device=device,
         visual_tokens=visual_tokens,
         limits=Limits(
@@ -88,9 +85,9 @@ def serve(
 
     def ready() -> None:
         if json_output:
-            output.print_json({"url": url, "model": called})
+            output.print_json({"url": url, "model": model_name})
         else:
-            console.print(f"{called} at {url} (Ctrl-C stops it)", markup=False, highlight=False)
+            console.print(f"{model_name} at {url} (Ctrl-C stops it)", markup=False)
 
     with contextlib.suppress(KeyboardInterrupt):  # which a shell's background jobs are never told of
         server.run(app, listening, ready)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from llava_fa.cli.options import refuse
 
 if TYPE_CHECKING:
     from llava_fa.hub.calibration_data import SampleSource
@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 WORLD = "world"
 
 
-def check_images(source: str, images: Path | None) -> None:
+def check_images(source: str | None, images: Path | None) -> None:
     """Refuse an image folder beside generated samples."""
-    if images is not None and source == WORLD:
-        raise typer.BadParameter("--images goes with a LLaVA JSON file, not with `world`")
+    refuse(images is not None and source == WORLD, "--images goes with a LLaVA JSON file, not with `world`")
 
 
 def calibration_source(name: str, images: Path | None, count: int, seed: int) -> SampleSource:
@@ -39,5 +38,5 @@ def training_source(name: str, images: Path | None, count: int | None, settings:
         return training_data(SampleSource(name, images), settings, count)
     from llava_fa.world.packed import PackedWorld
 
-    seen = settings.steps * settings.batch * settings.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
-    return lambda processor, max_length: PackedWorld(processor, pictures=min(count or seen, seen))
+    samples = settings.steps * settings.batch * settings.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    return lambda processor, max_length: PackedWorld(processor, pictures=min(count or samples, samples))

@@ -29,16 +29,16 @@ def show_plan(plan: Plan) -> None:
     if plan.budget is not None:  # told before; now it is settled who gets what
         counts = Counter(layer.config.bits for layer in plan.layers)
         shares = ", ".join(f"{count} layers {bits:g}" for bits, count in sorted(counts.items()))
-        console.print(f"bits: {shares}; {_prediction(plan.budget)}", highlight=False)
+        console.print(f"bits: {shares}; {_prediction(plan.budget)}")
         return
     weights = sum(layer.numel for layer in plan.layers)
-    console.print(f"compressing {len(plan.layers)} layers, {weights / 1e6:.1f} M weights", highlight=False)
+    console.print(f"compressing {len(plan.layers)} layers, {weights / 1e6:.1f} M weights")
     if plan.embeddings:
-        told = ", ".join(f"{layer.name} at {layer.config.bits:g} bits" for layer in plan.embeddings)
-        console.print(f"embeddings: {told}", markup=False, highlight=False)
+        text = ", ".join(f"{layer.name} at {layer.config.bits:g} bits" for layer in plan.embeddings)
+        console.print(f"embeddings: {text}", markup=False)
     elif (share := _words(plan) / max(1, plan.output_bytes)) > _NOTABLE:
-        told = f"the word embeddings stay as they are, {share:.0%} of the result: --embeddings compresses them"
-        console.print(told, highlight=False)
+        text = f"the word embeddings stay as they are, {share:.0%} of the result: --embeddings compresses them"
+        console.print(text)
     if config.only:
         _list(console, "only", [layer.name for layer in plan.layers])
     if config.skip:
@@ -50,51 +50,52 @@ def _words(plan: Plan) -> int:
     from llava_fa.hub.families import is_vision
 
     reasons = ("embedding", "output embedding")
-    wordy = [kept.name for kept in plan.not_compressed if kept.reason in reasons and not is_vision(kept.name)]
-    kept = [f"{name}.weight" for name in wordy]
-    return sum(plan.source.entries[plan.names[name]].nbytes for name in kept if name in plan.names)
+    names = [
+        weights.name for weights in plan.not_compressed if weights.reason in reasons and not is_vision(weights.name)
+    ]
+    weights = [f"{name}.weight" for name in names]
+    return sum(plan.source.entries[plan.names[name]].nbytes for name in weights if name in plan.names)
 
 
 def _list(console: Any, title: str, names: list[str]) -> None:
     for name in names[:_SHOWN]:
-        console.print(f"  {title}: {name}", markup=False, highlight=False)
+        console.print(f"  {title}: {name}", markup=False)
     if len(names) > _SHOWN:
-        console.print(f"  {title}: … and {len(names) - _SHOWN} more", highlight=False)
+        console.print(f"  {title}: … and {len(names) - _SHOWN} more")
 
 
 def show_report(report: Report, *, all_layers: bool = False) -> None:
     """The report as tables on stdout."""
     console = output.stdout()
-    console.print(f"[bold]{escape(report.path)}[/]", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{escape(report.path)}[/]", soft_wrap=True)
     console.print(
         f"{report.bits_per_weight:.3f} bits per weight in {len(report.layers)} layers; "
         f"{format_size(report.compressed_bytes)}, was {format_size(report.original_bytes)}: "
         f"{report.compression_ratio:.2f}x smaller "
         f"({output.duration(report.seconds)}, peak memory {format_size(report.peak_rss_bytes)})",
-        highlight=False,
         soft_wrap=True,
     )
     if report.budget is not None:
-        console.print(f"{_given(report.budget)}; {_prediction(report.budget)}", highlight=False, soft_wrap=True)
+        console.print(f"{_given(report.budget)}; {_prediction(report.budget)}", soft_wrap=True)
     if report.training is not None:
-        console.print(_training(report.training), highlight=False, soft_wrap=True)
+        console.print(_training(report.training), soft_wrap=True)
     if report.layers:
         console.print(_layers(report, all_layers))
     if report.attention_density:
         console.print(_densities(report.attention_density, all_layers))
     for layer in report.layers:
         for note in layer.notes:
-            console.print(f"note: {layer.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"note: {layer.name}: {note}", markup=False, soft_wrap=True)
     reasons = Counter(skipped.reason for skipped in report.not_compressed)
     for reason, count in reasons.most_common():
         names = [skipped.name for skipped in report.not_compressed if skipped.reason == reason]
         more = f" and {count - 1} more" if count > 1 else ""
-        console.print(f"not compressed: {names[0]}{more} ({reason})", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"not compressed: {names[0]}{more} ({reason})", markup=False, soft_wrap=True)
 
 
-def _training(told: dict[str, Any]) -> str:
-    shares = f"{100 * told['share']:.1f} % of the original's parameters"
-    return f"trained: {told['steps']} steps, {told['trainable']:,} parameters ({shares})"
+def _training(training: dict[str, Any]) -> str:
+    shares = f"{100 * training['share']:.1f} % of the original's parameters"
+    return f"trained: {training['steps']} steps, {training['trainable']:,} parameters ({shares})"
 
 
 def _given(budget: dict[str, Any]) -> str:
@@ -139,16 +140,16 @@ def _layers(report: Report, all_layers: bool) -> Table:
     return table
 
 
-def _densities(found: dict[str, list[float]], all_layers: bool) -> Table | str:
+def _densities(densities: dict[str, list[float]], all_layers: bool) -> Table | str:
     """How sparse the original's attention is: every module and head, or one line."""
-    every = [density for heads in found.values() for density in heads]
+    every = [density for heads in densities.values() for density in heads]
     if not all_layers:
         return f"attention density {min(every):.3f} to {max(every):.3f}, {_share(every)} on average (--layers: by head)"
     table = Table(title="attention density of the original", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("attention", overflow="fold")
     table.add_column("mean", justify="right", no_wrap=True)
     table.add_column("heads", overflow="fold")
-    for name, heads in found.items():
+    for name, heads in densities.items():
         table.add_row(escape(name.removeprefix("model.")), _share(heads), " ".join(f"{x:.3f}" for x in heads))
     return table
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from llava_fa.cli import output, sources
+from llava_fa.cli import options, output, sources
 from llava_fa.cli.progress import training_progress
 from llava_fa.config import format_size
 from llava_fa.errors import FourierError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    model: Annotated[str, typer.Argument(help="`tiny`, a folder (compressed or not), or a hub id.")],
+    model: options.Model,
     out: Annotated[Path, typer.Argument(help="New folder for the trained model.")],
     data: Annotated[
         str,
@@ -64,9 +64,7 @@ def train(
             help="Ask the teacher once: keep its K likeliest tokens for every answer token on disk; 0 asks every time.",
         ),
     ] = 0,
-    images: Annotated[
-        Path | None, typer.Option(help="Image folder of the LLaVA JSON. [default: the JSON's own folder]")
-    ] = None,
+    images: options.Images = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to draw. [default: all]")] = None,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave out samples that cannot be used, and count them.")
@@ -83,8 +81,8 @@ def train(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the order of samples, and of their draw.")] = 0,
     device: Annotated[str, typer.Option(help="`auto` or `cpu`.")] = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Throw an interrupted run's work away.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
+    fresh: options.Fresh = False,
+    json_output: options.Json = False,
 ) -> None:
     """Train factors, scales, norms, biases and projector; codes stay. Killed, the same command resumes."""
     sources.check_images(data, images)
@@ -118,14 +116,14 @@ def train(
         )
     except FourierError as error:
         raise output.usage_error(error) from None
-    options: dict[str, Any] = {"data": sources.training_source(data, images, samples, settings)}
+    training: dict[str, Any] = {"data": sources.training_source(data, images, samples, settings)}
     if matryoshka:
         from llava_fa.train.matryoshka import matryoshka as over_all_scales
 
-        options = over_all_scales(model, options["data"])
+        training = over_all_scales(model, training["data"])
     first = os.environ.get("RANK", "0") == "0"
     with training_progress(first) as report:
-        found = recover(
+        outcome = recover(
             model,
             out,
             settings=settings,
@@ -133,33 +131,30 @@ def train(
             data_name=f"{data} {samples}" + " matryoshka" * matryoshka,
             fresh=fresh,
             report=report,
-            **options,
+            **training,
         )
     if not first:
         return
     if json_output:
-        output.print_json(found.to_dict())
+        output.print_json(outcome.to_dict())
     else:
-        show(found)
+        show(outcome)
 
 
-def show(found: TrainingReport) -> None:
+def show(outcome: TrainingReport) -> None:
     """The report for people."""
     console = output.stdout()
-    console.print(f"[bold]{escape(found.path)}[/]", highlight=False, soft_wrap=True)
-    parts = ", ".join(f"{name} {count:,}" for name, count in found.by_part.items() if count)
+    console.print(f"[bold]{escape(outcome.path)}[/]", soft_wrap=True)
+    parts = ", ".join(f"{name} {count:,}" for name, count in outcome.by_part.items() if count)
     console.print(
-        f"{found.steps} steps in {output.duration(found.seconds)}; trained {found.trainable:,} of {found.total:,} "
-        f"parameters ({100 * found.share:.1f} %): {parts}",
-        highlight=False,
+        f"{outcome.steps} steps in {output.duration(outcome.seconds)}; "
+        f"trained {outcome.trainable:,} of {outcome.total:,} parameters ({100 * outcome.share:.1f} %): {parts}",
         soft_wrap=True,
     )
-    if found.history:
-        first, last = found.history[0], found.history[-1]
-        console.print(f"loss {first['loss']:.4f} → {last['loss']:.4f}", highlight=False)
-    if found.bits_per_weight is not None and found.compressed_bytes is not None:
-        console.print(
-            f"{found.bits_per_weight:.3f} bits per weight; {format_size(found.compressed_bytes)}", highlight=False
-        )
-    if found.rows_left_out:
-        console.print(f"left out {len(found.rows_left_out)} of {found.samples} samples", highlight=False)
+    if outcome.history:
+        first, last = outcome.history[0], outcome.history[-1]
+        console.print(f"loss {first['loss']:.4f} → {last['loss']:.4f}")
+    if outcome.bits_per_weight is not None and outcome.compressed_bytes is not None:
+        console.print(f"{outcome.bits_per_weight:.3f} bits per weight; {format_size(outcome.compressed_bytes)}")
+    if outcome.rows_left_out:
+        console.print(f"left out {len(outcome.rows_left_out)} of {outcome.samples} samples")

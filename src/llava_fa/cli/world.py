@@ -8,14 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fa.cli.output import command, print_json, stderr, stdout
-from llava_fa.errors import FourierError
+from llava_fa.cli import options
+from llava_fa.cli.output import command, print_json, stderr, stdout, writing
 
 world = typer.Typer(
     help="The generated world: sample its pictures and questions, train the tiny model.", no_args_is_help=True
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def sample(
@@ -23,21 +21,20 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="About how many questions, shared equally by the tasks.")] = 45,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
-    json_output: Json = False,
+    json_output: options.Json = False,
 ) -> None:
     """Write pictures, ``questions.json`` in the LLaVA format, and ``overview.png`` with all of it at a glance."""
-    if split not in ("train", "validation", "test"):
-        raise typer.BadParameter(f"{split!r} is not one of train, validation, test", param_hint="--split")
+    options.refuse(
+        split not in ("train", "validation", "test"), f"{split!r} is not one of train, validation, test", "--split"
+    )
     from llava_fa.world.gallery import write_gallery
     from llava_fa.world.questions import TASKS
     from llava_fa.world.samples import samples
 
     drawn = samples(split, seed, -(-count // len(TASKS)))  # type: ignore[arg-type]
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         questions, overview = write_gallery(drawn, out)
-    except OSError as error:
-        raise FourierError(str(error.strerror or error), remedy="Give a writable folder", where=str(out)) from None
     if json_output:
         print_json({"questions": len(drawn), "file": str(questions), "overview": str(overview)})
     else:
@@ -54,10 +51,10 @@ def train(
         str | None,
         typer.Option(help="Teach a trained model to answer from any number of tokens: fmvr or pooling."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    device: options.Device = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw pictures.")] = 1,
     seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 1,
-    json_output: Json = False,
+    json_output: options.Json = False,
 ) -> None:
     """Train the tiny LMM from nothing, the recipe behind the embedded model; or go on to elastic visual tokens."""
     import torch
@@ -72,17 +69,15 @@ def train(
         recipe = Recipe(vision_steps=vision_steps, language_steps=steps, cooldown_steps=cooldown, seed=seed)
     else:
         recipe = elastic_recipe(visual_tokens, steps, start=start, seed=seed)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FourierError(str(error.strerror), remedy="Give a writable folder", where=str(out)) from None
     log = log_to(out / "log.jsonl")
     last: dict[str, Any] = {}
 
     def report(row: dict[str, Any]) -> None:
         last.update(row)
         log(row)
-        stderr().print(json.dumps(row), markup=False, highlight=False)
+        stderr().print(json.dumps(row), markup=False)
 
     run(out, recipe, device=place, workers=workers, report=report)
     if json_output:
