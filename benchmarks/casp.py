@@ -163,7 +163,7 @@ def _scalar_bits(
     source = open_source(resolve_model(args.model))
     config = FourierConfig()
     plan = make_plan(empty_model(source), source, config)
-    used = model_sensitivity.chosen(len(inputs))
+    used = blocks.evenly(len(inputs), model_sensitivity.SAMPLES)
     starts = [answer_start(samples[i], inputs[i], processor) for i in used]
     errors = allocation.measure(plan, config, model, [inputs[i] for i in used], starts, lambda _: None, casp)
     options = [

@@ -296,11 +296,11 @@ _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 def _size(value: Any) -> int:
     text = value if isinstance(value, str) else str(value) if type(value) in (int, float) else ""
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
     if (
-        found is None
-        or found[2].upper() not in _UNITS
-        or not (count := int(float(found[1]) * _UNITS[found[2].upper()]))
+        match is None
+        or match[2].upper() not in _UNITS
+        or not (count := int(float(match[1]) * _UNITS[match[2].upper()]))
     ):
         raise FourierError(f"a budget of size {value!r}", remedy="Give bytes, or text such as 950MB or 1.1GB")
     return count

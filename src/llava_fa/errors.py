@@ -32,7 +32,7 @@ def explained(
     remedy: str,
     where: str = "",
     kinds: tuple[type[Exception], ...] = (Exception,),
-    words: Callable[[Exception], str] = _name_and_message,
+    words: Callable[[Exception], str] | None = _name_and_message,
 ) -> Iterator[None]:
     """Inside, what a library raises becomes a `FourierError`: ``what``, with the library's own words in brackets.
 
@@ -43,4 +43,5 @@ def explained(
     except FourierError:
         raise
     except kinds as error:
-        raise FourierError(f"{what} ({words(error)})", remedy=remedy, where=where) from error
+        said = f" ({words(error)})" if words else ""
+        raise FourierError(what + said, remedy=remedy, where=where) from error

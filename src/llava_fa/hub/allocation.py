@@ -103,7 +103,7 @@ def options(
     feedback: bool,
 ) -> list[Option]:
     """What the layer may become; ``predictions`` has one entry for each of `variants`."""
-    found = []
+    choices = []
     for (variant, prediction), bits in itertools.product(
         zip(variants(layer, config, casp), predictions, strict=True), widths(config)
     ):
@@ -114,8 +114,8 @@ def options(
             books = [size for name, size in sizes.items() if name.rpartition(".")[2] == "codebook"]
             loss = prediction.loss(distortion(option.code_bits, codes, feedback=feedback))
             shared = next(iter(layout.parts().values())).codebook
-            found.append(Option(option, sum(sizes.values()) - sum(books), loss, shared, books[0]))
-    return found
+            choices.append(Option(option, sum(sizes.values()) - sum(books), loss, shared, books[0]))
+    return choices
 
 
 def measure(
@@ -143,20 +143,20 @@ def estimate(
     plan: Plan, config: FourierConfig, tell: Callable[[str], None], casp: Casp | None = None
 ) -> dict[str, list[Prediction]]:
     """Sensitivities without data (`blind_sensitivity`); reads every weight once."""
-    found = {}
+    predictions = {}
     for layer in plan.layers:
         tell(layer.name)
         try:
             moment = None if config.calibration == "none" else norm_moment(layer, plan)
             weight = layer.weight.read()
             powers = [error_powers(weight, variant, moment) for variant in variants(layer, config, casp)]
-            found[layer.name] = [
+            predictions[layer.name] = [
                 Prediction(blind_sensitivity(weight, a, moment), blind_sensitivity(weight, b, moment))
                 for a, b in powers
             ]
         except FourierError as error:
             raise error.at(layer.name) from error
-    return found
+    return predictions
 
 
 def spend(
@@ -182,27 +182,27 @@ def spend(
     if least > allowed:
         raise FourierError(_too_small(plan, budget, casp, least), remedy="Give more, or skip fewer layers")
     margin = MARGIN if casp is None else 0.0
-    found = allocate(layers, allowed, margin=margin)
+    allocation = allocate(layers, allowed, margin=margin)
     steady = layers
     if unit == NATS:
         bits = 8 * allowed / sum(layer.numel for layer in plan.layers)
         steady = [_steady(layer, row, bits) for layer, row in zip(plan.layers, layers, strict=True)]
-    if smallest(steady) <= allowed and (safer := allocate(steady, allowed, margin=margin)).loss <= found.uniform:
-        found = dataclasses.replace(safer, uniform=found.uniform)
+    if smallest(steady) <= allowed and (safer := allocate(steady, allowed, margin=margin)).loss <= allocation.uniform:
+        allocation = dataclasses.replace(safer, uniform=allocation.uniform)
         layers = steady
-    chosen = {}
-    for layer, row, k in zip(plan.layers, layers, found.choice, strict=True):
+    assignment = {}
+    for layer, row, k in zip(plan.layers, layers, allocation.choice, strict=True):
         slopes = {
             (variant.rank, variant.inner_rank): prediction.slope
             for variant, prediction in zip(variants(layer, config, casp), sensitivities[layer.name], strict=True)
         }
         best = row[k].config
-        chosen[layer.name] = _with(layer, best, slopes[best.rank, best.inner_rank], row[k].loss)
-    uniform = None if math.isinf(found.uniform) else found.uniform
-    summary = {**budget.to_dict(), "unit": unit, "predicted_loss": found.loss, "uniform_loss": uniform}
+        assignment[layer.name] = _with(layer, best, slopes[best.rank, best.inner_rank], row[k].loss)
+    uniform = None if math.isinf(allocation.uniform) else allocation.uniform
+    summary = {**budget.to_dict(), "unit": unit, "predicted_loss": allocation.loss, "uniform_loss": uniform}
     if casp is not None:
         summary["casp"] = casp.to_dict()
-    return plan.assign(chosen, summary)
+    return plan.assign(assignment, summary)
 
 
 def _steady(layer: PlannedLayer, row: list[Option], bits: float) -> list[Option]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava_fa.hub.blocks import forward
+from llava_fa.hub.blocks import evenly, forward, hooked
 from llava_fa.solver.attention import EPSILON, attention_density
 
 SAMPLES = 4
@@ -38,22 +38,18 @@ def densities(model: nn.Module, inputs: Sequence[Mapping[str, Tensor]], epsilon:
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    used = min(len(inputs), SAMPLES)
-    with ExitStack() as stack, eager(model):
-        for name, module in model.named_modules():
-            if not {"q_proj", "k_proj"} <= dict(module.named_children()).keys():
-                continue
 
-            def see(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-                if not isinstance(maps, Tensor) or maps.dim() != 4:
-                    return
-                found = attention_density(maps.float(), _causal(maps), epsilon).sum(0).cpu()
-                sums[name] = sums.get(name, torch.zeros_like(found)) + found
-                counts[name] = counts.get(name, 0) + len(maps)
+    def see(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if not isinstance(maps, Tensor) or maps.dim() != 4:
+            return
+        density = attention_density(maps.float(), _causal(maps), epsilon).sum(0).cpu()
+        sums[name] = sums.get(name, torch.zeros_like(density)) + density
+        counts[name] = counts.get(name, 0) + len(maps)
 
-            stack.callback(module.register_forward_hook(see).remove)
-        for index in (i * len(inputs) // used for i in range(used)):
+    modules = {n: m for n, m in model.named_modules() if {"q_proj", "k_proj"} <= dict(m.named_children()).keys()}
+    with hooked(modules, see), eager(model):
+        for index in evenly(len(inputs), SAMPLES):
             forward(model, inputs[index], index)
     return {name: [round(value, 6) for value in (total / counts[name]).tolist()] for name, total in sums.items()}
 
@@ -69,8 +65,8 @@ def _causal(maps: Tensor) -> Tensor | None:
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
     """Inside, transformers' attention modules compute their maps in the open, and return them."""
-    found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
-    before = [(config, config._attn_implementation) for config in found.values()]
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
             config._attn_implementation = "eager"

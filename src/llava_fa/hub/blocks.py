@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.plan import PlannedLayer
+from llava_fa.solver.statistics import SecondMoment
 
 Inputs = Sequence[Mapping[str, Tensor]]
 _PROBED = 8
@@ -99,18 +101,17 @@ def _block(model: nn.Module, name: str) -> str | None:
 def segments(model: nn.Module, units: list[Unit], inputs: Inputs) -> tuple[list[list[Unit]], list[Unit]]:
     """Units in order of execution, joined where one's output is the next one's input; those never run."""
     best: list[tuple[Unit, Tensor, Tensor]] = []
+    by_path = {unit.path: unit for unit in units}
     for index, sample in enumerate(inputs[:_PROBED]):
-        seen: list[tuple[Unit, Tensor, Tensor]] = []
+        seen: dict[str, tuple[Unit, Tensor, Tensor]] = {}
 
-        def note(unit: Unit, call: Call, output: Tensor, seen: list[tuple[Unit, Tensor, Tensor]] = seen) -> None:
-            if all(unit is not other for other, _, _ in seen):
-                seen.append((unit, call.hidden.clone(), output.clone()))
+        def note(path: str, _: nn.Module, args: Any, kwargs: Any, output: Any, seen: Any = seen) -> None:
+            if path not in seen:
+                seen[path] = by_path[path], Call.of(args, kwargs).hidden.clone(), _first(output).clone()
 
-        with ExitStack() as stack:
-            for unit in units:
-                stack.enter_context(_observe(unit, note))
+        with hooked({unit.path: unit.module for unit in units}, note, with_kwargs=True):
             forward(model, sample, index)
-        best = max(best, seen, key=len)
+        best = max(best, list(seen.values()), key=len)
         if len(best) == len(units):
             break
     segments: list[list[Unit]] = []
@@ -132,18 +133,6 @@ def _same(output: Tensor, following: Tensor) -> bool:
     return output.shape == following.shape and torch.equal(output, following)
 
 
-@contextmanager
-def _observe(unit: Unit, note: Callable[[Unit, Call, Tensor], None]) -> Iterator[None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        note(unit, Call.of(args, dict(kwargs)), _first(output))
-
-    handle = unit.module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def advance(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> None:
     """Replace the hidden states of all samples by what the unit makes of them."""
     for i, call in enumerate(calls):
@@ -154,46 +143,31 @@ def capture(units: list[Unit], model: nn.Module, inputs: Inputs) -> tuple[list[l
     """Run the samples up to the last unit: calls by unit, and the first unit's hidden states on the CPU."""
     calls: list[list[Call]] = [[] for _ in units]
     hidden: list[Tensor] = []
-    with ExitStack() as stack:
-        for index, unit in enumerate(units):
+    # After the output, not the input: a unit may be called several times per sample (image tiles) before
+    # the model goes on, and then the whole forward has to run.
+    last = {"": units[-1].module} if _called_once(units[-1], model, inputs[0]) else {}
 
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
-                call = Call.of(args, dict(kwargs))
-                if index == 0:
-                    hidden.append(call.hidden.cpu().clone())
-                calls[index].append(dataclasses.replace(call, hidden=torch.empty(0)))
+    def note(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call.of(args, kwargs)
+        if index == 0:
+            hidden.append(call.hidden.cpu().clone())
+        calls[index].append(dataclasses.replace(call, hidden=torch.empty(0)))
 
-            handle = unit.module.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+    def stop(*_: Any) -> None:
+        raise _Stop
 
-        def stop(*_: Any) -> None:
-            raise _Stop
-
-        # After the output, not the input: a unit may be called several times per sample (image tiles) before
-        # the model goes on, and then the whole forward has to run.
-        once = _called_once(units[-1], model, inputs[0])
-        if once:
-            stack.callback(units[-1].module.register_forward_hook(stop).remove)
-        calls[:] = [[] for _ in units]
-        hidden.clear()
+    modules = {index: unit.module for index, unit in enumerate(units)}
+    with hooked(modules, note, before=True, with_kwargs=True), hooked(last, stop):
         for index, sample in enumerate(inputs):
             forward(model, sample, index)
     return calls, hidden
 
 
 def _called_once(unit: Unit, model: nn.Module, sample: Mapping[str, Tensor]) -> bool:
-    count = 0
-
-    def hook(*_: Any) -> None:
-        nonlocal count
-        count += 1
-
-    handle = unit.module.register_forward_pre_hook(hook)
-    try:
+    calls: list[str] = []
+    with hooked({unit.path: unit.module}, lambda path, *_: calls.append(path), before=True):
         forward(model, sample, 0)
-    finally:
-        handle.remove()
-    return count == 1
+    return len(calls) == 1
 
 
 def stages(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> list[list[list[PlannedLayer]]]:
@@ -250,14 +224,36 @@ def _run(unit: Unit, call: Call, hidden: Tensor) -> Tensor:
 @contextmanager
 def _shown(unit: Unit, layers: Sequence[PlannedLayer], see: Callable[[PlannedLayer, Tensor], None]) -> Iterator[None]:
     """While it lasts ``see`` is shown the input of each of the layers."""
-    with ExitStack() as stack:
-        for layer in layers:
-
-            def hook(_: nn.Module, args: tuple[Any, ...], layer: PlannedLayer = layer) -> None:
-                see(layer, args[0])
-
-            stack.callback(unit.linear(layer).register_forward_pre_hook(hook).remove)
+    by_name = {layer.name: layer for layer in layers}
+    modules = {layer.name: unit.linear(layer) for layer in layers}
+    with hooked(modules, lambda name, _, args: see(by_name[name], args[0]), before=True):
         yield
+
+
+@contextmanager
+def input_moments(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, SecondMoment]]:
+    """While it lasts the second moments of these modules' inputs are added up, by name."""
+    moments = {name: SecondMoment(int(module.in_features), name=name) for name, module in modules.items()}
+    with hooked(modules, lambda name, _, args: moments[name].add(args[0]), before=True):
+        yield moments
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[Any, nn.Module], hook: Callable[..., Any], *, before: bool = False, with_kwargs: bool = False
+) -> Iterator[None]:
+    """While it lasts ``hook(name, …)`` runs behind each of the modules, or before it, as torch calls hooks."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(functools.partial(hook, name), with_kwargs=with_kwargs).remove)
+        yield
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Indices of at most ``most`` of ``count`` samples, evenly spaced."""
+    used = min(count, most)
+    return [index * count // used for index in range(used)]
 
 
 def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int, **options: Any) -> Any:

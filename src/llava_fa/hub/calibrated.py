@@ -137,8 +137,8 @@ def _compress_unit(
     for stage in stages(unit, calls, hidden):
         pending = [layer for group in stage for layer in group if layer.name not in work]
         if pending:
-            found = gather(unit, stage, calls, hidden, original)
-            for group, statistics in zip(stage, found, strict=True):
+            groups = gather(unit, stage, calls, hidden, original)
+            for group, statistics in zip(stage, groups, strict=True):
                 for layer in group:
                     if layer.name in work:
                         continue
@@ -171,33 +171,33 @@ def gather(
     def flush(name: str) -> None:
         if not waiting[name]:
             return
-        given, before = (torch.cat(part) for part in zip(*waiting[name], strict=True))
+        inputs, before = (torch.cat(part) for part in zip(*waiting[name], strict=True))
         waiting[name].clear()
-        sums[name].add(given)
+        sums[name].add(inputs)
         if name in drifts:
-            drifts[name].add(before, given)
+            drifts[name].add(before, inputs)
 
     runs = replay(unit, calls, hidden, leaders)
-    pairs = ((seen, seen) for seen in runs)
+    pairs = ((compressed, compressed) for compressed in runs)
     if original is not None:
         pairs = zip(runs, replay(original.unit, calls, original.hidden, leaders), strict=True)
-    for seen, known in pairs:
-        for name, inputs in seen.items():
-            if name in drifts and [x.shape for x in inputs] != [x.shape for x in known[name]]:
+    for compressed, uncompressed in pairs:
+        for name, inputs in compressed.items():
+            if name in drifts and [x.shape for x in inputs] != [x.shape for x in uncompressed[name]]:
                 flush(name)
                 del drifts[name]
-            waiting[name] += zip(inputs, known[name] if name in drifts else inputs, strict=True)
+            waiting[name] += zip(inputs, uncompressed[name] if name in drifts else inputs, strict=True)
             if sum(len(x) for x, _ in waiting[name]) >= _ROWS:
                 flush(name)
     for layer in leaders:
         flush(layer.name)
-    found: list[Statistics | None] = []
+    statistics: list[Statistics | None] = []
     for layer in leaders:  # each sum is given up as it is read: they are float64, [n, n]
         total, apart = sums.pop(layer.name), drifts.pop(layer.name, None)
         moment = total.value() if total.count else None
         del total
-        found.append(None if moment is None else Statistics(moment, None if apart is None else apart.value()))
-    return found
+        statistics.append(None if moment is None else Statistics(moment, None if apart is None else apart.value()))
+    return statistics
 
 
 def _use_parts(unit: Unit, layers: Sequence[PlannedLayer], work: WorkFolder) -> None:

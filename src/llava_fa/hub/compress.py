@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import psutil
 import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
-from llava_fa.errors import FourierError
-from llava_fa.hub import allocation, attention_density, model_sensitivity, proofread, provenance
+from llava_fa.errors import FourierError, explained
+from llava_fa.hub import allocation, attention_density, proofread, provenance
+from llava_fa.hub.blocks import evenly
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
 from llava_fa.hub.checkpoint import codebook_digest
 from llava_fa.hub.inspect import describe
-from llava_fa.hub.loading import check_device, fast_dtype, load_processor, memory_errors
+from llava_fa.hub.loading import check_device, fast_dtype, load_processor
+from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.report import ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
@@ -126,7 +129,7 @@ def carry_out(
     show(plan)
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
     data = None if request.calibration is None else _Calibration.of(source, request.calibration)
-    with WorkFolder(out, _manifest(request, source, data), fresh) as work, memory_errors(device):
+    with WorkFolder(out, _manifest(request, source, data), fresh) as work, _memory_errors(device):
         tracker = Tracker(plan, work, progress or (lambda _: None))
         model = None
         if data is not None and (tracker.done < tracker.total or not proofread.settle(work)):
@@ -158,6 +161,17 @@ def carry_out(
     if request.command is not None:
         provenance.record(out, request.command)
     return describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
+
+
+def _memory_errors(device: torch.device) -> AbstractContextManager[None]:
+    """A `FourierError` that says what is kept, when the device runs out of memory."""
+    return explained(
+        "the device ran out of memory",
+        remedy="Finished layers are kept: the same command with --device cpu goes on from them",
+        where=str(device),
+        kinds=(torch.OutOfMemoryError,),
+        words=None,
+    )
 
 
 def _manifest(request: CompressionRequest, source: Source, data: _Calibration | None) -> dict[str, Any]:
@@ -226,13 +240,13 @@ class _Calibration:
 
     def some(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """The samples that sensitivity is measured on, with the positions of their answers."""
-        indices = model_sensitivity.chosen(len(self.inputs))
+        indices = evenly(len(self.inputs), SAMPLES)
         return [self.inputs[i] for i in indices], self.answers(indices)
 
     def answers(self, indices: Sequence[int] | None = None) -> list[int]:
         """Where the answers of these samples, or of all, begin."""
-        chosen = range(len(self.inputs)) if indices is None else indices
-        return [answer_start(self.samples[i], self.inputs[i], self.processor) for i in chosen]
+        numbers = range(len(self.inputs)) if indices is None else indices
+        return [answer_start(self.samples[i], self.inputs[i], self.processor) for i in numbers]
 
 
 def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.dtype | str:
@@ -242,9 +256,9 @@ def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.
     there is memory for it; float16 otherwise becomes bf16, since it overflows and is slow there too. What an
     interrupted run had chosen is kept, so that all layers see the same arithmetic.
     """
-    kept = work.path / "dtype"
-    if kept.is_file():
-        return _DTYPES[kept.read_text()]
+    file = work.path / "dtype"
+    if file.is_file():
+        return _DTYPES[file.read_text()]
     name = "auto"
     if device.type == "cpu":
         size = 4 * sum(entry.numel for entry in plan.source.entries.values())
@@ -253,7 +267,7 @@ def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.
         elif any(layer.weight.dtype == "F16" for layer in plan.all_layers):
             name = "bfloat16"
     with disk_errors(work.path):
-        write_text(kept, name)
+        write_text(file, name)
     return _DTYPES[name]
 
 

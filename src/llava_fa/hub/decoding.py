@@ -28,9 +28,9 @@ _before: Callable[..., tuple[Tensor, Tensor | None]]
 def install() -> None:
     """Take the place of ``sdpa`` in transformers; what was there is kept, and called where this does not serve."""
     global _before
-    found = AttentionInterface()["sdpa"]
-    if found is not attend:
-        _before = found
+    current = AttentionInterface()["sdpa"]
+    if current is not attend:
+        _before = current
         AttentionInterface.register("sdpa", attend)
 
 

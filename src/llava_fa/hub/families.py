@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from llava_fa.errors import FourierError
+from llava_fa.hub.shards import Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +84,11 @@ class Feed:
             power = power + tensors[self.bias].float().square()
         return power.repeat(inputs // power.numel())
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """Names of the tensors that `second_moment` needs."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+    def read_second_moment(self, entry: Callable[[str], Entry | None], inputs: int) -> torch.Tensor | None:
+        """The same from a checkpoint, ``entry`` finding a tensor by its name; None where one is missing."""
+        entries = {name: entry(name) for name in (self.weight, self.bias) if name is not None}
+        tensors = {name: stored.read() for name, stored in entries.items() if stored is not None}
+        return self.second_moment(tensors, inputs) if len(tensors) == len(entries) else None
 
 
 def is_query_or_key(name: str) -> bool:
@@ -161,7 +163,7 @@ def _adds_one(norm: nn.Module) -> bool | None:
             return None
     for plus_one in (False, True):
         expected = [(gamma + plus_one) ** 2 for gamma in (0.0, 1.0)]
-        if all(abs(found - wanted) < 0.05 for found, wanted in zip(power, expected, strict=True)):
+        if all(abs(value - target) < 0.05 for value, target in zip(power, expected, strict=True)):
             return plus_one
     return None
 

@@ -58,11 +58,11 @@ def count_flops(
     if visual_tokens is None and settings:
         visual_tokens = settings["tokens"]
     grid = grid_of(config)
-    kept = VisualTokens(grid, 1, "pooling", visual_tokens).tokens
+    tokens = VisualTokens(grid, 1, "pooling", visual_tokens).tokens
     # a class token passes to the language model only under the strategy "full"
     classes = 1 if config.vision_config.model_type == "clip_vision_model" else 0
     extra = classes if config.vision_feature_select_strategy == "full" else 0
-    sequence = text + pictures * (kept + extra)
+    sequence = text + pictures * (tokens + extra)
     patches = grid[0] * grid[1]
     language = _language_model(config.text_config, sequence, 0)
     for step in range(generated):

@@ -27,10 +27,11 @@ def inspect_model(model: str | Path) -> Report:
         FourierError: not a model folder, a damaged one, or one quantised by something else.
     """
     folder = resolve_model(model)
-    quantised = read_config(folder).get("quantization_config") or {}
-    if quantised.get("quant_method") == QUANT_METHOD:
-        return describe(folder)
-    return _original(folder)
+    return describe(folder) if _compressed(folder) else _original(folder)
+
+
+def _compressed(folder: Path) -> bool:
+    return (read_config(folder).get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
 
 
 def describe(
@@ -67,8 +68,8 @@ def describe(
         for name, record in metadata.layers.items()
     )
     compressed = accounts.packed_bytes + accounts.codebook_bytes + accounts.other_bytes
-    noted = file_metadata(files[0]).get(ORIGINAL_BYTES)
-    original = original_bytes or (int(noted) if noted else accounts.dense_bytes)
+    note = file_metadata(files[0]).get(ORIGINAL_BYTES)
+    original = original_bytes or (int(note) if note else accounts.dense_bytes)
     return Report(
         path=str(folder),
         method=metadata.config.method,
@@ -107,9 +108,8 @@ def spending(model: str | Path) -> dict[str, int]:
         FourierError: as `inspect_model`.
     """
     folder = resolve_model(model)
-    quantised = read_config(folder).get("quantization_config") or {}
     spent: Counter[str] = Counter()
-    if quantised.get("quant_method") == QUANT_METHOD:
+    if _compressed(folder):
         metadata = read_metadata(folder)
         entries = dict(validate(weight_files(folder), metadata))
         for name, record in metadata.layers.items():
@@ -158,13 +158,13 @@ def _original(folder: Path) -> Report:
             bits = 8 * entry.nbytes / entry.numel
             layers.append(LayerReport(name, (entry.shape[0], entry.shape[1]), bits, 0.0, None, 0))
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    stored = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in layers)
+    bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in layers)
     return Report(
         path=str(folder),
         method=None,
         bits=None,
         rank=None,
-        bits_per_weight=stored / weights if weights else 0.0,
+        bits_per_weight=bits / weights if weights else 0.0,
         compression_ratio=1.0,
         original_bytes=source.nbytes,
         compressed_bytes=source.nbytes,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +75,6 @@ def check_device(device: str | torch.device) -> torch.device:
             f"there is no {place} here ({torch.cuda.device_count()} GPUs seen)", remedy="Give device cpu"
         )
     return place
-
-
-@contextlib.contextmanager
-def memory_errors(device: torch.device) -> Iterator[None]:
-    """A `FourierError` that says what is kept, when the device runs out of memory while a model is being compressed."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise FourierError(
-            "the device ran out of memory",
-            remedy="Finished layers are kept: the same command with --device cpu goes on from them",
-            where=str(device),
-        ) from error
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -38,12 +38,6 @@ _PROBES = 2
 Tell = Callable[[str], None]
 
 
-def chosen(count: int) -> list[int]:
-    """Indices of the samples used."""
-    used = min(count, SAMPLES)
-    return [index * count // used for index in range(used)]
-
-
 def fisher(
     model: nn.Module, directions: Mapping[str, Tensor], inputs: blocks.Inputs, answers: Sequence[int], seed: int = 0
 ) -> dict[str, Tensor]:
@@ -63,31 +57,30 @@ def fisher(
     Raises:
         FourierError: the model fails on a sample, or its gradient is not finite.
     """
-    found: dict[str, Tensor] = {}
+    information: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}  # m Pᵀ [m, sketch] of one sample and probe
     tokens = 0
     generator = torch.Generator().manual_seed(seed)
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def see(name: str, _: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not output.requires_grad:  # a copy of the leaf: the model may work in place
+            output = output.detach().requires_grad_().clone()
+        x = args[0].detach().reshape(-1, args[0].shape[-1])
+        projected = x.float() @ directions[name].to(x.device)
+
+        def add(gradient: Tensor) -> None:
+            part = gradient.float().reshape(-1, gradient.shape[-1]).T @ projected
+            sums[name] = sums[name] + part if name in sums else part
+
+        output.register_hook(add)
+        return output
+
     with ExitStack() as stack, torch.enable_grad():
-        for parameter in wanted:
+        for parameter in parameters:
             stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
-        for name, sketch in directions.items():
-
-            def see(_: nn.Module, given: Any, output: Tensor, name: str = name, sketch: Tensor = sketch) -> Tensor:
-                if not output.requires_grad:  # a copy of the leaf: the model may work in place
-                    output = output.detach().requires_grad_().clone()
-                x = given[0].detach().reshape(-1, given[0].shape[-1])
-                projected = x.float() @ sketch.to(x.device)
-
-                def add(gradient: Tensor) -> None:
-                    part = gradient.float().reshape(-1, gradient.shape[-1]).T @ projected
-                    sums[name] = sums[name] + part if name in sums else part
-
-                output.register_hook(add)
-                return output
-
-            stack.callback(model.get_submodule(name).register_forward_hook(see).remove)
+        stack.enter_context(blocks.hooked({name: model.get_submodule(name) for name in directions}, see))
         for index, (sample, start) in enumerate(zip(inputs, answers, strict=True)):
             logits = blocks.forward(model, sample, index).logits[0, start - 1 : -1].float() / TEMPERATURE
             p = logits.detach().softmax(-1)
@@ -97,13 +90,13 @@ def fisher(
                 (logits * direction).sum().backward(retain_graph=probe < _PROBES - 1)
                 for name, gradient in sums.items():
                     power = gradient.square().sum(1, dtype=torch.float64).cpu()
-                    found[name] = found[name] + power if name in found else power
+                    information[name] = information[name] + power if name in information else power
                 sums.clear()
             tokens += len(p)
-    for name, power in found.items():
+    for name, power in information.items():
         if not bool(power.isfinite().all()):
             raise FourierError("the gradient at its output is not finite", remedy="Check the samples", where=name)
-    return {name: power / (_PROBES * tokens) for name, power in found.items()}
+    return {name: power / (_PROBES * tokens) for name, power in information.items()}
 
 
 class Powers(NamedTuple):
@@ -134,8 +127,8 @@ def output_powers(
         calls, hidden = blocks.capture(segment, model, inputs)
         for index, unit in enumerate(segment):
             for stage in blocks.stages(unit, calls[index], hidden):
-                found = gather(unit, stage, calls[index], hidden)
-                for group, statistics in zip(stage, found, strict=True):
+                groups = gather(unit, stage, calls[index], hidden)
+                for group, statistics in zip(stage, groups, strict=True):
                     for layer in group if statistics is not None else ():
                         tell(layer.name)
                         try:

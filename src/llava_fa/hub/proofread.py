@@ -17,19 +17,17 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from llava_fa.hub.blocks import Inputs, forward
+from llava_fa.hub.blocks import Inputs, forward, input_moments
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import LayerReport
 from llava_fa.hub.streaming import Tracker, approximated
 from llava_fa.hub.work_folder import WorkFolder
-from llava_fa.solver.statistics import SecondMoment
 
 FILE = "proofread.json"
 SURE, BROKEN = 0.5, 3.0
@@ -59,30 +57,30 @@ class Answers:
     @torch.no_grad()
     def of(cls, model: nn.Module, inputs: Inputs, starts: Sequence[int]) -> Answers:
         """Read by the original model: one pass over the samples."""
-        found = [_log_probabilities(model, inputs, starts, index).max(-1) for index in range(len(inputs))]
-        return cls(inputs, starts, [one.indices for one in found], [one.values for one in found])
+        likeliest = [_log_probabilities(model, inputs, starts, index).max(-1) for index in range(len(inputs))]
+        return cls(inputs, starts, [one.indices for one in likeliest], [one.values for one in likeliest])
 
     @torch.no_grad()
     def lost(self, model: nn.Module, indices: Iterable[int]) -> dict[int, Tensor]:
         """Nats that each token the original was sure of has lost in this model: sample → float32 [tokens], ≥ 0."""
-        found = {}
+        losses = {}
         for index in indices:
             now = _log_probabilities(model, self.inputs, self.starts, index)
             there = now.gather(-1, self.tokens[index][:, None])[:, 0]
             sure = self.logs[index] > math.log(SURE)
             lost = torch.where(sure, self.logs[index] - there, 0.0).clamp_min(0)
-            found[index] = lost.nan_to_num(nan=0.0, posinf=_INFINITE)  # float16 overflows: nothing to compare
-        return found
+            losses[index] = lost.nan_to_num(nan=0.0, posinf=_INFINITE)  # float16 overflows: nothing to compare
+        return losses
 
 
 def _log_probabilities(model: nn.Module, inputs: Inputs, starts: Sequence[int], index: int) -> Tensor:
     """Of the answer alone: logits of every token of a sample can be gigabytes."""
-    wanted = inputs[index]["input_ids"].shape[1] - starts[index] + 1
+    count = inputs[index]["input_ids"].shape[1] - starts[index] + 1
     knows = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": wanted} if knows else {}
-    logits = forward(model, inputs[index], index, **options).logits[0, -wanted:-1]
-    found: Tensor = logits.float().log_softmax(-1).cpu()
-    return found
+    options = {"logits_to_keep": count} if knows else {}
+    logits = forward(model, inputs[index], index, **options).logits[0, -count:-1]
+    log_p: Tensor = logits.float().log_softmax(-1).cpu()
+    return log_p
 
 
 def _cost(lost: dict[int, Tensor]) -> float:
@@ -142,11 +140,11 @@ def _worst(lost: Tensor) -> float:
 
 def _modules(plan: Plan) -> dict[str, list[PlannedLayer]]:
     """Attention modules of the language model → their query and key projections, where these are single matrices."""
-    found: dict[str, list[PlannedLayer]] = {}
+    modules: dict[str, list[PlannedLayer]] = {}
     for layer in plan.layers:
         if is_query_or_key(layer.name) and not is_vision(layer.name) and not layer.config.inner_rank:
-            found.setdefault(layer.name.rpartition(".")[0], []).append(layer)
-    return found
+            modules.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+    return modules
 
 
 def _weights(model: nn.Module, layers: Sequence[PlannedLayer]) -> list[Tensor]:
@@ -157,29 +155,22 @@ def _weights(model: nn.Module, layers: Sequence[PlannedLayer]) -> list[Tensor]:
 def _original(model: nn.Module, layers: Sequence[PlannedLayer]) -> Iterator[None]:
     """Inside, these layers have the weights of the checkpoint."""
     weights = _weights(model, layers)
-    kept = [weight.clone() for weight in weights]
+    compressed = [weight.clone() for weight in weights]
     for weight, layer in zip(weights, layers, strict=True):
         weight.copy_(layer.weight.read())
     try:
         yield
     finally:
-        for weight, before in zip(weights, kept, strict=True):
+        for weight, before in zip(weights, compressed, strict=True):
             weight.copy_(before)
 
 
 def _moments(model: nn.Module, answers: Answers, layers: Sequence[PlannedLayer]) -> dict[str, Tensor]:
     """Second moments of the inputs of each layer; those of cross-attention have not one input but two."""
-    sums = {layer.name: SecondMoment(layer.shape[1], name=layer.name) for layer in layers}
-    with ExitStack() as stack:
-        for name, total in sums.items():
-
-            def see(_: nn.Module, given: Any, total: SecondMoment = total) -> None:
-                total.add(given[0])
-
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(see).remove)
+    with input_moments({layer.name: model.get_submodule(layer.name) for layer in layers}) as moments:
         for index in range(len(answers.inputs)):
             _log_probabilities(model, answers.inputs, answers.starts, index)
-    return {name: total.value() for name, total in sums.items()}
+    return {name: moment.value() for name, moment in moments.items()}
 
 
 def _redraw(
@@ -197,27 +188,27 @@ def _redraw(
     """
     moments = _moments(model, answers, layers)
     weights = _weights(model, layers)
-    kept = [weight.clone() for weight in weights]
-    best: tuple[float, list[Tensor], Redrawn] = (before[0], kept, {})
+    first_draw = [weight.clone() for weight in weights]
+    best: tuple[float, list[Tensor], Redrawn] = (before[0], first_draw, {})
     for draw in range(1, DRAWS + 1):
-        found: Redrawn = {}
+        candidates: Redrawn = {}
         for weight, layer in zip(weights, layers, strict=True):
             tracker.tell("proofreading", layer.name)
             seed = layer.config.seed + draw
             note = f"drawn anew with seed {seed}: with the first the answers to {len(broken)} samples broke"
             again = dataclasses.replace(layer, config=layer.config.replace(seed=seed))
             result, report = approximated(again, plan, moments[layer.name], notes=(note,))
-            found[layer.name] = result.tensors, report
+            candidates[layer.name] = result.tensors, report
             weight.copy_(result.dequantize())
         cost = _cost(answers.lost(model, broken))
         if cost < best[0]:
-            best = cost, [weight.clone() for weight in weights], found
+            best = cost, [weight.clone() for weight in weights], candidates
         if 4 * cost < before[0]:
             break
     for weight, chosen in zip(weights, best[1], strict=True):
         weight.copy_(chosen)
     if best[2] and _cost(answers.lost(model, range(len(answers.inputs)))) < before[1]:
         return best[2]
-    for weight, first in zip(weights, kept, strict=True):
+    for weight, first in zip(weights, first_draw, strict=True):
         weight.copy_(first)
     return {}

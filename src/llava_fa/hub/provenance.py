@@ -19,13 +19,13 @@ PACKAGES = ("llava-fa", "torch", "transformers", "safetensors", "numpy", "pillow
 
 def versions() -> dict[str, str]:
     """Python, the packages that decide what a model computes, and the machine."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:  # run from sources that are not installed
             continue
-    return {**found, "platform": platform.platform(terse=True), "machine": platform.machine()}
+    return {**numbers, "platform": platform.platform(terse=True), "machine": platform.machine()}
 
 
 def record(folder: Path, command: str) -> dict[str, Any]:
@@ -33,9 +33,9 @@ def record(folder: Path, command: str) -> dict[str, Any]:
 
     The folder may be moved, and a resumed run ends with the same bytes: neither its name nor a date is kept.
     """
-    told = {"command": command, "versions": versions()}
-    write_text(folder / COMPRESSION, json.dumps(told, indent=1))
-    return told
+    provenance = {"command": command, "versions": versions()}
+    write_text(folder / COMPRESSION, json.dumps(provenance, indent=1))
+    return provenance
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -48,11 +48,11 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        provenance = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        told = None
-    if not isinstance(told, dict) or not isinstance(told.get("command"), str):
+        provenance = None
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("command"), str):
         raise FourierError(
             "it is not a record of a compression", remedy="Remove it; the model does not need it", where=str(path)
         )
-    return told
+    return provenance

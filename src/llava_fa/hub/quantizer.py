@@ -64,7 +64,8 @@ class FourierHfQuantizer(HfQuantizer):
         self._targets: set[str] = set()
         self._stored: set[str] = {MODULE}
         self._validated = False
-        self._moments: _Moments | None = None
+        self._feeds: dict[str, Feed | None] = {}
+        self._entries: dict[str, Entry] = {}
 
     @property
     def metadata(self) -> Metadata:
@@ -95,6 +96,12 @@ class FourierHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`torch.compile` works."""
         return True
+
+    def norm_moment(self, name: str, weight: Tensor) -> Tensor | None:
+        """E[x_j²] of a layer's inputs [n] by the norm in front of it, from the checkpoint; None if nothing is known."""
+        feed = self._feeds.get(name)
+        moment = None if feed is None else feed.read_second_moment(self._entries.get, weight.shape[1])
+        return None if moment is None else moment.to(weight.device)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether this weight is to be compressed while it is loaded."""
@@ -137,7 +144,11 @@ class FourierHfQuantizer(HfQuantizer):
         config = self.metadata.config
         plan = classify(model, config.skip, config.only)
         self._targets = {f"{name}.weight" for name in plan.layers}
-        self._moments = _Moments(model, files, plan.layers) if config.calibration != "none" and files else None
+        if config.calibration != "none" and files:
+            entries = {key: entry for file in files for key, entry in read_header(file)[0].items()}
+            names, _ = match_names(model, Source(files[0].parent, {}, entries, ""))
+            self._feeds = {name: feeding_norm(model, name) for name in plan.layers}
+            self._entries = {name: entries[key] for name, key in names.items()}
         self.quantization_config = FourierQuantizationConfig(Metadata(config, {}, plan.not_compressed, {}))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -231,33 +242,10 @@ class _Compress(ConversionOps):
                 f"the checkpoint has {list(weight.shape)}, the model {list(linear.weight.shape)}",
                 remedy="config.json does not belong to these weights",
             )
-        moments = self.quantizer._moments
-        moment = moments.of(name, weight) if moments else None
-        found = approximate(weight, self.quantizer.metadata.config, moment)
-        layer = layer_from_approximation(found, linear.bias, weight.dtype)
+        approximation = approximate(weight, self.quantizer.metadata.config, self.quantizer.norm_moment(name, weight))
+        layer = layer_from_approximation(approximation, linear.bias, weight.dtype)
         layer.output_error = None  # against a norm's γ², not against real inputs: not a measurement
         _exchange(model, name, layer)
-
-
-class _Moments:
-    """E[x_j²] of a layer's inputs from the norm in front of it, read from the checkpoint itself."""
-
-    def __init__(self, model: nn.Module, files: list[Path], layers: tuple[str, ...]) -> None:
-        entries: dict[str, Entry] = {}
-        for file in files:
-            entries.update(read_header(file)[0])
-        names, _ = match_names(model, Source(files[0].parent, {}, entries, ""))
-        feeds = {name: feeding_norm(model, name) for name in layers}
-        self.feeds: dict[str, Feed] = {name: feed for name, feed in feeds.items() if feed is not None}
-        self.entries = {name: entries[key] for name, key in names.items()}
-
-    def of(self, name: str, weight: Tensor) -> Tensor | None:
-        """The diagonal for layer ``name``, float32 [n], or None where nothing is known."""
-        feed = self.feeds.get(name)
-        if feed is None or any(tensor not in self.entries for tensor in feed.tensors):
-            return None
-        tensors = {tensor: self.entries[tensor].read() for tensor in feed.tensors}
-        return feed.second_moment(tensors, weight.shape[1]).to(weight.device)
 
 
 def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = None, **metadata: Any) -> None:

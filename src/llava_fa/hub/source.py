@@ -121,8 +121,8 @@ def open_source(folder: Path) -> Source:
     entries: dict[str, Entry] = {}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in weight_files(folder):
-        found, header = read_header(path)
-        entries.update(found)
+        tensors, header = read_header(path)
+        entries.update(tensors)
         digest.update(f"{path.name}:{path.stat().st_size}:{header}".encode())
     return Source(folder, config, entries, digest.hexdigest())
 
@@ -258,10 +258,10 @@ def match_names(model: nn.Module, source: Source) -> tuple[dict[str, str], dict[
         elif name in state:
             names[name] = key
     parameters = [name for name, _ in model.named_parameters()]
-    found = sum(name in names or name in set(converted.values()) for name in parameters)
-    if 2 * found < len(parameters):
+    matches = sum(name in names or name in set(converted.values()) for name in parameters)
+    if 2 * matches < len(parameters):
         raise FourierError(
-            f"only {found} of {len(parameters)} parameters of {type(model).__name__} are in the weight files",
+            f"only {matches} of {len(parameters)} parameters of {type(model).__name__} are in the weight files",
             remedy="Check that config.json and the weights belong together",
             where=str(source.folder),
         )

@@ -49,10 +49,10 @@ class Tracker:
     """Counts finished layers and tells the progress callback."""
 
     def __init__(self, plan: Plan, work: WorkFolder, callback: ProgressCallback) -> None:
-        found = [layer for layer in plan.all_layers if layer.name in work]
+        finished = [layer for layer in plan.all_layers if layer.name in work]
         self.callback = callback
-        self.resumed = self.done = len(found)
-        self.weights = sum(layer.numel for layer in found)
+        self.resumed = self.done = len(finished)
+        self.weights = sum(layer.numel for layer in finished)
         self.total, self.all_weights = len(plan.all_layers), sum(layer.numel for layer in plan.all_layers)
 
     def tell(self, stage: str, name: str = "") -> None:
@@ -73,11 +73,10 @@ def compress_streaming(plan: Plan, work: WorkFolder, tracker: Tracker) -> None:
 
 def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
     """The diagonal second moment [n] that the norm in front of the layer promises, None if there is none."""
-    feed = layer.feed
-    if feed is None or any(name not in plan.names for name in feed.tensors):
+    if layer.feed is None:
         return None
-    tensors = {name: plan.source.entries[plan.names[name]].read() for name in feed.tensors}
-    return feed.second_moment(tensors, layer.shape[1])
+    entries = plan.source.entries
+    return layer.feed.read_second_moment(lambda name: entries.get(plan.names.get(name, "")), layer.shape[1])
 
 
 def compress_layer(
@@ -151,8 +150,8 @@ def assemble(
     with disk_errors(work.path):
         work.result.mkdir()
         _write_shards(work.result, items, {ORIGINAL_BYTES: str(plan.source.nbytes)})
-        written = {**plan.source.config, "quantization_config": metadata.to_dict()}
-        write_text(work.result / "config.json", json.dumps(written, indent=2) + "\n")
+        config_json = {**plan.source.config, "quantization_config": metadata.to_dict()}
+        write_text(work.result / "config.json", json.dumps(config_json, indent=2) + "\n")
         for path in sorted(plan.source.folder.iterdir()):
             if path.is_file() and path.name != "config.json" and not path.name.endswith(_NOT_COPIED):
                 shutil.copyfile(path, work.result / path.name)

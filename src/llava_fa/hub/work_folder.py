@@ -108,10 +108,10 @@ class WorkFolder:
             write_text(path, json.dumps(self._manifest, indent=1))
             return
         try:
-            found = json.loads(path.read_text())
+            manifest = json.loads(path.read_text())
         except ValueError:
-            found = {}
-        if changed := _differences(found, self._manifest):
+            manifest = {}
+        if changed := _differences(manifest, self._manifest):
             raise FourierError(
                 f"an unfinished compression with another {', '.join(changed)} is there",
                 remedy="Give --fresh to throw it away, the former arguments to resume it, or another OUT",
@@ -205,10 +205,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changed = []
-    for key in sorted(set(found) | set(wanted)):
-        old, new = found.get(key), wanted.get(key)
+    for key in sorted(set(before) | set(now)):
+        old, new = before.get(key), now.get(key)
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):

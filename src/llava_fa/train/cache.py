@@ -16,6 +16,7 @@ import torch
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.shards import Entry, Item, read_header, write_file
+from llava_fa.train.data import on_device
 from llava_fa.train.loss import ModelTeacher
 
 _IN_A_FILE = 64
@@ -67,9 +68,7 @@ def ask(
         if not path.exists():
             items = []
             for index in range(first, last):
-                batch = collator([dataset[index]])
-                inputs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-                log_p = teacher(inputs, hidden=False).log_p
+                log_p = teacher(on_device(collator([dataset[index]]), device), hidden=False).log_p
                 top = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
                 if not bool(torch.isfinite(top.values).all()):
                     raise FourierError("the teacher's answer is not finite", remedy="Load it in bf16 or float32")

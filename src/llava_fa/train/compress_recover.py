@@ -76,8 +76,8 @@ def compress_first(
     """The first half of `compress_and_recover`: the compressed model, beside ``out`` and named by the request."""
     folder = Path(out).expanduser().absolute()
     refuse_existing(folder)
-    asked = [str(request.model), request.to_dict(), _identity(_samples(request))]
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    identity = [str(request.model), request.to_dict(), _identity(_samples(request))]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     compressed = folder.with_name(f"{folder.name}.compressed-{digest[:8]}")
     if fresh and compressed.exists():
         shutil.rmtree(compressed)

@@ -179,11 +179,11 @@ def encode(processor: Any, messages: Sequence[Mapping[str, Any]], images: Sequen
     mark = getattr(processor, "image_token_id", None)
     ids = inputs["input_ids"][0]
     places = (ids != mark).nonzero()[:, 0].tolist() if mark is not None else list(range(len(ids)))
-    kept = [i for i, token in enumerate(plain["input_ids"]) if token != mark]
-    if [plain["input_ids"][i] for i in kept] != ids[places].tolist():
+    text_tokens = [i for i, token in enumerate(plain["input_ids"]) if token != mark]
+    if [plain["input_ids"][i] for i in text_tokens] != ids[places].tolist():
         raise FourierError("its processor changes the text around pictures", remedy="Use another model family")
     labels = torch.full_like(ids, IGNORED)
-    for place, i in zip(places, kept, strict=True):
+    for place, i in zip(places, text_tokens, strict=True):
         start, end = plain["offset_mapping"][i]
         if end > start and any(first <= start and end <= last for first, last in spans):
             labels[place] = ids[place]
@@ -245,6 +245,11 @@ class Collator:
                 largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
                 batch[name] = torch.cat([_padded(v, (v.shape[0], *largest), 0) for v in values])
         return batch
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors moved."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _row(value: Tensor) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
+from llava_fa.hub.blocks import input_moments
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.run import dequantize
 from llava_fa.maths.lowrank import fourier_svd, weighted_low_rank
@@ -21,7 +20,6 @@ from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.trainable import Factors, TrainableLinear
 from llava_fa.solver.approximate import approximate
 from llava_fa.solver.feedback import damped_root
-from llava_fa.solver.statistics import SecondMoment
 from llava_fa.train.loss import NOT_FOR_THE_MODEL, Inputs
 
 CHOSEN_ANEW = ("codes", "row_scale", "input_scale", "signs")
@@ -42,27 +40,12 @@ def layers_by_name(model: nn.Module) -> dict[str, FourierLinear]:
     }
 
 
-@contextmanager
-def _observed(layers: Mapping[str, FourierLinear]) -> Iterator[dict[str, SecondMoment]]:
-    moments = {name: SecondMoment(layer.in_features, name=name) for name, layer in layers.items()}
-
-    def watch(moment: SecondMoment) -> Any:
-        return lambda _, args: moment.add(args[0])
-
-    handles = [layer.register_forward_pre_hook(watch(moments[name])) for name, layer in layers.items()]
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def second_moments(model: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]:
     """E[x xᵀ] of every packed layer's inputs over some batches: name → float32 [n, n]."""
     training = model.training
     model.eval()
-    with _observed(layers_by_name(model)) as moments:
+    with input_moments(layers_by_name(model)) as moments:
         for batch in batches:
             model(**{name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL})
     model.train(training)
@@ -89,7 +72,7 @@ def initial_factors(
     """
     if rank == 0:
         return {}
-    found = {}
+    factors = {}
     for name, layer in layers_by_name(model).items():
         weight = original_weight(original, name, layer)
         tensors = {key: tensor for key, tensor in layer.packed().items() if not key.startswith(("left", "right"))}
@@ -97,18 +80,18 @@ def initial_factors(
         own = min(rank, *weight.shape)
         if layer.layout.method == "paper":
             left, right = fourier_svd(torch.fft.rfft2(rest, norm="ortho"), min(own, layer.layout.coefficients))
-            found[name] = (torch.view_as_real(left).clone(), torch.view_as_real(right.resolve_conj()).clone())
+            factors[name] = (torch.view_as_real(left).clone(), torch.view_as_real(right.resolve_conj()).clone())
         else:
             moment = moments.get(name)
             root = None if moment is None else damped_root(moment, _DAMPING)[0]
-            found[name] = weighted_low_rank(rest, own, root)
-    return found
+            factors[name] = weighted_low_rank(rest, own, root)
+    return factors
 
 
 def blank_factors(model: nn.Module, rank: int, seed: int = 0) -> dict[str, Factors]:
     """Factors that change nothing yet, for training without the original: L = 0, R ~ N(0, 1/n) as in LoRA."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    factors = {}
     for name, layer in layers_by_name(model).items():
         if layer.layout.method == "paper":
             raise FourierError(
@@ -116,8 +99,8 @@ def blank_factors(model: nn.Module, rank: int, seed: int = 0) -> dict[str, Facto
             )
         own = min(rank, layer.out_features, layer.in_features)
         right = torch.randn(own, layer.in_features, generator=generator) / layer.in_features**0.5
-        found[name] = (torch.zeros(layer.out_features, own), right)
-    return found
+        factors[name] = (torch.zeros(layer.out_features, own), right)
+    return factors
 
 
 @torch.no_grad()

@@ -67,15 +67,15 @@ def answers(model: nn.Module, inputs: Inputs, *, hidden: bool = False) -> tuple[
         FourierError: the batch has no answer token.
     """
     labels = inputs["labels"]
-    wanted = labels[:, 1:] != IGNORED
-    columns = wanted.any(0).nonzero()[:, 0]
+    answer = labels[:, 1:] != IGNORED
+    columns = answer.any(0).nonzero()[:, 0]
     if not len(columns):
         raise FourierError("the batch has no answer to learn from", remedy="Give samples with answers")
     rest = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
     out = model(**rest, logits_to_keep=columns, use_cache=False, output_hidden_states=hidden)
-    kept = wanted[:, columns]
+    places = answer[:, columns]
     states = torch.stack([state[_real(rest)] for state in out.hidden_states]).float() if hidden else None
-    return out.logits[kept].float(), labels[:, 1:][:, columns][kept], states
+    return out.logits[places].float(), labels[:, 1:][:, columns][places], states
 
 
 class ModelTeacher:
@@ -116,8 +116,8 @@ class RecoveryLoss:
         """What the teacher says of this batch, from the batch itself where it was cached; None without a teacher."""
         if "teacher_log_p" in inputs:
             return Targets(inputs["teacher_log_p"].float(), inputs.get("teacher_ids"))
-        wanted = self.weights["divergence"] or self.weights["hidden"]
-        if self.teacher is None or not wanted:
+        needed = self.weights["divergence"] or self.weights["hidden"]
+        if self.teacher is None or not needed:
             return None
         return self.teacher(inputs, hidden=bool(self.weights["hidden"]))
 

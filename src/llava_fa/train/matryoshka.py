@@ -50,7 +50,7 @@ def matryoshka(
     own = (getattr(config, FIELD, None) or {}).get("kind", "pooling")
     if kind is not None and own not in ("pooling", kind):
         raise FourierError(f"the model has visual tokens of kind {own}", remedy=f"Give {own}, or the original model")
-    chosen = kind or ("fmvr" if own == "pooling" else own)
+    target = kind or ("fmvr" if own == "pooling" else own)
     setattr(config, FIELD, None)
 
     def all_tokens(processor: Any, max_length: int) -> Any:
@@ -60,11 +60,10 @@ def matryoshka(
 
     def prepare(loaded: nn.Module) -> None:
         module = visual_tokens_of(loaded)
-        if module is None or module.kind != chosen:
-            attach_visual_tokens(loaded, kind=chosen)
+        if module is None or module.kind != target:
+            attach_visual_tokens(loaded, kind=target)
         else:
-            module.tokens = module.counts[0]
-            loaded.config.visual_tokens = {"kind": module.kind, "tokens": module.tokens}
+            set_visual_tokens(loaded, module.counts[0])
 
     def finish(trained: nn.Module, processor: Any) -> None:
         module = visual_tokens_of(trained)
@@ -92,7 +91,7 @@ class MatryoshkaLoss:
     def __call__(self, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """``loss``, its terms averaged over the scales, and the cross-entropy of each scale."""
         counts = self.tokens.counts
-        found: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         targets = self.loss.targets(inputs)
         try:
             for count in counts:
@@ -100,11 +99,11 @@ class MatryoshkaLoss:
                     targets = dataclasses.replace(targets, hidden=None)
                 terms = self.loss(model, self.at(inputs, count), targets)
                 for name, value in terms.items():
-                    found[name] = found.get(name, 0) + value / len(counts)  # type: ignore[operator]
-                found[f"cross_entropy, {count} tokens"] = terms["cross_entropy"]
+                    sums[name] = sums.get(name, 0) + value / len(counts)  # type: ignore[operator]
+                sums[f"cross_entropy, {count} tokens"] = terms["cross_entropy"]
         finally:
             self.tokens.tokens = counts[0]
-        return found
+        return sums
 
     def at(self, inputs: Inputs, count: int) -> dict[str, Any]:
         """Choose ``count`` tokens a grid, and leave the image tokens beyond them out of a batch made for all."""
@@ -163,9 +162,9 @@ def without_image_tokens(inputs: Inputs, image_token: int, before: list[int], af
     if before == after:
         return dict(inputs)
     parts = zip(before, after, strict=True)
-    kept = torch.tensor([i < new for old, new in parts for i in range(old)], device=ids.device)
+    stays = torch.tensor([i < new for old, new in parts for i in range(old)], device=ids.device)
     keep = torch.ones_like(ids, dtype=torch.bool)
-    keep[images[:, 0], images[:, 1]] = kept
+    keep[images[:, 0], images[:, 1]] = stays
     length = int(keep.sum(1).max())
     at = (~keep).long().argsort(dim=1, stable=True)[:, :length]  # rows with fewer pictures end in what was dropped
     valid = keep.gather(1, at)

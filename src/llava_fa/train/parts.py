@@ -103,5 +103,5 @@ def groups(model: nn.Module, rate: float) -> list[dict[str, object]]:
             owner = modules[name.rpartition(".")[0]]
             small = isinstance(owner, TrainableLinear) or (parameter.ndim < 2 and FIELD not in name.split("."))
             (fast if small else slow).append(parameter)
-    found = [{"params": fast, "lr": rate}, {"params": slow, "lr": rate / 10}]
-    return [group for group in found if group["params"]]
+    both = [{"params": fast, "lr": rate}, {"params": slow, "lr": rate / 10}]
+    return [group for group in both if group["params"]]

@@ -33,7 +33,7 @@ from llava_fa.maths.metrics import weight_error
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.trainable import make_packed, make_trainable
 from llava_fa.train.cache import CachedTargets, ask
-from llava_fa.train.data import Collator, DataFactory
+from llava_fa.train.data import Collator, DataFactory, on_device
 from llava_fa.train.factors import blank_factors, initial_factors, requantize, second_moments
 from llava_fa.train.loss import LossFunction, ModelTeacher, RecoveryLoss
 from llava_fa.train.parts import TrainableCount, choose
@@ -146,34 +146,33 @@ def recover(
             trainer.add_callback(callback)
         if dist.is_initialized():
             dist.barrier()
-        kept = Path(trainer.args.output_dir)
-        with disk_errors(kept), quiet_transformers():
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(str(kept)) if kept.is_dir() else None)
+        checkpoints = Path(trainer.args.output_dir)
+        with disk_errors(checkpoints), quiet_transformers():
+            trainer.train(
+                resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+            )
         model_now = run.result(trainer)
         if finish is not None:
             finish(model_now, run.processor)
-        history, left_out = trainer.history, sorted(trainer.rows_left_out)
-        found = TrainingReport(
+        outcome = TrainingReport(
             path=str(out),
             steps=trainer.state.global_step,
-            trainable=run.count.trainable,
-            total=run.count.total,
+            **dataclasses.asdict(run.count),
             share=run.count.share,
-            by_part=run.count.by_part,
             settings=settings.to_dict(),
-            history=history,
+            history=trainer.history,
             samples=len(run.dataset),
-            rows_left_out=left_out,
+            rows_left_out=sorted(trainer.rows_left_out),
             bits_per_weight=None,
             compressed_bytes=None,
             seconds=time.monotonic() - start,
             peak_rss_bytes=peak_rss_bytes(),
         )
         if work is not None:
-            found = _save(model_now, run, work, found)
+            outcome = _save(model_now, run, work, outcome)
     if dist.is_initialized():
         dist.barrier()
-    return found
+    return outcome
 
 
 class _Run:
@@ -255,8 +254,8 @@ class _Run:
 
         def batches() -> Iterator[dict[str, Any]]:
             for first in range(0, count, size):
-                batch = self.collator([self.dataset[i] for i in range(first, min(first + size, count))])
-                yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                items = [self.dataset[i] for i in range(first, min(first + size, count))]
+                yield on_device(self.collator(items), device)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.settings.bf16)):
             self.moments = second_moments(model, batches())
@@ -308,11 +307,11 @@ class _Requantize(TrainerCallback):
             self.run.requantize()
 
 
-def _save(model: nn.Module, run: _Run, work: WorkFolder, found: TrainingReport) -> TrainingReport:
+def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport) -> TrainingReport:
     model = model.to("cpu")
     make_packed(model)
-    stored = read_config(run.folder)
-    name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    config = read_config(run.folder)
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
     model.to(getattr(torch, str(name)))
     if run.before is not None:
         for layer_name, layer in packed_layers(model):
@@ -327,13 +326,13 @@ def _save(model: nn.Module, run: _Run, work: WorkFolder, found: TrainingReport) 
         model.save_pretrained(work.result)
         run.processor.save_pretrained(work.result)
         if run.before is not None:
-            told = describe(work.result)
-            found = dataclasses.replace(
-                found, bits_per_weight=told.bits_per_weight, compressed_bytes=told.compressed_bytes
+            size = describe(work.result)
+            outcome = dataclasses.replace(
+                outcome, bits_per_weight=size.bits_per_weight, compressed_bytes=size.compressed_bytes
             )
-        write_text(work.result / TRAINING, json.dumps(found.to_dict(), indent=1))
+        write_text(work.result / TRAINING, json.dumps(outcome.to_dict(), indent=1))
     work.finish()
-    return found
+    return outcome
 
 
 def _config(run: _Run) -> FourierConfig:

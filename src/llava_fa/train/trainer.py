@@ -71,8 +71,8 @@ class RecoveryTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW without decay over `train.parts.groups`."""
         if self.optimizer is None:
-            found = groups(self.model if model is None else model, self.settings.rate)
-            self.optimizer = torch.optim.AdamW(found, betas=(0.9, 0.99), weight_decay=0.0)
+            parameters = groups(self.model if model is None else model, self.settings.rate)
+            self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
@@ -95,8 +95,10 @@ class RecoveryTrainer(Trainer):
     def not_finite(self, what: str) -> FourierError:
         """The error that ends a run, with the last checkpoint in it."""
         step = self.state.global_step
-        kept = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        last = f"the last good state is {kept[-1]}" if kept else "there is no checkpoint yet"
+        checkpoints = sorted(
+            Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+        )
+        last = f"the last good state is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
         return FourierError(
             f"not finite at step {step + 1}: the {what}; {last}",
             remedy="Lower --lr and give --fresh, or mend the samples of this step and run the same command again",
@@ -135,11 +137,11 @@ def trained_tensors(model: nn.Module, *, codes: bool = False) -> dict[str, Tenso
 
     With ``codes`` also what `train.factors.requantize` chooses anew.
     """
-    found = {}
+    tensors = {}
     for name, value in _own(model, codes).items():
         value = value.detach()
-        found[name] = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
-    return found
+        tensors[name] = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
+    return tensors
 
 
 def _own(model: nn.Module, codes: bool) -> dict[str, Tensor]:
