@@ -41,7 +41,7 @@ def demo(
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     answers: dict[str, Any] = {model: _evaluate(model, limit, seed)}
-    rows = [{"name": "original", **_told(answers[model]), **_original(model)}]
+    rows = [{"name": "original", **_without_answers(answers[model]), **_original(model)}]
     for row in _compressed(model, out, limit, samples, seed, answers):
         rows.append(row)
     page = out / "report.html"
@@ -90,7 +90,7 @@ def _compressed(
             answers[str(out / name)] = _evaluate(out / name, limit, seed)
             yield {
                 "name": name,
-                **_told(answers[str(out / name)]),
+                **_without_answers(answers[str(out / name)]),
                 "bits_per_weight": report.bits_per_weight,
                 "bytes": report.compressed_bytes,
                 "worst_layer": worst and worst.name,
@@ -107,7 +107,7 @@ def equivalent(model: str, method: str, bits: float, samples: int, seed: int) ->
     return shlex.join(words)
 
 
-def _told(result: dict[str, Any]) -> dict[str, Any]:
+def _without_answers(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key != "answers"}
 
 

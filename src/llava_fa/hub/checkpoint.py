@@ -76,8 +76,8 @@ class LayerRecord:
     @classmethod
     def of(cls, layer: PackedLinear) -> LayerRecord:
         """The record of a layer in memory."""
-        wordy = isinstance(layer, FourierEmbedding)
-        return cls(layer.layout, layer.weight_error, layer.output_error, embedding=wordy)
+        embedding = isinstance(layer, FourierEmbedding)
+        return cls(layer.layout, layer.weight_error, layer.output_error, embedding=embedding)
 
 
 @dataclasses.dataclass(frozen=True)

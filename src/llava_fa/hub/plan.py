@@ -107,7 +107,7 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig, embedding
     names, converted = match_names(model, source)
     choice = classify(model, config.skip, config.only, embeddings=embeddings is not None)
     rest = dict(choice.not_compressed)
-    layers, wordy, repeated = [], [], []
+    layers, words, repeated = [], [], []
     for name in choice.layers + choice.embeddings:
         stored = [names[key] for key in (f"{name}.weight", *tied_to(model, name)) if key in names]
         key = stored[0] if stored else None
@@ -124,20 +124,20 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig, embedding
                 continue
             repeated += twins
             packed = config.replace(method="best", bits=embeddings, rank=0, inner_rank=0)
-            wordy.append(_planned(model, name, source.entries[key], packed, final_norm(model, name)))
+            words.append(_planned(model, name, source.entries[key], packed, final_norm(model, name)))
     if not layers:
         raise FourierError(
             "none of its linear layers is stored as the model has it",
             remedy="Load and save it once with transformers, then compress that folder",
             where=str(source.folder),
         )
-    if choice.embeddings and not wordy:
+    if choice.embeddings and not words:
         name = choice.embeddings[0]
         raise FourierError(
             f"no embedding of this model can be compressed: {rest[name]}", remedy="Leave embeddings out", where=name
         )
     not_compressed = tuple(Skipped(name, reason) for name, reason in rest.items())
-    return Plan(source, tuple(layers), not_compressed, names, embeddings=tuple(wordy), repeated=tuple(repeated))
+    return Plan(source, tuple(layers), not_compressed, names, embeddings=tuple(words), repeated=tuple(repeated))
 
 
 def _same(one: Entry, other: Entry) -> bool:
