@@ -1,5 +1,5 @@
 // The layer y = diag(row_scale) codebook[codes] T (x / s) + L R x + bias: what the builds for each instruction set share.
-// kernels/interleaved.py defines the order of the codes, kernels/reference.py the result.
+// kernels/interleaved.py defines the order of the codes, kernels/definition.py the result.
 #pragma once
 
 #include <cstddef>
