@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import struct
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -104,136 +105,25 @@ def serves(*tensors: Tensor) -> bool:
     return ours and choice()[0] is not None
 
 
-class Nearest(NamedTuple):
-    """Tables of `maths.nearest.NearestCode`."""
-
-    cells: Tensor
-    candidates: Tensor
-    points: Tensor
-    half_norm: Tensor
-    side: int
-    width: int
-    size: int
-    reach: float
-
-
-class Viterbi(NamedTuple):
-    """The exact nearest codewords: `maths.trellis.Trellis.encode`."""
-
-    target: Tensor
-    steps: int
-    rows: int
-    table: Tensor
-    state_bits: int
-    code_bits: int
-    states: Tensor
-
-
-class Beam(NamedTuple):
-    """One block of columns of `solver.beam`."""
-
-    target: Tensor
-    base: Tensor
-    columns: int
-    rows: int
-    unit: Tensor
-    metric: Tensor
-    tried: Tensor
-    numbers: Tensor
-    search: Nearest
-    codes: Tensor
-
-
-class Greedy(NamedTuple):
-    """One block of columns of `solver.feedback.round_with_feedback`."""
-
-    target: Tensor
-    base: Tensor
-    columns: int
-    rows: int
-    unit: Tensor
-    search: Nearest
-    codes: Tensor
-
-
-class Refine(NamedTuple):
-    """One block of columns of `solver.feedback.refine`."""
-
-    error: Tensor
-    gradient: Tensor
-    columns: int
-    rows: int
-    moment: Tensor
-    inverse: Tensor
-    search: Nearest
-    codes: Tensor
-    changed: Tensor
-
-
-class TrellisBeam(NamedTuple):
-    """One block of columns of `solver.trellis_beam`."""
-
-    target: Tensor
-    base: Tensor
-    start: int
-    columns: int
-    size: int
-    rows: int
-    unit: Tensor
-    ahead: int
-    metric: Tensor
-    points: Tensor
-    code_bits: int
-    lists: Tensor
-    first: Tensor
-    side: int
-    tried: int
-    tried_first: int
-    reach: float
-    paths: Tensor
-    states: Tensor
-
-
-class Interleave(NamedTuple):
-    """Codes as stored ↔ in the kernels' order: `kernels.interleaved`."""
-
-    source: Tensor
-    to: Tensor
-    m: int
-    coefficients: int
-    code_bits: int
-    state_bits: int
-    back: bool
-
-
-class Layer(NamedTuple):
-    """One call of the packed layer, tensors by address, 0 for none: `kernels.compiled`."""
-
-    x: int
-    out: int
-    batch: int
-    dtype: int
-    codes: int
-    row_scale: int
-    input_scale: int
-    signs: int
-    codebook: int
-    left: int
-    right: int
-    left_scale: int
-    right_scale: int
-    rank: int
-    bias: int
-    bias_dtype: int
-    m: int
-    n: int
-    code_bits: int
-    state_bits: int
-    exact: bool
-
-
+# The structs of csrc/kernels.h and csrc/linear.h, field by field, in their order; each field has eight bytes. A test
+# compares. Tensors stand for their address, but in `Layer`, which is filled once a token and layer.
+Nearest = namedtuple("Nearest", "cells candidates points half_norm side width size reach")
+Viterbi = namedtuple("Viterbi", "target steps rows table state_bits code_bits states")
+Beam = namedtuple("Beam", "target base columns rows unit metric tried numbers search codes")
+Greedy = namedtuple("Greedy", "target base columns rows unit search codes")
+Refine = namedtuple("Refine", "error gradient columns rows moment inverse search codes changed")
+TrellisBeam = namedtuple(
+    "TrellisBeam",
+    "target base start columns size rows unit ahead metric points code_bits lists first side tried tried_first reach "
+    "paths states",
+)
+Interleave = namedtuple("Interleave", "source to m coefficients code_bits state_bits back")
+Layer = namedtuple(
+    "Layer",
+    "x out batch dtype codes row_scale input_scale signs codebook left right left_scale right_scale rank bias "
+    "bias_dtype m n code_bits state_bits exact",
+)
 STRUCTS = (Nearest, Viterbi, Beam, Greedy, Refine, TrellisBeam, Interleave, Layer)
-"""The structs of csrc by name, field by field; each field has eight bytes (`tests/test_native.py` compares)."""
 
 _pack_layer = struct.Struct(f"{len(Layer._fields)}q").pack
 
