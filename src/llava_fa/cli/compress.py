@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava_fa.cli import options, output, sources, tables
-from llava_fa.cli.progress import layer_progress, training_progress
 from llava_fa.config import MAX_BITS, MIN_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
 
@@ -153,6 +152,7 @@ def compress(
 
 
 def _compress(request: CompressionRequest, out: Path, fresh: bool) -> Report:
+    from llava_fa.cli.progress import layer_progress
     from llava_fa.hub.compress import carry_out
 
     with layer_progress() as progress:
@@ -162,6 +162,7 @@ def _compress(request: CompressionRequest, out: Path, fresh: bool) -> Report:
 def _compress_and_recover(
     request: CompressionRequest, out: Path, steps: int, data: Callable[[TrainingSettings], DataFactory], fresh: bool
 ) -> Report:
+    from llava_fa.cli.progress import layer_progress, training_progress
     from llava_fa.train.compress_recover import compress_first, train_back
 
     with layer_progress() as progress:  # one bar after the other; from Python, compress_and_recover does both

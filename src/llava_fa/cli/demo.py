@@ -13,7 +13,6 @@ import typer
 
 from llava_fa.cli import options
 from llava_fa.cli.output import given_command, print_json, stderr, stdout, writing
-from llava_fa.cli.progress import counting, layer_progress
 from llava_fa.cli.report import write_report
 from llava_fa.config import format_size
 
@@ -65,6 +64,7 @@ def _compressed(
     model: str, out: Path, limit: int, count: int, seed: int, answers: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Each row; what was answered goes to ``answered`` under the folder's name."""
+    from llava_fa.cli.progress import layer_progress
     from llava_fa.config import FourierConfig
     from llava_fa.hub.compress import carry_out
     from llava_fa.hub.request import CompressionRequest
@@ -119,6 +119,7 @@ def _original(model: str) -> dict[str, Any]:
 
 
 def _evaluate(model: str | Path, limit: int, seed: int) -> dict[str, Any]:
+    from llava_fa.cli.progress import counting
     from llava_fa.eval.runner import evaluate_world
     from llava_fa.hub.loading import load
 

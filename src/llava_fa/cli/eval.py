@@ -9,7 +9,6 @@ import typer
 
 from llava_fa.cli import options
 from llava_fa.cli.output import print_json, stdout
-from llava_fa.cli.progress import counting
 from llava_fa.eval.benchmarks import WHERE
 
 GENERATED = {"world": 2250, "world-video": 300}
@@ -62,6 +61,7 @@ def evaluate(
     refuse((judge is None) != (judge_model is None), "--judge and --judge-model go together", "--judge")
     refuse(task != "video" and frames is not None, f"{task} is not shown in frames of yours", "--frames")
     count, elastic = options.elastic(visual_tokens)
+    from llava_fa.cli.progress import counting
     from llava_fa.eval.benchmarks import benchmark
     from llava_fa.eval.benchmarks.run import run
     from llava_fa.hub.loading import load

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from llava_fa.cli import options, output
-from llava_fa.cli.progress import step_progress
 from llava_fa.config import format_size
 from llava_fa.errors import FourierError
 
@@ -56,6 +55,7 @@ def write_report(
     answered: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure, write the file, and say what it shows."""
+    from llava_fa.cli.progress import step_progress
     from llava_fa.eval.report.answers import mean_divergence
     from llava_fa.eval.report.collect import collect
     from llava_fa.eval.report.page import page

@@ -10,7 +10,6 @@ import typer
 from rich.markup import escape
 
 from llava_fa.cli import options, output, sources
-from llava_fa.cli.progress import training_progress
 from llava_fa.config import format_size
 from llava_fa.errors import FourierError
 
@@ -86,6 +85,7 @@ def train(
 ) -> None:
     """Train factors, scales, norms, biases and projector; codes stay. Killed, the same command resumes."""
     sources.check_images(data, images)
+    from llava_fa.cli.progress import training_progress
     from llava_fa.hub.work_folder import refuse_existing
     from llava_fa.train.recover import recover
     from llava_fa.train.settings import DEFAULT_PARTS, TrainingSettings
