@@ -20,29 +20,15 @@ if TYPE_CHECKING:
 class FactoredLinear(PackedLinear):
     """y = L (R x) + bias, both factors `FourierLinear`: what CASP makes of a query or key projection.
 
-    Args:
-        layout: which tensors there are.
-        bias: whether there is a bias [m], a parameter in ``dtype``.
-        dtype: of the dense layer this one stands for; inputs may have any floating dtype, outputs follow.
-        device: where to allocate; ``"meta"`` while a checkpoint is loaded.
-
-    Shapes: x [..., n] → [..., m], in x's dtype, rounded once (R x stays in float32; under autocast in its dtype).
+    Args and shapes: see `PackedLinear`. The output is rounded once (R x stays in float32; under autocast in its dtype).
     Source: docs/method.md; CASP (arXiv 2503.05936).
     """
 
     layout: FactoredLayout
 
-    def __init__(
-        self,
-        layout: FactoredLayout,
-        *,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(layout, bias=bias, dtype=dtype, device=device)
-        self.left = FourierLinear(layout.left, dtype=self.dtype, device=device)
-        self.right = FourierLinear(layout.right, dtype=self.dtype, device=device)
+    def _allocate(self, device: torch.device | str | None) -> None:
+        self.left = FourierLinear(self.layout.left, dtype=self.dtype, device=device)
+        self.right = FourierLinear(self.layout.right, dtype=self.dtype, device=device)
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name, codebooks included, bias not."""

@@ -32,25 +32,13 @@ class FourierLinear(PackedLinear):
     Where a kernel runs, ``codes`` lie in the order it reads them from the first forward on (`kernels.interleaved`
     on a CPU, `kernels.words` on a GPU; one copy, never two). `packed` and state dicts always have them as stored.
 
-    Args:
-        layout: which tensors there are.
-        bias: whether there is a bias [m], a parameter in ``dtype``.
-        dtype: of the dense layer this one stands for; inputs may have any floating dtype, outputs follow.
-        device: where to allocate; ``"meta"`` while a checkpoint is loaded.
-
-    Shapes: x [..., n] → [..., m], in x's dtype. Source: docs/method.md and LLaVA-FA (arXiv 2602.00135).
+    Args and shapes: see `PackedLinear`. Source: docs/method.md and LLaVA-FA (arXiv 2602.00135).
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        *,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(layout, bias=bias, dtype=dtype, device=device)
-        for name, (stored, shape) in layout.tensors().items():
+    layout: Layout
+
+    def _allocate(self, device: torch.device | str | None) -> None:
+        for name, (stored, shape) in self.layout.tensors().items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
 
     @classmethod

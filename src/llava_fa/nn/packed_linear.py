@@ -33,6 +33,8 @@ class PackedLinear(Stored):
         bias: whether there is a bias [m], a parameter in ``dtype``.
         dtype: of the dense layer this one stands for; inputs may have any floating dtype, outputs follow.
         device: where to allocate; ``"meta"`` while a checkpoint is loaded.
+
+    Shapes: x [..., n] → [..., m], in x's dtype.
     """
 
     layout: Layout | FactoredLayout
@@ -54,6 +56,11 @@ class PackedLinear(Stored):
         self.output_error: float | None = None
         parameter = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype, device=device)) if bias else None
         self.register_parameter("bias", parameter)
+        self._allocate(device)
+
+    @abstractmethod
+    def _allocate(self, device: torch.device | str | None) -> None:
+        """Room for the tensors of the layout."""
 
     @abstractmethod
     def packed(self) -> dict[str, Tensor]:
