@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +9,8 @@ from hypothesis import strategies as st
 from trellis_paths import bit_strings, decode, overlap
 
 from llava_fa import FourierError, native
-from llava_fa.maths import _codebook_table, _trellis_table, codebook, trellis_fit
 from llava_fa.maths.bitpack import pack_windows, unpack_windows, window_bytes
-from llava_fa.maths.trellis import PARTS, STEP, Trellis, parts, sums, trellis, trellis_points
+from llava_fa.maths.trellis import PARTS, Trellis, parts, trellis, trellis_points
 
 
 def gaussian(steps, rows, seed=0):
@@ -103,38 +100,6 @@ def test_windows_that_follow_or_precede_one_differ_in_their_parts(code_bits):
     for family in (both.view(branches, -1), both.view(-1, branches).T):  # the high bits vary, the low bits vary
         coarse = (family // PARTS).T
         assert all(len(row.unique()) == min(branches, PARTS) for row in coarse)
-
-
-@pytest.mark.parametrize("code_bits", [2, 5])
-def test_fitted_tables_are_nearly_as_good_with_less(code_bits):
-    """The generator, from fewer starts, on fewer rows."""
-    tables = trellis_fit.generate(code_bits, stages=((16, 6, 1), (64, 12, 1)), seeds=1)
-    target, mse = gaussian(512, 32, seed=7), {}
-    for name, points in (
-        ("made", sums(tables.double() * STEP, code_bits)),
-        ("shipped", trellis_points(code_bits)),
-    ):
-        code = Trellis(points, code_bits)
-        mse[name] = (target - decode(code, code.encode(target))).square().mean()
-    assert mse["shipped"] * 0.99 < mse["made"] < mse["shipped"] * 1.05
-
-
-@pytest.mark.parametrize(
-    "module", [(_codebook_table, codebook), (_trellis_table, trellis_fit)], ids=["rings", "trellis"]
-)
-def test_tables_are_written_as_the_generators_would(module):
-    table, generator = module
-    made = codebook.table_module(generator.HEAD, table.TABLE)
-    written = Path(table.__file__).read_text(encoding="utf-8")
-    assert written.split("TABLE")[0].strip() == made.split("TABLE")[0].strip()
-    assert "".join(written.split()) == "".join(made.split())  # ruff joins short lines
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("code_bits", [8])
-def test_the_generator_makes_the_shipped_tables(code_bits):
-    made = sums(trellis_fit.generate(code_bits).double() * STEP, code_bits)
-    assert (made - trellis_points(code_bits)).abs().max() <= 2 * STEP
 
 
 @pytest.mark.parametrize("code_bits", [1, 9])

@@ -48,7 +48,7 @@ def ring_codebook(code_bits: int) -> Tensor:
     im).
 
     Unit variance per real; every value is exactly representable in bf16; sorted by radius, then angle. Rings
-    for small sizes, free points where those are better (`codebook.generate`). A fresh copy each call.
+    for small sizes, free points where those are better (`benchmarks/point_tables.py`). A fresh copy each call.
     """
     if code_bits not in TABLE:
         raise FourierError(

@@ -70,7 +70,7 @@ def trellis_points(code_bits: int) -> Tensor:
     """The points of all 2^L windows for a circular complex Gaussian: float32 [2^L, 2] = (re, im), bf16 values.
 
     Sums A[i] + B[j] of two tables of 64 points, i and j of `parts`; multiples of `STEP` within ±127 steps, so that
-    int8 and bf16 hold them exactly. Made for unit variance a real (`trellis_fit`).
+    int8 and bf16 hold them exactly. Made for unit variance a real (`benchmarks/point_tables.py`).
     """
     tables = torch.tensor(list(bytes.fromhex(TABLE[code_bits])), dtype=torch.uint8).view(torch.int8).view(2 * PARTS, 2)
     return sums(tables.to(torch.float32) * STEP, code_bits)
