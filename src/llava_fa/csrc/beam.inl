@@ -9,14 +9,14 @@ constexpr int QUADS = LANES / 4;
 
 struct BeamScratch {
   float* aim;       // [columns, LANES]
-  float* made;      // [columns, LANES]: errors of each hypothesis' own last step
+  float* error;     // [columns, LANES]: errors of each hypothesis' own last step
   int32_t* code;    // [columns / 2, LANES]
   int32_t* parent;  // the same: which hypothesis it continues
 
   BeamScratch(const Beam& job, char* at) {
     aim = reinterpret_cast<float*>(at);
-    made = aim + job.columns * LANES;
-    code = reinterpret_cast<int32_t*>(made + job.columns * LANES);
+    error = aim + job.columns * LANES;
+    code = reinterpret_cast<int32_t*>(error + job.columns * LANES);
     parent = code + job.columns / 2 * LANES;
   }
 };
@@ -92,7 +92,7 @@ ISA void beam_quads(const Beam& job, int64_t row, int64_t rows, const BeamScratc
     for (int i = 0; i < 2; i++) {
       for (int64_t j = 0; j < rows; j++) padded[j] = job.target[(c + i) * job.rows + row + j];
       error[i] = sub(spread(padded), gather(job.tried + i, shift_left(place, 1)));
-      store(s.made + (c + i) * LANES, error[i]);
+      store(s.error + (c + i) * LANES, error[i]);
     }
     const float* unit = job.unit + c * job.columns;
     for (int64_t later = c + 2; later < job.columns; later++) {
@@ -109,7 +109,7 @@ ISA void beam_quads(const Beam& job, int64_t row, int64_t rows, const BeamScratc
       if (final[j] < final[at]) at = j;
     for (int64_t c = job.columns - 2; c >= 0; c -= 2) {
       job.codes[c / 2 * job.rows + row + i] = s.code[c / 2 * LANES + at];
-      for (int64_t k = 0; k < 2; k++) job.target[(c + k) * job.rows + row + i] = s.made[(c + k) * LANES + at];
+      for (int64_t k = 0; k < 2; k++) job.target[(c + k) * job.rows + row + i] = s.error[(c + k) * LANES + at];
       at = 4 * i + s.parent[c / 2 * LANES + at];
     }
   }

@@ -69,9 +69,9 @@ class NearestCode:
 
     def to(self, device: torch.device) -> NearestCode:
         """The same search with its tables there."""
-        found = NearestCode.__new__(NearestCode)
-        vars(found).update({name: table.to(device) for name, table in vars(self).items()})
-        return found
+        there = NearestCode.__new__(NearestCode)
+        vars(there).update({name: table.to(device) for name, table in vars(self).items()})
+        return there
 
     def tables(self) -> native.Nearest:
         """All of it, as csrc/nearest.inl takes it."""

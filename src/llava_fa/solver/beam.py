@@ -92,13 +92,13 @@ class _Beam:
             y = aim[1] - near_im.index_select(1, first).view(tried, alive, rows)
             (a, b), (_, c) = blocks[at // 2]
             total = (a * x).square_().add_((b * x).add_(c * y).square_()).add_(cost)
-            kept = min(self.width, tried * alive)
+            width = min(self.width, tried * alive)
             # Everything here is a power of two: shifts and masks divide.
-            cost, choice = total.view(-1, rows).topk(kept, dim=0, largest=False, sorted=False)
+            cost, choice = total.view(-1, rows).topk(width, dim=0, largest=False, sorted=False)
             parent = choice & (alive - 1)
             line = (parent * rows + row_index).flatten()
             flat = (choice >> (alive.bit_length() - 1)).mul_(points).flatten() + first.index_select(0, line)
-            code = neighbours.index_select(0, flat).view(kept, rows)
+            code = neighbours.index_select(0, flat).view(width, rows)
             steps.append((parent, code))
             history = history.index_select(0, line)
             fresh = target[at : at + 2, None, :] - self.search.points(code)

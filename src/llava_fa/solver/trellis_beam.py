@@ -151,9 +151,9 @@ class _Beam:
         (a, b), (_, c) = self.metric[at // 2]
         total = (x.square() * a).addcmul_(x, y, value=2 * b).addcmul_(y, y, value=c).add_(self.cost[:, :, None])
         width = min(_PATHS, alive * windows.shape[2])
-        self.cost, chosen = total.flatten(1).topk(width, dim=1, largest=False, sorted=False)
-        parent: Tensor = chosen // windows.shape[2]
-        self.window = windows.flatten(1).gather(1, chosen)
+        self.cost, places = total.flatten(1).topk(width, dim=1, largest=False, sorted=False)
+        parent: Tensor = places // windows.shape[2]
+        self.window = windows.flatten(1).gather(1, places)
         self.errors = self.errors.view(-1, 2 * _BLOCK).index_select(0, (parent + self.row * alive).flatten())
         self.errors = self.errors.view(self.rows, width, 2 * _BLOCK)
         for i, plane in self.planes:
