@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llava_fa.kernels.layout import FactoredLayout, Layout, layout_of
+from llava_fa.kernels.layout import FactoredLayout, Layout
 from llava_fa.kernels.pytorch import working_dtype
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.packed_linear import PackedLinear
@@ -85,8 +85,7 @@ def layer_from_approximation(
     approximation: Approximation, bias: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> PackedLinear:
     """A layer that holds what `llava_fa.approximate` returned; a bias stays the parameter it was."""
-    layout = layout_of(approximation.config, *approximation.shape)
-    layer = layer_from_tensors(layout, approximation.tensors, bias, dtype)
+    layer = layer_from_tensors(approximation.layout, approximation.tensors, bias, dtype)
     layer.weight_error, layer.output_error = approximation.weight_error, approximation.output_error
     return layer
 

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from llava_fa.config import FactorDtype, FourierConfig
-from llava_fa.kernels.layout import bits_per_weight, layout_of
+from llava_fa.kernels.layout import FactoredLayout, Layout, bits_per_weight, layout_of
 from llava_fa.kernels.pytorch import factor
 from llava_fa.kernels.run import dequantize
 from llava_fa.maths import bitpack
 from llava_fa.maths.trellis import STATE_BITS
-
-# Factors by name, and the axis of each that the rank is.
-_FACTORS = (("left", 1), ("right", 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +40,18 @@ class Approximation:
     notes: tuple[str, ...] = ()
 
     @property
+    def layout(self) -> Layout | FactoredLayout:
+        """Which tensors there are."""
+        return layout_of(self.config, *self.shape)
+
+    @property
     def bits_per_weight(self) -> float:
         """Every stored byte of the layer, its codebook included (once, if both factors have it), in bits / (m n)."""
-        return bits_per_weight(layout_of(self.config, *self.shape))
+        return bits_per_weight(self.layout)
 
     def dequantize(self) -> Tensor:
         """Ŵ, float32 [m, n], from the stored tensors alone."""
-        return dequantize(layout_of(self.config, *self.shape), self.tensors)
+        return dequantize(self.layout, self.tensors)
 
 
 def pack_codes(codes: Tensor, config: FourierConfig, shape: tuple[int, int]) -> Tensor:
@@ -61,8 +63,8 @@ def pack_codes(codes: Tensor, config: FourierConfig, shape: tuple[int, int]) -> 
 
 def factors(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """L1 [m, r], L2 [r, n] of stored tensors, in float32."""
-    left, right = (factor(tensors[name], tensors.get(f"{name}_scale"), torch.float32, axis) for name, axis in _FACTORS)
-    return left, right
+    left = factor(tensors["left"], tensors.get("left_scale"), torch.float32, 1)
+    return left, factor(tensors["right"], tensors.get("right_scale"), torch.float32, 0)
 
 
 def store_factors(left: Tensor, right: Tensor, dtype: FactorDtype) -> dict[str, Tensor]:
