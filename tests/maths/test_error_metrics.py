@@ -28,7 +28,6 @@ def test_more_rows_or_columns_than_a_block(shape):
     assert metrics.quadratic(W, H) == pytest.approx(float(exact), rel=1e-5)
 
 
-def test_bits_per_weight_counts_every_byte():
+def test_stored_bytes_counts_every_byte():
     tensors = [torch.zeros(10, dtype=torch.uint8), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(1)]
     assert metrics.stored_bytes(tensors) == 20
-    assert metrics.bits_per_weight(tensors, (4, 10)) == 4.0

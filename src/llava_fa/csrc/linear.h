@@ -100,11 +100,6 @@ constexpr size_t TABLES = 1024;  // bytes that `tables` may write
 constexpr size_t ADDENDS = 256;  // and `trellis_addends`
 constexpr size_t trellis_table_bytes(int64_t state_bits) { return (size_t{4} << state_bits) + 64; }
 
-// The table of one build, from the functions of linear.inl and dft.inl.
-#define LINEAR_KERNELS                                                                                          \
-  {NAME,            plan_for_lanes, dft_scratch, packed_dft, quantise,   int8_tables, trellis_tables, \
-   trellis_addends, BUFFER,         int8_rows,   float_rows, dot_floats, round_to,    widen_all}
-
 const LinearKernels* portable_linear();
 const LinearKernels* avx2_linear();      // null where they were not built
 const LinearKernels* avxvnni_linear();   // the same

@@ -53,11 +53,6 @@ def stored_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def bits_per_weight(tensors: Iterable[Tensor], shape: tuple[int, int]) -> float:
-    """8 × every stored byte / (m n): codes, scales, factors, signs, codebook."""
-    return 8 * stored_bytes(tensors) / (shape[0] * shape[1])
-
-
 def _energy(matrix: Tensor) -> float:
     return float(matrix.square().sum(dtype=torch.float64))
 
