@@ -131,6 +131,7 @@ def test_what_is_not_a_number_propagates_and_stays_in_its_row(layout, bad, dtype
     assert not run(layout, tensors, x[1]).isfinite().any()
 
 
+@pytest.mark.usefixtures("exact_activations")
 def test_a_layer_runs_it_and_shows_its_codes_as_stored():
     layout = best(24, 64, 3, rank=2)
     tensors, x = random_tensors(layout), torch.randn(2, 64)
@@ -164,7 +165,7 @@ def test_opcheck():
 
 def test_doctor_finds_every_size_of_code_right():
     checks = list(doctor._gpu_checks(torch.device("cpu")))
-    assert len(checks) == 16
+    assert len(checks) == 2 * len(doctor._CODES)
     assert all(check["ok"] for check in checks), checks
     assert max(check["error"] for check in checks) > 0
 
