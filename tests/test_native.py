@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 
 from llava_fa import FourierError, native
+from llava_fa.kernels import compiled
 from llava_fa.maths.trellis import trellis
 
 
@@ -70,21 +72,42 @@ def test_threads_change_nothing():
         torch.set_num_threads(1)
 
 
-def fields_in_c(name: str) -> list[str]:
-    """Names of the members of a struct of csrc, in their order."""
-    csrc = Path(native.__file__).parent / "csrc"
-    headers = "\n".join((csrc / file).read_text() for file in ("kernels.h", "linear.h"))
+def header(name: str) -> str:
+    return (Path(native.__file__).parent / "csrc" / name).read_text()
+
+
+def fields_in_c(name: str) -> list[tuple[str, bool]]:
+    """The members of a struct of csrc in their order, each with whether it is a double."""
+    headers = header("kernels.h") + header("linear.h")
     body = re.search(rf"^struct {name} {{\n(.*?)\n}};", headers, re.MULTILINE | re.DOTALL)[1]
-    declarations = re.sub(r"//.*", "", body).split(";")
-    return [part.split()[-1].strip("*") for declared in declarations for part in declared.split(",") if part.strip()]
+    declarations = (declared for declared in re.sub(r"//.*", "", body).split(";") if declared.strip())
+    return [
+        (part.split()[-1].strip("*"), declared.split()[0] == "double")
+        for declared in declarations
+        for part in declared.split(",")
+    ]
 
 
-@pytest.mark.parametrize("struct", native.STRUCTS, ids=lambda struct: struct.__name__)
-def test_structs_are_those_of_the_header(struct):
-    assert fields_in_c(struct.__name__) == list(struct._fields)
+@pytest.mark.parametrize("described", native.STRUCTS, ids=lambda described: described.__name__)
+def test_structs_are_those_of_the_header(described):
+    fields = fields_in_c(described.__name__)
+    assert [name for name, _ in fields] == list(described._fields)
+    assert {name for name, double in fields if double} == {"reach"} & set(described._fields)
+
+
+def test_a_double_is_packed_as_one():
+    packed = native._packed(native.Nearest(*[torch.zeros(1)] * 4, side=512, width=3, size=16, reach=4))
+    assert struct.unpack("7qd", packed)[4:] == (512, 3, 16, 4.0)
 
 
 def test_every_struct_that_kernels_take_is_described():
-    headers = (Path(native.__file__).parent / "csrc" / "kernels.h").read_text()
-    declared = set(re.findall(r"^struct (\w+) {", headers, re.MULTILINE)) - {"Kernels"}
-    assert declared | {"Interleave", "Layer"} == {struct.__name__ for struct in native.STRUCTS}
+    declared = set(re.findall(r"^struct (\w+) {", header("kernels.h"), re.MULTILINE)) - {"Kernels"}
+    assert declared | {"Interleave", "Layer"} == {described.__name__ for described in native.STRUCTS}
+
+
+def test_dtypes_are_numbered_as_in_the_header():
+    numbers = dict(re.findall(r"(\w+) = (\d)", re.search(r"enum class Dtype.*?{(.*?)}", header("linear.h"))[1]))
+    assert {str(dtype): str(number) for dtype, number in compiled._DTYPES.items()} == {
+        "torch.bfloat16": numbers["bf16"],
+        "torch.float32": numbers["float32"],
+    }

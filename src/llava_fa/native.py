@@ -105,8 +105,8 @@ def serves(*tensors: Tensor) -> bool:
     return ours and choice()[0] is not None
 
 
-# The structs of csrc/kernels.h and csrc/linear.h, field by field, in their order; each field has eight bytes. A test
-# compares. Tensors stand for their address, but in `Layer`, which is filled once a token and layer.
+# The structs of csrc/kernels.h and csrc/linear.h, field by field, in their order; a number or an address takes eight
+# bytes. A test compares. A tensor stands for its address; `Layer`, filled once a token and layer, is given addresses.
 Nearest = namedtuple("Nearest", "cells candidates points half_norm side width size reach")
 Viterbi = namedtuple("Viterbi", "target steps rows table state_bits code_bits states")
 Beam = namedtuple("Beam", "target base columns rows unit metric tried numbers search codes")
@@ -155,15 +155,17 @@ def _symbol(name: str) -> str:
     return "llava_fa" + re.sub("([A-Z])", lambda letter: f"_{letter[1].lower()}", name)
 
 
-def _packed(job: tuple[Any, ...]) -> bytes:
-    """The struct as C has it."""
-    values: list[int | float] = []
-    for value in job:
+def _packed(job: Any) -> bytes:
+    """The struct as C has it: addresses and integers, a ``reach`` as a double, a struct within it in its place."""
+    packed = b""
+    for name, value in zip(job._fields, job, strict=True):
         if isinstance(value, Nearest):
-            values += [field.data_ptr() if isinstance(field, Tensor) else field for field in value]
+            packed += _packed(value)
+        elif name == "reach":
+            packed += struct.pack("d", value)
         else:
-            values.append(value.data_ptr() if isinstance(value, Tensor) else value)
-    return struct.pack("".join("d" if isinstance(value, float) else "q" for value in values), *values)
+            packed += struct.pack("q", value.data_ptr() if isinstance(value, Tensor) else value)
+    return packed
 
 
 def _loaded() -> ctypes.CDLL:

@@ -76,7 +76,7 @@ from llava_fa import native
 native.__file__ = {folder!r} + "/native.py"
 import torch
 torch.set_num_threads(2)
-from packed_layers import best, random_weight, trellis
+from packed_layers import best, random_tensors, trellis
 from llava_fa import FourierLinear
 from llava_fa.kernels.doctor import diagnose
 assert diagnose()["ok"]

@@ -45,7 +45,7 @@ def dense(layout: Layout, tensors) -> torch.Tensor:
 
 
 def is_interleaved(layer: FourierLinear) -> bool:
-    return order_of(layer.packed_weight()) == "interleaved"
+    return order_of(layer.codes) == "interleaved"
 
 
 def spectrum_of(layout: Layout, tensors, x: torch.Tensor) -> torch.Tensor:
@@ -324,11 +324,14 @@ def test_a_forked_child_computes_too():
 def test_opcheck(layout):
     weight = packed_weight(layout, random_tensors(layout))
     for order, x in (
+        ("words", torch.randn(2, layout.in_features)),
         ("stored", torch.randn(layout.in_features).bfloat16()),
         ("interleaved", torch.randn(3, layout.in_features)),
     ):
         args = (x, *weight.arranged(order).flat(), torch.ones(layout.out_features))
         torch.library.opcheck(torch.ops.llava_fa.best_linear.default, args)
+        wanted = torch.ops.llava_fa.best_linear(x, *weight.flat(), args[-1])
+        assert torch.equal(torch.ops.llava_fa.best_linear(*args), wanted)
 
 
 @pytest.mark.parametrize("layout", [best(24, 64, 4, rank=2), trellis(24, 33)], ids=layout_id)
@@ -425,3 +428,29 @@ def test_the_choice_says_why():
     assert "not on meta" in registry.choose("best_linear", torch.zeros(1, 2, device="meta")).reason
     with native.using("off"):
         assert registry.choose("best_linear", torch.zeros(1, 2)).name == "pytorch"
+
+
+@pytest.mark.parametrize("layout", [best(24, 64, 3, rank=2), trellis(24, 66, 4)], ids=layout_id)
+def test_the_struct_of_a_call_gets_every_field_in_its_place(layout, monkeypatch):
+    weight = packed_weight(layout, random_tensors(layout)).arranged("interleaved")
+    x, bias, calls = torch.randn(3, layout.in_features), torch.ones(24).bfloat16(), []
+    monkeypatch.setattr(native, "linear", lambda kernel, *fields: calls.append(native.Layer(*fields)))
+    out = compiled.linear(x, weight, bias, exact=True)
+    (call,) = calls
+    assert (call.x, call.out, call.bias) == (x.data_ptr(), out.data_ptr(), bias.data_ptr())
+    for name in (
+        "codes",
+        "row_scale",
+        "input_scale",
+        "signs",
+        "codebook",
+        "left",
+        "right",
+        "left_scale",
+        "right_scale",
+    ):
+        tensor = getattr(weight, name)
+        assert getattr(call, name) == (0 if tensor is None else tensor.data_ptr()), name
+    assert (call.batch, call.m, call.n, call.rank) == (3, 24, layout.in_features, layout.rank)
+    assert (call.code_bits, call.state_bits, call.exact) == (layout.code_bits, layout.state_bits, True)
+    assert (call.dtype, call.bias_dtype) == (compiled._DTYPES[torch.float32], compiled._DTYPES[torch.bfloat16])

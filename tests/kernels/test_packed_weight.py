@@ -8,7 +8,7 @@ from packed_layers import LAYOUTS, best, layout_id, paper, random_weight, trelli
 
 from llava_fa import FourierError
 from llava_fa.kernels import definition, run
-from llava_fa.kernels.packed import best_weight, order_of, paper_weight, stack, take_rows, unstack
+from llava_fa.kernels.packed import best_weight, order_of, paper_weight, stack, take_rows
 
 ORDERS = ("stored", "interleaved", "words")
 BEST = [layout for layout in LAYOUTS if layout.method == "best"]
@@ -20,15 +20,15 @@ def test_every_order_is_the_same_weight(layout):
     for first in ORDERS:
         for then in ORDERS:
             arranged = weight.arranged(first).arranged(then)
-            assert order_of(arranged) == then
+            assert order_of(arranged.codes) == then
             assert torch.equal(arranged.arranged("stored").codes, weight.codes)
 
 
-def test_the_order_is_remembered_at_home():
-    home = {}
-    weight = random_weight(best(20, 40, 4))._replace(home=home)
+def test_buffers_keep_the_order():
+    buffers = {}
+    weight = random_weight(best(20, 40, 4))._replace(buffers=buffers)
     arranged = weight.arranged("interleaved")
-    assert home["codes"] is arranged.codes
+    assert buffers["codes"] is arranged.codes
     assert arranged.arranged("interleaved") is arranged
 
 
@@ -47,7 +47,7 @@ def test_rows_are_a_weight_of_their_own(layout, order):
     weight = random_weight(layout)
     rows = torch.tensor([0, 17, 16, layout.out_features - 1, 17])
     part = take_rows(weight.arranged(order), rows)
-    assert order_of(part) == "stored"
+    assert order_of(part.codes) == "stored"
     torch.testing.assert_close(definition.dense(part), definition.dense(weight)[rows], rtol=0, atol=1e-12)
     x = torch.randn(2, layout.in_features, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(run.linear(x, part), run.linear(x, weight)[:, rows])
@@ -66,13 +66,12 @@ def test_weights_of_one_layout_stand_in_a_stack(layout, order):
     codebook = random_weight(layout).codebook
     weights = [random_weight(layout, seed)._replace(codebook=codebook).arranged(order) for seed in range(3)]
     stacked = stack(weights)
-    assert order_of(stacked) == order
-    assert stacked.row_scale.shape == (3, layout.out_features)
+    assert stacked.columns.row_scale.shape == (3, layout.out_features)
     x = torch.randn(2, layout.in_features)
     for index, weight in enumerate(weights):
-        one = unstack(stacked, index)
-        assert one.codes.data_ptr() == stacked.codes[index].data_ptr()
-        assert order_of(one) == order
+        one = stacked.weight(index)
+        assert one.codes.data_ptr() == stacked.columns.codes[index].data_ptr()
+        assert order_of(one.codes) == order
         assert torch.equal(run.linear(x, one), run.linear(x, weight))
 
 

@@ -140,7 +140,7 @@ def test_a_layer_runs_it_and_shows_its_codes_as_stored():
         plain = layer(x)
         with registry.use("triton"):
             ours = layer(x)
-            assert order_of(layer.packed_weight()) == "words"
+            assert order_of(layer.codes) == "words"
             assert torch.equal(ours, layer(x))
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
         assert torch.equal(layer.packed()["codes"], tensors["codes"])

@@ -52,7 +52,7 @@ def test_looking_up_and_projecting_share_the_codes():
     with torch.no_grad():
         y = TiedHead(made)(x)
     if native.choice()[0] is not None:
-        assert order_of(made.packed_weight()) == "interleaved"
+        assert order_of(made.codes) == "interleaved"
     torch.testing.assert_close(y, x @ weight.T, rtol=0.05, atol=0.05 * float(y.abs().max()))
     assert torch.equal(made(torch.arange(100)), before)
 

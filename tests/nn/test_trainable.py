@@ -121,3 +121,23 @@ def test_a_model_there_and_back():
     x = torch.randn(2, 12)
     for name in ("a", "b"):
         assert torch.equal(model[name](x), before[name](x))
+
+
+@pytest.mark.parametrize("layout", [best(24, 32, 4, rank=2), trellis(24, 33, rank=2), paper(24, 33, rank=2)])
+def test_gradients_reach_everything_after_a_cast(layout):
+    """Trainers that keep parameters in bf16 cast them: that they are being trained must not be told by their dtype."""
+    layer = TrainableLinear(FourierLinear.from_tensors(layout, random_tensors(layout), torch.ones(24)))
+    layer.to(torch.bfloat16)
+    layer(torch.randn(3, layout.in_features).bfloat16()).float().square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_it_computes_the_same_with_and_without_gradients(layout):
+    layer = TrainableLinear(FourierLinear.from_tensors(layout, random_tensors(layout)))
+    x = torch.randn(3, layout.in_features)
+    with torch.no_grad():
+        without = layer(x)
+    assert torch.equal(layer(x), without)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from llava_fa import FourierConfig, approximate
+from llava_fa.kernels.pytorch import from_pairs
 from llava_fa.maths import bitpack, dft, polar
-from llava_fa.solver.approximation import from_pairs
 
 
 def weight(m=24, n=30, seed=0):

@@ -1,5 +1,5 @@
 // What the builds of the solver's kernels (portable, AVX2, AVX-512) share: the arguments of each, one struct a kernel, which
-// llava_fa/native.py fills field by field: every field has eight bytes.
+// llava_fa/native.py fills field by field: eight bytes each number and address.
 // Rows of a weight are columns of these matrices, as in the Python code: row r of the weight is column r.
 #pragma once
 

@@ -13,9 +13,9 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.checkpoint import read_layer
 from llava_fa.hub.source import Source, empty_model, match_names
 from llava_fa.kernels.layout import FactoredLayout
-from llava_fa.kernels.pytorch import unpack_signs
+from llava_fa.kernels.pytorch import from_pairs, unpack_signs
 from llava_fa.maths import dft
-from llava_fa.solver.approximation import factors, from_pairs
+from llava_fa.solver.approximation import factors
 
 BINS = 61
 REACH = 5.0

@@ -1,1 +1,1 @@
-"""One op, several implementations, one place that chooses."""
+"""Packed layers: `run` is the one door, `definition` says what each op is; the rest makes it fast."""

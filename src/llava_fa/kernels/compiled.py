@@ -68,13 +68,12 @@ def linear(
         [..., m] in x's dtype. With int8, T (x / s) is rounded to 1/127 of the largest of its group of 256, and the
         codebook to 1/127 of its largest number. Source: docs/method.md, "Kernels".
     """
+    weight = weight.arranged("interleaved")
     layout, codes, row_scale, input_scale, signs, codebook, left, right, left_scale, right_scale, _ = weight
     out = x.new_empty(*x.shape[:-1], layout.out_features)
     batch = out.numel() // layout.out_features
     if batch == 0:
         return out
-    if codes.dim() != 3:
-        codes = weight.arranged("interleaved").codes
     half = x.dtype == torch.float16
     given = (x.to(torch.float32) if half else x).contiguous()
     made = out.to(torch.float32) if half else out

@@ -1,7 +1,6 @@
 """What a packed layer is, by definition: docs/format.md word for word, in float64. No FFT, no table, no chunk; slow.
 
-Every faster form (`kernels.pytorch`, `kernels.compiled`, `kernels.triton`, `kernels.trainable`) is tested against
-these.
+Every faster form (`kernels.pytorch`, `kernels.compiled`, `kernels.triton`) is tested against these.
 """
 
 from __future__ import annotations

@@ -16,16 +16,15 @@ from llava_fa.kernels.layout import Layout, best_layout
 class BestWeight(NamedTuple):
     """W = diag(row_scale) codebook[codes] T diag(1/input_scale) + left right: method ``best`` (docs/format.md).
 
-    Weights of one layout can stand in one stack: tensors other than the codebook then have an axis more, in front.
+    Tensors are contiguous: kernels go by address.
 
     Attributes:
-        layout: shapes and kinds of the tensors; ``rank`` is that of the factors, whatever their dtype.
+        layout: shapes and kinds of the tensors. Its rank may be 0 though there are factors: ask ``left``.
         codes: uint8 [m, bytes] as stored, or in a kernel's order (`kernels.interleaved`, `kernels.words`).
-        row_scale, input_scale: [m] and [n]; bf16 as stored. Another dtype says that they are being trained, and the
-            factors with them.
+        row_scale, input_scale: bf16 [m] and [n]; float32 while they are trained.
         signs: uint8 [ceil(N / 8)], bit 1 = minus. codebook: bf16 [points, 2].
-        left, right, left_scale, right_scale: the low-rank part as stored; without scales in any floating dtype.
-        home: where the kernel that is chosen leaves the codes in its own order for the next call: a module's buffers.
+        left, right, left_scale, right_scale: the low-rank part as stored; float32 without scales while it is trained.
+        buffers: where the kernel that is chosen leaves the codes in its own order for the next call: those of a module.
     """
 
     layout: Layout
@@ -38,23 +37,21 @@ class BestWeight(NamedTuple):
     right: Tensor | None = None
     left_scale: Tensor | None = None
     right_scale: Tensor | None = None
-    home: dict[str, Tensor | None] | None = None
+    buffers: dict[str, Tensor | None] | None = None
 
     def arranged(self, order: str) -> BestWeight:
-        """With the codes in that `order`; its home remembers it."""
-        if order == order_of(self):
+        """With the codes in that order of `order_of`; its buffers keep them so."""
+        if order == order_of(self.codes):
             return self
         codes = as_stored(self.codes, self.layout)
-        if order == "interleaved":
-            codes = interleaved.interleave(codes, self.layout)
-        elif order == "words":
-            codes = words.to_words(codes, self.layout)
-        if self.home is not None:
-            self.home["codes"] = codes
+        if order != "stored":
+            codes = _ORDERS[order][0](codes, self.layout)
+        if self.buffers is not None:
+            self.buffers["codes"] = codes
         return self._replace(codes=codes)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> BestWeight:
-        """With every tensor changed, and no home."""
+        """With every tensor changed, and no buffers."""
         return BestWeight(self.layout, *(None if tensor is None else change(tensor) for tensor in self[1:-1]))  # type: ignore[arg-type]
 
     def flat(self) -> tuple[Any, ...]:
@@ -87,7 +84,7 @@ PackedWeight = BestWeight | PaperWeight
 
 
 def packed_weight(
-    layout: Layout, tensors: Mapping[str, Any], home: dict[str, Tensor | None] | None = None
+    layout: Layout, tensors: Mapping[str, Any], buffers: dict[str, Tensor | None] | None = None
 ) -> PackedWeight:
     """The tensors of a layer by name, as `Layout.tensors` lists them, as one value."""
     get: Callable[[str], Any] = tensors.get
@@ -95,7 +92,7 @@ def packed_weight(
         return PaperWeight(layout, get("codes"), get("r_max"), get("left"), get("right"))
     scales = get("row_scale"), get("input_scale")  # no loop: this is felt once a token and layer
     factors = get("left"), get("right"), get("left_scale"), get("right_scale")
-    return BestWeight(layout, get("codes"), *scales, get("signs"), get("codebook"), *factors, home)
+    return BestWeight(layout, get("codes"), *scales, get("signs"), get("codebook"), *factors, buffers)
 
 
 def best_weight(*flat: Any) -> BestWeight:
@@ -120,18 +117,24 @@ def paper_weight(*flat: Any) -> PaperWeight:
     return PaperWeight(layout, *tensors)
 
 
-def order_of(weight: BestWeight) -> str:
-    """``stored``, ``interleaved`` or ``words``: how the codes lie, of one weight or of a stack."""
-    if weight.codes.dtype == torch.int32:
-        return "words"
-    return "interleaved" if weight.codes.dim() == weight.row_scale.dim() + 2 else "stored"
+# Orders of codes other than the stored one → there, and back.
+_ORDERS = {
+    "interleaved": (interleaved.interleave, interleaved.deinterleave),
+    "words": (words.to_words, words.from_words),
+}
+
+
+def order_of(codes: Tensor) -> str:
+    """``stored``, ``interleaved`` or ``words``: how the codes of a weight lie."""
+    if codes.dim() == 2:
+        return "stored"
+    return "words" if codes.dtype == torch.int32 else "interleaved"
 
 
 def as_stored(codes: Tensor, layout: Layout) -> Tensor:
-    """Codes of one weight in any order → as stored, uint8 [m, bytes]."""
-    if codes.dtype == torch.int32:
-        return words.from_words(codes, layout)
-    return interleaved.deinterleave(codes, layout) if codes.dim() == 3 else codes
+    """Codes of a weight in any order → as stored, uint8 [m, bytes]."""
+    order = order_of(codes)
+    return codes if order == "stored" else _ORDERS[order][1](codes, layout)
 
 
 def take_rows(weight: BestWeight, rows: Tensor) -> BestWeight:
@@ -149,38 +152,44 @@ def take_rows(weight: BestWeight, rows: Tensor) -> BestWeight:
     """
     layout, codes = weight.layout, weight.codes
     row_scale = weight.row_scale.index_select(0, rows)  # before the codes, whose last block is padded
-    if order_of(weight) == "interleaved":
+    if order_of(codes) == "interleaved":
         codes = interleaved.stored_rows(codes, layout, rows)
     else:
         codes = as_stored(codes[rows], layout)
     left = None if weight.left is None else weight.left[rows]
     layout = best_layout(len(rows), layout.in_features, layout.code_bits, layout.state_bits)
-    return weight._replace(layout=layout, codes=codes, row_scale=row_scale, left=left, home=None)
+    return weight._replace(layout=layout, codes=codes, row_scale=row_scale, left=left, buffers=None)
 
 
-def stack(weights: Sequence[BestWeight]) -> BestWeight:
+class WeightStack(NamedTuple):
     """Weights of one layout and one codebook as one value, such as the experts of a block.
+
+    Attributes:
+        columns: their tensors, each but the codebook with one axis more, in front.
+    """
+
+    columns: BestWeight
+
+    def weight(self, index: int) -> BestWeight:
+        """One of them: views, nothing is copied."""
+        return self.columns.map(lambda tensor: tensor[index])._replace(codebook=self.columns.codebook)
+
+
+def stack(weights: Sequence[BestWeight]) -> WeightStack:
+    """Put weights in one stack.
 
     Raises:
         FourierError: layouts, codebooks or orders of codes differ.
     """
     first = weights[0]
-    if any(
-        weight.layout != first.layout
-        or order_of(weight) != order_of(first)
-        or not torch.equal(weight.codebook, first.codebook)
-        for weight in weights
-    ):
-        raise FourierError(
-            "weights of different layouts or codebooks make no stack", remedy="Compress them with one configuration"
-        )
+    for weight in weights:
+        same = weight.layout == first.layout and order_of(weight.codes) == order_of(first.codes)
+        if not (same and torch.equal(weight.codebook, first.codebook)):
+            raise FourierError(
+                "weights of different layouts or codebooks make no stack", remedy="Compress them with one configuration"
+            )
     columns: list[Any] = [
         None if column[0] is None else torch.stack(column)
         for column in zip(*(weight[1:-1] for weight in weights), strict=True)
     ]
-    return BestWeight(first.layout, *columns)._replace(codebook=first.codebook)
-
-
-def unstack(weight: BestWeight, index: int) -> BestWeight:
-    """One weight of a `stack`: views, nothing is copied."""
-    return weight.map(lambda tensor: tensor[index])._replace(codebook=weight.codebook)
+    return WeightStack(BestWeight(first.layout, *columns)._replace(codebook=first.codebook))

@@ -1,4 +1,4 @@
-"""Each op in PyTorch, fast: by FFT and look-up, some rows at a time, never holding a dense weight.
+"""Each op in PyTorch, fast: by FFT and look-up, some rows at a time. Products never hold a dense weight.
 
 `kernels.definition` says what they compute. They do so in float64 for float64 inputs and in float32 otherwise, and the
 products return what they computed in, so that the caller adds the bias before the one rounding to the input's dtype.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import BestWeight, PackedWeight, PaperWeight, as_stored, take_rows
 from llava_fa.maths.bitpack import packed_bytes, unpack, unpack_windows
 from llava_fa.maths.dft import packed_dft, packed_idft, padded
@@ -42,11 +41,17 @@ class Decoder:
     """Codes → coefficients, some rows at a time: `chunks` of them, each by a look-up, of several ring codes at once.
 
     Args:
-        codes: of this layout, in any order. points: [Layout.points, 2], any float dtype. dtype: of the coefficients.
+        weight: its codes in any order; of method ``paper`` coefficients are those of r_max = 1.
+        dtype: of the coefficients.
     """
 
-    def __init__(self, codes: Tensor, points: Tensor, layout: Layout, dtype: torch.dtype) -> None:
-        self.codes, self.layout, self.points = as_stored(codes, layout), layout, points.to(dtype)
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
+        layout = self.layout = weight.layout
+        self.codes = as_stored(weight.codes, layout)
+        if isinstance(weight, BestWeight):
+            self.points = weight.codebook.to(dtype)
+        else:
+            self.points = paper_points(layout.amplitude_bits, layout.phase_bits, weight.codes.device).to(dtype)
         bits, rows = layout.code_bits, len(self.codes)
         group = 1 if layout.state_bits else _GROUP.get(bits, 1)
         if group * bits > 8 and rows * layout.coefficients < 4 << (group * bits):
@@ -77,16 +82,6 @@ class Decoder:
         return rows[:, : 2 * layout.coefficients]
 
 
-def decoder(weight: PackedWeight, dtype: torch.dtype) -> Decoder:
-    """What decodes this weight; of method ``paper`` for r_max = 1."""
-    layout = weight.layout
-    if isinstance(weight, BestWeight):
-        return Decoder(weight.codes, weight.codebook, layout, dtype)
-    return Decoder(
-        weight.codes, paper_points(layout.amplitude_bits, layout.phase_bits, weight.codes.device), layout, dtype
-    )
-
-
 def factor(values: Tensor, scale: Tensor | None, dtype: torch.dtype, rank_axis: int) -> Tensor:
     """A stored factor as real numbers: int8 columns (left) or rows (right) times their scale."""
     values = values.to(dtype)
@@ -111,9 +106,9 @@ def best_matmul(x: Tensor, weight: BestWeight) -> Tensor:
         return out.zero_()
     spectrum = packed_dft(x.to(dtype) / weight.input_scale.to(dtype), unpack_signs(weight.signs, n))
     spectrum, flat = spectrum.reshape(-1, padded(n)), out.view(-1, m)
-    decoding = decoder(weight, dtype)
-    for start, stop in decoding.chunks():
-        flat[:, start:stop] = spectrum @ decoding.decode(start, stop).T
+    decoder = Decoder(weight, dtype)
+    for start, stop in decoder.chunks():
+        flat[:, start:stop] = spectrum @ decoder.decode(start, stop).T
     flat.mul_(weight.row_scale.to(dtype))
     if (pair := factors(weight, dtype)) is not None:
         out = out + (x.to(dtype) @ pair[1].T) @ pair[0].T
@@ -128,9 +123,9 @@ def best_matmul_transposed(g: Tensor, weight: BestWeight) -> Tensor:
     flat = g.to(dtype).reshape(-1, m)
     scaled = flat * weight.row_scale.to(dtype)
     spectrum = scaled.new_zeros(len(scaled), padded(n))
-    decoding = decoder(weight, dtype)
-    for start, stop in decoding.chunks():
-        spectrum += scaled[:, start:stop] @ decoding.decode(start, stop)
+    decoder = Decoder(weight, dtype)
+    for start, stop in decoder.chunks():
+        spectrum += scaled[:, start:stop] @ decoder.decode(start, stop)
     x = packed_idft(spectrum, unpack_signs(weight.signs, n), n) / weight.input_scale.to(dtype)
     if (pair := factors(weight, dtype)) is not None:
         x = x + (flat @ pair[0]) @ pair[1]
@@ -148,9 +143,9 @@ def best_dense(weight: BestWeight, dtype: torch.dtype = torch.float32) -> Tensor
     n = weight.layout.in_features
     out = weight.row_scale.new_empty(weight.layout.out_features, n, dtype=dtype)
     signs, scale = unpack_signs(weight.signs, n), weight.input_scale.to(dtype)
-    decoding = decoder(weight, dtype)
-    for start, stop in decoding.chunks():
-        rows = decoding.decode(start, stop) * weight.row_scale[start:stop, None].to(dtype)
+    decoder = Decoder(weight, dtype)
+    for start, stop in decoder.chunks():
+        rows = decoder.decode(start, stop) * weight.row_scale[start:stop, None].to(dtype)
         out[start:stop] = packed_idft(rows, signs, n) / scale
     if (pair := factors(weight, dtype)) is not None:
         out += pair[0] @ pair[1]
@@ -169,8 +164,10 @@ def best_rows(ids: Tensor, weight: BestWeight) -> Tensor:
     return best_dense(take_rows(weight, ids.reshape(-1).long())).view(*ids.shape, n)
 
 
-def _complex(pairs: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.view_as_complex(pairs.to(dtype).contiguous())
+def from_pairs(pairs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(re, im) [a, b, 2] → complex [a, b]."""
+    complex_: Tensor = torch.view_as_complex(pairs.to(dtype).contiguous())
+    return complex_
 
 
 def paper_matmul(x: Tensor, weight: PaperWeight) -> Tensor:
@@ -191,13 +188,13 @@ def paper_matmul(x: Tensor, weight: PaperWeight) -> Tensor:
     turned = torch.stack([pairs[..., 1].neg(), pairs[..., 0]], dim=-1)
     both = torch.cat([pairs, turned]).flatten(1)
     product = both.new_empty(both.shape[0], m)
-    decoding = decoder(weight, dtype)
-    for start, stop in decoding.chunks():
-        product[:, start:stop] = both @ decoding.decode(start, stop).T
+    decoder = Decoder(weight, dtype)
+    for start, stop in decoder.chunks():
+        product[:, start:stop] = both @ decoder.decode(start, stop).T
     product *= weight.r_max.to(dtype)
     y = torch.complex(*product.chunk(2))
     if weight.left is not None and weight.right is not None:
-        y = y + (z.conj() @ _complex(weight.right, dtype).T) @ _complex(weight.left, dtype).T
+        y = y + (z.conj() @ from_pairs(weight.right, dtype).T) @ from_pairs(weight.left, dtype).T
     out: Tensor = torch.fft.ifft(y, norm="ortho").real.reshape(*x.shape[:-1], m)
     return out.contiguous()
 
@@ -210,14 +207,14 @@ def paper_matmul_transposed(g: Tensor, weight: PaperWeight) -> Tensor:
     h = torch.fft.fft(g.to(dtype).reshape(-1, m), norm="ortho").conj_physical()
     parts = torch.cat([h.real, h.imag])
     product = parts.new_zeros(parts.shape[0], 2 * weight.layout.coefficients)
-    decoding = decoder(weight, dtype)
-    for start, stop in decoding.chunks():
-        product += parts[:, start:stop] @ decoding.decode(start, stop)
+    decoder = Decoder(weight, dtype)
+    for start, stop in decoder.chunks():
+        product += parts[:, start:stop] @ decoder.decode(start, stop)
     product *= weight.r_max.to(dtype)
     by_real, by_imag = torch.view_as_complex(product.view(product.shape[0], -1, 2)).chunk(2)
     spectrum = by_real + 1j * by_imag
     if weight.left is not None and weight.right is not None:
-        spectrum = spectrum + (h @ _complex(weight.left, dtype)) @ _complex(weight.right, dtype)
+        spectrum = spectrum + (h @ from_pairs(weight.left, dtype)) @ from_pairs(weight.right, dtype)
     out: Tensor = torch.fft.irfft(spectrum, n=n, norm="ortho").reshape(*g.shape[:-1], n)
     return out
 
@@ -225,10 +222,10 @@ def paper_matmul_transposed(g: Tensor, weight: PaperWeight) -> Tensor:
 def paper_dense(weight: PaperWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The m×n weight that `paper_matmul` multiplies with: irfft2(S), orthonormal."""
     layout = weight.layout
-    decoding = decoder(weight, dtype)
-    rows = torch.cat([decoding.decode(start, stop) for start, stop in decoding.chunks()])
+    decoder = Decoder(weight, dtype)
+    rows = torch.cat([decoder.decode(start, stop) for start, stop in decoder.chunks()])
     spectrum = torch.view_as_complex((rows * weight.r_max.to(dtype)).view(len(rows), -1, 2))
     if weight.left is not None and weight.right is not None:
-        spectrum = spectrum + _complex(weight.left, dtype) @ _complex(weight.right, dtype)
+        spectrum = spectrum + from_pairs(weight.left, dtype) @ from_pairs(weight.right, dtype)
     out: Tensor = torch.fft.irfft2(spectrum, s=(layout.out_features, layout.in_features), norm="ortho")
     return out

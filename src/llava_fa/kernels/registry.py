@@ -8,10 +8,10 @@
 | ``llava_fa::best_linear``  | best_matmul + bias, rounded                                 |
 | ``llava_fa::best_rows``    | rows of the weight: an embedding's look-up                  |
 
-`kernels.definition` defines them, `kernels.pytorch` has each. The products are linear in their first argument, and all
-but best_linear differentiable to it, any number of times; packed weights are data, passed as `BestWeight.flat` and
-`PaperWeight.flat` give them. best_linear is what inference runs, by the compiled kernels on a CPU and by Triton on a
-GPU; it has no gradient.
+`kernels.definition` defines them, `kernels.pytorch` has each. The products …_matmul are linear in their first argument,
+and differentiable to it, any number of times; the other ops have no gradient. Packed weights are data, passed as
+`BestWeight.flat` and `PaperWeight.flat` give them. best_linear is what inference runs, by the compiled kernels on a CPU
+and by Triton on a GPU.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ _FLAT = {"best": (11, best_weight), "paper": (7, paper_weight)}
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An implementation of one op, and why it was taken."""
+    """An implementation of one op, why it was taken, and the order of codes that it reads (`packed.order_of`)."""
 
     name: str
     reason: str
     function: Callable[..., Tensor]
+    order: str = "stored"
 
 
 # op → implementation name → function of its first argument, the packed weight and the rest. PyTorch has every op.
@@ -60,33 +61,36 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
     op: {"pytorch": getattr(pytorch, op)} for op in _SCHEMAS
 }
 _IMPLEMENTATIONS["best_linear"] |= {"compiled": compiled.linear, "triton": triton.linear}
-ORDERS = {"pytorch": "stored", "compiled": "interleaved", "triton": "words"}
-"""The order of codes that an implementation reads (`BestWeight.arranged`)."""
+_ORDERS = {"compiled": "interleaved", "triton": "words"}
 forced: list[str] = []
 """The implementations that `use` asks for, the innermost last."""
 
 
 def choose(op: str, x: Tensor) -> Choice:
     """The implementation that `op` runs for an input like `x`, with the reason."""
+    name, reason = _choose(op, x)
+    return Choice(name, reason, _IMPLEMENTATIONS[op][name], _ORDERS.get(name, "stored"))
+
+
+def _choose(op: str, x: Tensor) -> tuple[str, str]:
     available = _IMPLEMENTATIONS[op]
     if forced:
-        name = forced[-1]
-        if name not in available:
+        if forced[-1] not in available:
             raise FourierError(
-                f"{op} has no implementation {name!r}", remedy=f"There are {', '.join(sorted(available))}"
+                f"{op} has no implementation {forced[-1]!r}", remedy=f"There are {', '.join(sorted(available))}"
             )
-        return Choice(name, "asked for by registry.use", available[name])
+        return forced[-1], "asked for by registry.use"
     if "triton" in available and x.device.type == "cuda":
-        reason = triton.refusal(x)
-        if reason is not None:
-            return Choice("pytorch", reason, available["pytorch"])
-        return Choice("triton", f"Triton {triton.triton_version()} on {x.device}", available["triton"])
+        refusal = triton.refusal(x)
+        return (
+            ("triton", f"Triton {triton.triton_version()} on {x.device}") if refusal is None else ("pytorch", refusal)
+        )
     if "compiled" in available:
         kernel = compiled.kernel_for(x)
         if kernel is None:
-            return Choice("pytorch", compiled.refusal(x), available["pytorch"])
-        return Choice("compiled", f"{kernel.name}: {native.choice()[1]}", available["compiled"])
-    return Choice("pytorch", f"the only implementation of {op} on {x.device.type}", available["pytorch"])
+            return "pytorch", compiled.refusal(x)
+        return "compiled", f"{kernel.name}: {native.choice()[1]}"
+    return "pytorch", f"the only implementation of {op} on {x.device.type}"
 
 
 @contextlib.contextmanager

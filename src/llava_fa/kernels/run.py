@@ -20,18 +20,18 @@ from llava_fa.kernels.layout import FactoredLayout, Layout
 from llava_fa.kernels.packed import BestWeight, PackedWeight, packed_weight
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, trained: bool = False) -> Tensor:
     """y = W x + bias, rounded once: [..., n] → [..., m].
 
     Args:
         x: [..., n], floating; under autocast it is first cast as `torch.nn.functional.linear` would.
         weight: its codes in any order. Where a kernel that is chosen reads another, they are converted, and
-            `BestWeight.home` keeps them so.
+            `BestWeight.buffers` keep them so.
         bias: [m] or None.
+        trained: whether scales and factors are being trained, in any floating dtype.
 
     Returns:
-        [..., m] in x's dtype (after autocast). Gradients reach x and the bias, and the scales and factors of a weight
-        that is being trained (`trainable.trained`).
+        [..., m] in x's dtype (after autocast). Gradients reach x and the bias, and if ``trained`` scales and factors.
 
     Raises:
         FourierError: the last axis of x is not n, or x is not floating.
@@ -42,13 +42,13 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
             f"a packed layer got {x.dtype} {list(x.shape)}", remedy=f"Give a floating [..., {layout.in_features}]"
         )
     x = _autocast(x)
-    if not isinstance(weight, BestWeight) or trainable.trained(weight) or _gradient(x, bias):
-        return _differentiable(x, weight, bias)
+    if trained or not isinstance(weight, BestWeight) or _gradient(x, bias):
+        return _differentiable(x, weight, bias, trained)
     kernel = _direct(x)
     if kernel is not None:
-        return compiled.linear(x, weight.arranged("interleaved"), bias, None, kernel)
-    if _at_home(weight):
-        weight = weight.arranged(registry.ORDERS[registry.choose("best_linear", x).name])
+        return compiled.linear(x, weight, bias, None, kernel)
+    if _may_arrange(x, weight):
+        weight = weight.arranged(registry.choose("best_linear", x).order)
     result: Tensor = torch.ops.llava_fa.best_linear(x, *weight.flat(), bias)
     return result
 
@@ -81,12 +81,12 @@ def dequantize(
     return reduce(torch.matmul, parts)
 
 
-def _differentiable(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def _differentiable(x: Tensor, weight: PackedWeight, bias: Tensor | None, trained: bool) -> Tensor:
     """By ops that torch can differentiate; their products are PyTorch's, which reads codes as stored."""
-    if isinstance(weight, BestWeight) and _at_home(weight):
+    if isinstance(weight, BestWeight) and _may_arrange(x, weight):
         weight = weight.arranged("stored")
     with registry.without_autocast(x.device.type):
-        if trainable.trained(weight):
+        if trained:
             y = trainable.matmul(x, weight)
         else:
             op = "best_matmul" if isinstance(weight, BestWeight) else "paper_matmul"
@@ -96,9 +96,9 @@ def _differentiable(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Ten
     return y.to(x.dtype)
 
 
-def _at_home(weight: BestWeight) -> bool:
-    """Whether codes may be put in another order now: they are real, and no graph is made of the calls."""
-    return not torch.compiler.is_compiling() and type(weight.codes) is Tensor
+def _may_arrange(x: Tensor, weight: BestWeight) -> bool:
+    """Whether codes may be put in another order now: all is real, and no graph is made of the calls."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor and type(weight.codes) is Tensor
 
 
 def _direct(x: Tensor) -> native.LayerKernel | None:

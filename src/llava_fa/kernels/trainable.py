@@ -13,15 +13,8 @@ import torch
 from torch import Tensor
 
 from llava_fa.kernels.packed import BestWeight, PackedWeight, PaperWeight
-from llava_fa.kernels.pytorch import decoder, unpack_signs, working_dtype
+from llava_fa.kernels.pytorch import Decoder, from_pairs, unpack_signs, working_dtype
 from llava_fa.maths.dft import packed_idft
-
-
-def trained(weight: PackedWeight) -> bool:
-    """Whether this weight is being trained: its numbers are not those of the format, which are bf16."""
-    if isinstance(weight, BestWeight):
-        return weight.row_scale.dtype != torch.bfloat16
-    return weight.r_max.requires_grad or (weight.left is not None and weight.left.dtype != torch.bfloat16)
 
 
 def matmul(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -101,10 +94,10 @@ def _panels(weight: BestWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Ten
     """Rows, codebook[codes] T diag(1/s) of them, and W of them, panel by panel."""
     n = weight.layout.in_features
     signs = unpack_signs(weight.signs, n).to(dtype)
-    decoding = decoder(weight, dtype)
-    for start, stop in decoding.chunks():
+    decoder = Decoder(weight, dtype)
+    for start, stop in decoder.chunks():
         rows = slice(start, stop)
-        base = packed_idft(decoding.decode(start, stop), signs, n) / weight.input_scale.to(dtype)
+        base = packed_idft(decoder.decode(start, stop), signs, n) / weight.input_scale.to(dtype)
         panel = base * weight.row_scale[rows, None].to(dtype)
         if weight.left is not None and weight.right is not None:
             panel.addmm_(weight.left[rows].to(dtype), weight.right.to(dtype))
@@ -129,7 +122,7 @@ def paper_matmul(x: Tensor, weight: PaperWeight) -> Tensor:
     if n % 2 == 0:
         twice[-1] = 1
     spectrum = torch.fft.rfft(x, norm="ortho").conj() * twice
-    low = spectrum @ torch.view_as_complex(weight.right.to(dtype).contiguous()).T
-    high = low @ torch.view_as_complex(weight.left.to(dtype).contiguous()).T
+    low = spectrum @ from_pairs(weight.right, dtype).T
+    high = low @ from_pairs(weight.left, dtype).T
     y = y + torch.fft.ifft(high, norm="ortho").real
     return y

@@ -94,4 +94,4 @@ def packed_layers(model: nn.Module) -> list[tuple[str, PackedLinear]]:
     """Every packed layer of a model by name; the two inside of a `FactoredLinear` are not layers of the model."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     factored = {name for name, layer in layers if isinstance(layer, FactoredLinear)}
-    return [(name, layer) for name, layer in layers if name.rpartition(".")[0] not in factored]
+    return [(name, layer) for name, layer in layers if not name or name.rpartition(".")[0] not in factored]

@@ -114,9 +114,7 @@ class FourierLinear(PackedLinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        stored = as_stored(self.codes, self.layout)
-        if stored is not self.codes:
-            destination[prefix + "codes"] = stored
+        destination[prefix + "codes"] = as_stored(destination[prefix + "codes"], self.layout)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.codes = as_stored(self.codes, self.layout)

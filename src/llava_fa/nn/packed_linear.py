@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -58,13 +57,13 @@ class PackedLinear(Stored):
         self.register_parameter("bias", parameter)
         self._allocate(device)
 
-    @abstractmethod
     def _allocate(self, device: torch.device | str | None) -> None:
-        """Room for the tensors of the layout."""
+        """Make room for the tensors of the layout."""
+        raise NotImplementedError
 
-    @abstractmethod
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name, codebooks included, bias not."""
+        raise NotImplementedError
 
     def dequantize(self) -> Tensor:
         """The weight W this layer multiplies with, float32 [m, n]."""

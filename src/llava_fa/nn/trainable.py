@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from llava_fa.kernels import run
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import PackedWeight, packed_weight
 from llava_fa.nn.fourier_linear import FourierLinear
@@ -63,6 +64,10 @@ class TrainableLinear(FourierLinear):
         gains = {"row_scale": self.row_gain, "input_scale": self.input_gain}
         return {name: getattr(self, name).to(gain.dtype) * gain.exp() for name, gain in gains.items()}
 
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + bias: [..., n] → [..., m], differentiable to x and to every parameter."""
+        return run.linear(x, self.packed_weight(), self.bias, trained=True)
+
     def packed_weight(self) -> PackedWeight:
         """The weight with scales and factors as they are now, unrounded: what gradients reach."""
         own = {name: getattr(self, name, None) for name in ("left", "right")}
@@ -86,7 +91,7 @@ class TrainableLinear(FourierLinear):
         return layer.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableLinear:
-        Stored._apply(self, fn, recurse)  # gains and factors keep their dtype, and the layer its own
+        Stored._apply(self, fn, recurse)
         return self
 
 

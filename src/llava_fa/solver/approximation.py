@@ -96,11 +96,6 @@ def to_pairs(z: Tensor) -> Tensor:
     return torch.view_as_real(z.resolve_conj()).to(torch.bfloat16).contiguous()
 
 
-def from_pairs(pairs: Tensor) -> Tensor:
-    """The inverse of `to_pairs`, complex64."""
-    return torch.view_as_complex(pairs.to(torch.float32).contiguous())
-
-
 def paper_bits(config: FourierConfig) -> tuple[int, int]:
     """b_r, b_θ; a checked paper config always has both."""
     assert config.amplitude_bits is not None

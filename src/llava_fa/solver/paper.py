@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from llava_fa.config import FourierConfig
+from llava_fa.kernels.pytorch import from_pairs
 from llava_fa.maths import bitpack, dft, polar
 from llava_fa.maths.lowrank import fourier_svd
-from llava_fa.solver.approximation import from_pairs, paper_bits, to_pairs
+from llava_fa.solver.approximation import paper_bits, to_pairs
 
 
 def solve_paper(
