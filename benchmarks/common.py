@@ -1,4 +1,8 @@
-"""What the scripts of this folder share: rows measured once, compressed models, how near they are to the original."""
+"""What the scripts of this folder share: rows measured once, compressed models, how near they are to the original.
+
+Nothing of the package is imported before it is called for: transformers, which the package imports, looks for a library
+`kernels` and comes upon the script of that name, which imports this file.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,12 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-import llava_fa
-from llava_fa.eval.divergence import Divergence
-from llava_fa.eval.runner import evaluate_world
-from llava_fa.hub.loading import load
+if TYPE_CHECKING:
+    from llava_fa.eval.divergence import Divergence
 
 Row = dict[str, Any]
 
@@ -59,6 +61,9 @@ def compressed(source: str, folder: Path, *settings: Any, **options: Any) -> tup
 
     The model is in float32 and decoded once, which is the same function of the input up to rounding.
     """
+    import llava_fa
+    from llava_fa.hub.loading import load
+
     shutil.rmtree(folder, ignore_errors=True)
     report = llava_fa.compress(source, folder, *settings, **options, fresh=True)
     model, processor = load(folder, dtype=torch.float32)
@@ -68,6 +73,8 @@ def compressed(source: str, folder: Path, *settings: Any, **options: Any) -> tup
 
 def nearness(model: Any, processor: Any, divergence: Divergence, limit: int) -> Row:
     """``kl``, nats per answer token against the original; ``accuracy`` on so many questions of the world, if any."""
+    from llava_fa.eval.runner import evaluate_world
+
     row = {"kl": divergence(model)}
     if limit:
         row["accuracy"] = evaluate_world(model, processor, limit=limit)["accuracy"]

@@ -45,6 +45,7 @@ def train(
     The processor is kept in ``out/processor``: the weights know words by number, and a package whose vocabulary was
     learnt anew (`llava_fa.world.vocabulary`) must not renumber them under a run.
     A longer ``language_steps`` than that of the run that left the state continues it, cool-down included.
+    ``make_learner`` gives what takes the steps, by default the one that the recipe asks for.
 
     Raises:
         FourierError: the loss is not finite any more (the last good state is kept).
