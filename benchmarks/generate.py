@@ -234,7 +234,7 @@ def write(found: dict[str, Any], out: Path) -> None:
 def accuracy(bits: float, codes: Codes, questions: int, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         compress("tiny", f"{folder}/small", FourierConfig(bits=bits, codes=codes))
-        for way in ("compiled", "reference"):
+        for way in ("compiled", "pytorch"):
             path = out / f"accuracy-{bits:g}-{codes}-{way}.json"
             if not path.exists():
                 with native.using(native.levels()[-1] if way == "compiled" else "off"):

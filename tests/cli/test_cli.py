@@ -340,7 +340,7 @@ def test_doctor_tells_what_runs_and_checks_it(monkeypatch):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["ok"]
-    assert found["layer"]["float64"]["implementation"] == "reference"
+    assert found["layer"]["float64"]["implementation"] == "pytorch"
     assert {check["level"] for check in found["checks"]} == set(found["kernels"]["available"])
     assert "float32" in run("doctor").stdout
     from llava_fa.kernels import doctor
