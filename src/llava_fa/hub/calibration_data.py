@@ -67,20 +67,28 @@ def read_samples(source: str, *, images: Path | None = None, count: int = 128, s
     """
     if count < 1:
         raise FourierError(f"{count} calibration samples", remedy="Give at least 1")
-    path = Path(source).expanduser()
-    if path.suffix.lower() in (".json", ".jsonl"):
-        return _llava_json(path, images, count, seed)
-    if images is not None:
-        raise FourierError("an image folder goes with a LLaVA JSON file", remedy="Leave it out", where=source)
-    return _dataset(source, count, seed)
-
-
-def _llava_json(path: Path, images: Path | None, count: int, seed: int) -> list[Sample]:
+    path = llava_file(source, images)
+    if path is None:
+        return _dataset(source, count, seed)
     rows, folder = llava_rows(path, images)
     with_image = [index for index, row in enumerate(rows) if row.get("image")]
     if not with_image:
         raise FourierError("no row has an image", remedy='Each row needs "image" and "conversations"', where=str(path))
-    return [conversation(rows[i], folder, f"{path.name} row {i}") for i in _draw(with_image, count, seed)]
+    return [conversation(rows[i], folder, f"{path.name} row {i}") for i in draw(with_image, count, seed)]
+
+
+def llava_file(source: str, images: Path | None) -> Path | None:
+    """The path of a LLaVA JSON or JSON-lines file, None for a dataset.
+
+    Raises:
+        FourierError: a dataset with an image folder beside it.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() in (".json", ".jsonl"):
+        return path
+    if images is not None:
+        raise FourierError("an image folder goes with a LLaVA JSON file", remedy="Leave it out", where=source)
+    return None
 
 
 def llava_rows(path: Path, images: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
@@ -91,12 +99,10 @@ def llava_rows(path: Path, images: Path | None = None) -> tuple[list[dict[str, A
     """
     if not path.is_file():
         raise FourierError("no such file", remedy="Give a LLaVA-format JSON file", where=str(path))
-    try:
+    with explained("it is not JSON", remedy="Check the file", where=str(path), kinds=(ValueError,), words=str):
         text = path.read_text(encoding="utf-8")
         lines = path.suffix.lower() == ".jsonl"
         rows = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
-    except ValueError as error:
-        raise FourierError(f"it is not JSON ({error})", remedy="Check the file", where=str(path)) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise FourierError(
             "it is not a list of objects",
@@ -109,7 +115,8 @@ def llava_rows(path: Path, images: Path | None = None) -> tuple[list[dict[str, A
     return rows, folder
 
 
-def _draw(indices: Sequence[int], count: int, seed: int) -> list[int]:
+def draw(indices: Sequence[int], count: int, seed: int) -> list[int]:
+    """``count`` of the indices, in their order; all where there are fewer."""
     return sorted(random.Random(seed).sample(list(indices), min(count, len(indices))))
 
 
@@ -168,14 +175,14 @@ def dataset_split(source: str, *, streaming: bool) -> Any:
     Raises:
         FourierError: the package `datasets` is not installed.
     """
-    try:
+    with explained(
+        "reading a Hugging Face dataset needs the package `datasets`",
+        remedy="`pip install datasets`, or give a LLaVA-format .json file",
+        where=source,
+        kinds=(ImportError,),
+        words=None,
+    ):
         import datasets
-    except ImportError:
-        raise FourierError(
-            "reading a Hugging Face dataset needs the package `datasets`",
-            remedy="`pip install datasets`, or give a LLaVA-format .json file",
-            where=source,
-        ) from None
     if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
         data = datasets.load_from_disk(source)
     else:
@@ -189,8 +196,7 @@ def _dataset(source: str, count: int, seed: int) -> list[Sample]:
     with explained(what, remedy=remedy, where=source):
         split = dataset_split(source, streaming=True)
         buffered = {} if hasattr(split, "__len__") else {"buffer_size": max(1000, count)}
-        rows: Iterable[Any] = split.shuffle(seed=seed, **buffered)
-        reader = iter(rows)
+        reader = iter(split.shuffle(seed=seed, **buffered))
     for index in range(count):
         where = f"{source} sample {index}"
         with explained(what, remedy=remedy, where=where):

@@ -53,7 +53,6 @@ def ask(
     collator: Callable[[list[Any]], dict[str, Any]],
     folder: Path,
     k: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CachedTargets:
     """Ask the teacher about every sample that is not in the folder yet, one at a time.
 
@@ -64,10 +63,9 @@ def ask(
     device = next(teacher.model.parameters()).device
     for first in range(0, len(dataset), _IN_A_FILE):
         path = _file(folder, first, len(dataset))
-        last = min(first + _IN_A_FILE, len(dataset))
         if not path.exists():
             items = []
-            for index in range(first, last):
+            for index in range(first, min(first + _IN_A_FILE, len(dataset))):
                 log_p = teacher(on_device(collator([dataset[index]]), device), hidden=False).log_p
                 top = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
                 if not bool(torch.isfinite(top.values).all()):
@@ -77,7 +75,6 @@ def ask(
                     Item.of(f"{index}.ids", top.indices.to(torch.int32)),
                 ]
             write_file(path, items)
-        progress(last, len(dataset))
     return CachedTargets(dataset, folder)
 
 

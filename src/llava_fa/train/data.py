@@ -6,7 +6,6 @@ is replaced by the next and counted: nothing is left out in silence.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_fa.errors import FourierError, explained
+from llava_fa.errors import FourierError, explained, located
 from llava_fa.hub.calibration_data import (
     Sample,
     SampleSource,
@@ -22,6 +21,8 @@ from llava_fa.hub.calibration_data import (
     conversation,
     dataset_row,
     dataset_split,
+    draw,
+    llava_file,
     llava_rows,
     render,
 )
@@ -54,23 +55,18 @@ class Rows(Sequence[Sample]):
     """
 
     def __init__(self, source: str, *, images: Path | None = None, count: int | None = None, seed: int = 0) -> None:
-        path = Path(source).expanduser()
         self.source, self.folder = source, Path()
-        if path.suffix.lower() in (".json", ".jsonl"):
+        if (path := llava_file(source, images)) is not None:
             self.source = path.name
             self._rows, self.folder = llava_rows(path, images)
-        elif images is not None:
-            raise FourierError("an image folder goes with a LLaVA JSON file", remedy="Leave it out", where=source)
         else:
             remedy = "Check its name and the network"
             with explained("the dataset cannot be read", remedy=remedy, where=source):
                 self._rows = dataset_split(source, streaming=False)
-        indices = list(range(len(self._rows)))
-        if count is not None and count < len(indices):
-            indices = sorted(random.Random(seed).sample(indices, count))
-        if not indices:
+        rows = len(self._rows)
+        self._indices = draw(range(rows), rows if count is None else count, seed)
+        if not self._indices:
             raise FourierError("it has no rows", remedy="Give another one", where=source)
-        self._indices = indices
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -129,14 +125,8 @@ class Conversations(torch.utils.data.Dataset[dict[str, Any]]):
     def _item(self, index: int) -> dict[str, Tensor]:
         where = self.samples.where(index) if isinstance(self.samples, Rows) else f"sample {index}"
         messages, images = chat_messages(self.samples[index], where)
-        try:
+        with located(where), explained("the model's processor refuses it", remedy=_ADVICE):
             inputs = encode(self.processor, messages, images)
-        except FourierError as error:
-            raise error.at(where) from None
-        except Exception as error:  # processors raise all sorts
-            raise FourierError(
-                f"the model's processor refuses it ({type(error).__name__}: {error})", remedy=_ADVICE, where=where
-            ) from error
         if (length := inputs["input_ids"].shape[-1]) > self.max_length:
             raise FourierError(
                 f"it has {length} tokens, and there is room for {self.max_length}", remedy=_ADVICE, where=where

@@ -125,10 +125,10 @@ def requantize(model: nn.Module, original: nn.Module, config: FourierConfig, mom
         weight = original_weight(original, name, layer)
         if layout.rank:
             weight = weight - (layer.left @ layer.right).to(weight.device)
-        bits = layout.code_bits / 2
-        own = config.replace(bits=bits, rank=0, codes=layout.codes, inner_rank=0)
+        own = config.replace(bits=layout.code_bits / 2, rank=0, codes=layout.codes, inner_rank=0)
         tensors = approximate(weight, own, moments.get(name)).tensors
-        if Layout.from_config(own, *weight.shape) != _without_rank(layout):
+        without_rank = dataclasses.replace(layout, rank=0, factor_dtype="int8")
+        if Layout.from_config(own, *weight.shape) != without_rank:
             raise FourierError("its codes cannot be chosen anew", remedy="Leave --requantize out", where=name)
         for key in CHOSEN_ANEW:
             setattr(layer, key, tensors[key].to(layer.codes.device))
@@ -136,10 +136,6 @@ def requantize(model: nn.Module, original: nn.Module, config: FourierConfig, mom
         layer.input_gain.zero_()
         count += 1
     return count
-
-
-def _without_rank(layout: Layout) -> Layout:
-    return dataclasses.replace(layout, rank=0, factor_dtype="int8")
 
 
 def original_weight(original: nn.Module, name: str, layer: FourierLinear) -> Tensor:

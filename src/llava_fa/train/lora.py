@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, explained
 from llava_fa.nn.factored_linear import FactoredLinear
 from llava_fa.nn.fourier_linear import FourierLinear
 
@@ -27,11 +27,10 @@ def with_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     Raises:
         FourierError: peft is not installed.
     """
-    try:
+    remedy = "pip install 'llava-fa[train]'"
+    with explained("LoRA needs the package peft", remedy=remedy, kinds=(ImportError,), words=None):
         import peft
         from peft.tuners import lora
-    except ImportError:
-        raise FourierError("LoRA needs the package peft", remedy="pip install 'llava-fa[train]'") from None
 
     class PackedLora(lora.Linear):  # type: ignore[misc]
         """peft's own LoRA layer, whose base is asked for its output and never for its weight."""

@@ -20,14 +20,10 @@ def _own(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
-
-
 PARTS: dict[str, Predicate] = {
     "factors": lambda name, module: isinstance(module, TrainableLinear) and _own(name) in ("left", "right"),
     "scales": lambda name, module: isinstance(module, TrainableLinear) and _own(name).endswith("_gain"),
-    "norms": lambda name, module: _is_norm(module),
+    "norms": lambda name, module: "norm" in type(module).__name__.lower(),
     "biases": lambda name, module: _own(name) == "bias",
     "projector": lambda name, module: "projector" in name,
     "visual_tokens": lambda name, module: FIELD in name.split("."),

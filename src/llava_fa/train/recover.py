@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub.inspect import describe
-from llava_fa.hub.loading import fast_dtype, load, load_processor
+from llava_fa.hub.loading import context_length, fast_dtype, load, load_processor
 from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
 from llava_fa.hub.report import TRAINING, peak_rss_bytes
 from llava_fa.hub.shards import CHUNK, write_text
@@ -40,6 +37,8 @@ from llava_fa.train.parts import TrainableCount, choose
 from llava_fa.train.settings import TrainingSettings
 from llava_fa.train.trainer import RecoveryTrainer, trained_tensors
 
+_LONGEST = 1 << 30
+"""Tokens of a sample where neither the settings nor the model set a bound."""
 _MOMENT_SAMPLES = 64
 """Samples on which the metric of the first factors, and of new codes, is measured."""
 
@@ -128,29 +127,27 @@ def recover(
         "settings": settings.to_dict(),
         "data": data_name,
     }
-    with _work_folder(out, manifest, fresh) as work:
+    work, first = WorkFolder(out, manifest, fresh), not int(os.environ.get("RANK", "0"))
+    with work if first else contextlib.nullcontext():  # the first process makes it, the others use it
         run = _Run(folder, settings, data, teacher, prepare)
         if settings.cache_teacher:
-            run.cache(out.with_name(out.name + ".partial") / "teacher", work is not None)
+            run.cache(work.path / "teacher", first)
         trainer = RecoveryTrainer(
             run.model,
             run.loss if wrap_loss is None else wrap_loss(run.loss, run.model),
             run.dataset,
             run.collator,
             run.settings,
-            out.with_name(out.name + ".partial") / "training",
+            work.path / "training",
             identity=identity,
             report=report,
         )
-        for callback in run.callbacks():
-            trainer.add_callback(callback)
+        if settings.requantize:
+            trainer.add_callback(_Requantize(run))
         if dist.is_initialized():
             dist.barrier()
-        checkpoints = Path(trainer.args.output_dir)
-        with disk_errors(checkpoints), quiet_transformers():
-            trainer.train(
-                resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-            )
+        with disk_errors(work.path / "training"), quiet_transformers():
+            trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
         model_now = run.result(trainer)
         if finish is not None:
             finish(model_now, run.processor)
@@ -168,7 +165,7 @@ def recover(
             seconds=time.monotonic() - start,
             peak_rss_bytes=peak_rss_bytes(),
         )
-        if work is not None:
+        if first:
             outcome = _save(model_now, run, work, outcome)
     if dist.is_initialized():
         dist.barrier()
@@ -200,10 +197,11 @@ class _Run:
         self.model = self._load(device)
         quantised = getattr(self.model.config, "quantization_config", None)
         self.before = quantised.metadata if isinstance(quantised, FourierQuantizationConfig) else None
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        self.dataset = data(self.processor, int(min(settings.max_length or math.inf, room, 1 << 30)))
+        if settings.requantize and (self.before is None or self.teacher is None):
+            raise FourierError("new codes need a compressed model, and the original's weights", remedy="Give --teacher")
+        longest = min(settings.max_length or _LONGEST, context_length(self.model), _LONGEST)
+        self.dataset = data(self.processor, longest)
         self.collator = Collator(self.processor.tokenizer.pad_token_id or 0)
-        self.moments: dict[str, torch.Tensor] = {}
         self._make_trainable(self.model)
         self.count: TrainableCount = choose(self.model, settings.parts)
         self.loss = RecoveryLoss(
@@ -241,14 +239,14 @@ class _Run:
             if self.teacher is None:
                 factors = blank_factors(model, rank, self.settings.seed)
             else:
-                self._measure(model)
-                factors = initial_factors(model, self.teacher, rank, self.moments)
+                factors = initial_factors(model, self.teacher, rank, self._moments(model))
             has = [name for name, layer in packed_layers(model) if getattr(layer.layout, "rank", 0)]
             if rank == 0 and has:
                 raise FourierError("the model's layers have factors", remedy="Leave --rank out", where=has[0])
         make_trainable(model, factors)
 
-    def _measure(self, model: nn.Module) -> None:
+    def _moments(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Second moments of what the layers now see (`train.factors.second_moments`)."""
         device = next(model.parameters()).device
         size, count = self.settings.batch, min(_MOMENT_SAMPLES, len(self.dataset))
 
@@ -258,22 +256,11 @@ class _Run:
                 yield on_device(self.collator(items), device)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.settings.bf16)):
-            self.moments = second_moments(model, batches())
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """What happens between steps."""
-        if not self.settings.requantize:
-            return []
-        if self.before is None or self.teacher is None:
-            raise FourierError("new codes need a compressed model, and the original's weights", remedy="Give --teacher")
-        return [_Requantize(self)]
+            return second_moments(model, batches())
 
     def requantize(self) -> None:
         """New codes, in the metric of what the model now sees."""
-        assert self.before is not None
-        assert self.teacher is not None
-        self._measure(self.model)
-        requantize(self.model, self.teacher, self.before.config, self.moments)
+        requantize(self.model, self.teacher, self.before.config, self._moments(self.model))
 
     def result(self, trainer: RecoveryTrainer) -> nn.Module:
         """The trained model, whole; where its parameters are sharded, put together anew (all processes call it)."""
@@ -310,9 +297,8 @@ class _Requantize(TrainerCallback):
 def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport) -> TrainingReport:
     model = model.to("cpu")
     make_packed(model)
-    config = read_config(run.folder)
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    model.to(getattr(torch, str(name)))
+    stored = read_config(run.folder)
+    model.to(getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype") or "float32")))
     if run.before is not None:
         for layer_name, layer in packed_layers(model):
             layer.output_error = None  # the inputs are others now
@@ -320,7 +306,9 @@ def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport
             if run.teacher is not None:
                 weight = run.teacher.get_submodule(layer_name).weight.detach().to("cpu", torch.float32)
                 layer.weight_error = weight_error(weight, layer.dequantize())
-        mark_compressed(model, None, config=_config(run), not_compressed=run.before.not_compressed)
+        config, rank = run.before.config, run.settings.rank
+        config = config if rank is None else config.replace(rank=rank)
+        mark_compressed(model, None, config=config, not_compressed=run.before.not_compressed)
     with disk_errors(work.path), quiet_transformers():
         work.result.mkdir(exist_ok=True)
         model.save_pretrained(work.result)
@@ -333,23 +321,6 @@ def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport
         write_text(work.result / TRAINING, json.dumps(outcome.to_dict(), indent=1))
     work.finish()
     return outcome
-
-
-def _config(run: _Run) -> FourierConfig:
-    """What the model was compressed with, its rank as it is now."""
-    assert run.before is not None
-    config = run.before.config
-    return config if run.settings.rank is None else config.replace(rank=run.settings.rank)
-
-
-@contextlib.contextmanager
-def _work_folder(out: Path, manifest: dict[str, Any], fresh: bool) -> Iterator[WorkFolder | None]:
-    """The work folder for the first process, None for the others."""
-    if int(os.environ.get("RANK", "0")):
-        yield None
-        return
-    with WorkFolder(out, manifest, fresh) as work:
-        yield work
 
 
 def _identity(folder: Path) -> str:

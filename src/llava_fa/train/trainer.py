@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+from transformers.trainer_utils import get_last_checkpoint
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.shards import Item, file_metadata, read_header, write_file
@@ -95,14 +97,17 @@ class RecoveryTrainer(Trainer):
     def not_finite(self, what: str) -> FourierError:
         """The error that ends a run, with the last checkpoint in it."""
         step = self.state.global_step
-        checkpoints = sorted(
-            Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
-        )
-        last = f"the last good state is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        checkpoint = self.last_checkpoint()
+        last = f"the last good state is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         return FourierError(
             f"not finite at step {step + 1}: the {what}; {last}",
             remedy="Lower --lr and give --fresh, or mend the samples of this step and run the same command again",
         )
+
+    def last_checkpoint(self) -> str | None:
+        """Folder of the newest checkpoint, None before there is one."""
+        folder = self.args.output_dir
+        return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
     def take_terms(self) -> dict[str, float]:
         """Means of the loss's terms since the last call."""
@@ -203,7 +208,7 @@ def arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
         dataloader_num_workers=settings.workers,
         remove_unused_columns=False,
         use_cpu=cpu,
-        report_to=["tensorboard"] if _has_tensorboard() else [],
+        report_to=["tensorboard"] if is_tensorboard_available() else [],
         disable_tqdm=True,
         **fsdp,
         **(_checkpointing() if settings.checkpointing else {}),
@@ -215,12 +220,6 @@ def _checkpointing() -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
-def _has_tensorboard() -> bool:
-    from transformers.integrations import is_tensorboard_available
-
-    return bool(is_tensorboard_available())
 
 
 def _everywhere(fine: bool, device: torch.device) -> bool:
