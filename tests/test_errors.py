@@ -1,6 +1,6 @@
 import pytest
 
-from llava_fa.errors import FourierError, explained
+from llava_fa.errors import FourierError, explained, located
 
 
 def test_what_a_library_raises_is_explained():
@@ -8,6 +8,12 @@ def test_what_a_library_raises_is_explained():
         raise KeyError("x")
     assert str(caught.value) == "a.json: it cannot be read (KeyError: 'x'). Copy it again"
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_error_learns_where_it_was():
+    with pytest.raises(FourierError) as caught, located("model"), located("layer"):
+        raise FourierError("it is not finite", remedy="Mend it", where="scale")
+    assert str(caught.value) == "model: layer: scale: it is not finite. Mend it"
 
 
 def test_an_explanation_and_other_kinds_pass():

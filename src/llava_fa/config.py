@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, explained
 
 Method = Literal["best", "paper"]
 Calibration = Literal["auto", "none", "diagonal", "feedback"]
@@ -223,14 +223,11 @@ class FourierConfig:
     @classmethod
     def from_json(cls, text: str) -> FourierConfig:
         """Read what `to_json` wrote."""
-        try:
+        remedy = "Give what FourierConfig.to_json wrote"
+        with explained("the config is not JSON", remedy=remedy, kinds=(json.JSONDecodeError,), words=str):
             values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FourierError(
-                f"the config is not JSON ({error})", remedy="Give what FourierConfig.to_json wrote"
-            ) from None
         if not isinstance(values, dict):
-            raise FourierError("the config is not a JSON object", remedy="Give what FourierConfig.to_json wrote")
+            raise FourierError("the config is not a JSON object", remedy=remedy)
         return cls.from_dict(values)
 
 
@@ -257,8 +254,7 @@ class Budget:
         if self.size is not None:
             object.__setattr__(self, "size", _size(self.size))
             return
-        number = isinstance(self.bits, (int, float)) and not isinstance(self.bits, bool)
-        if not (number and math.isfinite(self.bits) and self.bits > 0):  # type: ignore[arg-type]
+        if not (_is_number(self.bits) and self.bits > 0):
             raise FourierError(f"a budget of {self.bits!r} bits per weight", remedy="Give a number such as 2.25")
 
     def to_dict(self) -> dict[str, Any]:
@@ -281,8 +277,7 @@ class Casp:
     keep: float = 0.25
 
     def __post_init__(self) -> None:
-        number = isinstance(self.keep, (int, float)) and not isinstance(self.keep, bool)
-        if not (number and 0 < self.keep <= 1):
+        if not (_is_number(self.keep) and 0 < self.keep <= 1):
             raise FourierError(f"keep is {self.keep!r}", remedy="Give a share above 0 and at most 1, such as 0.25")
 
     def to_dict(self) -> dict[str, Any]:
@@ -325,9 +320,12 @@ def _integer(name: str, value: Any) -> None:
         raise FourierError(f"{name} is {value!r}", remedy="Give a whole number")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _bits(value: Any) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or 2 * value != round(2 * value) or value <= 0:
+    if not _is_number(value) or 2 * value != round(2 * value) or value <= 0:
         raise FourierError(f"bits is {value!r}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5")
     return float(value)
 

@@ -26,6 +26,15 @@ def _name_and_message(error: Exception) -> str:
 
 
 @contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Inside, a `FourierError` gets ``where`` put in front of its place."""
+    try:
+        yield
+    except FourierError as error:
+        raise error.at(where) from error
+
+
+@contextlib.contextmanager
 def explained(
     what: str,
     *,

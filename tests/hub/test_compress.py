@@ -61,8 +61,8 @@ def test_the_layers_are_those_of_approximate(checkpoint, compressed, quick):
 def test_everything_else_is_copied_bit_for_bit(checkpoint, compressed):
     out, report = compressed
     before, after = tensors_of(checkpoint), tensors_of(out)
-    model = sources.empty_model(checkpoint)
-    names, _ = sources.match_names(model, sources.open_source(checkpoint))
+    source = sources.open_source(checkpoint)
+    names, _ = sources.match_names(sources.empty_model(source), source)
     compressed_names = {f"{layer.name}.weight" for layer in report.layers}
     for name, key in names.items():
         if name not in compressed_names:
@@ -124,9 +124,8 @@ def test_inspect_shows_an_original(checkpoint):
 
 
 def test_all_layouts_of_names_give_the_same_model(checkpoint, compressed, quick, tmp_path):
-    model = sources.empty_model(checkpoint)
     source = sources.open_source(checkpoint)
-    names, _ = sources.match_names(model, source)
+    names, _ = sources.match_names(sources.empty_model(source), source)
     tensors = {name: source.entries[key].read() for name, key in names.items()}
     layouts = {
         "module names": dict(tensors),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,12 +55,11 @@ def _answer(
     import torch
     from transformers import TextStreamer
 
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=[pictures], text=[text], return_tensors="pt").to(loaded.device, loaded.dtype)
+    from llava_fa.eval.runner import inputs_of, prompt
+
+    inputs = inputs_of(loaded, processor, [pictures], [prompt(processor, len(pictures), question)])
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with torch.inference_mode():
         ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     new = ids[0, inputs["input_ids"].shape[1] :]
-    sys.stdout.flush()
     return processor.tokenizer.decode(new, skip_special_tokens=True).strip(), len(new)

@@ -11,7 +11,6 @@ import typer
 
 from llava_fa.cli import options, output
 from llava_fa.cli.serve import LOOPBACK, address
-from llava_fa.errors import FourierError
 
 CLOSING_SECONDS = 2
 """An open page keeps connections that never end by themselves."""
@@ -31,16 +30,12 @@ def compare(
     json_output: options.JsonOnceListening = False,
 ) -> None:
     """Open a page where you ask two models about a picture and see answers, times and sizes; until Ctrl-C."""
-    try:
+    with output.needing("the page's packages", "web"):
         from llava_fa.serve import server
         from llava_fa.web.app import compare_app
 
         if find_spec("gradio") is None:  # imported later, when its settings are known
             raise ImportError("No module named 'gradio'")
-    except ImportError as error:
-        raise FourierError(
-            f"the page's packages are not here ({error})", remedy="`pip install 'llava-fa[web]'`"
-        ) from None
     from llava_fa.serve.limits import Limits
 
     # A service manager's way to stop it: uploads are to be deleted then, too.

@@ -11,7 +11,6 @@ import typer
 
 from llava_fa.cli import options, output, sources, tables
 from llava_fa.config import MAX_BITS, MIN_BITS, Budget, Casp, FourierConfig
-from llava_fa.errors import FourierError
 
 if TYPE_CHECKING:
     from llava_fa.hub.report import Report
@@ -114,7 +113,7 @@ def compress(
     sources.check_images(calibration, images)
     from llava_fa.hub.request import CompressionRequest
 
-    try:
+    with output.usage_errors():
         budget = _budget(method, bits, size, mixed)
         config = FourierConfig(
             method=method,  # type: ignore[arg-type]  # FourierConfig checks it
@@ -138,8 +137,6 @@ def compress(
             device=device,
             command=output.given_command(context, out="OUT"),
         )
-    except FourierError as error:
-        raise output.usage_error(error) from None
     if recover is None or calibration is None:
         report = _compress(request, out, fresh)
     else:

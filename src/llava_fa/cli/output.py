@@ -14,6 +14,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, explained
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -74,11 +75,8 @@ def given_command(context: typer.Context, **instead: str) -> str:
             options.append(parameter.opts[0])
         else:
             options += [word for one in values for word in (parameter.opts[0], one)]
-    names: list[str] = []
-    above = context
-    while above.parent is not None:  # the outermost is the program, whatever it was started as
-        names.insert(0, str(above.info_name))
-        above = above.parent
+    program = str(context.find_root().info_name)  # whatever it was started as
+    names = context.command_path.removeprefix(program).split()
     return shlex.join(["llava-fa", *names, *arguments, *options])
 
 
@@ -91,9 +89,19 @@ def writing(path: Path, remedy: str = "Give a writable folder") -> Iterator[None
         raise FourierError(str(error.strerror or error), remedy=remedy, where=str(path)) from None
 
 
-def usage_error(error: FourierError) -> typer.BadParameter:
+def needing(packages: str, extra: str) -> AbstractContextManager[None]:
+    """What cannot be imported becomes an error that says what to install."""
+    remedy = f"`pip install 'llava-fa[{extra}]'`"
+    return explained(f"{packages} are not here", remedy=remedy, kinds=(ImportError,), words=str)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
     """A configuration that cannot be is wrong usage: exit code 2."""
-    return typer.BadParameter(str(error))
+    try:
+        yield
+    except FourierError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def quiet_libraries() -> None:

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from llava_fa.cli import options, output
-from llava_fa.errors import FourierError
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -47,12 +46,8 @@ def serve(
     options.refuse(not usable, "it is empty, or has characters that a header cannot carry", "--api-key")
     folder = allow_image_folder.expanduser() if allow_image_folder else None
     options.refuse(folder is not None and not folder.is_dir(), f"{folder} is not a folder", "--allow-image-folder")
-    try:
+    with output.needing("the server's packages", "serve"):
         from llava_fa.serve import server
-    except ImportError as error:
-        raise FourierError(
-            f"the server's packages are not here ({error})", remedy="`pip install 'llava-fa[serve]'`"
-        ) from None
     from llava_fa.serve.limits import Limits
     from llava_fa.serve.pictures import Sources
 

@@ -50,10 +50,8 @@ def _words(plan: Plan) -> int:
     from llava_fa.hub.families import is_vision
 
     reasons = ("embedding", "output embedding")
-    names = [
-        weights.name for weights in plan.not_compressed if weights.reason in reasons and not is_vision(weights.name)
-    ]
-    weights = [f"{name}.weight" for name in names]
+    modules = [skipped.name for skipped in plan.not_compressed if skipped.reason in reasons]
+    weights = [f"{name}.weight" for name in modules if not is_vision(name)]
     return sum(plan.source.entries[plan.names[name]].nbytes for name in weights if name in plan.names)
 
 

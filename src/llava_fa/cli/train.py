@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from llava_fa.cli import options, output, sources
 from llava_fa.config import format_size
-from llava_fa.errors import FourierError
 
 if TYPE_CHECKING:
     from llava_fa.train.recover import TrainingReport
@@ -91,7 +90,7 @@ def train(
     from llava_fa.train.settings import DEFAULT_PARTS, TrainingSettings
 
     refuse_existing(out.expanduser())
-    try:
+    with output.usage_errors():
         settings = TrainingSettings(
             steps=steps,
             batch=batch,
@@ -114,8 +113,6 @@ def train(
             skip_bad_rows=skip_bad_rows,
             device=device,
         )
-    except FourierError as error:
-        raise output.usage_error(error) from None
     training: dict[str, Any] = {"data": sources.training_source(data, images, samples, settings)}
     if matryoshka:
         from llava_fa.train.matryoshka import matryoshka as over_all_scales

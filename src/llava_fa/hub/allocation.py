@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from llava_fa.config import MIN_BITS, Budget, Casp, Codes, FourierConfig, format_size
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, located
 from llava_fa.hub import model_sensitivity
+from llava_fa.hub.checkpoint import is_codebook
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.streaming import SHARD_BYTES, norm_moment
@@ -111,7 +112,7 @@ def options(
             option = variant.replace(bits=bits, codes=codes)
             layout = layout_of(option, *layer.shape)
             sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.tensors().items()}
-            books = [size for name, size in sizes.items() if name.rpartition(".")[2] == "codebook"]
+            books = [size for name, size in sizes.items() if is_codebook(name)]
             loss = prediction.loss(distortion(option.code_bits, codes, feedback=feedback))
             shared = next(iter(layout.parts().values())).codebook
             choices.append(Option(option, sum(sizes.values()) - sum(books), loss, shared, books[0]))
@@ -146,7 +147,7 @@ def estimate(
     predictions = {}
     for layer in plan.layers:
         tell(layer.name)
-        try:
+        with located(layer.name):
             moment = None if config.calibration == "none" else norm_moment(layer, plan)
             weight = layer.weight.read()
             powers = [error_powers(weight, variant, moment) for variant in variants(layer, config, casp)]
@@ -154,8 +155,6 @@ def estimate(
                 Prediction(blind_sensitivity(weight, a, moment), blind_sensitivity(weight, b, moment))
                 for a, b in powers
             ]
-        except FourierError as error:
-            raise error.at(layer.name) from error
     return predictions
 
 

@@ -28,6 +28,7 @@ from llava_fa.solver.statistics import Drift, SecondMoment
 
 _ROWS = 4096
 """Inputs gathered before they are multiplied: n² additions once in a while, not once a sample."""
+_NO_INPUT = "no calibration input reached it; compressed without data"
 
 
 @dataclasses.dataclass
@@ -70,8 +71,7 @@ def compress_calibrated(plan: Plan, work: WorkFolder, model: nn.Module, inputs: 
     for unit in idle:  # unused heads: no inputs to learn from
         for layer in unit.layers:
             if layer.name not in work:
-                note = "no calibration input reached it; compressed without data"
-                compress_layer(layer, plan, None, work, tracker, notes=(note,))
+                compress_layer(layer, plan, None, work, tracker, notes=(_NO_INPUT,))
 
 
 def _compress_embeddings(plan: Plan, work: WorkFolder, model: nn.Module, tracker: Tracker) -> None:
@@ -79,10 +79,7 @@ def _compress_embeddings(plan: Plan, work: WorkFolder, model: nn.Module, tracker
     for layer in plan.embeddings:
         if layer.name not in work:
             compress_layer(layer, plan, None, work, tracker)
-        packed = layer_from_tensors(layer.layout, work.load(layer.name))
-        weight = model.get_submodule(layer.name).weight
-        assert isinstance(weight, Tensor)
-        weight.copy_(packed.dequantize())
+        _use_part(model.get_submodule(layer.name), layer, work)
 
 
 def _to_do(units: Sequence[Unit], work: WorkFolder) -> bool:
@@ -143,8 +140,7 @@ def _compress_unit(
                     if layer.name in work:
                         continue
                     if statistics is None:
-                        note = "no calibration input reached it; compressed without data"
-                        compress_layer(layer, plan, None, work, tracker, notes=(note,))
+                        compress_layer(layer, plan, None, work, tracker, notes=(_NO_INPUT,))
                     else:
                         drift = statistics.drift if layer.config.follows_outputs else None
                         compress_layer(layer, plan, statistics.moment, work, tracker, drift=drift)
@@ -201,7 +197,10 @@ def gather(
 
 
 def _use_parts(unit: Unit, layers: Sequence[PlannedLayer], work: WorkFolder) -> None:
-    """From here on the model computes with the compressed weights, exactly as they are stored."""
     for layer in layers:
-        packed = layer_from_tensors(layer.layout, work.load(layer.name))
-        unit.linear(layer).weight.copy_(packed.dequantize())
+        _use_part(unit.linear(layer), layer, work)
+
+
+def _use_part(module: nn.Module, layer: PlannedLayer, work: WorkFolder) -> None:
+    """From here on the model computes with the compressed weight, exactly as it is stored."""
+    module.weight.copy_(layer_from_tensors(layer.layout, work.load(layer.name)).dequantize())

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from llava_fa.config import FourierConfig
-from llava_fa.errors import FourierError
-from llava_fa.hub.shards import Entry, read_header, tensor_bytes
+from llava_fa.errors import FourierError, located
+from llava_fa.hub.shards import DTYPE_NAMES, Entry, read_entries, tensor_bytes
 from llava_fa.hub.source import read_config, weight_files
 from llava_fa.kernels.layout import FactoredLayout, Layout, layout_from_dict
 from llava_fa.maths.dft import padded
@@ -34,7 +34,6 @@ FORMAT_VERSION = 4
 ORIGINAL_BYTES = "llava_fa_original_bytes"
 """Key in the metadata of the weight files: bytes of all tensors of the checkpoint that was compressed."""
 
-_SAFETENSORS = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
 _COMPRESS_AGAIN = "Compress the model again, or copy the folder again"
 
 
@@ -133,10 +132,8 @@ class Metadata:
             raise FourierError("the quantization_config is damaged", remedy=_COMPRESS_AGAIN)
         layers = {}
         for name, record in parts[0].items():
-            try:
+            with located(name):
                 layers[name] = LayerRecord.from_dict(record)
-            except FourierError as error:
-                raise error.at(name) from None
         if _version(layers) > version:
             newer = {2: "trellis codes", 3: "factored layers", 4: "packed embeddings"}[_version(layers)]
             raise FourierError(f"a checkpoint of version {version} has no {newer}", remedy=_COMPRESS_AGAIN)
@@ -196,10 +193,8 @@ def read_metadata(folder: Path) -> Metadata:
             remedy="Run `llava-fa compress` first",
             where=str(folder),
         )
-    try:
+    with located(str(folder / "config.json")):
         return Metadata.from_dict(values)
-    except FourierError as error:
-        raise error.at(str(folder / "config.json")) from None
 
 
 def validate(files: Iterable[Path], metadata: Metadata) -> dict[str, Entry]:
@@ -214,9 +209,7 @@ def validate(files: Iterable[Path], metadata: Metadata) -> dict[str, Entry]:
         FourierError: a file cut short, a tensor missing, of wrong dtype or shape, a codebook that is not the
             one the model was compressed with.
     """
-    entries: dict[str, Entry] = {}
-    for path in files:
-        entries.update(read_header(Path(path))[0])
+    entries = read_entries(files)
     for name, record in metadata.layers.items():
         for prefix, part in record.layout.parts().items():
             for key, (dtype, shape) in part.tensors().items():
@@ -231,9 +224,9 @@ def _check_entry(entries: Mapping[str, Entry], key: str, dtype: torch.dtype, sha
     if key not in entries:
         raise FourierError("this tensor is missing from the weight files", remedy=_COMPRESS_AGAIN, where=key)
     entry = entries[key]
-    if entry.dtype != _SAFETENSORS[dtype] or entry.shape != shape:
+    if entry.dtype != DTYPE_NAMES[dtype] or entry.shape != shape:
         raise FourierError(
-            f"it is {entry.dtype} {list(entry.shape)}; config.json says {_SAFETENSORS[dtype]} {list(shape)}",
+            f"it is {entry.dtype} {list(entry.shape)}; config.json says {DTYPE_NAMES[dtype]} {list(shape)}",
             remedy="Weights and config.json are of different models; copy the folder again",
             where=f"{entry.file}: {key}",
         )
@@ -266,23 +259,11 @@ def _check_part(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> Non
     _check_padding(name, "codes", tensors["codes"], layout.row_bits)
     if layout.method == "best":
         _check_padding(name, "signs", tensors["signs"][None], padded(layout.in_features))
-    for key in (
-        "row_scale",
-        "input_scale",
-        "r_max",
-        "codebook",
-        "left",
-        "right",
-        "left_scale",
-        "right_scale",
-    ):
-        tensor = tensors.get(key)
-        if tensor is None or not tensor.is_floating_point():
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
             continue
-        bad = not bool(tensor.isfinite().all())
-        bad = bad or (key == "input_scale" and bool((tensor <= 0).any()))
-        bad = bad or (key in ("row_scale", "r_max") and bool((tensor < 0).any()))
-        if bad:
+        least = tensor.min() if key in ("row_scale", "r_max", "input_scale") else torch.inf
+        if not tensor.isfinite().all() or least < 0 or (key == "input_scale" and least == 0):
             raise FourierError(
                 f"{key} holds a value that is NaN, infinite or out of range",
                 remedy=_COMPRESS_AGAIN,

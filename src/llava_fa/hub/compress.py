@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -26,15 +27,16 @@ from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.report import ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
-from llava_fa.hub.shards import write_text
 from llava_fa.hub.source import Source, empty_model, open_source, quiet_transformers, resolve_model
 from llava_fa.hub.streaming import Tracker, assemble, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
-from llava_fa.hub.work_folder import WorkFolder, check_space, disk_errors, refuse_existing
+from llava_fa.hub.work_folder import WorkFolder, check_space, refuse_existing
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
 
 _DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPE_FILE = "dtype.json"
+"""Of the work folder."""
 _SPARE = 64_000_000
 """Bytes of disk asked for beyond the estimate."""
 
@@ -203,16 +205,11 @@ def _allocated(
     """The plan under a budget: the one that an interrupted run had settled on, or a new one."""
     if (known := allocation.load(plan, work)) is not None:
         return known
-    assert request.budget is not None
     config, casp = request.config, request.casp
-
-    def tell(name: str) -> None:
-        tracker.tell("measuring sensitivity", name)
-
+    tell = functools.partial(tracker.tell, "measuring sensitivity")
     if data is None:
         unit, predictions = allocation.BLIND, allocation.estimate(plan, config, tell, casp)
-    else:
-        assert model is not None  # it was loaded, since no layer can be finished before this
+    else:  # then the model was loaded, since no layer can be finished before this
         inputs, answers = data.some()
         unit, predictions = allocation.NATS, allocation.measure(plan, config, model, inputs, answers, tell, casp)
     plan = allocation.spend(plan, config, request.budget, predictions, unit, casp)
@@ -256,9 +253,8 @@ def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.
     there is memory for it; float16 otherwise becomes bf16, since it overflows and is slow there too. What an
     interrupted run had chosen is kept, so that all layers see the same arithmetic.
     """
-    file = work.path / "dtype"
-    if file.is_file():
-        return _DTYPES[file.read_text()]
+    if (decided := work.read_json(_DTYPE_FILE)) is not None:
+        return _DTYPES[decided]
     name = "auto"
     if device.type == "cpu":
         size = 4 * sum(entry.numel for entry in plan.source.entries.values())
@@ -266,21 +262,19 @@ def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.
             name = "float32"
         elif any(layer.weight.dtype == "F16" for layer in plan.all_layers):
             name = "bfloat16"
-    with disk_errors(work.path):
-        write_text(file, name)
+    work.write_json(_DTYPE_FILE, name)
     return _DTYPES[name]
 
 
 def _load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> torch.nn.Module:
     from transformers import AutoModelForImageTextToText
 
-    try:
-        with quiet_transformers():
-            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-        return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # torch says a missing or full device in both ways
-        raise FourierError(
-            f"the model cannot be loaded to {device} ({error})",
-            remedy="Choose another --device, or compress without calibration, which streams",
-            where=str(folder),
-        ) from error
+    loading = explained(
+        f"the model cannot be loaded to {device}",
+        remedy="Choose another --device, or compress without calibration, which streams",
+        where=str(folder),
+        kinds=(RuntimeError, AssertionError),  # torch says a missing or full device in both ways
+        words=str,
+    )
+    with loading, quiet_transformers():
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()

@@ -113,7 +113,7 @@ def feeding_norm(model: nn.Module, name: str) -> Feed | None:
                 continue
             block = name[: -len(suffix)]
             if _has(model, block + rule.norm) and not any(_has(model, block + other) for other in rule.unless):
-                return _feed(model.get_submodule(block + rule.norm), block + rule.norm, linear)
+                return _feed(model, block + rule.norm, linear)
     return None
 
 
@@ -130,16 +130,16 @@ def final_norm(model: nn.Module, name: str) -> Feed | None:
         return None
     inside = next(place for place, other in model.named_modules() if other is first).rpartition(".")[0]
     norm = f"{inside}.norm".lstrip(".")
-    return _feed(model.get_submodule(norm), norm, module) if _has(model, norm) else None
+    return _feed(model, norm, module) if _has(model, norm) else None
 
 
-def _feed(norm: nn.Module, name: str, linear: nn.Module) -> Feed | None:
+def _feed(model: nn.Module, name: str, linear: nn.Module) -> Feed | None:
+    norm = model.get_submodule(name)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     inputs = linear.weight.shape[1]  # type: ignore[union-attr,index]
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or inputs % weight.numel():
         return None
-    plus_one = _adds_one(norm)
-    if plus_one is None:
+    if (plus_one := _adds_one(norm)) is None:
         return None
     return Feed(name, f"{name}.weight", f"{name}.bias" if bias is not None else None, plus_one)
 
@@ -169,8 +169,8 @@ def _adds_one(norm: nn.Module) -> bool | None:
 
 
 def _has(model: nn.Module, name: str) -> bool:
-    parent, _, child = name.rpartition(".")
     try:
-        return child in dict(model.get_submodule(parent).named_children())
+        model.get_submodule(name)
     except AttributeError:
         return False
+    return True

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, explained
 from llava_fa.hub.source import read_config, resolve_model, transformers_errors
 from llava_fa.hub.visual_tokens import FIELD, grid_of
 from llava_fa.nn.visual_tokens import VisualTokens
@@ -108,14 +108,11 @@ def _projector(config: Any, tokens: int) -> int:
 
 
 def _language_model(config: Any, tokens: int, cached: int) -> int:
-    try:
+    what = f"the operations of a {config.model_type} cannot be counted"
+    remedy = "Counted are Llama, Qwen2, Mistral and models built like them"
+    with explained(what, remedy=remedy, kinds=(AttributeError,), words=str):
         width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
         groups, layers = config.num_key_value_heads, config.num_hidden_layers
-    except AttributeError as error:
-        raise FourierError(
-            f"the operations of a {config.model_type} cannot be counted ({error})",
-            remedy="Counted are Llama, Qwen2, Mistral and models built like them",
-        ) from None
     if any(hasattr(config, name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise FourierError(
             f"{config.model_type} has experts, whose operations depend on the router",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_fa.config import QUANT_METHOD
-from llava_fa.errors import FourierError
+from llava_fa.errors import explained
 from llava_fa.hub import provenance
 from llava_fa.hub.checkpoint import ORIGINAL_BYTES, account, file_keys, is_codebook, read_metadata, validate
 from llava_fa.hub.report import TRAINING, LayerReport, Report, Skipped, kind_of_codes, peak_rss_bytes
@@ -92,10 +92,9 @@ def describe(
 
 def _training(folder: Path) -> dict[str, Any] | None:
     path = folder / TRAINING
-    try:
+    remedy = "Remove it; the model does not need it"
+    with explained("it is not JSON", remedy=remedy, where=str(path), kinds=(ValueError,), words=None):
         return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:
-        raise FourierError("it is not JSON", remedy="Remove it; the model does not need it", where=str(path)) from None
 
 
 def spending(model: str | Path) -> dict[str, int]:

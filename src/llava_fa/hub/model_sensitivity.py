@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.config import FourierConfig
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, located
 from llava_fa.hub import blocks
 from llava_fa.hub.calibrated import gather
 from llava_fa.hub.plan import PlannedLayer
@@ -131,14 +131,12 @@ def output_powers(
                 for group, statistics in zip(stage, groups, strict=True):
                     for layer in group if statistics is not None else ():
                         tell(layer.name)
-                        try:
+                        with located(layer.name):
                             weight = layer.weight.read()
                             of, moment = configs[layer.name], statistics.moment
                             if layer is group[0]:  # the others of the group have the same inputs
                                 sketch = error_directions(weight, of[0], moment, SKETCH)
                             powers[layer.name] = [Powers(*error_powers(weight, c, moment), sketch) for c in of]
-                        except FourierError as error:
-                            raise error.at(layer.name) from error
             if index < len(segment) - 1:
                 blocks.advance(unit, calls[index], hidden)
             calls[index] = []

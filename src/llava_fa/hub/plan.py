@@ -109,22 +109,20 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig, embedding
     rest = dict(choice.not_compressed)
     layers, words, repeated = [], [], []
     for name in choice.layers + choice.embeddings:
-        stored = [names[key] for key in (f"{name}.weight", *tied_to(model, name)) if key in names]
-        key = stored[0] if stored else None
-        if key is None:
+        stored = [source.entries[names[key]] for key in (f"{name}.weight", *tied_to(model, name)) if key in names]
+        if not stored:
             stacked = f"{name}.weight" in converted.values()
             rest[name] = "its weight is stored rearranged" if stacked else "its weight is not in the checkpoint"
             continue
+        weight, *twins = stored
         if name in choice.layers:
-            layers.append(_planned(model, name, source.entries[key], config, feeding_norm(model, name)))
-        elif embeddings is not None:
-            twins = [source.entries[twin] for twin in stored[1:]]
-            if not all(_same(source.entries[key], twin) for twin in twins):
-                rest[name] = f"config.json ties it to {twins[0].name}, which is another one in the checkpoint"
-                continue
+            layers.append(_planned(model, name, weight, config, feeding_norm(model, name)))
+        elif all(_same(weight, twin) for twin in twins):
             repeated += twins
             packed = config.replace(method="best", bits=embeddings, rank=0, inner_rank=0)
-            words.append(_planned(model, name, source.entries[key], packed, final_norm(model, name)))
+            words.append(_planned(model, name, weight, packed, final_norm(model, name)))
+        else:
+            rest[name] = f"config.json ties it to {twins[0].name}, which is another one in the checkpoint"
     if not layers:
         raise FourierError(
             "none of its linear layers is stored as the model has it",

@@ -151,18 +151,21 @@ def _weights(model: nn.Module, layers: Sequence[PlannedLayer]) -> list[Tensor]:
     return [model.get_parameter(f"{layer.name}.weight") for layer in layers]
 
 
+def _set(weights: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
+
+
 @contextmanager
 def _original(model: nn.Module, layers: Sequence[PlannedLayer]) -> Iterator[None]:
     """Inside, these layers have the weights of the checkpoint."""
     weights = _weights(model, layers)
     compressed = [weight.clone() for weight in weights]
-    for weight, layer in zip(weights, layers, strict=True):
-        weight.copy_(layer.weight.read())
+    _set(weights, (layer.weight.read() for layer in layers))
     try:
         yield
     finally:
-        for weight, before in zip(weights, compressed, strict=True):
-            weight.copy_(before)
+        _set(weights, compressed)
 
 
 def _moments(model: nn.Module, answers: Answers, layers: Sequence[PlannedLayer]) -> dict[str, Tensor]:
@@ -205,10 +208,8 @@ def _redraw(
             best = cost, [weight.clone() for weight in weights], candidates
         if 4 * cost < before[0]:
             break
-    for weight, chosen in zip(weights, best[1], strict=True):
-        weight.copy_(chosen)
+    _set(weights, best[1])
     if best[2] and _cost(answers.lost(model, range(len(answers.inputs)))) < before[1]:
         return best[2]
-    for weight, first in zip(weights, first_draw, strict=True):
-        weight.copy_(first)
+    _set(weights, first_draw)
     return {}

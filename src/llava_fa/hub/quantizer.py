@@ -7,7 +7,6 @@ as it is read. `save_pretrained` writes docs/format.md; `dequantize()` gives the
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llava_fa.config import QUANT_METHOD, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub.checkpoint import LayerRecord, Metadata, check_content, codebook_digest, validate
+from llava_fa.hub.checkpoint import LayerRecord, Metadata, check_content, codebook_digest, is_codebook, validate
 from llava_fa.hub.families import Feed, feeding_norm
-from llava_fa.hub.shards import Entry, read_header
+from llava_fa.hub.shards import Entry, read_entries
 from llava_fa.hub.source import Source, match_names
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, Codebooks, attach, relink, share_codebooks
@@ -145,7 +144,7 @@ class FourierHfQuantizer(HfQuantizer):
         plan = classify(model, config.skip, config.only)
         self._targets = {f"{name}.weight" for name in plan.layers}
         if config.calibration != "none" and files:
-            entries = {key: entry for file in files for key, entry in read_header(file)[0].items()}
+            entries = read_entries(files)
             names, _ = match_names(model, Source(files[0].parent, {}, entries, ""))
             self._feeds = {name: feeding_norm(model, name) for name in plan.layers}
             self._entries = {name: entries[key] for name, key in names.items()}
@@ -160,22 +159,18 @@ class FourierHfQuantizer(HfQuantizer):
             relink(model)
             self._check_loaded(model)
             return model
-        metadata = self.metadata
-        left = dict.fromkeys(self._dense_targets(model), "its weight is not in the checkpoint")
-        config = dataclasses.replace(metadata, not_compressed={**metadata.not_compressed, **left})
-        self.quantization_config = FourierQuantizationConfig(config)
+        for target in sorted(self._targets):
+            name = target.removesuffix(".weight")
+            if not isinstance(model.get_submodule(name), PackedLinear):
+                self.metadata.not_compressed[name] = "its weight is not in the checkpoint"
         mark_compressed(model, self)
         return model
-
-    def _dense_targets(self, model: nn.Module) -> list[str]:
-        names = [target.removesuffix(".weight") for target in self._targets]
-        return sorted(name for name in names if not isinstance(model.get_submodule(name), PackedLinear))
 
     def _check_loaded(self, model: nn.Module) -> None:
         for name, layer in packed_layers(model):
             tensors = layer.packed()
             for key, tensor in tensors.items():
-                loaded = getattr(tensor, "_is_hf_initialized", False) or key.rpartition(".")[2] == "codebook"
+                loaded = getattr(tensor, "_is_hf_initialized", False) or is_codebook(key)
                 if not (loaded or self._validated):  # given a state dict instead of files
                     raise FourierError(
                         "this tensor is missing from the weights",

@@ -18,10 +18,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, explained
 
 CHUNK = 16 << 20
 """Bytes copied at once."""
+
+COPY_AGAIN = "Copy or download it again"
+_SHORT = "the file is cut short"
 
 _DTYPES = {
     "F64": torch.float64,
@@ -35,7 +38,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes of weights that can be compressed."""
 
@@ -66,7 +69,7 @@ class Entry:
             file.seek(self.start)
             buffer = bytearray(self.nbytes)
             if file.readinto(buffer) != self.nbytes:
-                raise _cut_short(self.file, f"{self.name} is incomplete")
+                raise _damaged(self.file, f"{_SHORT}: {self.name} is incomplete")
         if not buffer:
             return torch.empty(self.shape, dtype=_DTYPES[self.dtype])
         return torch.frombuffer(buffer, dtype=_DTYPES[self.dtype]).reshape(self.shape)
@@ -79,7 +82,7 @@ class Entry:
             while left:
                 chunk = file.read(min(left, CHUNK))
                 if not chunk:
-                    raise _cut_short(self.file, f"{self.name} is incomplete")
+                    raise _damaged(self.file, f"{_SHORT}: {self.name} is incomplete")
                 left -= len(chunk)
                 yield chunk
 
@@ -95,40 +98,30 @@ def read_header(path: Path) -> tuple[dict[str, Entry], str]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or size < 8 + length:
-            raise _cut_short(path, f"it has {size} bytes, less than its header")
+            raise _damaged(path, f"{_SHORT}: it has {size} bytes, less than its header")
         raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        entries = {
-            name: Entry(
-                path,
-                name,
-                value["dtype"],
-                tuple(value["shape"]),
-                8 + length + value["data_offsets"][0],
-                value["data_offsets"][1] - value["data_offsets"][0],
-            )
-            for name, value in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise FourierError(
-            "its header is not that of a safetensors file",
-            remedy="Copy or download it again",
-            where=str(path),
-        ) from None
+    entries: dict[str, Entry] = {}
+    kinds = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+    what = "its header is not that of a safetensors file"
+    with explained(what, remedy=COPY_AGAIN, where=str(path), kinds=kinds, words=None):
+        for name, value in json.loads(raw).items():
+            if name != "__metadata__":
+                start, end = value["data_offsets"][0], value["data_offsets"][1]
+                shape = tuple(value["shape"])
+                entries[name] = Entry(path, name, value["dtype"], shape, 8 + length + start, end - start)
     end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
     if end > size:
-        raise _cut_short(path, f"it has {size} bytes where its header announces {end}")
+        raise _damaged(path, f"{_SHORT}: it has {size} bytes where its header announces {end}")
     for entry in entries.values():
         width = _DTYPES[entry.dtype].itemsize if entry.dtype in _DTYPES else None
         if entry.nbytes < 0 or entry.start < 8 + length or (width and entry.nbytes != width * entry.numel):
-            raise FourierError(
-                f"{entry.name}: {entry.nbytes} bytes do not make {entry.dtype} {list(entry.shape)}",
-                remedy="Copy or download it again",
-                where=str(path),
-            )
+            raise _damaged(path, f"{entry.name}: {entry.nbytes} bytes do not make {entry.dtype} {list(entry.shape)}")
     return entries, hashlib.sha256(raw).hexdigest()
+
+
+def read_entries(paths: Iterable[Path]) -> dict[str, Entry]:
+    """The tensors of several files, as `read_header` gives those of each."""
+    return {name: entry for path in paths for name, entry in read_header(path)[0].items()}
 
 
 def file_metadata(path: Path) -> dict[str, str]:
@@ -138,8 +131,8 @@ def file_metadata(path: Path) -> dict[str, str]:
         return dict(json.loads(file.read(length)).get("__metadata__", {}))
 
 
-def _cut_short(path: Path, what: str) -> FourierError:
-    return FourierError(f"the file is cut short: {what}", remedy="Copy or download it again", where=str(path))
+def _damaged(path: Path, what: str) -> FourierError:
+    return FourierError(what, remedy=COPY_AGAIN, where=str(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +154,7 @@ class Item:
     def of(cls, name: str, tensor: torch.Tensor) -> Item:
         """A tensor in memory."""
         nbytes = tensor.numel() * tensor.element_size()
-        return cls(name, _NAMES[tensor.dtype], tuple(tensor.shape), nbytes, lambda: [tensor_bytes(tensor)])
+        return cls(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), nbytes, lambda: [tensor_bytes(tensor)])
 
     @property
     def width(self) -> int:

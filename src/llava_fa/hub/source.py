@@ -22,7 +22,7 @@ from torch import nn
 import llava_fa
 from llava_fa.config import QUANT_METHOD
 from llava_fa.errors import FourierError, explained
-from llava_fa.hub.shards import Entry, read_header
+from llava_fa.hub.shards import COPY_AGAIN, Entry, read_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -138,35 +138,26 @@ def read_config(folder: Path) -> dict[str, Any]:
             remedy="Give the folder that `save_pretrained` wrote, or a hub id",
             where=str(folder),
         )
-    try:
+    with explained("it is not JSON", remedy=COPY_AGAIN, where=str(path), kinds=(ValueError,), words=str):
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FourierError(f"it is not JSON ({error})", remedy="Copy or download it again", where=str(path)) from None
     if not isinstance(config, dict):
-        raise FourierError("it is not a JSON object", remedy="Copy or download it again", where=str(path))
+        raise FourierError("it is not a JSON object", remedy=COPY_AGAIN, where=str(path))
     return config
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint, as its index (or the one usual name) says."""
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise FourierError(
-                "it is not a checkpoint index", remedy="Copy or download it again", where=str(folder / INDEX)
-            ) from None
+    if (index := folder / INDEX).is_file():
+        kinds = (ValueError, KeyError, TypeError, AttributeError)
+        with explained("it is not a checkpoint index", remedy=COPY_AGAIN, where=str(index), kinds=kinds, words=None):
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:
         raise _no_weights(folder)
     for name in names:
         if not (folder / name).is_file():
-            raise FourierError(
-                f"the index names {name}, which is not there",
-                remedy="Copy or download it again",
-                where=str(folder),
-            )
+            raise FourierError(f"the index names {name}, which is not there", remedy=COPY_AGAIN, where=str(folder))
     return [folder / name for name in names]
 
 
@@ -194,7 +185,7 @@ def _no_weights(folder: Path) -> FourierError:
     )
 
 
-def empty_model(source: Source | Path) -> nn.Module:
+def empty_model(source: Source) -> nn.Module:
     """The model on the meta device: every module and name, no memory.
 
     Raises:
@@ -203,28 +194,23 @@ def empty_model(source: Source | Path) -> nn.Module:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    folder = source.folder if isinstance(source, Source) else source
-    raw = source.config if isinstance(source, Source) else read_config(source)
-    name = (raw.get("architectures") or [None])[0]
-    seeing = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    where, name = str(source.folder), (source.config.get("architectures") or [None])[0]
     if name is None or not hasattr(transformers, str(name)):
         raise FourierError(
             f"transformers {transformers.__version__} has no architecture {name!r}",
             remedy="Give a checkpoint in the Hugging Face format, such as llava-hf/llava-1.5-7b-hf",
-            where=str(folder),
+            where=where,
         )
-    if name not in seeing:
+    if name not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         raise FourierError(
             f"{name} is not a vision-language model",
             remedy="Give a LLaVA-type checkpoint (vision tower, projector and language model in one)",
-            where=str(folder),
+            where=where,
         )
     what = f"transformers cannot build {name} from config.json"
-    with (
-        quiet_transformers(),
-        explained(what, remedy="Check the folder with transformers alone first", where=str(folder)),
-    ):
-        config = transformers.AutoConfig.from_pretrained(folder)
+    remedy = "Check the folder with transformers alone first"
+    with quiet_transformers(), explained(what, remedy=remedy, where=where):
+        config = transformers.AutoConfig.from_pretrained(source.folder)
         with torch.device("meta"):
             return getattr(transformers, str(name))(config).eval()
 

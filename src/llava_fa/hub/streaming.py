@@ -6,7 +6,6 @@ folder; `assemble` then writes the new checkpoint from them and from everything 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llava_fa.config import FourierConfig
-from llava_fa.errors import FourierError
+from llava_fa.errors import located
 from llava_fa.hub.checkpoint import ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import LayerReport, Progress, ProgressCallback, kind_of_codes
@@ -111,7 +110,7 @@ def approximated(
 ) -> tuple[Approximation, LayerReport]:
     """One layer as `compress_layer` keeps it, and what is to be told of it."""
     measured = second_moment is not None
-    try:
+    with located(layer.name):
         if not measured and layer.config.calibration != "none":
             second_moment = norm_moment(layer, plan)
         target = layer.weight.read()
@@ -122,8 +121,6 @@ def approximated(
         error = result.weight_error
         if drift is not None:  # read again rather than kept: memory is counted in copies of it
             error = metrics.weight_error(layer.weight.read(), result.dequantize())
-    except FourierError as problem:
-        raise problem.at(layer.name) from problem
     report = LayerReport(
         name=layer.name,
         shape=layer.shape,
@@ -140,13 +137,14 @@ def approximated(
 
 def assemble(
     plan: Plan, config: FourierConfig, work: WorkFolder, attention_density: dict[str, list[float]] | None = None
-) -> Metadata:
+) -> None:
     """Write the new model folder from the parts and the rest of the source, and give it its name.
 
     Weight files hold one tensor in memory at a time. Names are those of the modules.
     """
-    items, metadata = _items(plan, config, work)
-    metadata = dataclasses.replace(metadata, attention_density=attention_density)
+    rest = {skipped.name: skipped.reason for skipped in plan.not_compressed}
+    metadata = Metadata(config, not_compressed=rest, budget=plan.budget, attention_density=attention_density)
+    items = _items(plan, work, metadata)
     with disk_errors(work.path):
         work.result.mkdir()
         _write_shards(work.result, items, {ORIGINAL_BYTES: str(plan.source.nbytes)})
@@ -162,14 +160,12 @@ def assemble(
             fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             write_text(path, json.dumps({**fields, **plan.source.processor}, indent=2) + "\n")
     work.finish()
-    return metadata
 
 
-def _items(plan: Plan, config: FourierConfig, work: WorkFolder) -> tuple[list[Item], Metadata]:
+def _items(plan: Plan, work: WorkFolder, metadata: Metadata) -> list[Item]:
+    """Everything the new checkpoint holds; records and codebooks go into the metadata."""
     items: list[Item] = []
     replaced = {entry.name for entry in plan.repeated}
-    rest = {skipped.name: skipped.reason for skipped in plan.not_compressed}
-    metadata = Metadata(config, not_compressed=rest, budget=plan.budget)
     for layer in plan.all_layers:
         entries = work.entries(layer.name)
         report = work.report(layer.name)
@@ -188,7 +184,7 @@ def _items(plan: Plan, config: FourierConfig, work: WorkFolder) -> tuple[list[It
     for key, entry in plan.source.entries.items():
         if key not in replaced:
             items.append(Item.copy(entry, modules.get(key, key)))
-    return items, metadata
+    return items
 
 
 def _write_shards(folder: Path, items: list[Item], note: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, located
 from llava_fa.hub.source import Source, quiet_transformers
 from llava_fa.nn.visual_tokens import VisualTokens
 
@@ -144,10 +144,8 @@ def restore(model: nn.Module) -> None:
             where=f"config.json: {FIELD}",
         )
     config = model.config
-    try:
+    with located(f"config.json: {FIELD}"):
         _install(model, VisualTokens(grid_of(config), config.text_config.hidden_size, **settings))
-    except FourierError as error:
-        raise error.at(f"config.json: {FIELD}") from None
 
 
 def extend_post_init(base: type) -> None:

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -50,44 +50,32 @@ class WorkFolder:
         self.result = self.path / "result"
         self._manifest = json.loads(json.dumps(manifest))
         self._fresh = fresh
-        self._lock: int | None = None
 
     def __enter__(self) -> WorkFolder:
         refuse_existing(self.out)
-        with disk_errors(self.path):
+        with disk_errors(self.path), contextlib.ExitStack() as lock:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire()
-        try:
-            with disk_errors(self.path):
-                if self._fresh:
-                    self._clear()
-                self._check_manifest()
-                self.parts.mkdir(exist_ok=True)
-                shutil.rmtree(self.result, ignore_errors=True)
-        except BaseException:
-            self._release()
-            raise
+            self._acquire(lock.enter_context(open(self.path / "lock", "a")))
+            if self._fresh:
+                self._clear()
+            self._check_manifest()
+            self.parts.mkdir(exist_ok=True)
+            shutil.rmtree(self.result, ignore_errors=True)
+            self._lock = lock.pop_all()  # held from here on
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._release()
+        self._lock.close()
 
-    def _acquire(self) -> None:
-        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR)
+    def _acquire(self, lock: TextIO) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._release()
             raise FourierError(
                 "another run is compressing to this folder",
                 remedy="Wait for it, or give another OUT",
                 where=str(self.out),
             ) from None
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def _clear(self) -> None:
         for path in self.path.iterdir():
