@@ -33,7 +33,7 @@ def _show(diagnosis: dict[str, Any]) -> None:
         ("kernels", f"{kernels['level'] or 'PyTorch'} ({kernels['reason']}); built: {', '.join(kernels['available'])}"),
     ]
     if kernels["trellis"]:
-        lines.append(("trellis codes", f"points diagnosis {kernels['trellis']}"))
+        lines.append(("trellis codes", f"points found {kernels['trellis']}"))
     lines += [
         (f"layer, {dtype}", f"{layer['implementation']} ({layer['reason']}), {layer['activations']} activations")
         for dtype, layer in diagnosis["layer"].items()
@@ -42,20 +42,14 @@ def _show(diagnosis: dict[str, Any]) -> None:
     on = f"{gpu['device']}: {gpu['implementation']} ({gpu['reason']})" if gpu["device"] else f"none ({gpu['reason']})"
     lines.append(("GPU", f"{on}; Triton {gpu['triton'] or 'not installed'}"))
     worst: dict[str, float] = {"exact": 0.0, "int8": 0.0}
+    wrong = []
     for check in diagnosis["checks"]:
         worst[check["activations"]] = max(worst.get(check["activations"], 0.0), check["error"])
-    wrong = [
-        f"{check['level']}, {check['codes']}, {check['activations']}"
-        for check in diagnosis["checks"]
-        if not check["ok"]
-    ]
+        if not check["ok"]:
+            wrong.append(f"{check['level']}, {check['codes']}, {check['activations']}")
     verdict = f"WRONG: {'; '.join(wrong)}" if wrong else "right"
-    lines.append(
-        (
-            "checks",
-            f"{len(diagnosis['checks'])} layers against float64: {verdict}; largest error "
-            + ", ".join(f"{error:.1e} {kind}" for kind, error in worst.items()),
-        )
-    )
+    largest = ", ".join(f"{error:.1e} {kind}" for kind, error in worst.items())
+    count = len(diagnosis["checks"])
+    lines.append(("checks", f"{count} layers against float64: {verdict}; largest error {largest}"))
     for name, text in lines:
         console.print(f"{name:<16}{text}", markup=False, soft_wrap=True)

@@ -62,22 +62,18 @@ def flops(
 
     config = read_model_config(model)
     counts = VisualTokens(grid_of(config), 1, "pooling").counts
-    rows = {
-        count: count_flops(config, text=text, visual_tokens=count, pictures=pictures, generated=generated)
-        for count in counts
-    }
+    question = {"text": text, "pictures": pictures, "generated": generated}
+    rows = {count: count_flops(config, visual_tokens=count, **question) for count in counts}
     if json_output:
-        output.print_json(
-            {"model": model, "text": text, "visual_tokens": {n: row.to_dict() for n, row in rows.items()}}
-        )
+        by_count = {count: row.to_dict() for count, row in rows.items()}
+        output.print_json({"model": model, "text": text, "visual_tokens": by_count})
         return
     from rich.table import Table
 
     table = Table(
         title=f"{model}: GFLOPs of reading {text} text tokens and {pictures} picture(s)", title_justify="left"
     )
-    headings = ("visual tokens", "vision tower", "projector", "language model", "saved", "total", "saved")
-    for heading in headings:
+    for heading in ("visual tokens", "vision tower", "projector", "language model", "saved", "total", "saved"):
         table.add_column(heading, justify="right")
     full = rows[counts[0]]
     for count, row in rows.items():

@@ -100,19 +100,12 @@ def _compress_segment(
     origin: list[Tensor] | None,
 ) -> None:
     """Compress a segment; ``origin`` is what the original model gives it, None where that is what it gets."""
-    pending = [_to_do([unit], work) for unit in segment]
-    if not any(pending):
-        for unit in segment:
-            _use_parts(unit, unit.layers, work)
-        return
-    last = max(index for index, missing in enumerate(pending) if missing)
-    calls, hidden = capture(segment[: last + 1], model, inputs)
+    last = max((index for index, unit in enumerate(segment) if _to_do([unit], work)), default=-1)
+    active = segment[: last + 1]
+    calls, hidden = capture(active, model, inputs) if active else ([], [])
     if origin is None and _follows(segment):
         origin = list(hidden)
-    for index, unit in enumerate(segment):
-        if index > last:
-            _use_parts(unit, unit.layers, work)
-            continue
+    for index, unit in enumerate(active):
         original = None if origin is None else Original(unit.copy(), origin)
         _compress_unit(unit, calls[index], hidden, original, plan, work, tracker)
         if index < last:
@@ -120,6 +113,8 @@ def _compress_segment(
             if original is not None:
                 advance(original.unit, calls[index], original.hidden)
         calls[index] = []
+    for unit in segment[last + 1 :]:
+        _use_parts(unit, unit.layers, work)
 
 
 def _compress_unit(
@@ -132,13 +127,10 @@ def _compress_unit(
     tracker: Tracker,
 ) -> None:
     for stage in stages(unit, calls, hidden):
-        pending = [layer for group in stage for layer in group if layer.name not in work]
-        if pending:
+        if any(layer.name not in work for group in stage for layer in group):
             groups = gather(unit, stage, calls, hidden, original)
             for group, statistics in zip(stage, groups, strict=True):
-                for layer in group:
-                    if layer.name in work:
-                        continue
+                for layer in (layer for layer in group if layer.name not in work):
                     if statistics is None:
                         compress_layer(layer, plan, None, work, tracker, notes=(_NO_INPUT,))
                     else:

@@ -272,11 +272,10 @@ def _check_part(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> Non
 
 
 def _check_padding(name: str, key: str, packed: Tensor, bits: int) -> None:
-    used = bits % 8
-    if used and bool((packed[:, -1] >> used).any()):
-        row = int((packed[:, -1] >> used).nonzero()[0])
+    rows = (packed[:, -1] >> bits % 8).nonzero() if bits % 8 else ()
+    if len(rows):
         raise FourierError(
-            f"{key}: code out of range in row {row}: bits are set behind the last code",
+            f"{key}: code out of range in row {int(rows[0])}: bits are set behind the last code",
             remedy=_COMPRESS_AGAIN,
             where=name,
         )
@@ -322,17 +321,15 @@ class Accounting:
 def account(entries: Mapping[str, Entry], metadata: Metadata) -> Accounting:
     """Count every stored byte of validated `entries` (see `validate`)."""
     layers: dict[str, float] = {}
-    packed, weights, seen = 0, 0, set()
+    packed, weights = 0, 0
     for name, record in metadata.layers.items():
         keys = [stored for key, stored in file_keys(name, record.layout).items() if not is_codebook(key)]
         nbytes = sum(entries[key].nbytes for key in keys)
         count = record.layout.out_features * record.layout.in_features
         layers[name] = 8 * nbytes / count
         packed, weights = packed + nbytes, weights + count
-        seen.update(keys)
-    books = [entry for key, entry in entries.items() if key.startswith(f"{MODULE}.")]
-    others = [entry for key, entry in entries.items() if key not in seen and entry not in books]
-    codebook_bytes, other_bytes = sum(e.nbytes for e in books), sum(e.nbytes for e in others)
+    codebook_bytes = sum(entry.nbytes for key, entry in entries.items() if key.startswith(f"{MODULE}."))
+    other_bytes = sum(entry.nbytes for entry in entries.values()) - packed - codebook_bytes
     return Accounting(
         layers=layers,
         bits_per_weight=8 * (packed + codebook_bytes) / max(weights, 1),

@@ -49,7 +49,8 @@ def describe(
     start = time.monotonic()
     metadata = read_metadata(folder)
     files = weight_files(folder)
-    accounts = account(validate(files, metadata), metadata)
+    entries = validate(files, metadata)
+    accounts = account(entries, metadata)
     layers = tuple(
         LayerReport(
             name=name,
@@ -67,7 +68,7 @@ def describe(
         )
         for name, record in metadata.layers.items()
     )
-    compressed = accounts.packed_bytes + accounts.codebook_bytes + accounts.other_bytes
+    compressed = sum(entry.nbytes for entry in entries.values())
     note = file_metadata(files[0]).get(ORIGINAL_BYTES)
     original = original_bytes or (int(note) if note else accounts.dense_bytes)
     return Report(

@@ -96,12 +96,6 @@ class FourierHfQuantizer(HfQuantizer):
         """`torch.compile` works."""
         return True
 
-    def norm_moment(self, name: str, weight: Tensor) -> Tensor | None:
-        """E[x_j²] of a layer's inputs [n] by the norm in front of it, from the checkpoint; None if nothing is known."""
-        feed = self._feeds.get(name)
-        moment = None if feed is None else feed.read_second_moment(self._entries.get, weight.shape[1])
-        return None if moment is None else moment.to(weight.device)
-
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether this weight is to be compressed while it is loaded."""
         return param_name in self._targets
@@ -237,7 +231,10 @@ class _Compress(ConversionOps):
                 f"the checkpoint has {list(weight.shape)}, the model {list(linear.weight.shape)}",
                 remedy="config.json does not belong to these weights",
             )
-        approximation = approximate(weight, self.quantizer.metadata.config, self.quantizer.norm_moment(name, weight))
+        feed = self.quantizer._feeds.get(name)
+        moment = None if feed is None else feed.read_second_moment(self.quantizer._entries.get, weight.shape[1])
+        moment = None if moment is None else moment.to(weight.device)
+        approximation = approximate(weight, self.quantizer.metadata.config, moment)
         layer = layer_from_approximation(approximation, linear.bias, weight.dtype)
         layer.output_error = None  # against a norm's γ², not against real inputs: not a measurement
         _exchange(model, name, layer)
@@ -259,12 +256,9 @@ def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = Non
         quantizer = FourierHfQuantizer(FourierQuantizationConfig(start), pre_quantized=True)
     share_codebooks(model)
     layers = {name: LayerRecord.of(layer) for name, layer in packed_layers(model)}
-    books = getattr(model, MODULE, None)
-    digests = {}
-    if books is not None:
-        parts = [part for record in layers.values() for part in record.layout.parts().values()]
-        used = {part.codebook for part in parts if part.method == "best"}
-        digests = {name: codebook_digest(books[name]) for name in sorted(used)}
+    parts = [part for record in layers.values() for part in record.layout.parts().values()]
+    used = {part.codebook for part in parts if part.method == "best"}
+    digests = {name: codebook_digest(getattr(model, MODULE)[name]) for name in sorted(used)}
     before = quantizer.metadata
     config = FourierQuantizationConfig(
         Metadata(before.config, layers, before.not_compressed, digests, attention_density=before.attention_density)

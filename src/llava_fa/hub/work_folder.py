@@ -197,10 +197,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     changed = []
     for key in sorted(set(before) | set(now)):
         old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
         if isinstance(old, dict) and isinstance(new, dict):
-            changed += [f"{key}.{inner}" for inner in sorted(set(old) | set(new)) if old.get(inner) != new.get(inner)]
-        else:
+            changed += [f"{key}.{inner}" for inner in _differences(old, new)]
+        elif old != new:
             changed.append(key)
     return changed

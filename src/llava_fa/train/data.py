@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llava_fa.errors import FourierError, explained, located
 from llava_fa.hub.calibration_data import (
@@ -230,7 +231,7 @@ class Collator:
             elif all(len(values) == len(items) and _row(v).shape == _row(item["input_ids"]).shape
                      for v, item in zip(values, items, strict=False)):  # fmt: skip
                 rows = [_row(value) for value in values]
-                batch[name] = torch.stack([_padded(row, (length,), self.fill.get(name, 0)) for row in rows])
+                batch[name] = pad_sequence(rows, batch_first=True, padding_value=self.fill.get(name, 0))
             else:
                 largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
                 batch[name] = torch.cat([_padded(v, (v.shape[0], *largest), 0) for v in values])

@@ -14,7 +14,7 @@ from llava_fa.hub.blocks import input_moments
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.run import dequantize
 from llava_fa.maths.lowrank import fourier_svd, weighted_low_rank
-from llava_fa.nn.factored_linear import FactoredLinear
+from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.trainable import Factors, TrainableLinear
@@ -30,13 +30,10 @@ _DAMPING = 0.01
 
 def layers_by_name(model: nn.Module) -> dict[str, FourierLinear]:
     """Every packed matrix that can have factors: those inside of a factored layer and embeddings cannot."""
-    inside = {
-        id(part) for module in model.modules() if isinstance(module, FactoredLinear) for part in module.children()
-    }
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, FourierLinear) and not isinstance(module, FourierEmbedding) and id(module) not in inside
+        name: layer
+        for name, layer in packed_layers(model)
+        if isinstance(layer, FourierLinear) and not isinstance(layer, FourierEmbedding)
     }
 
 

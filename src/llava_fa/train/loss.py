@@ -129,7 +129,7 @@ class RecoveryLoss:
         terms = {"cross_entropy": functional.cross_entropy(logits, labels)}
         if targets is not None:
             terms["divergence"] = divergence(logits, targets, self.temperature)
-            if with_hidden and states is not None and targets.hidden is not None:
+            if with_hidden:
                 terms["hidden"] = mismatch(states, targets.hidden)
         total = sum((self.weights[name] * term for name, term in terms.items()), logits.new_zeros(()))
         return {"loss": total, **{name: term.detach() for name, term in terms.items()}}

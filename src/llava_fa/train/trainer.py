@@ -239,12 +239,10 @@ class _Report(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Before parameters, and so the next checkpoint, are spoilt."""
-        fine, device = True, torch.device("cpu")
-        for parameter in self.trainer.model.parameters():
-            if parameter.grad is not None:
-                gradient = parameter.grad
-                gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-                fine, device = fine and bool(torch.isfinite(gradient).all()), gradient.device
+        gradients = [parameter.grad for parameter in self.trainer.model.parameters() if parameter.grad is not None]
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        fine = all(bool(torch.isfinite(gradient).all()) for gradient in local)
+        device = local[-1].device if local else torch.device("cpu")
         if not _everywhere(fine, device):
             raise self.trainer.not_finite("gradient")
 
