@@ -125,7 +125,7 @@ def test_streamed_is_resumed_to_the_same_bytes(tmp_path, checkpoint, quick, dige
     llava_fa.compress(checkpoint, tmp_path / "whole", quick, embeddings=3)
     from llava_fa.hub import streaming
 
-    compress_layer, left = streaming.compress_layer, [3]
+    compress_layer, left = streaming.Job.compress, [3]
 
     def some(*args, **kwargs):
         if not left[0]:
@@ -133,7 +133,7 @@ def test_streamed_is_resumed_to_the_same_bytes(tmp_path, checkpoint, quick, dige
         left[0] -= 1
         compress_layer(*args, **kwargs)
 
-    monkeypatch.setattr(streaming, "compress_layer", some)
+    monkeypatch.setattr(streaming.Job, "compress", some)
     with pytest.raises(KeyboardInterrupt):
         llava_fa.compress(checkpoint, tmp_path / "cut", quick, embeddings=3)
     with pytest.raises(FourierError, match="another embeddings"):

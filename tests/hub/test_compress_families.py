@@ -10,7 +10,7 @@ from llava_fa.hub import blocks as blockwise
 from llava_fa.hub import calibrated
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.source import empty_model, open_source
-from llava_fa.hub.streaming import Tracker, assemble
+from llava_fa.hub.streaming import Job, assemble
 from llava_fa.hub.work_folder import WorkFolder
 
 IMAGE, START, END = 1, 3, 4
@@ -122,8 +122,8 @@ def test_family(family, tmp_path):
     assert [[unit.path.removeprefix("model.") for unit in segment] for segment in segments] == expected
     assert idle == []
     with WorkFolder(tmp_path / "data", {}) as work:
-        tracker = Tracker(plan, work, lambda _: None)
+        job = Job(plan, work, lambda _: None)
         loaded = kind.from_pretrained(tmp_path / "in")
-        calibrated.compress_calibrated(plan, work, loaded, [inputs], tracker)
+        calibrated.compress_calibrated(job, loaded, [inputs])
         assemble(plan, config, work)
     assert error(tmp_path / "data") < 0.8 * error(tmp_path / "free")

@@ -30,8 +30,9 @@ def sabotage(monkeypatch):
     """`compress` whose compressed keys of the first attention module point the other way."""
     tensors = {}
 
-    def broken(plan, work, model, inputs, tracker):
-        compress_calibrated(plan, work, model, inputs, tracker)
+    def broken(job, model, inputs):
+        compress_calibrated(job, model, inputs)
+        plan, work = job.plan, job.work
         report = work.report(BROKEN)
         if not tensors:  # a resumed run finds it broken already
             tensors.update(work.load(BROKEN))

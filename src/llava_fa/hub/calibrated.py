@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.hub.blocks import Call, Inputs, Unit, advance, capture, find_units, replay, segments, stages
-from llava_fa.hub.plan import Plan, PlannedLayer
-from llava_fa.hub.streaming import Tracker, compress_layer
-from llava_fa.hub.work_folder import WorkFolder
+from llava_fa.hub.plan import PlannedLayer
+from llava_fa.hub.streaming import Job
 from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.solver.statistics import Drift, SecondMoment
 
@@ -48,95 +47,79 @@ class Statistics:
 
 
 @torch.no_grad()
-def compress_calibrated(plan: Plan, work: WorkFolder, model: nn.Module, inputs: Inputs, tracker: Tracker) -> None:
+def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs) -> None:
     """Compress every planned layer that has no part yet.
 
     Args:
-        plan: what to compress; weights are read from the checkpoint, not from ``model``.
+        job: what to compress; weights are read from the checkpoint, not from ``model``.
         model: the whole model, loaded, in evaluation mode, on its device. Its weights are overwritten.
         inputs: prepared samples (`calibration_data.prepare`), each a batch of one.
 
     Raises:
         FourierError: the model fails on a sample (named), or a layer cannot be approximated (named).
     """
-    chains, idle = segments(model, find_units(model, plan.layers), inputs)
+    chains, idle = segments(model, find_units(model, job.plan.layers), inputs)
     # Before the first layer is compressed; where the first segment starts nothing ever drifts.
     origins = [
-        capture(segment[:1], model, inputs)[1] if index and _to_do(segment, work) and _follows(segment) else None
+        capture(segment[:1], model, inputs)[1]
+        if index and job.missing(_layers(segment)) and _follows(segment)
+        else None
         for index, segment in enumerate(chains)
     ]
-    _compress_embeddings(plan, work, model, tracker)
+    for layer in job.plan.embeddings:  # before the layers, which then see what the compressed words give
+        if job.missing([layer]):
+            job.compress(layer)
+        _use_part(job, layer, model.get_submodule(layer.name))
     for segment, origin in zip(chains, origins, strict=True):
-        _compress_segment(segment, plan, work, model, inputs, tracker, origin)
-    for unit in idle:  # unused heads: no inputs to learn from
-        for layer in unit.layers:
-            if layer.name not in work:
-                compress_layer(layer, plan, None, work, tracker, notes=(_NO_INPUT,))
+        _compress_segment(job, segment, model, inputs, origin)
+    for layer in job.missing(_layers(idle)):  # unused heads: no inputs to learn from
+        job.compress(layer, notes=(_NO_INPUT,))
 
 
-def _compress_embeddings(plan: Plan, work: WorkFolder, model: nn.Module, tracker: Tracker) -> None:
-    """Before the layers, which then see what the compressed words give; tied weights share their numbers."""
-    for layer in plan.embeddings:
-        if layer.name not in work:
-            compress_layer(layer, plan, None, work, tracker)
-        _use_part(model.get_submodule(layer.name), layer, work)
-
-
-def _to_do(units: Sequence[Unit], work: WorkFolder) -> bool:
-    return any(layer.name not in work for unit in units for layer in unit.layers)
+def _layers(units: Sequence[Unit]) -> list[PlannedLayer]:
+    return [layer for unit in units for layer in unit.layers]
 
 
 def _follows(units: Sequence[Unit]) -> bool:
-    return any(layer.config.follows_outputs for unit in units for layer in unit.layers)
+    return any(layer.config.follows_outputs for layer in _layers(units))
 
 
 def _compress_segment(
-    segment: list[Unit],
-    plan: Plan,
-    work: WorkFolder,
-    model: nn.Module,
-    inputs: Inputs,
-    tracker: Tracker,
-    origin: list[Tensor] | None,
+    job: Job, segment: list[Unit], model: nn.Module, inputs: Inputs, origin: list[Tensor] | None
 ) -> None:
     """Compress a segment; ``origin`` is what the original model gives it, None where that is what it gets."""
-    last = max((index for index, unit in enumerate(segment) if _to_do([unit], work)), default=-1)
+    last = max((index for index, unit in enumerate(segment) if job.missing(unit.layers)), default=-1)
     active = segment[: last + 1]
     calls, hidden = capture(active, model, inputs) if active else ([], [])
     if origin is None and _follows(segment):
         origin = list(hidden)
     for index, unit in enumerate(active):
         original = None if origin is None else Original(unit.copy(), origin)
-        _compress_unit(unit, calls[index], hidden, original, plan, work, tracker)
+        _compress_unit(job, unit, calls[index], hidden, original)
         if index < last:
             advance(unit, calls[index], hidden)
             if original is not None:
                 advance(original.unit, calls[index], original.hidden)
         calls[index] = []
     for unit in segment[last + 1 :]:
-        _use_parts(unit, unit.layers, work)
+        for layer in unit.layers:
+            _use_part(job, layer, unit.linear(layer))
 
 
-def _compress_unit(
-    unit: Unit,
-    calls: list[Call],
-    hidden: list[Tensor],
-    original: Original | None,
-    plan: Plan,
-    work: WorkFolder,
-    tracker: Tracker,
-) -> None:
+def _compress_unit(job: Job, unit: Unit, calls: list[Call], hidden: list[Tensor], original: Original | None) -> None:
     for stage in stages(unit, calls, hidden):
-        if any(layer.name not in work for group in stage for layer in group):
+        layers = [layer for group in stage for layer in group]
+        if job.missing(layers):
             groups = gather(unit, stage, calls, hidden, original)
             for group, statistics in zip(stage, groups, strict=True):
-                for layer in (layer for layer in group if layer.name not in work):
+                for layer in job.missing(group):
                     if statistics is None:
-                        compress_layer(layer, plan, None, work, tracker, notes=(_NO_INPUT,))
+                        job.compress(layer, notes=(_NO_INPUT,))
                     else:
                         drift = statistics.drift if layer.config.follows_outputs else None
-                        compress_layer(layer, plan, statistics.moment, work, tracker, drift=drift)
-        _use_parts(unit, [layer for group in stage for layer in group], work)
+                        job.compress(layer, statistics.moment, drift)
+        for layer in layers:
+            _use_part(job, layer, unit.linear(layer))
 
 
 def gather(
@@ -188,11 +171,6 @@ def gather(
     return statistics
 
 
-def _use_parts(unit: Unit, layers: Sequence[PlannedLayer], work: WorkFolder) -> None:
-    for layer in layers:
-        _use_part(unit.linear(layer), layer, work)
-
-
-def _use_part(module: nn.Module, layer: PlannedLayer, work: WorkFolder) -> None:
+def _use_part(job: Job, layer: PlannedLayer, module: nn.Module) -> None:
     """From here on the model computes with the compressed weight, exactly as it is stored."""
-    module.weight.copy_(layer_from_tensors(layer.layout, work.load(layer.name)).dequantize())
+    module.weight.copy_(layer_from_tensors(layer.layout, job.work.load(layer.name)).dequantize())

@@ -28,7 +28,7 @@ from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.report import ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
 from llava_fa.hub.source import Source, empty_model, open_source, quiet_transformers, resolve_model
-from llava_fa.hub.streaming import Tracker, assemble, compress_streaming
+from llava_fa.hub.streaming import Job, assemble, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
 from llava_fa.hub.work_folder import WorkFolder, check_space, refuse_existing
 from llava_fa.maths.polar import ring_codebook
@@ -132,34 +132,34 @@ def carry_out(
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
     data = None if request.calibration is None else _Calibration.of(source, request.calibration)
     with WorkFolder(out, _manifest(request, source, data), fresh) as work, _memory_errors(device):
-        tracker = Tracker(plan, work, progress or (lambda _: None))
+        job = Job(plan, work, progress or (lambda _: None))
         model = None
-        if data is not None and (tracker.done < tracker.total or not proofread.settle(work)):
-            tracker.tell("loading the model")
+        if data is not None and (job.done < job.total or not proofread.settle(work)):
+            job.tell("loading the model")
             model = _load(source.folder, _running_dtype(plan, device, work), device)
             if request.visual_tokens is not None:
                 set_visual_tokens(model, request.visual_tokens)
         if request.budget is not None:
-            plan = _allocated(request, plan, work, model, data, tracker)
-            show(plan)
+            job.plan = _allocated(request, job, model, data)
+            show(job.plan)
         density = work.read_json(attention_density.FILE)
         if density is None and data is not None and model is not None:
-            tracker.tell("measuring attention")
+            job.tell("measuring attention")
             density = attention_density.densities(model, data.inputs)
             work.write_json(attention_density.FILE, density)
-        tracker.tell("compressing")
+        job.tell("compressing")
         if data is None:
-            compress_streaming(plan, work, tracker)
+            compress_streaming(job)
         elif model is not None:
-            tracker.tell("reading the answers")
+            job.tell("reading the answers")
             answers = proofread.Answers.of(model, data.inputs, data.answers())
-            compress_calibrated(plan, work, model, data.inputs, tracker)
-            proofread.proofread(plan, work, model, answers, tracker)
+            compress_calibrated(job, model, data.inputs)
+            proofread.proofread(job, model, answers)
             del model
-        notes = {layer.name: work.report(layer.name).notes for layer in plan.all_layers}
-        tracker.tell("writing")
-        assemble(plan, request.config, work, density)
-        tracker.tell("done")
+        notes = {layer.name: work.report(layer.name).notes for layer in job.plan.all_layers}
+        job.tell("writing")
+        assemble(job.plan, request.config, work, density)
+        job.tell("done")
     if request.command is not None:
         provenance.record(out, request.command)
     return describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
@@ -194,26 +194,19 @@ def _codebooks() -> str:
     return codebook_digest(torch.cat(books).to(torch.bfloat16))
 
 
-def _allocated(
-    request: CompressionRequest,
-    plan: Plan,
-    work: WorkFolder,
-    model: torch.nn.Module | None,
-    data: _Calibration | None,
-    tracker: Tracker,
-) -> Plan:
+def _allocated(request: CompressionRequest, job: Job, model: torch.nn.Module | None, data: _Calibration | None) -> Plan:
     """The plan under a budget: the one that an interrupted run had settled on, or a new one."""
-    if (known := allocation.load(plan, work)) is not None:
+    if (known := allocation.load(job.plan, job.work)) is not None:
         return known
-    config, casp = request.config, request.casp
-    tell = functools.partial(tracker.tell, "measuring sensitivity")
+    plan, config, casp = job.plan, request.config, request.casp
+    tell = functools.partial(job.tell, "measuring sensitivity")
     if data is None:
         unit, predictions = allocation.BLIND, allocation.estimate(plan, config, tell, casp)
     else:  # then the model was loaded, since no layer can be finished before this
         inputs, answers = data.some()
         unit, predictions = allocation.NATS, allocation.measure(plan, config, model, inputs, answers, tell, casp)
     plan = allocation.spend(plan, config, request.budget, predictions, unit, casp)
-    allocation.save(plan, work)
+    allocation.save(plan, job.work)
     return plan
 
 

@@ -26,7 +26,7 @@ from llava_fa.hub.blocks import Inputs, forward, input_moments
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import LayerReport
-from llava_fa.hub.streaming import Tracker, approximated
+from llava_fa.hub.streaming import Job, approximated
 from llava_fa.hub.work_folder import WorkFolder
 
 FILE = "proofread.json"
@@ -102,36 +102,35 @@ def _again(name: str) -> str:
 
 
 @torch.no_grad()
-def proofread(plan: Plan, work: WorkFolder, model: nn.Module, answers: Answers, tracker: Tracker) -> None:
+def proofread(job: Job, model: nn.Module, answers: Answers) -> None:
     """Find broken answers, and draw the queries and keys that broke them anew.
 
     Args:
-        plan: what was compressed.
-        work: with a part for every layer; those of redrawn layers are replaced.
+        job: with a part for every layer; those of redrawn layers are replaced.
         model: computes with the compressed weights; it is left with those that are stored.
         answers: the original's (`Answers.of`).
     """
     every, redrawn = range(len(answers.inputs)), {}
-    modules = _modules(plan)
+    modules = _modules(job.plan)
     for _ in range(MODULES):
-        tracker.tell("proofreading")
+        job.tell("proofreading")
         lost = answers.lost(model, every)
         worst_first = sorted(lost, key=lambda index: -_worst(lost[index]))
         broken = [index for index in worst_first if _worst(lost[index]) > BROKEN][:SAMPLES]
         before = _cost({index: lost[index] for index in broken})
         costs = {}
         for name, layers in modules.items() if broken else ():
-            tracker.tell("proofreading", name)
+            job.tell("proofreading", name)
             with _original(model, layers):
                 costs[name] = _cost(answers.lost(model, broken))
         name = min(costs, key=costs.__getitem__, default="")
         if not costs or 2 * costs[name] > before:
             break  # nothing broke, or no single module is to blame
-        redrawn |= _redraw(plan, model, answers, modules.pop(name), broken, (before, _cost(lost)), tracker)
+        redrawn |= _redraw(job, model, answers, modules.pop(name), broken, (before, _cost(lost)))
     for name, (tensors, report) in redrawn.items():
-        work.save(_again(name), tensors, report)
-    work.write_json(FILE, list(redrawn))
-    settle(work)
+        job.work.save(_again(name), tensors, report)
+    job.work.write_json(FILE, list(redrawn))
+    settle(job.work)
 
 
 def _worst(lost: Tensor) -> float:
@@ -177,13 +176,12 @@ def _moments(model: nn.Module, answers: Answers, layers: Sequence[PlannedLayer])
 
 
 def _redraw(
-    plan: Plan,
+    job: Job,
     model: nn.Module,
     answers: Answers,
     layers: list[PlannedLayer],
     broken: list[int],
     before: tuple[float, float],
-    tracker: Tracker,
 ) -> Redrawn:
     """The layers with the signs, of a few draws, that mend the most; nothing where none helps all samples together.
 
@@ -196,11 +194,11 @@ def _redraw(
     for draw in range(1, DRAWS + 1):
         candidates: Redrawn = {}
         for weight, layer in zip(weights, layers, strict=True):
-            tracker.tell("proofreading", layer.name)
+            job.tell("proofreading", layer.name)
             seed = layer.config.seed + draw
             note = f"drawn anew with seed {seed}: with the first the answers to {len(broken)} samples broke"
             again = dataclasses.replace(layer, config=layer.config.replace(seed=seed))
-            result, report = approximated(again, plan, moments[layer.name], notes=(note,))
+            result, report = approximated(again, job.plan, moments[layer.name], notes=(note,))
             candidates[layer.name] = result.tensors, report
             weight.copy_(result.dequantize())
         cost = _cost(answers.lost(model, broken))

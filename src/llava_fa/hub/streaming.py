@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -44,12 +45,18 @@ _NOT_COPIED = (
 )
 
 
-class Tracker:
-    """Counts finished layers and tells the progress callback."""
+class Job:
+    """A compression under way: its plan, its work folder, and how far it is.
+
+    Args:
+        plan: what is compressed; a budget's is exchanged for one with bits when these are settled.
+        work: where finished layers are kept; open.
+        callback: told of every step.
+    """
 
     def __init__(self, plan: Plan, work: WorkFolder, callback: ProgressCallback) -> None:
         finished = [layer for layer in plan.all_layers if layer.name in work]
-        self.callback = callback
+        self.plan, self.work, self.callback = plan, work, callback
         self.resumed = self.done = len(finished)
         self.weights = sum(layer.numel for layer in finished)
         self.total, self.all_weights = len(plan.all_layers), sum(layer.numel for layer in plan.all_layers)
@@ -58,16 +65,29 @@ class Tracker:
         """Report the present state."""
         self.callback(Progress(stage, name, self.done, self.total, self.weights, self.all_weights, self.resumed))
 
-    def finished(self, layer: PlannedLayer) -> None:
-        """Count one layer."""
+    def missing(self, layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
+        """Those of the layers that have no part yet."""
+        return [layer for layer in layers if layer.name not in self.work]
+
+    def compress(
+        self,
+        layer: PlannedLayer,
+        second_moment: torch.Tensor | None = None,
+        drift: torch.Tensor | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Approximate one layer (`approximated`) and keep it in the work folder."""
+        self.tell("compressing", layer.name)
+        result, report = approximated(layer, self.plan, second_moment, drift, notes)
+        self.work.save(layer.name, result.tensors, report)
         self.done, self.weights = self.done + 1, self.weights + layer.numel
 
 
-def compress_streaming(plan: Plan, work: WorkFolder, tracker: Tracker) -> None:
+def compress_streaming(job: Job) -> None:
     """Compress every planned layer that has no part yet, in the order of the files; one layer in memory."""
-    for layer in sorted(plan.all_layers, key=lambda layer: (layer.weight.file.name, layer.weight.start)):
-        if layer.name not in work:
-            compress_layer(layer, plan, None, work, tracker)
+    in_order = sorted(job.plan.all_layers, key=lambda layer: (layer.weight.file.name, layer.weight.start))
+    for layer in job.missing(in_order):
+        job.compress(layer)
 
 
 def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
@@ -78,16 +98,14 @@ def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
     return layer.feed.read_second_moment(lambda name: entries.get(plan.names.get(name, "")), layer.shape[1])
 
 
-def compress_layer(
+def approximated(
     layer: PlannedLayer,
     plan: Plan,
     second_moment: torch.Tensor | None,
-    work: WorkFolder,
-    tracker: Tracker,
-    notes: tuple[str, ...] = (),
     drift: torch.Tensor | None = None,
-) -> None:
-    """Approximate one layer and keep it in the work folder.
+    notes: tuple[str, ...] = (),
+) -> tuple[Approximation, LayerReport]:
+    """One layer as it is stored, and what is to be told of it.
 
     With a drift the codes stand for the weight that makes up for it (`solver.drift`), and the output error is the
     error against that weight: what rounding does to the layer's output; the weight error is against the original.
@@ -95,20 +113,6 @@ def compress_layer(
     Without a second moment from data, what the norm in front promises takes its place, unless calibration is
     off; an output error under that promise would be no measurement, and is not reported.
     """
-    tracker.tell("compressing", layer.name)
-    result, report = approximated(layer, plan, second_moment, notes, drift)
-    work.save(layer.name, result.tensors, report)
-    tracker.finished(layer)
-
-
-def approximated(
-    layer: PlannedLayer,
-    plan: Plan,
-    second_moment: torch.Tensor | None,
-    notes: tuple[str, ...] = (),
-    drift: torch.Tensor | None = None,
-) -> tuple[Approximation, LayerReport]:
-    """One layer as `compress_layer` keeps it, and what is to be told of it."""
     measured = second_moment is not None
     with located(layer.name):
         if not measured and layer.config.calibration != "none":
