@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from llava_fa.errors import FourierError, explained
 
@@ -64,6 +64,9 @@ class FourierConfig:
     Raises:
         FourierError: for every invalid value or combination, with the reason.
     """
+
+    quant_method: ClassVar[str] = QUANT_METHOD
+    """The name transformers knows this format by."""
 
     method: Method = "best"
     bits: float = 4.0
@@ -166,11 +169,6 @@ class FourierConfig:
         if self.codes == "auto":
             return "trellis" if in_features >= TRELLIS_INPUTS else "rings"
         return self.codes
-
-    @property
-    def quant_method(self) -> str:
-        """The name transformers knows this format by."""
-        return QUANT_METHOD
 
     @property
     def follows_outputs(self) -> bool:

@@ -244,7 +244,7 @@ def test_the_running_dtype_is_chosen_once(checkpoint, quick, samples, tmp_path, 
     memory = SimpleNamespace(available=0)
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: memory)
     for fast, room, expected in (
-        (torch.float32, 1 << 40, torch.float32),
+        (torch.float32, 1 << 40, "float32"),
         (torch.float32, 0, "auto"),
         (torch.bfloat16, 1 << 40, "auto"),
     ):

@@ -34,7 +34,6 @@ from llava_fa.hub.work_folder import WorkFolder, check_space, refuse_existing
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
 
-_DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 _DTYPE_FILE = "dtype.json"
 """Of the work folder."""
 _SPARE = 64_000_000
@@ -239,15 +238,15 @@ class _Calibration:
         return [answer_start(self.samples[i], self.inputs[i], self.processor) for i in numbers]
 
 
-def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.dtype | str:
+def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> str:
     """What the model computes with on the samples; the weights that are compressed are the checkpoint's, exactly.
 
     As it is stored (``"auto"``), but on CPUs float32 where they would emulate 16-bit floats, several times slower, and
     there is memory for it; float16 otherwise becomes bf16, since it overflows and is slow there too. What an
-    interrupted run had chosen is kept, so that all layers see the same arithmetic.
+    interrupted run had chosen is kept, so that all layers see the same arithmetic. All by transformers' names.
     """
     if (decided := work.read_json(_DTYPE_FILE)) is not None:
-        return _DTYPES[decided]
+        return decided
     name = "auto"
     if device.type == "cpu":
         size = 4 * sum(entry.numel for entry in plan.source.entries.values())
@@ -256,10 +255,10 @@ def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> torch.
         elif any(layer.weight.dtype == "F16" for layer in plan.all_layers):
             name = "bfloat16"
     work.write_json(_DTYPE_FILE, name)
-    return _DTYPES[name]
+    return name
 
 
-def _load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> torch.nn.Module:
+def _load(folder: Path, dtype: str, device: torch.device) -> torch.nn.Module:
     from transformers import AutoModelForImageTextToText
 
     loading = explained(

@@ -79,8 +79,7 @@ def _log_probabilities(model: nn.Module, inputs: Inputs, starts: Sequence[int], 
     knows = "logits_to_keep" in inspect.signature(model.forward).parameters
     options = {"logits_to_keep": count} if knows else {}
     logits = forward(model, inputs[index], index, **options).logits[0, -count:-1]
-    log_p: Tensor = logits.float().log_softmax(-1).cpu()
-    return log_p
+    return logits.float().log_softmax(-1).cpu()
 
 
 def _cost(lost: dict[int, Tensor]) -> float:

@@ -53,7 +53,12 @@ class FourierQuantizationConfig(QuantizationConfigMixin):
 class FourierHfQuantizer(HfQuantizer):
     """Loads checkpoints of this format, and compresses others while they are loaded."""
 
-    requires_calibration = False
+    is_trainable = True
+    """transformers' Trainer takes it: gradients pass to adapters, and to what `nn.trainable` makes trainable."""
+    is_qat_trainable = True
+    """Without adapters too (`llava_fa.train`)."""
+    is_compileable = True
+    """`torch.compile` works."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if isinstance(quantization_config, FourierConfig):
@@ -69,8 +74,7 @@ class FourierHfQuantizer(HfQuantizer):
     @property
     def metadata(self) -> Metadata:
         """What is known of the checkpoint."""
-        metadata: Metadata = self.quantization_config.metadata
-        return metadata
+        return self.quantization_config.metadata
 
     @property
     def quantized_element_size(self) -> float | None:
@@ -79,21 +83,6 @@ class FourierHfQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """`save_pretrained` works."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """transformers' Trainer takes it: gradients pass to adapters, and to what `nn.trainable` makes trainable."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Without adapters too (`llava_fa.train`)."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """`torch.compile` works."""
         return True
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -282,7 +271,6 @@ def _empty(module: nn.Module, name: str, record: LayerRecord) -> PackedLinear:
             remedy="Copy the folder again; config.json does not belong to these weights",
             where=name,
         )
-    empty: PackedLinear
     if isinstance(module, nn.Embedding) and isinstance(layout, Layout):
         empty = FourierEmbedding(layout, dtype=module.weight.dtype, device="meta")
     else:

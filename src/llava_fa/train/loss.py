@@ -138,13 +138,11 @@ class RecoveryLoss:
 def _real(inputs: Inputs) -> Tensor:
     """Which tokens are no padding, bool [batch, length]."""
     mask = inputs.get("attention_mask")
-    ids: Tensor = inputs["input_ids"]
     if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
+        return torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     if mask.ndim == 2:
         return mask.bool()
-    seen: Tensor = mask[:, 0, :, 0] == 0  # who sees the first token of the sequence; padding sees only itself
-    return seen
+    return mask[:, 0, :, 0] == 0  # who sees the first token of the sequence; padding sees only itself
 
 
 def mismatch(states: Tensor, wanted: Tensor) -> Tensor:
