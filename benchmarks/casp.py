@@ -168,8 +168,8 @@ def _scalar_bits(
     errors = allocation.measure(plan, config, model, [inputs[i] for i in used], starts, lambda _: None, casp)
     options = [
         [
-            Option(variant.replace(bits=bits), _bytes(layer.shape, variant.inner_rank, bits), of.loss(error))
-            for variant, of in zip(allocation.variants(layer, config, casp), errors[layer.name], strict=True)
+            Option(of.variant.replace(bits=bits), _bytes(layer.shape, of.variant.inner_rank, bits), of.loss(error))
+            for of in errors[layer.name]
             for bits, error in GPTQ_BITS.items()
         ]
         for layer in plan.layers

@@ -37,8 +37,9 @@ NATS, BLIND = "nats of KL divergence per answer token, softened", "relative, wit
 
 
 class Prediction(NamedTuple):
-    """Of a layer's loss: what no codes can mend, and what is added per unit of their distortion."""
+    """Of a layer's loss as one of its `variants`: what no codes can mend, and what a unit of their distortion adds."""
 
+    variant: FourierConfig
     fixed: float
     slope: float
 
@@ -54,9 +55,6 @@ KL is met within a fifth at every width from 1.5 to 4 bits and with either kind 
 MARGIN = 0.25
 """What a predicted loss must save to be believed: two allocations that are predicted alike differ by a fifth in KL
 when they are measured, and trellis codes at 3 bits, predicted to gain 24 %, lost as much (docs/results.md)."""
-
-Sensitivities = Mapping[str, Sequence[Prediction]]
-"""Layer → prediction for each of `variants`."""
 
 
 def check_casp(plan: Plan) -> None:
@@ -96,20 +94,14 @@ def kinds(config: FourierConfig, inputs: int) -> tuple[Codes, ...]:
 
 
 def options(
-    layer: PlannedLayer,
-    config: FourierConfig,
-    predictions: Sequence[Prediction],
-    casp: Casp | None = None,
-    *,
-    feedback: bool,
+    layer: PlannedLayer, config: FourierConfig, predictions: Sequence[Prediction], *, feedback: bool
 ) -> list[Option]:
-    """What the layer may become; ``predictions`` has one entry for each of `variants`."""
+    """What the layer may become: its variants, each with all bits and codes."""
     choices = []
-    for (variant, prediction), bits in itertools.product(
-        zip(variants(layer, config, casp), predictions, strict=True), widths(config)
-    ):
-        for codes in kinds(config, variant.inner_rank or layer.shape[1]):  # both factors have the same codebook
-            option = variant.replace(bits=bits, codes=codes)
+    for prediction, bits in itertools.product(predictions, widths(config)):
+        inputs = prediction.variant.inner_rank or layer.shape[1]  # both factors have the same codebook
+        for codes in kinds(config, inputs):
+            option = prediction.variant.replace(bits=bits, codes=codes)
             layout = layout_of(option, *layer.shape)
             sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.tensors().items()}
             books = [size for name, size in sizes.items() if is_codebook(name)]
@@ -134,9 +126,12 @@ def measure(
     powers = model_sensitivity.output_powers(model, plan.layers, configs, inputs, tell)
     tell("")
     minds = model_sensitivity.fisher(model, {name: of[0].directions for name, of in powers.items()}, inputs, answers)
-    predictions = {name: [Prediction(0.0, 0.0)] * len(of) for name, of in configs.items()}
+    predictions = {name: [Prediction(variant, 0.0, 0.0) for variant in of] for name, of in configs.items()}
     for name, g in minds.items():
-        predictions[name] = [Prediction(sensitivity(of.outside, g), sensitivity(of.slope, g)) for of in powers[name]]
+        predictions[name] = [
+            Prediction(variant, sensitivity(of.outside, g), sensitivity(of.slope, g))
+            for variant, of in zip(configs[name], powers[name], strict=True)
+        ]
     return predictions
 
 
@@ -144,17 +139,15 @@ def estimate(
     plan: Plan, config: FourierConfig, tell: Callable[[str], None], casp: Casp | None = None
 ) -> dict[str, list[Prediction]]:
     """Sensitivities without data (`blind_sensitivity`); reads every weight once."""
-    predictions = {}
+    predictions: dict[str, list[Prediction]] = {layer.name: [] for layer in plan.layers}
     for layer in plan.layers:
         tell(layer.name)
         with located(layer.name):
             moment = None if config.calibration == "none" else norm_moment(layer, plan)
             weight = layer.weight.read()
-            powers = [error_powers(weight, variant, moment) for variant in variants(layer, config, casp)]
-            predictions[layer.name] = [
-                Prediction(blind_sensitivity(weight, a, moment), blind_sensitivity(weight, b, moment))
-                for a, b in powers
-            ]
+            for variant in variants(layer, config, casp):
+                losses = [blind_sensitivity(weight, x, moment) for x in error_powers(weight, variant, moment)]
+                predictions[layer.name].append(Prediction(variant, *losses))
     return predictions
 
 
@@ -162,20 +155,21 @@ def spend(
     plan: Plan,
     config: FourierConfig,
     budget: Budget,
-    sensitivities: Sensitivities,
+    predictions: Mapping[str, Sequence[Prediction]],
     unit: str,
     casp: Casp | None = None,
 ) -> Plan:
     """The plan of least predicted loss within the budget.
 
     Args:
+        predictions: layer → prediction for each of `variants`.
         unit: of the predicted loss: `NATS` where sensitivities are from data, else `BLIND`.
 
     Raises:
         FourierError: the budget is less than the model takes with the fewest bits everywhere.
     """
     feedback = unit == NATS and config.calibration in ("auto", "feedback")
-    layers = [options(layer, config, sensitivities[layer.name], casp, feedback=feedback) for layer in plan.layers]
+    layers = [options(layer, config, predictions[layer.name], feedback=feedback) for layer in plan.layers]
     allowed = layer_bytes(plan, budget, casp)
     least = smallest(layers)
     if least > allowed:
@@ -189,19 +183,16 @@ def spend(
     if smallest(steady) <= allowed and (safer := allocate(steady, allowed, margin=margin)).loss <= allocation.uniform:
         allocation = dataclasses.replace(safer, uniform=allocation.uniform)
         layers = steady
-    assignment = {}
+    assigned = []
     for layer, row, k in zip(plan.layers, layers, allocation.choice, strict=True):
-        slopes = {
-            (variant.rank, variant.inner_rank): prediction.slope
-            for variant, prediction in zip(variants(layer, config, casp), sensitivities[layer.name], strict=True)
-        }
-        best = row[k].config
-        assignment[layer.name] = _with(layer, best, slopes[best.rank, best.inner_rank], row[k].loss)
+        best, of = row[k].config, predictions[layer.name]
+        slopes = {(one.variant.rank, one.variant.inner_rank): one.slope for one in of}
+        assigned.append(_with(layer, best, slopes[best.rank, best.inner_rank], row[k].loss))
     uniform = None if math.isinf(allocation.uniform) else allocation.uniform
     summary = {**budget.to_dict(), "unit": unit, "predicted_loss": allocation.loss, "uniform_loss": uniform}
     if casp is not None:
         summary["casp"] = casp.to_dict()
-    return plan.assign(assignment, summary)
+    return dataclasses.replace(plan, layers=tuple(assigned), budget=summary)
 
 
 def _steady(layer: PlannedLayer, row: list[Option], bits: float) -> list[Option]:
@@ -263,8 +254,8 @@ def load(plan: Plan, work: WorkFolder) -> Plan | None:
     allocation = work.read_json(FILE)
     if allocation is None:
         return None
-    layers = {}
+    layers = []
     for layer in plan.layers:
         values, sensitivity, loss = allocation["layers"][layer.name]
-        layers[layer.name] = _with(layer, FourierConfig.from_dict(values), sensitivity, loss)
-    return plan.assign(layers, allocation["budget"])
+        layers.append(_with(layer, FourierConfig.from_dict(values), sensitivity, loss))
+    return dataclasses.replace(plan, layers=tuple(layers), budget=allocation["budget"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,10 +71,6 @@ class Plan:
     def all_layers(self) -> tuple[PlannedLayer, ...]:
         """Everything that will be compressed."""
         return self.embeddings + self.layers
-
-    def assign(self, layers: Mapping[str, PlannedLayer], budget: dict[str, Any]) -> Plan:
-        """The same plan with layers of other configurations."""
-        return dataclasses.replace(self, layers=tuple(layers[layer.name] for layer in self.layers), budget=budget)
 
     @property
     def part_bytes(self) -> int:
