@@ -34,15 +34,15 @@ def demo(
     The folder is made anew: the compressed models of an earlier demo in it are replaced.
     """
     from llava_fa.eval.report.collect import Settings
-    from llava_fa.hub.source import resolve_model
+    from llava_fa.hub.source import open_source, resolve_model
 
-    resolve_model(model)
+    folder = resolve_model(model)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     answers: dict[str, Any] = {model: _evaluate(model, limit, seed)}
-    rows = [{"name": "original", **_without_answers(answers[model]), **_original(model)}]
-    for row in _compressed(model, out, limit, samples, seed, answers):
-        rows.append(row)
+    size = {"bits_per_weight": 16.0, "bytes": open_source(folder).nbytes, "worst_layer": None, "worst_error": None}
+    rows = [{"name": "original", **_without_answers(answers[model]), **size}]
+    rows += _compressed(model, out, limit, samples, seed, answers)
     page = out / "report.html"
     settings = Settings(limit=limit, divergence=45, seed=seed)
     write_report([name for name in answers if name != model], model, settings, page, [given_command(context)], answers)
@@ -63,7 +63,7 @@ def demo(
 def _compressed(
     model: str, out: Path, limit: int, count: int, seed: int, answers: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Each row; what was answered goes to ``answered`` under the folder's name."""
+    """Each row; what was answered goes to ``answers`` under the folder's name."""
     from llava_fa.cli.progress import layer_progress
     from llava_fa.config import FourierConfig
     from llava_fa.hub.compress import carry_out
@@ -109,13 +109,6 @@ def equivalent(model: str, method: str, bits: float, samples: int, seed: int) ->
 
 def _without_answers(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key != "answers"}
-
-
-def _original(model: str) -> dict[str, Any]:
-    from llava_fa.hub.source import open_source, resolve_model
-
-    source = open_source(resolve_model(model))
-    return {"bits_per_weight": 16.0, "bytes": source.nbytes, "worst_layer": None, "worst_error": None}
 
 
 def _evaluate(model: str | Path, limit: int, seed: int) -> dict[str, Any]:

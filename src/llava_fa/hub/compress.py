@@ -151,7 +151,7 @@ def carry_out(
             compress_streaming(job)
         elif model is not None:
             job.tell("reading the answers")
-            answers = proofread.Answers.of(model, data.inputs, data.answers())
+            answers = proofread.Answers.of(model, data.inputs, data.answers)
             compress_calibrated(job, model, data.inputs)
             proofread.proofread(job, model, answers)
             del model
@@ -202,7 +202,8 @@ def _allocated(request: CompressionRequest, job: Job, model: torch.nn.Module | N
     if data is None:
         unit, predictions = allocation.BLIND, allocation.estimate(plan, config, tell, casp)
     else:  # then the model was loaded, since no layer can be finished before this
-        inputs, answers = data.some()
+        some = evenly(len(data.inputs), SAMPLES)
+        inputs, answers = [data.inputs[i] for i in some], [data.answers[i] for i in some]
         unit, predictions = allocation.NATS, allocation.measure(plan, config, model, inputs, answers, tell, casp)
     plan = allocation.spend(plan, config, request.budget, predictions, unit, casp)
     allocation.save(plan, job.work)
@@ -227,15 +228,11 @@ class _Calibration:
             raise FourierError("there are no calibration samples", remedy="Give some, or None for no calibration")
         return cls(samples, list(prepare(samples, processor)), processor)
 
-    def some(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-        """The samples that sensitivity is measured on, with the positions of their answers."""
-        indices = evenly(len(self.inputs), SAMPLES)
-        return [self.inputs[i] for i in indices], self.answers(indices)
-
-    def answers(self, indices: Sequence[int] | None = None) -> list[int]:
-        """Where the answers of these samples, or of all, begin."""
-        numbers = range(len(self.inputs)) if indices is None else indices
-        return [answer_start(self.samples[i], self.inputs[i], self.processor) for i in numbers]
+    @functools.cached_property
+    def answers(self) -> list[int]:
+        """Where the answer of each sample begins."""
+        pairs = zip(self.samples, self.inputs, strict=True)
+        return [answer_start(sample, inputs, self.processor) for sample, inputs in pairs]
 
 
 def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> str:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.inspect import describe
-from llava_fa.hub.loading import context_length, fast_dtype, load, load_processor
+from llava_fa.hub.loading import context_length, load, load_processor
 from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
 from llava_fa.hub.report import TRAINING, peak_rss_bytes
 from llava_fa.hub.shards import CHUNK, write_text
@@ -144,8 +143,7 @@ def recover(
         )
         if settings.requantize:
             trainer.add_callback(_Requantize(run))
-        if dist.is_initialized():
-            dist.barrier()
+        trainer.accelerator.wait_for_everyone()
         with disk_errors(work.path / "training"), quiet_transformers():
             trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
         model_now = run.result(trainer)
@@ -167,8 +165,7 @@ def recover(
         )
         if first:
             outcome = _save(model_now, run, work, outcome)
-    if dist.is_initialized():
-        dist.barrier()
+    trainer.accelerator.wait_for_everyone()
     return outcome
 
 
@@ -193,7 +190,7 @@ class _Run:
         self.teacher: nn.Module | None = None
         if teacher is not None:
             check_tokenizers(self.processor, load_processor(resolve_model(teacher)), str(teacher))
-            self.teacher = load(teacher, str(device), fast_dtype(device) if device.type == "cuda" else None)[0]
+            self.teacher = load(teacher, str(device))[0]
         self.model = self._load(device)
         quantised = getattr(self.model.config, "quantization_config", None)
         self.before = quantised.metadata if isinstance(quantised, FourierQuantizationConfig) else None
@@ -238,13 +235,13 @@ class _Run:
             if self.teacher is None:
                 factors = blank_factors(model, rank, self.settings.seed)
             else:
-                factors = initial_factors(model, self.teacher, rank, self._moments(model))
+                factors = initial_factors(model, self.teacher, rank, self.moments(model))
             has = [name for name, layer in packed_layers(model) if getattr(layer.layout, "rank", 0)]
             if rank == 0 and has:
                 raise FourierError("the model's layers have factors", remedy="Leave --rank out", where=has[0])
         make_trainable(model, factors)
 
-    def _moments(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def moments(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Second moments of what the layers now see (`train.factors.second_moments`)."""
         device = next(model.parameters()).device
         size, count = self.settings.batch, min(_MOMENT_SAMPLES, len(self.dataset))
@@ -256,10 +253,6 @@ class _Run:
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.settings.bf16)):
             return second_moments(model, batches())
-
-    def requantize(self) -> None:
-        """New codes, in the metric of what the model now sees."""
-        requantize(self.model, self.teacher, self.before.config, self._moments(self.model))
 
     def result(self, trainer: RecoveryTrainer) -> nn.Module:
         """The trained model, whole; where its parameters are sharded, put together anew (all processes call it)."""
@@ -288,9 +281,10 @@ class _Requantize(TrainerCallback):
         self.steps = {round(steps * (i + 1) / (rounds + 1)) for i in range(rounds)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """At the end of a round."""
+        """At the end of a round, in the metric of what the model now sees."""
         if state.global_step in self.steps:
-            self.run.requantize()
+            run = self.run
+            requantize(run.model, run.teacher, run.before.config, run.moments(run.model))
 
 
 def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport) -> TrainingReport:
