@@ -109,19 +109,15 @@ class FourierConfig:
             raise FourierError(f"damping is {self.damping!r}", remedy="Give a share of the mean diagonal in (0, 1]")
         (self._check_paper if self.method == "paper" else self._check_best)()
         object.__setattr__(self, "bits", _bits(self.bits))
-        if self.factor_dtype is None:
-            object.__setattr__(self, "factor_dtype", "bf16" if self.method == "paper" else "int8")
-        if self.target is None:
-            object.__setattr__(self, "target", "weights" if self.method == "paper" else "outputs")
-        _one_of("target", self.target, get_args(Target))
-        if self.method == "paper" and self.target != "weights":
-            raise FourierError("method 'paper' approximates weights", remedy="Leave target out, or use method='best'")
-        _one_of("factor_dtype", self.factor_dtype, get_args(FactorDtype))
-        if self.method == "paper" and self.factor_dtype != "bf16":
-            raise FourierError(
-                "method 'paper' keeps its complex factors in bf16",
-                remedy="Leave factor_dtype out, or use method='best'",
-            )
+        for name, allowed, best, paper, why in (
+            ("target", Target, "outputs", "weights", "approximates weights"),
+            ("factor_dtype", FactorDtype, "int8", "bf16", "keeps its complex factors in bf16"),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, paper if self.method == "paper" else best)
+            _one_of(name, getattr(self, name), get_args(allowed))
+            if self.method == "paper" and getattr(self, name) != paper:
+                raise FourierError(f"method 'paper' {why}", remedy=f"Leave {name} out, or use method='best'")
 
     def _check_paper(self) -> None:
         if self.codes != "rings":

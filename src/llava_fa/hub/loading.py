@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
 from llava_fa.errors import FourierError, explained
-from llava_fa.hub.shards import read_header
+from llava_fa.hub.shards import read_entries
 from llava_fa.hub.source import quiet_transformers, read_config, resolve_model, transformers_errors, weight_files
 from llava_fa.hub.visual_tokens import set_visual_tokens
 
@@ -32,8 +32,7 @@ def load(
     folder = resolve_model(model)
     place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     read_config(folder)
-    for path in weight_files(folder):  # a missing, pickled or cut short file has its own error here
-        read_header(path)
+    read_entries(weight_files(folder))  # a missing, pickled or cut short file has its own error here
     with transformers_errors(
         "it does not load as a vision-language model",
         remedy="Give a folder or hub id with an image-text-to-text model and its processor",

@@ -106,10 +106,10 @@ def processor_fields(config: Any) -> dict[str, Any]:
     ``num_image_tokens``.
     """
     settings = getattr(config, FIELD, None)
-    grid, vision = grid_of(config), config.vision_config
-    side = VisualTokens(grid, 1, "pooling", settings["tokens"]).side[0] if settings else grid[0]
+    side = VisualTokens(grid_of(config), 1, "pooling", settings and settings["tokens"]).side[0]
     if config.model_type == "llava_onevision":
         return {"num_image_tokens": side * side}
+    vision = config.vision_config
     return {"patch_size": _patch_size(vision.image_size, side, vision.patch_size)}
 
 

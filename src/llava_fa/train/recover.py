@@ -30,9 +30,9 @@ from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.trainable import make_packed, make_trainable
 from llava_fa.train.cache import CachedTargets, ask
 from llava_fa.train.data import Collator, DataFactory, on_device
-from llava_fa.train.factors import blank_factors, initial_factors, requantize, second_moments
+from llava_fa.train.factors import blank_factors, initial_factors, original_weight, requantize, second_moments
 from llava_fa.train.loss import LossFunction, ModelTeacher, RecoveryLoss
-from llava_fa.train.parts import TrainableCount, choose
+from llava_fa.train.parts import choose
 from llava_fa.train.settings import TrainingSettings
 from llava_fa.train.trainer import RecoveryTrainer, trained_tensors
 
@@ -199,8 +199,8 @@ class _Run:
         longest = min(settings.max_length or _LONGEST, context_length(self.model), _LONGEST)
         self.dataset = data(self.processor, longest)
         self.collator = Collator(self.processor.tokenizer.pad_token_id or 0)
-        self._make_trainable(self.model)
-        self.count: TrainableCount = choose(self.model, settings.parts)
+        self._make_trainable()
+        self.count = choose(self.model, settings.parts)
         self.loss = RecoveryLoss(
             None if self.teacher is None else ModelTeacher(self.teacher),
             cross_entropy=settings.cross_entropy if self.teacher is not None else settings.cross_entropy or 1.0,
@@ -227,23 +227,23 @@ class _Run:
         dtype = torch.bfloat16 if device.type == "cuda" and self.settings.bf16 else torch.float32
         return load(self.folder, str(device), dtype)[0]
 
-    def _make_trainable(self, model: nn.Module) -> None:
+    def _make_trainable(self) -> None:
+        model, rank, factors = self.model, self.settings.rank, None
         if self.prepare is not None:  # first: what it attaches changes what layers see
             self.prepare(model)
-        rank, factors = self.settings.rank, None
         if self.before is not None and rank is not None:
             if self.teacher is None:
                 factors = blank_factors(model, rank, self.settings.seed)
             else:
-                factors = initial_factors(model, self.teacher, rank, self.moments(model))
+                factors = initial_factors(model, self.teacher, rank, self.moments())
             has = [name for name, layer in packed_layers(model) if getattr(layer.layout, "rank", 0)]
             if rank == 0 and has:
                 raise FourierError("the model's layers have factors", remedy="Leave --rank out", where=has[0])
         make_trainable(model, factors)
 
-    def moments(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def moments(self) -> dict[str, torch.Tensor]:
         """Second moments of what the layers now see (`train.factors.second_moments`)."""
-        device = next(model.parameters()).device
+        device = next(self.model.parameters()).device
         size, count = self.settings.batch, min(_MOMENT_SAMPLES, len(self.dataset))
 
         def batches() -> Iterator[dict[str, Any]]:
@@ -252,7 +252,7 @@ class _Run:
                 yield on_device(self.collator(items), device)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.settings.bf16)):
-            return second_moments(model, batches())
+            return second_moments(self.model, batches())
 
     def result(self, trainer: RecoveryTrainer) -> nn.Module:
         """The trained model, whole; where its parameters are sharded, put together anew (all processes call it)."""
@@ -284,7 +284,7 @@ class _Requantize(TrainerCallback):
         """At the end of a round, in the metric of what the model now sees."""
         if state.global_step in self.steps:
             run = self.run
-            requantize(run.model, run.teacher, run.before.config, run.moments(run.model))
+            requantize(run.model, run.teacher, run.before.config, run.moments())
 
 
 def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport) -> TrainingReport:
@@ -297,7 +297,7 @@ def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport
             layer.output_error = None  # the inputs are others now
             layer.weight_error = None
             if run.teacher is not None:
-                weight = run.teacher.get_submodule(layer_name).weight.detach().to("cpu", torch.float32)
+                weight = original_weight(run.teacher, layer_name, layer)
                 layer.weight_error = weight_error(weight, layer.dequantize())
         config, rank = run.before.config, run.settings.rank
         config = config if rank is None else config.replace(rank=rank)
