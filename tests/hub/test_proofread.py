@@ -33,14 +33,14 @@ def sabotage(monkeypatch):
     def broken(job, model, inputs):
         compress_calibrated(job, model, inputs)
         plan, work = job.plan, job.work
-        report = work.report(BROKEN)
+        measurement = work.measurement(BROKEN)
         if not tensors:  # a resumed run finds it broken already
             tensors.update(work.load(BROKEN))
             tensors["signs"] = 255 - tensors["signs"]
         layout = next(layer.layout for layer in plan.layers if layer.name == BROKEN)
         with torch.no_grad():
             model.get_parameter(f"{BROKEN}.weight").copy_(layer_from_tensors(layout, tensors).dequantize())
-        work.save(BROKEN, tensors, report)
+        work.save(BROKEN, tensors, measurement)
 
     monkeypatch.setattr(whole, "compress_calibrated", broken)
 

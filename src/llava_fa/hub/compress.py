@@ -155,7 +155,7 @@ def carry_out(
             compress_calibrated(job, model, data.inputs)
             proofread.proofread(job, model, answers)
             del model
-        notes = {layer.name: work.report(layer.name).notes for layer in job.plan.all_layers}
+        notes = {layer.name: tuple(work.measurement(layer.name).notes) for layer in job.plan.all_layers}
         job.tell("writing")
         assemble(job.plan, request.config, work, density)
         job.tell("done")

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from llava_fa.hub.blocks import Inputs, forward, input_moments
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.plan import Plan, PlannedLayer
-from llava_fa.hub.report import LayerReport
 from llava_fa.hub.streaming import Job, approximated
-from llava_fa.hub.work_folder import WorkFolder
+from llava_fa.hub.work_folder import Measurement, WorkFolder
 
 FILE = "proofread.json"
 SURE, BROKEN = 0.5, 3.0
@@ -38,7 +37,7 @@ SAMPLES, MODULES, DRAWS = 8, 3, 6
 _INFINITE = 1e4
 """Nats that stand for a probability of zero, so that costs stay comparable."""
 
-Redrawn = dict[str, tuple[dict[str, Tensor], LayerReport]]
+Redrawn = dict[str, tuple[dict[str, Tensor], Measurement]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +125,8 @@ def proofread(job: Job, model: nn.Module, answers: Answers) -> None:
         if not costs or 2 * costs[name] > before:
             break  # nothing broke, or no single module is to blame
         redrawn |= _redraw(job, model, answers, modules.pop(name), broken, (before, _cost(lost)))
-    for name, (tensors, report) in redrawn.items():
-        job.work.save(_again(name), tensors, report)
+    for name, (tensors, measurement) in redrawn.items():
+        job.work.save(_again(name), tensors, measurement)
     job.work.write_json(FILE, list(redrawn))
     settle(job.work)
 
@@ -197,8 +196,8 @@ def _redraw(
             seed = layer.config.seed + draw
             note = f"drawn anew with seed {seed}: with the first the answers to {len(broken)} samples broke"
             again = dataclasses.replace(layer, config=layer.config.replace(seed=seed))
-            result, report = approximated(again, job.plan, moments[layer.name], notes=(note,))
-            candidates[layer.name] = result.tensors, report
+            result, measurement = approximated(again, job.plan, moments[layer.name], notes=(note,))
+            candidates[layer.name] = result.tensors, measurement
             weight.copy_(result.dequantize())
         cost = _cost(answers.lost(model, broken))
         if cost < best[0]:

@@ -38,11 +38,6 @@ class LayerReport:
     inner_rank: int = 0
     embedding: bool = False
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LayerReport:
-        """The inverse of `dataclasses.asdict` through JSON."""
-        return cls(**{**values, "shape": tuple(values["shape"]), "notes": tuple(values["notes"])})
-
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:

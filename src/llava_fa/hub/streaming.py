@@ -17,10 +17,10 @@ from llava_fa.config import FourierConfig
 from llava_fa.errors import located
 from llava_fa.hub.checkpoint import ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
-from llava_fa.hub.report import LayerReport, Progress, ProgressCallback, kind_of_codes
+from llava_fa.hub.report import Progress, ProgressCallback
 from llava_fa.hub.shards import Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE
-from llava_fa.hub.work_folder import WorkFolder, disk_errors
+from llava_fa.hub.work_folder import Measurement, WorkFolder, disk_errors
 from llava_fa.maths import metrics
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.approximate import approximate
@@ -78,8 +78,8 @@ class Job:
     ) -> None:
         """Approximate one layer (`approximated`) and keep it in the work folder."""
         self.tell("compressing", layer.name)
-        result, report = approximated(layer, self.plan, second_moment, drift, notes)
-        self.work.save(layer.name, result.tensors, report)
+        result, measurement = approximated(layer, self.plan, second_moment, drift, notes)
+        self.work.save(layer.name, result.tensors, measurement)
         self.done, self.weights = self.done + 1, self.weights + layer.numel
 
 
@@ -104,8 +104,8 @@ def approximated(
     second_moment: torch.Tensor | None,
     drift: torch.Tensor | None = None,
     notes: tuple[str, ...] = (),
-) -> tuple[Approximation, LayerReport]:
-    """One layer as it is stored, and what is to be told of it.
+) -> tuple[Approximation, Measurement]:
+    """One layer as it is stored, and what was measured on it.
 
     With a drift the codes stand for the weight that makes up for it (`solver.drift`), and the output error is the
     error against that weight: what rounding does to the layer's output; the weight error is against the original.
@@ -125,18 +125,7 @@ def approximated(
         error = result.weight_error
         if drift is not None:  # read again rather than kept: memory is counted in copies of it
             error = metrics.weight_error(layer.weight.read(), result.dequantize())
-    report = LayerReport(
-        name=layer.name,
-        shape=layer.shape,
-        bits_per_weight=result.bits_per_weight,
-        weight_error=error,
-        output_error=result.output_error if measured else None,
-        rank=layer.config.rank,
-        notes=notes + result.notes,
-        codes=kind_of_codes(layer.layout),
-        inner_rank=layer.config.inner_rank,
-    )
-    return result, report
+    return result, Measurement(error, result.output_error if measured else None, notes + result.notes)
 
 
 def assemble(
@@ -172,8 +161,8 @@ def _items(plan: Plan, work: WorkFolder, metadata: Metadata) -> list[Item]:
     replaced = {entry.name for entry in plan.repeated}
     for layer in plan.all_layers:
         entries = work.entries(layer.name)
-        report = work.report(layer.name)
-        errors = (report.weight_error, report.output_error)
+        measurement = work.measurement(layer.name)
+        errors = (measurement.weight_error, measurement.output_error)
         predicted = (layer.sensitivity, layer.predicted_loss)
         metadata.layers[layer.name] = LayerRecord(layer.layout, *errors, *predicted, layer.embedding)
         books = {prefix + "codebook": part.codebook for prefix, part in layer.layout.parts().items()}

@@ -2,7 +2,7 @@
 
     manifest.json     what is compressed how: source fingerprint, config, calibration fingerprint, version
     lock              held (flock) by the run at work
-    parts/NAME.safetensors   one finished layer: its tensors, and its `LayerReport` in the metadata
+    parts/NAME.safetensors   one finished layer: its tensors, and its `Measurement` in the metadata
     result/           the finished model being put together; renamed to OUT as the last step
 
 Every file appears complete or not at all, so whatever bears its final name can be trusted.
@@ -11,24 +11,30 @@ Every file appears complete or not at all, so whatever bears its final name can 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
 from llava_fa.config import format_size
 from llava_fa.errors import FourierError
-from llava_fa.hub.report import LayerReport
 from llava_fa.hub.shards import Entry, Item, file_metadata, read_header, write_file, write_text
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Measurement(NamedTuple):
+    """Of one layer when it was compressed: errors as in `hub.report.LayerReport`, and what is to be told of it."""
+
+    weight_error: float
+    output_error: float | None
+    notes: Sequence[str]
 
 
 class WorkFolder:
@@ -112,9 +118,9 @@ class WorkFolder:
     def __contains__(self, name: str) -> bool:
         return self._part(name).is_file()
 
-    def save(self, name: str, tensors: Mapping[str, torch.Tensor], report: LayerReport) -> None:
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], measurement: Measurement) -> None:
         """Keep one finished layer."""
-        metadata = {"report": json.dumps(dataclasses.asdict(report))}
+        metadata = {"measurement": json.dumps(measurement)}
         with disk_errors(self.path):
             write_file(self._part(name), [Item.of(key, value) for key, value in tensors.items()], metadata)
 
@@ -126,9 +132,9 @@ class WorkFolder:
         """The tensors of a finished layer, in memory."""
         return {key: entry.read() for key, entry in self.entries(name).items()}
 
-    def report(self, name: str) -> LayerReport:
+    def measurement(self, name: str) -> Measurement:
         """What was measured when the layer was compressed."""
-        return LayerReport.from_dict(json.loads(file_metadata(self._part(name))["report"]))
+        return Measurement(*json.loads(file_metadata(self._part(name))["measurement"]))
 
     def replace(self, name: str, by: str) -> None:
         """Let the finished layer ``by`` take the place of ``name``."""
