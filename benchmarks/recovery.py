@@ -53,7 +53,6 @@ class Row:
     rank: int | None = None
     share: float = 1.0
     spatial: bool = False
-    requantize: int = 0
     hidden: float = 2.0
     times: int = 1
 
@@ -74,7 +73,6 @@ TABLE = {
     "1.5 bits, rank 8": Row("1.5 bits", 8),
     "1.5 bits, rank 16": Row("1.5 bits", 16),
     "1.5 bits, spatial": Row("1.5 bits", 4, spatial=True),
-    "1.5 bits, new codes once": Row("1.5 bits", 4, requantize=1),
     "2 bits, rings": Row("2 bits, rings", 4),
     "2 bits, rings, answers alone": Row("2 bits, rings", 4, hidden=0.0),
     "2 bits, rings, spatial": Row("2 bits, rings", 4, spatial=True),
@@ -105,7 +103,6 @@ class Bench:
             self.settings,
             steps=self.settings.steps * row.times,
             rank=row.rank,
-            requantize=row.requantize,
             hidden=row.hidden,
         )
         pictures = round(settings.steps * BATCH * row.share)

@@ -38,10 +38,13 @@ def test_imports_run_one_way(path):
 def story(tree: str) -> list[str]:
     """Files of the map in docs/architecture.md, top to bottom, each with its folders.
 
-    A line has names, then what they are; two spaces of indentation are a folder deeper.
+    A line has names, then what they are; two spaces of indentation are a folder deeper. What is not indented is the
+    folder that all is in, first, and what stands beside it.
     """
     files, folders = [], []
-    for line in tree.splitlines():
+    for line in tree.strip().split("\n")[1:]:
+        if not line.startswith(" "):
+            break
         names = re.match(r"\s*((?:[\w.]+(?:\.\w+|/)(?:\s+|$))*)", line)[1].split()
         depth = (len(line) - len(line.lstrip())) // 2
         for name in names:
@@ -62,7 +65,9 @@ def test_the_map_is_read_as_a_person_would():
     deep/            more
       inner.py
   nn/                modules
-    layer.py"""
+    layer.py
+tests/               beside it:
+                     helpers.py"""
     names = ["errors.py", "native.py", "maths/dft.py", "maths/polar.py", "maths/deep/inner.py", "nn/layer.py"]
     assert story(tree) == names
 

@@ -52,9 +52,6 @@ def train(
             "`--part visual_tokens` nothing else is changed.",
         ),
     ] = False,
-    requantize: Annotated[
-        int, typer.Option(min=0, help="How often to choose new codes for what the factors leave over.")
-    ] = 0,
     cache_teacher: Annotated[
         int,
         typer.Option(
@@ -101,7 +98,6 @@ def train(
             cross_entropy=ce,
             divergence=kl,
             hidden=hidden,
-            requantize=requantize,
             cache_teacher=cache_teacher,
             max_length=max_length,
             seed=seed,

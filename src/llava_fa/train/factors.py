@@ -1,29 +1,22 @@
-"""Where low-rank factors begin, and new codes between rounds: Algorithm 1 with gradients in between."""
+"""Where low-rank factors begin."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub.blocks import input_moments
-from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.run import dequantize
 from llava_fa.maths.lowrank import fourier_svd, weighted_low_rank
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding
 from llava_fa.nn.fourier_linear import FourierLinear
-from llava_fa.nn.trainable import Factors, TrainableLinear
-from llava_fa.solver.approximate import approximate
+from llava_fa.nn.trainable import Factors
 from llava_fa.solver.feedback import damped_root
 from llava_fa.train.loss import NOT_FOR_THE_MODEL, Inputs
-
-CHOSEN_ANEW = ("codes", "row_scale", "input_scale", "signs")
-"""The stored tensors that `requantize` replaces."""
 
 _DAMPING = 0.01
 
@@ -98,41 +91,6 @@ def blank_factors(model: nn.Module, rank: int, seed: int = 0) -> dict[str, Facto
         right = torch.randn(own, layer.in_features, generator=generator) / layer.in_features**0.5
         factors[name] = (torch.zeros(layer.out_features, own), right)
     return factors
-
-
-@torch.no_grad()
-def requantize(model: nn.Module, original: nn.Module, config: FourierConfig, moments: Mapping[str, Tensor]) -> int:
-    """New codes for what the trained factors leave over: Q ← PolarQuant(W - L R), the other half of Algorithm 1.
-
-    Scales begin anew (their gains are set back to 0); factors, norms and biases stay as they were learnt.
-
-    Args:
-        model: with `TrainableLinear` layers.
-        original, moments: as for `initial_factors`.
-        config: what the model was compressed with; each layer keeps its own kind and bits.
-
-    Returns:
-        How many layers have new codes.
-    """
-    count = 0
-    for name, layer in layers_by_name(model).items():
-        layout = layer.layout
-        if layout.method == "paper" or not isinstance(layer, TrainableLinear):
-            continue
-        weight = original_weight(original, name, layer)
-        if layout.rank:
-            weight = weight - (layer.left @ layer.right).to(weight.device)
-        own = config.replace(bits=layout.code_bits / 2, rank=0, codes=layout.codes, inner_rank=0)
-        tensors = approximate(weight, own, moments.get(name)).tensors
-        without_rank = dataclasses.replace(layout, rank=0, factor_dtype="int8")
-        if Layout.from_config(own, *weight.shape) != without_rank:
-            raise FourierError("its codes cannot be chosen anew", remedy="Leave --requantize out", where=name)
-        for key in CHOSEN_ANEW:
-            setattr(layer, key, tensors[key].to(layer.codes.device))
-        layer.row_gain.zero_()
-        layer.input_gain.zero_()
-        count += 1
-    return count
 
 
 def original_weight(original: nn.Module, name: str, layer: FourierLinear) -> Tensor:

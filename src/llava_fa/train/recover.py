@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.inspect import describe
@@ -30,7 +29,7 @@ from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.trainable import make_packed, make_trainable
 from llava_fa.train.cache import CachedTargets, ask
 from llava_fa.train.data import Collator, DataFactory, on_device
-from llava_fa.train.factors import blank_factors, initial_factors, original_weight, requantize, second_moments
+from llava_fa.train.factors import blank_factors, initial_factors, original_weight, second_moments
 from llava_fa.train.loss import LossFunction, ModelTeacher, RecoveryLoss
 from llava_fa.train.parts import choose
 from llava_fa.train.settings import TrainingSettings
@@ -39,7 +38,7 @@ from llava_fa.train.trainer import RecoveryTrainer, trained_tensors
 _LONGEST = 1 << 30
 """Tokens of a sample where neither the settings nor the model set a bound."""
 _MOMENT_SAMPLES = 64
-"""Samples on which the metric of the first factors, and of new codes, is measured."""
+"""Samples on which the metric of the first factors is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +140,6 @@ def recover(
             identity=identity,
             report=report,
         )
-        if settings.requantize:
-            trainer.add_callback(_Requantize(run))
         trainer.accelerator.wait_for_everyone()
         with disk_errors(work.path / "training"), quiet_transformers():
             trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
@@ -183,8 +180,6 @@ class _Run:
         device = torch.device("cuda" if torch.cuda.is_available() and settings.device == "auto" else "cpu")
         fast = device.type == "cuda" if settings.bf16 is None else settings.bf16
         self.settings = settings = dataclasses.replace(settings, bf16=fast)
-        if settings.fsdp and settings.requantize:
-            raise FourierError("new codes need whole layers", remedy="Leave --requantize or --fsdp out")
         self.folder, self.prepare = folder, prepare
         self.processor = load_processor(folder)
         self.teacher: nn.Module | None = None
@@ -194,8 +189,6 @@ class _Run:
         self.model = self._load(device)
         quantised = getattr(self.model.config, "quantization_config", None)
         self.before = quantised.metadata if isinstance(quantised, FourierQuantizationConfig) else None
-        if settings.requantize and (self.before is None or self.teacher is None):
-            raise FourierError("new codes need a compressed model, and the original's weights", remedy="Give --teacher")
         longest = min(settings.max_length or _LONGEST, context_length(self.model), _LONGEST)
         self.dataset = data(self.processor, longest)
         self.collator = Collator(self.processor.tokenizer.pad_token_id or 0)
@@ -219,8 +212,7 @@ class _Run:
             ask(ModelTeacher(self.teacher), self.dataset, self.collator, folder, self.settings.cache_teacher)
         self.dataset = CachedTargets(self.dataset, folder)
         self.loss.teacher = None
-        if not self.settings.requantize:
-            self.teacher = self.teacher.to("cpu")
+        self.teacher = self.teacher.to("cpu")
 
     def _load(self, device: torch.device) -> nn.Module:
         # what is trained becomes float32; the rest is rounded by nobody on a CPU, and in bf16 on a GPU
@@ -270,21 +262,6 @@ class _Run:
             for name, tensor in tensors.items():
                 own[name].data = tensor
         return model
-
-
-class _Requantize(TrainerCallback):
-    """New codes at evenly spread steps."""
-
-    def __init__(self, run: _Run) -> None:
-        self.run = run
-        rounds, steps = run.settings.requantize, run.settings.steps
-        self.steps = {round(steps * (i + 1) / (rounds + 1)) for i in range(rounds)}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """At the end of a round, in the metric of what the model now sees."""
-        if state.global_step in self.steps:
-            run = self.run
-            requantize(run.model, run.teacher, run.before.config, run.moments())
 
 
 def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport) -> TrainingReport:

@@ -11,7 +11,7 @@ from llava_fa.errors import FourierError
 DEFAULT_PARTS = ("factors", "scales", "norms", "biases", "projector")
 
 _POSITIVE = ("steps", "batch", "accumulate", "save_every", "log_every", "max_length")
-_NOT_NEGATIVE = ("warmup", "cross_entropy", "divergence", "hidden", "workers", "requantize", "cache_teacher")
+_NOT_NEGATIVE = ("warmup", "cross_entropy", "divergence", "hidden", "workers", "cache_teacher")
 _NOT_OF_THE_RESULT = ("save_every", "log_every", "workers")
 
 
@@ -31,8 +31,6 @@ class TrainingSettings:
         parts: what is trained (`train.parts.PARTS`).
         cross_entropy, divergence, hidden: weights of the loss's terms (`train.loss`); the latter two need a teacher.
         temperature: of the divergence.
-        requantize: how often, evenly spread, training pauses to choose new codes for what the factors leave over
-            (Algorithm 1 with gradients); 0 keeps the codes.
         cache_teacher: ask the teacher once and keep its so many likeliest tokens for every answer token on disk
             (`train.cache`); 0 keeps the teacher in memory and asks it at every step.
         max_length: tokens of the longest sample; None for what the model can take.
@@ -60,7 +58,6 @@ class TrainingSettings:
     divergence: float = 1.0
     hidden: float = 0.0
     temperature: float = 1.0
-    requantize: int = 0
     cache_teacher: int = 0
     max_length: int | None = None
     seed: int = 0

@@ -18,9 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.shards import Item, file_metadata, read_header, write_file
-from llava_fa.nn.trainable import TrainableLinear
 from llava_fa.train.data import ROWS_LEFT_OUT
-from llava_fa.train.factors import CHOSEN_ANEW
 from llava_fa.train.loss import LossFunction
 from llava_fa.train.parts import groups
 from llava_fa.train.settings import TrainingSettings
@@ -118,7 +116,7 @@ class RecoveryTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only what is trained: the rest is in the model that was given."""
         folder = Path(output_dir or self.args.output_dir)
-        tensors = trained_tensors(self.accelerator.unwrap_model(self.model), codes=self.settings.requantize > 0)
+        tensors = trained_tensors(self.accelerator.unwrap_model(self.model))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             items = [Item.of(name, tensor) for name, tensor in tensors.items()]
@@ -126,7 +124,7 @@ class RecoveryTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        load_trained(model, Path(resume_from_checkpoint), self.identity, codes=self.settings.requantize > 0)
+        load_trained(model, Path(resume_from_checkpoint), self.identity)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Nothing of what is not trained is in a checkpoint."""
@@ -137,28 +135,21 @@ def _name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "").removeprefix("module.")
 
 
-def trained_tensors(model: nn.Module, *, codes: bool = False) -> dict[str, Tensor]:
-    """Every parameter that is trained, whole, on the CPU. Where parameters are sharded all processes must call it.
-
-    With ``codes`` also what `train.factors.requantize` chooses anew.
-    """
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that is trained, whole, on the CPU. Where parameters are sharded all processes must call it."""
     tensors = {}
-    for name, value in _own(model, codes).items():
+    for name, value in _own(model).items():
         value = value.detach()
         tensors[name] = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
     return tensors
 
 
-def _own(model: nn.Module, codes: bool) -> dict[str, Tensor]:
-    own: dict[str, Tensor] = {_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    if codes:
-        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, TrainableLinear)]
-        own |= {f"{_name(name)}.{key}": getattr(layer, key) for name, layer in layers for key in CHOSEN_ANEW}
-    return own
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    return {_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
-def load_trained(model: nn.Module, folder: Path, identity: str, *, codes: bool = False) -> None:
+def load_trained(model: nn.Module, folder: Path, identity: str) -> None:
     """Take a checkpoint's parameters into a model.
 
     Raises:
@@ -168,7 +159,7 @@ def load_trained(model: nn.Module, folder: Path, identity: str, *, codes: bool =
     if not path.is_file():
         raise FourierError("it is no checkpoint of a training run", remedy="Give --fresh", where=str(folder))
     entries = read_header(path)[0]
-    own = _own(model, codes)
+    own = _own(model)
     shapes = {name: tuple(value.shape) for name, value in own.items()}
     if file_metadata(path).get("model") != identity or {n: e.shape for n, e in entries.items()} != shapes:
         raise FourierError(
