@@ -24,8 +24,9 @@ from llava_fa.hub.source import read_config, weight_files
 from llava_fa.kernels.layout import FactoredLayout, Layout, layout_from_dict
 from llava_fa.maths.dft import padded
 from llava_fa.nn.codebooks import MODULE, codebook_key
-from llava_fa.nn.factored_linear import PackedLinear, layer_from_tensors
+from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.nn.fourier_embedding import FourierEmbedding
+from llava_fa.nn.packed_linear import PackedLinear
 
 FORMAT_VERSION = 4
 """The newest version; models without embeddings, factored layers, or trellis codes are written, as before, in versions

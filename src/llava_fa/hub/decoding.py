@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from llava_fa.nn.factored_linear import PackedLinear
+from llava_fa.nn.packed_linear import PackedLinear
 
 # What transformers' function understands beyond a mask, and this one leaves to it.
 _THEIRS = ("position_bias", "cache", "softcap")

@@ -24,8 +24,9 @@ from llava_fa.hub.shards import Entry, read_entries
 from llava_fa.hub.source import Source, match_names
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, Codebooks, attach, relink, share_codebooks
-from llava_fa.nn.factored_linear import PackedLinear, empty_layer, layer_from_approximation, packed_layers
+from llava_fa.nn.factored_linear import empty_layer, layer_from_approximation, packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead, tie_head, untie_head
+from llava_fa.nn.packed_linear import PackedLinear
 from llava_fa.nn.surgery import classify, replace_module, tied_to
 from llava_fa.solver.approximate import approximate
 

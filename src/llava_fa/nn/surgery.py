@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from llava_fa.errors import FourierError
-from llava_fa.nn.factored_linear import FactoredLinear, PackedLinear
+from llava_fa.nn.factored_linear import FactoredLinear
+from llava_fa.nn.packed_linear import PackedLinear
 
 SMALLEST_SIDE = 16
 """Layers with fewer rows or columns stay as they are: scales alone would cost a bit a weight per side."""
