@@ -61,7 +61,7 @@ def test_what_it_refuses(layer):
         layer(torch.randn(3, 12))
     found = approximate(torch.randn(12, 20), CONFIG)
     with pytest.raises(FourierError, match="inner_rank 4 makes two matrices of the weight"):
-        FourierLinear.from_approximation(found)
+        FourierLinear.from_linear(nn.Linear(20, 12), CONFIG)
     layout = layout_of(CONFIG, 12, 20)
     with pytest.raises(FourierError, match=r"missing tensor left\.codes"):
         layer_from_tensors(layout, {k: t for k, t in found.tensors.items() if k != "left.codes"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,7 @@ from llava_fa.kernels.layout import FactoredLayout, Layout
 from llava_fa.kernels.pytorch import working_dtype
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.packed_linear import PackedLinear
-
-if TYPE_CHECKING:
-    from llava_fa.solver.approximation import Approximation
+from llava_fa.solver.approximation import Approximation
 
 
 class FactoredLinear(PackedLinear):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from llava_fa.kernels import run
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import PackedWeight, as_stored, packed_weight
 from llava_fa.nn.packed_linear import PackedLinear
-
-if TYPE_CHECKING:
-    from llava_fa.solver.approximation import Approximation
+from llava_fa.solver.approximate import approximate
 
 
 class FourierLinear(PackedLinear):
@@ -66,25 +64,6 @@ class FourierLinear(PackedLinear):
         return layer
 
     @classmethod
-    def from_approximation(
-        cls, approximation: Approximation, bias: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> FourierLinear:
-        """A layer that holds what `llava_fa.approximate` returned; a bias stays the parameter it was.
-
-        Raises:
-            FourierError: a weight approximated by two factors, which is a `FactoredLinear`.
-        """
-        if approximation.config.inner_rank:
-            raise FourierError(
-                f"inner_rank {approximation.config.inner_rank} makes two matrices of the weight",
-                remedy="Use llava_fa.nn.factored_linear.layer_from_approximation",
-            )
-        layout = Layout.from_config(approximation.config, *approximation.shape)
-        layer = cls.from_tensors(layout, approximation.tensors, bias, dtype)
-        layer.weight_error, layer.output_error = approximation.weight_error, approximation.output_error
-        return layer
-
-    @classmethod
     def from_linear(
         cls, linear: nn.Linear, config: FourierConfig, second_moment: Tensor | None = None
     ) -> FourierLinear:
@@ -93,11 +72,20 @@ class FourierLinear(PackedLinear):
         Args:
             linear: weight [m, n]; its bias is kept as it is.
             second_moment: of the layer's inputs, [n, n] or its diagonal [n] (see `llava_fa.approximate`).
-        """
-        from llava_fa.solver.approximate import approximate
 
+        Raises:
+            FourierError: as `llava_fa.approximate`; ``config`` makes two factors, which are a `FactoredLinear`.
+        """
+        if config.inner_rank:
+            raise FourierError(
+                f"inner_rank {config.inner_rank} makes two matrices of the weight",
+                remedy="Use llava_fa.nn.factored_linear.layer_from_approximation",
+            )
         approximation = approximate(linear.weight.detach(), config, second_moment)
-        return cls.from_approximation(approximation, linear.bias, linear.weight.dtype)
+        layout = Layout.from_config(config, *approximation.shape)
+        layer = cls.from_tensors(layout, approximation.tensors, linear.bias, linear.weight.dtype)
+        layer.weight_error, layer.output_error = approximation.weight_error, approximation.output_error
+        return layer
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name, codebook included, bias not."""
