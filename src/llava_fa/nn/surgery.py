@@ -81,7 +81,7 @@ def classify(
 def _word_embeddings(model: nn.Module, rest: dict[str, str], skipped: dict[str, str]) -> tuple[str, ...]:
     """Which embeddings of the language model can be compressed; corrects the reasons of the others."""
     first, head, tied = model.get_input_embeddings(), _output_embedding(model), _tied(model)  # type: ignore[operator]
-    found = []
+    names = []
     for name, module in model.named_modules():
         if module is not first and (module is not head or f"{name}.weight" in tied):
             continue
@@ -95,10 +95,10 @@ def _word_embeddings(model: nn.Module, rest: dict[str, str], skipped: dict[str, 
         elif odd := [key for key in tied_to(model, name) if not _plain_head(model, key)]:
             rest[name] = f"tied to {odd[0]}, which is no plain output embedding without bias"
         else:
-            found.append(name)
-    if not found:
+            names.append(name)
+    if not names:
         raise FourierError("no embedding of this model can be compressed", remedy="Leave embeddings out")
-    return tuple(found)
+    return tuple(names)
 
 
 def tied_to(model: nn.Module, name: str) -> list[str]:
@@ -184,10 +184,10 @@ def resolve(patterns: Iterable[str], names: Sequence[str], option: str) -> dict[
     covered: dict[str, str] = {}
     for pattern in patterns:
         asked = pattern.removesuffix(".weight").rstrip(".")
-        found = [name for name, forms in spelled.items() if any(_covers(asked, form) for form in forms)]
-        if not found:
+        matches = [name for name, forms in spelled.items() if any(_covers(asked, form) for form in forms)]
+        if not matches:
             raise FourierError(f"{option} pattern {pattern!r} matches no module", remedy=_advice(asked, names))
-        for name in found:
+        for name in matches:
             covered.setdefault(name, pattern)
     return covered
 
