@@ -123,13 +123,13 @@ def measure(
     """Sensitivities from samples, in nats of KL divergence per softened answer token; 0 where none depends on it."""
     tell("")
     configs = {layer.name: variants(layer, config, casp) for layer in plan.layers}
-    powers = model_sensitivity.output_powers(model, plan.layers, configs, inputs, tell)
+    powers, directions = model_sensitivity.output_powers(model, plan.layers, configs, inputs, tell)
     tell("")
-    minds = model_sensitivity.fisher(model, {name: of[0].directions for name, of in powers.items()}, inputs, answers)
+    information = model_sensitivity.fisher(model, directions, inputs, answers)
     predictions = {name: [Prediction(variant, 0.0, 0.0) for variant in of] for name, of in configs.items()}
-    for name, g in minds.items():
+    for name, g in information.items():
         predictions[name] = [
-            Prediction(variant, sensitivity(of.outside, g), sensitivity(of.slope, g))
+            Prediction(variant, *(sensitivity(power, g) for power in of))
             for variant, of in zip(configs[name], powers[name], strict=True)
         ]
     return predictions

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,19 +99,6 @@ def fisher(
     return {name: power / (_PROBES * tokens) for name, power in information.items()}
 
 
-class Powers(NamedTuple):
-    """What one configuration of a layer is expected to do.
-
-    Attributes:
-        outside, slope: `error_powers`, float64 [m] each.
-        directions: which way its errors lie, [n, `SKETCH`] (`error_directions`).
-    """
-
-    outside: Tensor
-    slope: Tensor
-    directions: Tensor
-
-
 @torch.no_grad()
 def output_powers(
     model: nn.Module,
@@ -119,9 +106,15 @@ def output_powers(
     configs: Mapping[str, Sequence[FourierConfig]],
     inputs: blocks.Inputs,
     tell: Tell,
-) -> dict[str, list[Powers]]:
-    """`Powers` of every layer under each of its configurations; a layer that no input reaches is left out."""
-    powers: dict[str, list[Powers]] = {}
+) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], dict[str, Tensor]]:
+    """Which errors the outputs of layers will have; a layer that no input reaches is left out.
+
+    Returns:
+        Layer → `error_powers` (outside, slope; float64 [m] each) under each of its configurations;
+        layer → which way its errors lie, [n, `SKETCH`] (`error_directions` of its first configuration).
+    """
+    powers: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    directions: dict[str, Tensor] = {}
     chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)
     for segment in chains:
         calls, hidden = blocks.capture(segment, model, inputs)
@@ -136,8 +129,9 @@ def output_powers(
                             of, moment = configs[layer.name], statistics.moment
                             if layer is group[0]:  # the others of the group have the same inputs
                                 sketch = error_directions(weight, of[0], moment, SKETCH)
-                            powers[layer.name] = [Powers(*error_powers(weight, c, moment), sketch) for c in of]
+                            directions[layer.name] = sketch
+                            powers[layer.name] = [error_powers(weight, config, moment) for config in of]
             if index < len(segment) - 1:
                 blocks.advance(unit, calls[index], hidden)
             calls[index] = []
-    return powers
+    return powers, directions

@@ -244,7 +244,7 @@ def match_names(model: nn.Module, source: Source) -> tuple[dict[str, str], dict[
         elif name in state:
             names[name] = key
     parameters = [name for name, _ in model.named_parameters()]
-    matches = sum(name in names or name in set(converted.values()) for name in parameters)
+    matches = len({*names, *converted.values()} & set(parameters))
     if 2 * matches < len(parameters):
         raise FourierError(
             f"only {matches} of {len(parameters)} parameters of {type(model).__name__} are in the weight files",
