@@ -17,13 +17,12 @@ SAMPLES = 4
 FILE = "attention.json"
 """Of the work folder."""
 
-Densities = dict[str, list[float]]
-"""Attention module → density of every head."""
-
 
 @torch.no_grad()
-def densities(model: nn.Module, inputs: Sequence[Mapping[str, Tensor]], epsilon: float = EPSILON) -> Densities:
-    """`attention_density` of every head of every attention module, mean over samples.
+def densities(
+    model: nn.Module, inputs: Sequence[Mapping[str, Tensor]], epsilon: float = EPSILON
+) -> dict[str, list[float]]:
+    """Attention module → `attention_density` of every head, mean over samples.
 
     Seen are modules with a ``q_proj`` and a ``k_proj`` that return their attention map [batch, heads, l, k] beside
     their output, as the eager attention of transformers does; others have no entry. A causal map is a share of the

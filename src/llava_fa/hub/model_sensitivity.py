@@ -35,8 +35,6 @@ percent."""
 _PROBES = 2
 """Random directions a sample in which the Fisher information is looked at."""
 
-Tell = Callable[[str], None]
-
 
 def fisher(
     model: nn.Module, directions: Mapping[str, Tensor], inputs: blocks.Inputs, answers: Sequence[int], seed: int = 0
@@ -105,7 +103,7 @@ def output_powers(
     layers: Sequence[PlannedLayer],
     configs: Mapping[str, Sequence[FourierConfig]],
     inputs: blocks.Inputs,
-    tell: Tell,
+    tell: Callable[[str], None],
 ) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], dict[str, Tensor]]:
     """Which errors the outputs of layers will have; a layer that no input reaches is left out.
 

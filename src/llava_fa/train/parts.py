@@ -13,14 +13,12 @@ from llava_fa.hub.visual_tokens import FIELD
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.trainable import TrainableLinear
 
-Predicate = Callable[[str, nn.Module], bool]
-
 
 def _own(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-PARTS: dict[str, Predicate] = {
+PARTS: dict[str, Callable[[str, nn.Module], bool]] = {
     "factors": lambda name, module: isinstance(module, TrainableLinear) and _own(name) in ("left", "right"),
     "scales": lambda name, module: isinstance(module, TrainableLinear) and _own(name).endswith("_gain"),
     "norms": lambda name, module: "norm" in type(module).__name__.lower(),
