@@ -30,7 +30,8 @@ def test_without_rank_it_is_polar_quant_of_the_half_spectrum():
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_best_iterate_is_kept_and_the_history_is_its_objective(calibrated):
     W = weight()
-    x = torch.randn(200, 30, generator=torch.Generator().manual_seed(0)).cumsum(1)  # of others, 3 % end at a fixed point
+    # Of other inputs, 3 in 100 end at a fixed point.
+    x = torch.randn(200, 30, generator=torch.Generator().manual_seed(0)).cumsum(1)
     H = x.T @ x / 200
     config = FourierConfig(method="paper", bits=2, rank=3, iterations=40)
     result = approximate(W, config, H if calibrated else None)

@@ -36,6 +36,8 @@ from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
 
 _DTYPE_FILE = "dtype.json"
 """Of the work folder."""
+_PARTS = 2
+"""Raised whenever parts are written otherwise (`hub.work_folder`)."""
 _SPARE = 64_000_000
 """Bytes of disk asked for beyond the estimate."""
 
@@ -179,6 +181,7 @@ def _manifest(request: CompressionRequest, source: Source, data: _Calibration | 
     """What a left-over work folder must have been begun with for this run to go on from it."""
     return {
         "llava_fa": version("llava-fa"),
+        "parts": _PARTS,
         "codebook": _codebooks(),
         "source": source.fingerprint,
         "calibration": None if data is None else fingerprint(data.inputs),
