@@ -30,6 +30,10 @@ CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789$"
 FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold", "DejaVuSans", "DejaVuSansMono")
 
 
+def _nothing() -> np.ndarray:
+    return np.zeros(GRID * GRID, np.int64)
+
+
 @dataclasses.dataclass(frozen=True)
 class PatchLabels:
     """What each of the GRID × GRID patches shows; int64 arrays [64], 0 means nothing of the kind.
@@ -39,13 +43,13 @@ class PatchLabels:
     ``focus`` numbers, from 1, things before writings, the item to be seen there: a thing's centre, all of a writing.
     """
 
-    color: np.ndarray
-    shape: np.ndarray
-    size: np.ndarray
-    anchor: np.ndarray
-    character: np.ndarray
-    center: np.ndarray
-    focus: np.ndarray
+    color: np.ndarray = dataclasses.field(default_factory=_nothing)
+    shape: np.ndarray = dataclasses.field(default_factory=_nothing)
+    size: np.ndarray = dataclasses.field(default_factory=_nothing)
+    anchor: np.ndarray = dataclasses.field(default_factory=_nothing)
+    character: np.ndarray = dataclasses.field(default_factory=_nothing)
+    center: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((GRID * GRID, 2), np.float32))
+    focus: np.ndarray = dataclasses.field(default_factory=_nothing)
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
@@ -65,6 +69,9 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
 
 def patch_labels(scene: Scene) -> PatchLabels:
     """What every patch shows; a patch belongs to the item that covers most of it, a centre always to its item."""
+    labels = PatchLabels()
+    if scene.condition == "ruined":
+        return labels
     owner = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
     draw = ImageDraw.Draw(owner)
     items = (*scene.things, *scene.writings)
@@ -75,35 +82,27 @@ def patch_labels(scene: Scene) -> PatchLabels:
         else:
             draw.rectangle(item.box, fill=number)
     tiles = np.asarray(owner).reshape(GRID, PATCH, GRID, PATCH).swapaxes(1, 2).reshape(GRID * GRID, -1)
-    color, shape, size, anchor, character, focus = (np.zeros(GRID * GRID, np.int64) for _ in range(6))
-    center = np.zeros((GRID * GRID, 2), np.float32)
-    if scene.condition == "ruined":
-        return PatchLabels(color, shape, size, anchor, character, center, focus)
-    coverage = np.stack([(tiles == number).mean(1) for number in range(1, len(items) + 1)], 1) if items else None
-    patch_of = {}
-    if coverage is not None:
-        for patch in np.flatnonzero(coverage.max(1) >= 0.3):
-            patch_of[int(patch)] = int(coverage[patch].argmax())
+    coverage = (tiles[:, :, None] == np.arange(1, len(items) + 1)).mean(1)
+    item_of = {patch: coverage[patch].argmax() for patch in np.flatnonzero(coverage.max(1, initial=0) >= 0.3)}
     for number, item in enumerate(items):
         at = _patch(item.x, item.y)
-        patch_of[at] = number
-        anchor[at] = 1
-        center[at] = item.x / IMAGE_SIZE, item.y / IMAGE_SIZE
-    color_names, size_names = list(COLORS), list(SIZES)
-    for at, number in patch_of.items():
+        item_of[at] = number
+        labels.anchor[at] = 1
+        labels.center[at] = item.x / IMAGE_SIZE, item.y / IMAGE_SIZE
+    for at, number in item_of.items():
         item = items[number]
-        color[at] = 1 + color_names.index(item.color)
+        labels.color[at] = 1 + list(COLORS).index(item.color)
         if isinstance(item, Thing):
-            shape[at] = 1 + SHAPES.index(item.shape)
-            size[at] = 1 + size_names.index(item.size)
+            labels.shape[at] = 1 + SHAPES.index(item.shape)
+            labels.size[at] = 1 + list(SIZES).index(item.size)
         else:
-            shape[at] = 1 + len(SHAPES) + KINDS.index(item.kind)
-        if anchor[at] or isinstance(item, Writing):
-            focus[at] = 1 + number
+            labels.shape[at] = 1 + len(SHAPES) + KINDS.index(item.kind)
+        if labels.anchor[at] or isinstance(item, Writing):
+            labels.focus[at] = 1 + number
     for writing in scene.writings:
         for patch, glyph in zip(character_patches(writing), writing.text, strict=True):
-            character[patch] = 1 + CHARACTERS.index(glyph)
-    return PatchLabels(color, shape, size, anchor, character, center, focus)
+            labels.character[patch] = 1 + CHARACTERS.index(glyph)
+    return labels
 
 
 def character_patches(writing: Writing) -> list[int]:

@@ -91,18 +91,14 @@ class Scene:
     writings: tuple[Writing, ...]
     condition: Condition
 
-    def count(self, *, color: str | None = None, shape: str | None = None, size: str | None = None) -> int:
+    def count(self, **attributes: str) -> int:
         """How many things have all the given attributes."""
-        return len(self.having(color=color, shape=shape, size=size))
+        return len(self.having(**attributes))
 
-    def having(
-        self, *, color: str | None = None, shape: str | None = None, size: str | None = None
-    ) -> tuple[Thing, ...]:
-        """The things that have all the given attributes."""
+    def having(self, **attributes: str) -> tuple[Thing, ...]:
+        """The things that have all the given attributes: color, shape, size."""
         return tuple(
-            thing
-            for thing in self.things
-            if color in (None, thing.color) and shape in (None, thing.shape) and size in (None, thing.size)
+            thing for thing in self.things if all(getattr(thing, name) == value for name, value in attributes.items())
         )
 
 
@@ -129,18 +125,15 @@ def sample_scene(
             writings.append(writing)
             boxes.append(writing.box)
     count = rng.randint(0, 1) if wordy else rng.choices((1, 2, 3, 4, 5), (8, 22, 28, 24, 18))[0]
-    colors, shapes = list(COLORS), list(SHAPES)
     color_weights, shape_weights = list(COLOR_WEIGHTS), list(SHAPE_WEIGHTS)
     if rng.random() < 0.45:  # few colors or few shapes: something to count, and near misses for "is there a ..."
-        repeated = rng.choice((colors, shapes))
-        weights = color_weights if repeated is colors else shape_weights
-        for i in range(len(repeated)):
-            weights[i] = 0.15
-        for i in rng.sample(range(len(repeated)), 2):
+        weights = rng.choice((color_weights, shape_weights))
+        weights[:] = [0.15] * len(weights)
+        for i in rng.sample(range(len(weights)), 2):
             weights[i] = 5
     things: list[Thing] = []
     for _ in range(count):
-        pair = _sample_pair(rng, split, colors, color_weights, shapes, shape_weights)
+        pair = _sample_pair(rng, split, color_weights, shape_weights)
         if thing := _place_thing(rng, pair, boxes):
             things.append(thing)
             boxes.append(thing.box)
@@ -148,17 +141,12 @@ def sample_scene(
 
 
 def _sample_pair(
-    rng: random.Random,
-    split: Split,
-    colors: list[str],
-    color_weights: list[float],
-    shapes: list[str],
-    shape_weights: list[float],
+    rng: random.Random, split: Split, color_weights: list[float], shape_weights: list[float]
 ) -> tuple[str, str]:
     if split != "train" and rng.random() < 0.25:
         return rng.choice(sorted(HELD_OUT_PAIRS))
     while True:
-        pair = rng.choices(colors, color_weights)[0], rng.choices(shapes, shape_weights)[0]
+        pair = rng.choices(list(COLORS), color_weights)[0], rng.choices(SHAPES, shape_weights)[0]
         if pair not in HELD_OUT_PAIRS:
             return pair
 

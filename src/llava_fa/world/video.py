@@ -43,7 +43,7 @@ class Actor:
     @property
     def name(self) -> str:
         """``"red circle"``."""
-        return f"{self.thing.color} {self.thing.shape}"
+        return " ".join(self.thing.pair)
 
     def at(self, frame: int) -> Thing:
         """The thing as this frame shows it."""
