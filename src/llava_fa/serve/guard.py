@@ -152,7 +152,7 @@ class _Chat:
             logger.exception("a request failed")
             await out.fail(from_reply(500, b""))
         finally:
-            turn.cancel()
+            turn.cancelled = True
             self.active -= 1
             self.metrics.active.set(self.active)
             self.metrics.requests.labels(outcome).inc()
@@ -183,7 +183,7 @@ class _Chat:
             else:
                 out.abandon()
         finally:
-            turn.cancel()
+            turn.cancelled = True
             gone.set()
             for task in (inner, leaving):
                 task.cancel()
@@ -195,38 +195,57 @@ class _Chat:
 
     async def _inner(self, scope: Any, request: ChatRequest, out: _Outlet, turn: Turn, gone: asyncio.Event) -> None:
         body = json.dumps(request.body).encode()
-        unread = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def receive() -> Any:
-            if unread:
-                return unread.pop()
+        async def left() -> Any:
             await gone.wait()
             return {"type": "http.disconnect"}
 
         others = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
         headers = [*others, (b"content-length", str(len(body)).encode())]
         current.set(turn)  # of this task and those that it starts
-        await self.inner({**scope, "headers": headers}, receive, out)
+        await self.inner({**scope, "headers": headers}, again(body, left), out)
 
     async def _body(self, scope: Any, receive: Receive) -> bytes | None:
         """The body; None if the client leaves first."""
         headers, most = dict(scope["headers"]), self.limits.body_bytes
         if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
             raise ApiError(415, "The body's Content-Type is application/json", code="unsupported_media_type")
-        too_large = ApiError(413, f"The body has more than {most} bytes", code="request_too_large")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 15 or int(length) > most:
-            raise too_large
-        data, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            data += message.get("body", b"")
-            if len(data) > most:
-                raise too_large
-            more = message.get("more_body", False)
-        return bytes(data)
+            raise _too_large(most)
+        return await whole_body(receive, most)
+
+
+async def whole_body(receive: Receive, most: int) -> bytes | None:
+    """The body of a request; None if the client leaves first.
+
+    Raises:
+        ApiError: it has more than ``most`` bytes.
+    """
+    data, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        data += message.get("body", b"")
+        if len(data) > most:
+            raise _too_large(most)
+        more = message.get("more_body", False)
+    return bytes(data)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"The body has more than {most} bytes", code="request_too_large")
+
+
+def again(body: bytes, receive: Receive) -> Receive:
+    """``receive`` that begins with a body that has been read."""
+    unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def received() -> Any:
+        return unread.pop() if unread else await receive()
+
+    return received
 
 
 async def _left(receive: Receive) -> None:

@@ -17,7 +17,8 @@ from starlette.responses import PlainTextResponse
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.source import read_config, resolve_model
-from llava_fa.serve.guard import Door, Receive, Send
+from llava_fa.serve.errors import ApiError
+from llava_fa.serve.guard import Door, Receive, Send, again, whole_body
 from llava_fa.serve.limits import Limits
 from llava_fa.web.desk import Desk, Question
 from llava_fa.web.side import load_side
@@ -145,23 +146,17 @@ class _Keeper:
         if not SERVED.fullmatch(scope["path"]):
             refusal = PlainTextResponse("Not served here", 404)
         elif scope["method"] == "POST":
-            body = await self._body(receive, self.most.get(scope["path"], self.usual))
-            if body is None:
+            try:
+                body = await whole_body(receive, self.most.get(scope["path"], self.usual))
+            except ApiError:
                 refusal = PlainTextResponse("This is too large", 413)
-            elif scope["path"] == f"{API}/queue/join" and not self._ours(body):
-                refusal = PlainTextResponse("Pictures are uploaded here, not fetched from elsewhere", 400)
             else:
-                taken = _again(body, receive)
+                if body is None:
+                    return
+                if scope["path"] == f"{API}/queue/join" and not self._ours(body):
+                    refusal = PlainTextResponse("Pictures are uploaded here, not fetched from elsewhere", 400)
+                taken = again(body, receive)
         await (refusal or self.app)(scope, taken, sent)
-
-    async def _body(self, receive: Receive, most: int) -> bytes | None:
-        """All of it; None if that is too much."""
-        data, more = bytearray(), True
-        while more and len(data) <= most:
-            message = await receive()
-            data += message.get("body", b"")
-            more = message.get("more_body", False)  # a client that left sends no more
-        return bytes(data) if len(data) <= most else None
 
     def _ours(self, body: bytes) -> bool:
         try:
@@ -185,13 +180,3 @@ def _files(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, list):
         for one in value:
             yield from _files(one)
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """``receive`` that begins with a body that has been read."""
-    unread = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def received() -> Any:
-        return unread.pop() if unread else await receive()
-
-    return received

@@ -7,10 +7,10 @@ would rather see both write at once asks for it, and the answers say that they s
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections import deque
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -44,23 +44,18 @@ class Question:
 class Ticket:
     """A question on its way: its answers so far, and how it ended."""
 
-    def __init__(self, question: Question, end: float) -> None:
-        self.question, self.end = question, end
+    def __init__(self, question: Question, end: float, visitor: str = "") -> None:
+        self.question, self.end, self.visitor = question, end, visitor
         self.answers = (Answer(shared=question.together), Answer(shared=question.together))
-        self.started = False
+        self.started = self.cancelled = False
         self.error: str | None = None
         self.late = False
         """Whether time ran out."""
-        self._over, self._done, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._done, self._lock = threading.Event(), threading.Lock()
 
     def cancel(self) -> None:
         """Nobody wants it any more: it ends at the next token, or does not begin."""
-        self._over.set()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it was given up before it was answered."""
-        return self._over.is_set()
+        self.cancelled = True
 
     @property
     def done(self) -> bool:
@@ -100,10 +95,10 @@ class Desk:
 
     def __init__(self, sides: tuple[Side, Side], limits: Limits) -> None:
         self.sides, self.limits = sides, limits
-        self._line: deque[tuple[str, Ticket]] = deque()
+        self._line: list[Ticket] = []
         self._lock = threading.Lock()
         # One thread a side: torch's pool of workers belongs to the thread that calls it.
-        self._first, self._second = (ThreadPoolExecutor(1, f"side{i}") for i in range(2))
+        self._pools = [ThreadPoolExecutor(1, f"side{i}") for i in range(2)]
         self._turns = ThreadPoolExecutor(1, "turns")
 
     def ask(self, visitor: str, question: Question) -> Ticket:
@@ -116,14 +111,14 @@ class Desk:
             raise FourierError("there is no question", remedy="Type one")
         if len(question.text) > self.limits.text_characters:
             raise FourierError(f"the question has more than {self.limits.text_characters} characters")
-        ticket = Ticket(question, time.monotonic() + self.limits.seconds)
+        ticket = Ticket(question, time.monotonic() + self.limits.seconds, visitor)
         with self._lock:
             self._give_up(visitor)
-            if sum(not other.cancelled for _, other in self._line) >= self.limits.requests:
+            if sum(not other.cancelled for other in self._line) >= self.limits.requests:
                 raise FourierError(
                     f"{self.limits.requests} people are being answered already", remedy="Try again in a moment"
                 )
-            self._line.append((visitor, ticket))
+            self._line.append(ticket)
             self._turns.submit(self._turn, ticket)
         return ticket
 
@@ -135,24 +130,20 @@ class Desk:
     def ahead(self, ticket: Ticket) -> int:
         """How many are answered before this one."""
         with self._lock:
-            before = 0
-            for _, other in self._line:
-                if other is ticket:
-                    break
-                before += not other.cancelled
-        return before
+            before = itertools.takewhile(lambda other: other is not ticket, self._line)
+            return sum(not other.cancelled for other in before)
 
     def close(self) -> None:
         """Give up everything and end the threads."""
         with self._lock:
-            for _, ticket in self._line:
+            for ticket in self._line:
                 ticket.cancel()
-        for pool in (self._turns, self._first, self._second):
+        for pool in (self._turns, *self._pools):
             pool.shutdown(wait=True)
 
     def _give_up(self, visitor: str) -> None:
-        for owner, ticket in self._line:
-            if owner == visitor:
+        for ticket in self._line:
+            if ticket.visitor == visitor:
                 ticket.cancel()
 
     def _turn(self, ticket: Ticket) -> None:
@@ -166,7 +157,7 @@ class Desk:
             ticket.error = "The model failed on this question; the terminal that runs the page says why."
         finally:
             with self._lock:
-                self._line = deque(pair for pair in self._line if pair[1] is not ticket)
+                self._line.remove(ticket)
             ticket.finish()
 
     def _answer(self, ticket: Ticket) -> None:
@@ -185,7 +176,7 @@ class Desk:
 
     def _start(self, ticket: Ticket, index: int) -> Future[None]:
         question = ticket.question
-        return (self._first, self._second)[index].submit(
+        return self._pools[index].submit(
             generate,
             self.sides[index],
             question.picture,
