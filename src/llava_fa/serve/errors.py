@@ -23,10 +23,6 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def json(self) -> bytes:
-        """The body as it is sent."""
-        return json.dumps(self.body()).encode()
-
 
 def from_reply(status: int, body: bytes) -> ApiError:
     """The error in a reply of FastAPI (``{"detail": …}``), Starlette or transformers.

@@ -322,4 +322,4 @@ class _Outlet:
 
 
 def _event(error: ApiError) -> bytes:
-    return b"data: " + error.json() + b"\n\n"
+    return f"data: {json.dumps(error.body())}\n\n".encode()

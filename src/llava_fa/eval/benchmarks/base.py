@@ -14,8 +14,7 @@ import csv
 import dataclasses
 import io
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llava_fa.errors import FourierError
+from llava_fa.eval.benchmarks.statistics import part
 from llava_fa.eval.intervals import wilson
 from llava_fa.hub import shards
 
@@ -152,24 +152,28 @@ def broken(what: str, where: object) -> FourierError:
     return FourierError(what, remedy="Fetch it again", where=str(where))
 
 
-def mean_parts(
-    items: Sequence[Item], correct: dict[str, float | None], metric: str, names: Sequence[str] = ()
-) -> dict[str, dict[str, Any]]:
-    """Mean correctness of every part, in order of appearance (or of ``names``)."""
-    groups: dict[str, list[float]] = {name: [] for name in names}
+def mean_parts(items: Sequence[Item], correct: Mapping[str, float | None], metric: str) -> dict[str, dict[str, Any]]:
+    """Mean correctness of every part, in order of appearance."""
+    groups: dict[str, list[float]] = {}
     for item in items:
         if item.part:
             groups.setdefault(item.part, []).append(correct[item.id] or 0.0)
     return {
-        name: {
-            "score": sum(values) / len(values),
-            "metric": metric,
-            "interval": list(wilson(sum(values), len(values))),
-            "questions": len(values),
-        }
+        name: part(sum(values) / len(values), metric, wilson(sum(values), len(values)), len(values))
         for name, values in groups.items()
-        if values
     }
+
+
+def sums_by_unit(
+    items: Sequence[Item], parts: Sequence[str], values: Sequence[Sequence[float]]
+) -> tuple[list[str], np.ndarray]:
+    """The units in order of appearance, and the sums of their items' k values: float64 [units, parts, k]."""
+    units = list(dict.fromkeys(item.unit for item in items))
+    places = {unit: i for i, unit in enumerate(units)}
+    sums = np.zeros((len(units), len(parts), len(values[0])))
+    for item, row in zip(items, values, strict=True):
+        sums[places[item.unit], parts.index(item.part)] += row
+    return units, sums
 
 
 def score_alone(
@@ -241,7 +245,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a TSV file with a header; cells may hold line ends and pictures."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter="\t"))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llava_fa.errors import FourierError
 from llava_fa.eval.benchmarks.base import Benchmark, Item, Score, fields, read_json, read_json_lines, write_json_lines
-from llava_fa.eval.benchmarks.statistics import bootstrap
+from llava_fa.eval.benchmarks.statistics import bootstrap, part
 
 _WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
@@ -133,15 +132,10 @@ class ObjectHalBench(Benchmark):
             correct[item.id] = float(not absent) if said else None
             read[item.id] = {"absent": absent, "named": sorted(named)}
         counts = np.array(rows, dtype=np.float64)
-        parts: dict[str, dict[str, Any]] = {}
-        for name, column in (("response", 0), ("mention", 2)):
-            some = counts[:, column : column + 2]
-            parts[name] = {
-                "score": float(_rate(some.sum(0))),
-                "metric": "share that is absent",
-                "interval": list(bootstrap(some, _rate)),
-                "questions": len(items),
-            }
+        parts = {}
+        for name, some in (("response", counts[:, :2]), ("mention", counts[:, 2:4])):
+            rate = float(_rate(some.sum(0)))
+            parts[name] = part(rate, "share that is absent", bootstrap(some, _rate), len(items))
         totals = counts.sum(0)
         figures = {
             "response": parts["response"]["score"],

@@ -18,7 +18,7 @@ import numpy as np
 
 from llava_fa.errors import FourierError
 from llava_fa.eval.benchmarks.base import Benchmark, Item, Score, broken, fields, read_json, statistics_of, write_json
-from llava_fa.eval.benchmarks.statistics import bootstrap
+from llava_fa.eval.benchmarks.statistics import bootstrap, part
 from llava_fa.eval.intervals import wilson
 
 KEY = "OPENAI_API_KEY"
@@ -100,15 +100,11 @@ class MMHalBench(Benchmark):
             self.progress(len(reviews), len(items))
         ratings = [rating(review) for review in reviews]
         bad = sum(number < 3 for number in ratings)
-        parts: dict[str, dict[str, Any]] = {}
+        parts = {}
         for kind in dict.fromkeys(item.part for item in items):
             some = [number / 6 for item, number in zip(items, ratings, strict=True) if item.part == kind]
-            parts[kind] = {
-                "score": sum(some) / len(some),
-                "metric": "mean rating / 6",
-                "interval": list(bootstrap(statistics_of(some), self.headline)),
-                "questions": len(some),
-            }
+            ends = bootstrap(statistics_of(some), self.headline)
+            parts[kind] = part(sum(some) / len(some), "mean rating / 6", ends, len(some))
         figures = {
             "judge": self.options["judge_model"],
             "score": sum(ratings) / len(ratings),
@@ -116,7 +112,7 @@ class MMHalBench(Benchmark):
             "hallucination_rate_interval": list(wilson(bad, len(ratings))),
         }
         correct: dict[str, float | None] = {item.id: n / 6 for item, n in zip(items, ratings, strict=True)}
-        read = {item.id: review for item, review in zip(items, reviews, strict=True)}
+        read = dict(zip(correct, reviews, strict=True))
         return Score(figures, parts, correct, list(correct), statistics_of(ratings), read)
 
     def headline(self, sums: np.ndarray) -> np.ndarray:

@@ -236,11 +236,7 @@ def _ask(
             # means over these questions in every row: their mean over all rows is the mean over all questions
             extra = [{"enough": n, **{name: cost[name] for name in ("tokens_spent", "flops_share")}} for n in enough]
         else:
-
-            def count(done: int, total: int, start: int = start) -> None:
-                progress(start + done)
-
-            texts = answer(model, processor, pairs, **options, progress=count)
+            texts = answer(model, processor, pairs, **options, progress=lambda n, _, start=start: progress(start + n))
             extra = [{} for _ in some]
         new = [
             {"id": item.id, "question": item.prompt, "answer": text, **more}

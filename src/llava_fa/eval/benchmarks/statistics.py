@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,11 @@ RESAMPLES = 2000
 _CHUNK = 50
 
 Headline = Callable[[np.ndarray], np.ndarray]
+
+
+def part(score: float, metric: str, interval: Sequence[float], questions: int, **more: float) -> dict[str, Any]:
+    """One of a `Score`'s parts, with whatever else the benchmark tells of a part."""
+    return {"score": score, "metric": metric, "interval": list(interval), "questions": questions, **more}
 
 
 def bootstrap(statistics: np.ndarray, headline: Headline, seed: int = 0) -> tuple[float, float]:

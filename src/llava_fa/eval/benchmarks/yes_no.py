@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,10 +16,11 @@ from llava_fa.eval.benchmarks.base import (
     broken,
     fields,
     read_json_lines,
+    sums_by_unit,
     write_json_lines,
     write_text,
 )
-from llava_fa.eval.benchmarks.statistics import bootstrap
+from llava_fa.eval.benchmarks.statistics import bootstrap, part
 from llava_fa.eval.intervals import f1_interval
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -75,26 +75,22 @@ class POPE(Benchmark):
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Score:
         """Accuracy, precision, recall, F1 and share of "yes" by category."""
         read = {item.id: pope_answer(text) for item, text in zip(items, answers, strict=True)}
-        units = list(dict.fromkeys(item.unit for item in items))
-        places = {unit: i for i, unit in enumerate(units)}
-        counts = np.zeros((len(units), len(CATEGORIES), 4))  # hits, false alarms, misses, rightly absent
-        for item in items:
-            said, true = read[item.id] == "yes", item.expected == "yes"
-            kind = (0 if true else 1) if said else (2 if true else 3)
-            counts[places[item.unit], CATEGORIES.index(item.part), kind] += 1
+        kinds = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")]  # said, right
+        table = [[kind == (read[item.id], item.expected) for kind in kinds] for item in items]
+        units, counts = sums_by_unit(items, CATEGORIES, table)
         parts = {}
         for category, (tp, fp, fn, tn) in zip(CATEGORIES, counts.sum(0).tolist(), strict=True):
             if total := int(tp + fp + fn + tn):
-                parts[category] = {
-                    "score": float(_f1(np.array([tp, fp, fn, tn]))),
-                    "metric": "F1",
-                    "interval": list(f1_interval(int(tp), int(fp), int(fn))),
-                    "questions": total,
-                    "accuracy": (tp + tn) / total,
-                    "precision": tp / (tp + fp) if tp + fp else 0.0,
-                    "recall": tp / (tp + fn) if tp + fn else 0.0,
-                    "yes": (tp + fp) / total,
-                }
+                parts[category] = part(
+                    float(_f1(np.array([tp, fp, fn, tn]))),
+                    "F1",
+                    f1_interval(int(tp), int(fp), int(fn)),
+                    total,
+                    accuracy=(tp + tn) / total,
+                    precision=tp / (tp + fp) if tp + fp else 0.0,
+                    recall=tp / (tp + fn) if tp + fn else 0.0,
+                    yes=(tp + fp) / total,
+                )
         correct: dict[str, float | None] = {item.id: float(read[item.id] == item.expected) for item in items}
         figures = {
             name: sum(part[key] for part in parts.values()) / len(parts)
@@ -110,16 +106,10 @@ class POPE(Benchmark):
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """One file a category, as the official ``evaluate.py`` reads them."""
-        written = []
-        for category in CATEGORIES:
-            rows = [
-                {"question": item.row["text"], "answer": text}
-                for item, text in zip(items, answers, strict=True)
-                if item.part == category
-            ]
-            if rows:
-                written.append(write_json_lines(folder / f"coco_pope_{category}_answers.json", rows))
-        return written
+        rows: dict[str, list[dict[str, str]]] = {}
+        for item, text in zip(items, answers, strict=True):
+            rows.setdefault(item.part, []).append({"question": item.row["text"], "answer": text})
+        return [write_json_lines(folder / f"coco_pope_{name}_answers.json", some) for name, some in rows.items()]
 
 
 def _f1(counts: np.ndarray) -> np.ndarray:
@@ -174,9 +164,8 @@ class MME(Benchmark):
                 for name in ("questions_answers_YN", "images")
             )
             for path in sorted(texts.glob("*.txt")):
-                picture = next(
-                    (p for p in (pictures / f"{path.stem}{end}" for end in (".jpg", ".png")) if p.exists()), None
-                )
+                candidates = (pictures / f"{path.stem}{end}" for end in (".jpg", ".png"))
+                picture = next(filter(Path.exists, candidates), None)
                 if picture is None:
                     raise self.missing(path, "its picture is missing")
                 items += self._pair(task, path, picture)
@@ -203,26 +192,22 @@ class MME(Benchmark):
         """Accuracy and accuracy+ of every sub-task; ``points`` of a part is their sum in percent, of 200."""
         read = {item.id: mme_answer(text) for item, text in zip(items, answers, strict=True)}
         correct: dict[str, float | None] = {item.id: float(read[item.id] == item.expected) for item in items}
-        units = list(dict.fromkeys(item.unit for item in items))
-        places = {unit: i for i, unit in enumerate(units)}
-        counts = np.zeros((len(units), len(SUBTASKS), 3))  # right answers, questions, both right
-        for item in items:
-            counts[places[item.unit], SUBTASKS.index(item.part), :2] += (correct[item.id] or 0.0, 1)
+        rows = [(correct[item.id] or 0.0, 1, 0) for item in items]  # right answers, questions, both right
+        units, counts = sums_by_unit(items, SUBTASKS, rows)
         counts[..., 2] = (counts[..., 1] > 0) & (counts[..., 0] == counts[..., 1])
-        parts: dict[str, dict[str, Any]] = {}
-        for place, (task, sums) in enumerate(zip(SUBTASKS, counts.sum(0).tolist(), strict=True)):
-            right, questions, both = sums
+        parts = {}
+        for place, (task, (right, questions, both)) in enumerate(zip(SUBTASKS, counts.sum(0).tolist(), strict=True)):
             if questions:
                 accuracy, plus = right / questions, 2 * both / questions
-                parts[task] = {
-                    "score": (accuracy + plus) / 2,
-                    "metric": "mean of accuracy and accuracy+",
-                    "interval": list(bootstrap(counts[counts[:, place, 1] > 0, place], _half_points)),
-                    "questions": int(questions),
-                    "points": 100 * (accuracy + plus),
-                    "accuracy": accuracy,
-                    "accuracy_plus": plus,
-                }
+                parts[task] = part(
+                    (accuracy + plus) / 2,
+                    "mean of accuracy and accuracy+",
+                    bootstrap(counts[counts[:, place, 1] > 0, place], _half_points),
+                    int(questions),
+                    points=100 * (accuracy + plus),
+                    accuracy=accuracy,
+                    accuracy_plus=plus,
+                )
         figures = {
             name: sum(parts[task]["points"] for task in tasks if task in parts)
             for name, tasks in (("perception", PERCEPTION), ("cognition", COGNITION))
@@ -238,15 +223,11 @@ class MME(Benchmark):
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """One text file a sub-task, as the official ``calculation.py`` reads them."""
-        written = []
-        for task in dict.fromkeys(item.part for item in items):
-            lines = [
-                "\t".join((item.pictures[0].name, item.row["question"], item.row["label"], " ".join(text.split())))
-                for item, text in zip(items, answers, strict=True)
-                if item.part == task
-            ]
-            written.append(write_text(folder / f"{task}.txt", "\n".join(lines) + "\n"))
-        return written
+        texts: dict[str, str] = {}
+        for item, text in zip(items, answers, strict=True):
+            cells = (item.pictures[0].name, item.row["question"], item.row["label"], " ".join(text.split()))
+            texts[item.part] = texts.get(item.part, "") + "\t".join(cells) + "\n"
+        return [write_text(folder / f"{task}.txt", text) for task, text in texts.items()]
 
 
 def _half_points(counts: np.ndarray) -> np.ndarray:

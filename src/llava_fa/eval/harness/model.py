@@ -18,7 +18,7 @@ from llava_fa.eval.benchmarks.base import open_picture
 from llava_fa.eval.benchmarks.video import PICTURES, frames_of
 from llava_fa.eval.likelihood import log_likelihood
 from llava_fa.eval.runner import answer
-from llava_fa.hub.loading import load
+from llava_fa.hub.loading import check_chat_template, load
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
@@ -79,8 +79,7 @@ class LlavaFA(lmms):
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
         tokens = None if visual_tokens is None else int(visual_tokens)
         self.model, self.processor = load(str(pretrained), str(device), DTYPES[dtype], tokens)
-        if not getattr(self.processor, "chat_template", None):
-            raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja", where=pretrained)
+        check_chat_template(self.processor, pretrained)
         self.device = self.model.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

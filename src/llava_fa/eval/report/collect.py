@@ -19,6 +19,7 @@ from llava_fa.eval.metrics import normalise
 from llava_fa.eval.report.cache import Cache, fingerprint
 from llava_fa.eval.runner import evaluate_world
 from llava_fa.eval.spectra import Originals, Spectra, spectra
+from llava_fa.hub.blocks import evenly
 from llava_fa.hub.inspect import inspect_model, spending
 from llava_fa.hub.loading import check_device, load
 from llava_fa.hub.report import LayerReport, Report
@@ -67,7 +68,7 @@ class Run:
 
     Attributes:
         name: for people, unique in the report.
-        report, spent: as `inspect_model` and `spending` tell; None where there are only scores.
+        report, spent: as `inspect_model` and `spending` tell; None and nothing where there are only scores.
         scores: suite → result of `llava-fa eval` (``accuracy``, ``tasks``, ...).
         answers: one row a question, as `evaluate_world` gives them.
         divergence: KL of every token of the right answers, a list for each question of the even sample.
@@ -78,7 +79,7 @@ class Run:
     name: str
     model: str
     report: Report | None = None
-    spent: dict[str, int] | None = None
+    spent: dict[str, int] = dataclasses.field(default_factory=dict)
     scores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     answers: list[dict[str, Any]] | None = None
     divergence: list[list[float]] | None = None
@@ -100,6 +101,7 @@ class Findings:
     original: Run | None
     settings: Settings
     dtypes: dict[str, str]
+    """What was computed in which numbers."""
 
 
 def collect(
@@ -123,8 +125,8 @@ def collect(
     runs, first = _runs(models, original)
     cache = Cache(work)
     samples = held_out_samples(settings.limit, settings.seed) if settings.limit else []
-    for run in runs:
-        if run.report is None or not samples:
+    for run in runs if samples else ():
+        if run.report is None:
             continue
         result = (answered or {}).get(run.model) or cache(
             "answers",
@@ -208,13 +210,13 @@ def _compare(
 ) -> dict[str, str]:
     """KL divergences and differences; one model in memory at a time, the original's distributions kept."""
     assert first.answers is not None
-    even = _spread(range(len(samples)), settings.divergence)
+    even = evenly(len(samples), settings.divergence)  # tasks come one after the other
     differing = {}
     for run in others:
         rows = zip(first.answers, run.answers or [], strict=True)
         where = [i for i, (a, b) in enumerate(rows) if normalise(a["answer"]) != normalise(b["answer"])]
         run.differing = len(where)
-        differing[run.model] = _spread(where, _CANDIDATES)
+        differing[run.model] = [where[i] for i in evenly(len(where), _CANDIDATES)]
     wanted = sorted({*even, *(i for chosen in differing.values() for i in chosen)})
     place = check_device(
         ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
@@ -223,8 +225,26 @@ def _compare(
     assert first.report is not None
     enough = 3 * first.report.compressed_bytes < psutil.virtual_memory().available
     dtype = torch.float32 if place.type == "cpu" and enough else None
-    keys = {
-        run.model: {
+
+    def loaded(run: Run) -> tuple[Any, Any, Tell]:
+        tell(f"loading {run.name}", 0, 1)
+        return *load(run.model, settings.device, dtype), functools.partial(tell, f"distributions of {run.name}")
+
+    @functools.cache
+    def original() -> tuple[References, list[torch.Tensor]]:
+        model, processor, progress = loaded(first)
+        references = References([samples[i] for i in wanted], processor)
+        return references, references.log_probabilities(model, progress)
+
+    def measure(run: Run) -> list[list[float]]:
+        references, logs = original()
+        model, _, progress = loaded(run)
+        if run.compressed:
+            model.dequantize()  # once, not for every question: the same function of the input up to rounding
+        return [row.tolist() for row in token_divergences(logs, references.log_probabilities(model, progress))]
+
+    for run in others:
+        key = {
             "model": fingerprint(run.model),
             "original": fingerprint(first.model),
             "questions": wanted,
@@ -232,29 +252,7 @@ def _compare(
             "seed": settings.seed,
             "dtype": str(dtype),
         }
-        for run in others
-    }
-    state: dict[str, Any] = {}
-
-    def distributions(model: Any, run: Run) -> list[torch.Tensor]:
-        progress = functools.partial(tell, f"distributions of {run.name}")
-        return state["references"].log_probabilities(model, progress)  # type: ignore[no-any-return]
-
-    def measure(run: Run) -> list[list[float]]:
-        if not state:
-            tell(f"loading {first.name}", 0, 1)
-            model, processor = load(first.model, settings.device, dtype)
-            state["references"] = References([samples[i] for i in wanted], processor)
-            state["logs"] = distributions(model, first)
-            del model
-        tell(f"loading {run.name}", 0, 1)
-        model, _ = load(run.model, settings.device, dtype)
-        if run.compressed:
-            model.dequantize()  # once, not for every question: the same function of the input up to rounding
-        return [row.tolist() for row in token_divergences(state["logs"], distributions(model, run))]
-
-    for run in others:
-        rows = cache("divergence", keys[run.model], functools.partial(measure, run))
+        rows = cache("divergence", key, functools.partial(measure, run))
         kls = dict(zip(wanted, rows, strict=True))
         run.divergence = [kls[i] for i in even]
         differences = [
@@ -268,15 +266,12 @@ def _compare(
     return {"divergence": str(dtype).removeprefix("torch.") if dtype else "as loaded"}
 
 
-def _spread(indices: Sequence[int], count: int) -> list[int]:
-    """At most so many of them, evenly over their order (tasks come one after the other)."""
-    if len(indices) <= count:
-        return list(indices)
-    return [indices[(i * len(indices)) // count] for i in range(count)]
+PARTS = ("vision tower", "projector", "language model")
+"""Of a vision-language model."""
 
 
 def part_of(layer: str) -> str:
-    """Which of the three parts of a vision-language model a layer belongs to."""
+    """Which of `PARTS` a layer belongs to."""
     if any(mark in layer for mark in ("vision", "visual.", "image_encoder")):
         return "vision tower"
     return (
@@ -311,7 +306,7 @@ def chosen_layers(report: Report, wanted: Sequence[str]) -> list[str]:
     plain = [layer for layer in report.layers if not layer.embedding]
     for layer in sorted(plain, key=lambda layer: layer_error(layer) or 0.0, reverse=True):
         worst.setdefault(part_of(layer.name), layer)
-    return [worst[part].name for part in ("vision tower", "projector", "language model") if part in worst]
+    return [worst[part].name for part in PARTS if part in worst]
 
 
 def _spectra(first: Run, runs: list[Run], settings: Settings, cache: Cache, tell: Tell) -> None:

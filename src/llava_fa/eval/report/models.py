@@ -9,13 +9,10 @@ from typing import Any
 
 from llava_fa.config import format_size
 from llava_fa.eval.report import charts
-from llava_fa.eval.report.collect import Findings, Run, layer_error, part_of
+from llava_fa.eval.report.collect import PARTS, Findings, Run, layer_error, part_of
 from llava_fa.eval.report.markup import Html, join, number, percent, scroll, table, tag
 from llava_fa.eval.spectra import REACH, Spectra
 from llava_fa.hub.report import LayerReport
-
-SPENT = ("codes", "low rank", "scales", "signs", "codebooks", "dense layers", "embeddings", "other")
-"""Kinds of bytes in the order of their hatchings."""
 
 MEANS = {
     "codes": "codes of the Fourier coefficients",
@@ -27,6 +24,7 @@ MEANS = {
     "embeddings": "input and output embeddings",
     "other": "norms, biases, positions",
 }
+"""Kinds of bytes in the order of their hatchings."""
 ABOUT = (
     "The transform is orthogonal: by itself it leaves singular values as they are, and what differs below comes of the "
     "scales in front of it (and, for method paper, of the half of the spectrum that is left out). What it does change "
@@ -39,28 +37,24 @@ ROWS = 400
 
 def sizes(findings: Findings) -> list[Html]:
     """What the bytes are spent on."""
-    runs = [run for run in findings.runs if run.spent is not None and run.report is not None]
+    runs = [run for run in findings.runs if run.spent]
     if not runs:
         return [tag("p", "Only results were given, no model folders.", class_="note")]
-    kinds = [kind for kind in SPENT if any((run.spent or {}).get(kind) for run in runs)]
-    rows = []
-    for run in runs:
-        assert run.report is not None
-        parts = [float((run.spent or {}).get(kind, 0)) for kind in kinds]
-        rows.append((run.name, parts, format_size(run.report.compressed_bytes)))
+    totals = [sum(run.spent.values()) for run in runs]
+    kinds = [kind for kind in MEANS if any(run.spent.get(kind) for run in runs)]
+    rows = [
+        (run.name, [float(run.spent.get(kind, 0)) for kind in kinds], format_size(total))
+        for run, total in zip(runs, totals, strict=True)
+    ]
     chart = scroll(charts.bars(rows, "Bytes of each model by what they are spent on"), "bytes by purpose")
     cells = []
     for kind in kinds:
-        each = [(run.spent or {}).get(kind, 0) for run in runs]
-        shares = [
-            f"{format_size(n)} ({percent(n / sum((run.spent or {}).values()), 1)})" if n else "–"
-            for n, run in zip(each, runs, strict=True)
-        ]
-        cells.append([MEANS[kind], *shares])
-    totals = ["all tensors", *(format_size(sum((run.spent or {}).values())) for run in runs)]
+        pairs = [(run.spent.get(kind, 0), total) for run, total in zip(runs, totals, strict=True)]
+        cells.append([MEANS[kind], *(f"{format_size(n)} ({percent(n / total)})" if n else "–" for n, total in pairs)])
+    cells.append(["all tensors", *map(format_size, totals)])
     return [
         tag("figure", charts.legend(kinds, filled=True), chart),
-        table(["bytes of", *(run.name for run in runs)], [*cells, totals], "What the bytes are spent on"),
+        table(["bytes of", *(run.name for run in runs)], cells, "What the bytes are spent on"),
     ]
 
 
@@ -78,7 +72,7 @@ def _layers_of(run: Run, *, opened: bool) -> Html:
     measured = any(layer.output_error is not None for layer in rows)
     which = "output error" if measured else "weight error"
     shown: list[Html] = []
-    for part in ("vision tower", "projector", "language model"):
+    for part in PARTS:
         own = [layer for layer in rows if part_of(layer.name) == part]
         if own:
             shown.append(tag("h4", part))
@@ -108,8 +102,7 @@ def _layers_of(run: Run, *, opened: bool) -> Html:
         kinds[skipped.reason].append(skipped.name)
     rest = tag("ul", [tag("li", tag("b", reason), ": ", ", ".join(names[:6]), " …" if len(names) > 6 else None)
                       for reason, names in kinds.items()])  # fmt: skip
-    # embeddings have no output error, which is another scale than the weights'
-    first = next((layer for layer in worst if (layer.output_error is not None) == measured), worst[0])
+    first = run.report.worst or worst[0]
     head = f"{run.name}: worst layer {first.name.removeprefix('model.')}, {which} {number(layer_error(first), 3)}"
     left = tag("details", tag("summary", f"{len(run.report.not_compressed)} modules are not compressed"), rest)
     return tag("details", tag("summary", head), shown, every, left, open=opened)
@@ -143,7 +136,7 @@ def place(layer: str) -> tuple[str, int]:
 def allocation(findings: Findings) -> list[Html]:
     """Why each layer has its bits."""
     runs = [run for run in findings.runs if run.compressed]
-    budgeted = [run for run in runs if run.report is not None and run.report.budget is not None]
+    budgeted = [run for run in runs if run.report and run.report.budget]
     shown: list[Html] = []
     if same := [run.name for run in runs if run not in budgeted]:
         text = f"{', '.join(same)}: every layer was given the same bits; "
@@ -175,16 +168,15 @@ def _allocation_of(run: Run, budget: dict[str, Any]) -> Html:
     if known:
         xs = [layer.sensitivity or 0.0 for layer in known]
         plane = charts.Plane(xs, [layer.bits_per_weight for layer in known], logs=(True, False))
-        parts = ("vision tower", "projector", "language model")
         marks = []
         for layer, x in zip(known, xs, strict=True):
-            spot = charts.mark(parts.index(part_of(layer.name)), *plane.at(x, layer.bits_per_weight))
+            spot = charts.mark(PARTS.index(part_of(layer.name)), *plane.at(x, layer.bits_per_weight))
             hint = f"{layer.name}: {layer.bits_per_weight:.3f} bits, sensitivity {x:.3g}"
             marks.append(tag("g", tag("title", hint), spot))
         title = f"Bits of each layer of {run.name} over its sensitivity"
         frame = plane.frame("sensitivity: predicted loss per unit of distortion", "bits per weight")
         drawn = charts.svg(plane.width, plane.height, title, frame, marks)
-        figure = tag("figure", tag("figcaption", title), charts.legend(parts), scroll(drawn, title))
+        figure = tag("figure", tag("figcaption", title), charts.legend(PARTS), scroll(drawn, title))
     rows.sort(key=lambda layer: layer.predicted_loss or 0.0, reverse=True)
     cells = [
         [
