@@ -76,15 +76,11 @@ def evidence(
         grids.append(output.detach().requires_grad_())
         return grids[-1]
 
-    handle = projector.register_forward_hook(keep, prepend=True)
-    try:
-        with torch.enable_grad():
-            mask = torch.ones_like(ids)
-            logits = model(**{**inputs, "input_ids": ids, "attention_mask": mask}).logits
-            chosen = logits[0, start - 1 : -1].double().log_softmax(-1).gather(1, ids[0, start:, None])
-            (slope,) = torch.autograd.grad(chosen.sum(), grids)
-    finally:
-        handle.remove()
+    with projector.register_forward_hook(keep, prepend=True), torch.enable_grad():
+        mask = torch.ones_like(ids)
+        logits = model(**{**inputs, "input_ids": ids, "attention_mask": mask}).logits
+        chosen = logits[0, start - 1 : -1].double().log_softmax(-1).gather(1, ids[0, start:, None])
+        (slope,) = torch.autograd.grad(chosen.sum(), grids)
     # of tiles the first shows the whole picture; class tokens stand in front
     grid, slope = (x[0, -height * width :].double().detach() for x in (grids[0], slope))
     answer = processor.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()

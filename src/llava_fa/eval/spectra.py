@@ -96,8 +96,7 @@ def spectra(originals: Originals, folder: Path, name: str) -> Spectra:
     values = {key: singular_values(matrix) for key, matrix in matrices.items()}
     top = {"weight": values["weight"][0], "coded": values["coded"][0], "error": values["weight"][0]}
     count = min(len(v) for v in values.values())
-    chosen = sorted({round(i * (count - 1) / (_POINTS - 1)) for i in range(_POINTS)})
-    indices = chosen if count > _POINTS else list(range(count))
+    indices = sorted({round(i * (count - 1) / (_POINTS - 1)) for i in range(_POINTS)})
     numbers = {"weight": _rows(weight, by_row), "coded": _rows(_reals(coded), by_row)}
     return Spectra(
         name=name,

@@ -167,14 +167,18 @@ class Learner:
         features = inner.vision_tower(values, output_hidden_states=True).hidden_states[-1][:, 1:]
         return inner.multi_modal_projector.forward(features)  # without the hook that reduces all pictures alike
 
-    def _dense_loss(self, patches: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _named(self, patches: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Patches of length 1, and for each kind of word how well its words name them: logits [batch, 64, words]."""
         unit = functional.rms_norm(patches, patches.shape[-1:])
         embedding = self.model.get_input_embeddings().weight
+        return unit, {name: unit @ embedding[ids].T for name, ids in self.words.items()}
+
+    def _dense_loss(self, patches: torch.Tensor, batch: Batch) -> torch.Tensor:
+        unit, words = self._named(patches)
         loss = unit.new_zeros(())
-        for name, ids in self.words.items():
-            weight = unit.new_ones(len(ids))
+        for name, logits in words.items():
+            weight = unit.new_ones(logits.shape[-1])
             weight[0] = NOTHING_WEIGHT[name]
-            logits = unit @ embedding[ids].T
             loss = loss + functional.cross_entropy(logits.flatten(0, 1), batch[name].flatten(), weight)
         grid = (torch.arange(GRID, device=unit.device) + 0.5) / GRID
         own = torch.stack([grid.repeat(GRID), grid.repeat_interleave(GRID)], 1)
@@ -202,11 +206,9 @@ class Learner:
         dense = {name: [0, 0] for name in self.words}
         for batch in self._validation(batches):
             patches = self._patches(batch["pixels"])
-            unit = functional.rms_norm(patches, patches.shape[-1:])
-            for name, ids in self.words.items():
+            for name, logits in self._named(patches)[1].items():
                 shown = batch[name] > 0
-                guess = (unit @ self.model.get_input_embeddings().weight[ids].T).argmax(-1)
-                dense[name][0] += int((guess == batch[name])[shown].sum())
+                dense[name][0] += int((logits.argmax(-1) == batch[name])[shown].sum())
                 dense[name][1] += int(shown.sum())
             if self.step > self.recipe.vision_steps:
                 tally += self._tally(patches, batch)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
+from llava_fa.hub.blocks import hooked
 from llava_fa.world.questions import Question, phrase_of
 from llava_fa.world.render import character_patches
 from llava_fa.world.scene import Scene, Thing, Writing
@@ -109,20 +110,13 @@ def watched(modules: Sequence[nn.Module]) -> Iterator[list[dict[str, Any]]]:
     """The arguments of each attention module's last call, while the context lasts."""
     seen: list[dict[str, Any]] = [{} for _ in modules]
 
-    def watch(note: dict[str, Any], module: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            note.update(kwargs)
-            if args:
-                note["hidden_states"] = args[0]
+    def watch(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[index].update(kwargs)
+        if args:
+            seen[index]["hidden_states"] = args[0]
 
-        return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    handles = [watch(note, module) for note, module in zip(seen, modules, strict=True)]
-    try:
+    with hooked(dict(enumerate(modules)), watch, before=True, with_kwargs=True):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def looking_loss(

@@ -274,10 +274,8 @@ def open_picture(picture: Any, where: str) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture
     try:
-        if isinstance(picture, Path):
-            with Image.open(picture) as image:
-                return image.convert("RGB")
-        with Image.open(io.BytesIO(base64.b64decode(picture, validate=True))) as image:
+        file = picture if isinstance(picture, Path) else io.BytesIO(base64.b64decode(picture, validate=True))
+        with Image.open(file) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise FourierError("no such picture", remedy="Check the folder of pictures", where=str(picture)) from None

@@ -43,12 +43,8 @@ class Synonyms:
         named, place = [], 0
         while place < len(words):
             pair = " ".join(words[place : place + 2])
-            if pair in self.pairs:
-                named.append(self.pairs[pair])
-                place += 2
-            else:
-                named.append(words[place])
-                place += 1
+            named.append(self.pairs.get(pair, words[place]))
+            place += 2 if pair in self.pairs else 1
         if "toilet" in named:  # the seat of a toilet is no chair
             named = [word for word in named if word != "seat"]
         return [self.names[word] for word in named if word in self.names]

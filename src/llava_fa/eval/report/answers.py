@@ -25,19 +25,16 @@ def summary(findings: Findings) -> list[Html]:
     """One row a model."""
     rows = []
     for run in findings.runs:
-        world = run.scores.get("world")
-        share = retention(findings, run)
-        mean = mean_divergence(run)
-        report = run.report
+        report, world = run.report, run.scores.get("world")
         rows.append(
             [
                 run.name,
-                "–" if report is None else number(report.bits_per_weight, 3),
+                number(report and report.bits_per_weight, 3),
                 "–" if report is None else format_size(report.compressed_bytes),
                 "–" if report is None else f"{report.compression_ratio:.2f}×",
-                "–" if world is None else percent(world["accuracy"]),
-                "–" if share is None else percent(share),
-                "–" if mean is None else number(mean, 3),
+                percent(world and world["accuracy"]),
+                percent(retention(findings, run)),
+                number(mean_divergence(run), 3),
             ]
         )
     headings = [
@@ -152,7 +149,7 @@ def divergence(findings: Findings) -> list[Html]:
         drawn += [plane.band(x, low, high, i), plane.line(x, y, i)]
         drawn += [charts.mark(i, *plane.at(a, b), 3.5) for a, b in zip(x, y, strict=True)]
     title = "KL divergence from the original over the position in the answer"
-    figure = charts.svg(plane.width, plane.height, title, plane.frame("token of the answer", "nats"), drawn)
+    figure = plane.chart(title, "token of the answer", "nats", drawn)
     counted = runs[0][2]
     rows = [
         [str(position), str(questions), *(f"{each[k][1]:.3g} ± {NORMAL * each[k][2]:.2g}" for _, _, each in runs)]

@@ -25,21 +25,10 @@ def hatchings() -> Html:
     angles = (0, 45, -45, 90, 0, 45, -45, 90)
     patterns = []
     for i, angle in enumerate(angles):
-        lines = () if i == 0 else (tag("line", x1=0, y1=0, x2=0, y2=8, class_="hatch", stroke_width=2 if i < 4 else 5),)
         ground = tag("rect", width=8, height=8, class_=f"f{i}")
-        turn = f"rotate({angle})"
-        patterns.append(
-            tag(
-                "pattern",
-                ground,
-                *lines,
-                id=f"h{i}",
-                width=8,
-                height=8,
-                patternUnits="userSpaceOnUse",
-                patternTransform=turn,
-            )
-        )
+        line = tag("line", x1=0, y1=0, x2=0, y2=8, class_="hatch", stroke_width=2 if i < 4 else 5) if i else None
+        place = {"patternUnits": "userSpaceOnUse", "patternTransform": f"rotate({angle})"}
+        patterns.append(tag("pattern", ground, line, id=f"h{i}", width=8, height=8, **place))
     return tag("svg", tag("defs", patterns), width=0, height=0, class_="defs", aria_hidden="true")
 
 
@@ -146,12 +135,14 @@ class Plane:
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Where in the picture a point lies; outside of the axes on their edge."""
-        inner = self.width - _LEFT - 14
-        return _LEFT + self._share(x, 0) * inner, self.height - _BOTTOM - self._share(y, 1) * (
-            self.height - _TOP - _BOTTOM
-        )
+        width, height = self.width - _LEFT - 14, self.height - _TOP - _BOTTOM
+        return _LEFT + self._share(x, 0) * width, self.height - _BOTTOM - self._share(y, 1) * height
 
-    def frame(self, x_name: str, y_name: str) -> list[Html]:
+    def chart(self, title: str, x_name: str, y_name: str, *content: Any) -> Html:
+        """The whole picture: axes with their names, and what is drawn over them."""
+        return svg(self.width, self.height, title, self._frame(x_name, y_name), content)
+
+    def _frame(self, x_name: str, y_name: str) -> list[Html]:
         """Grid, numbers and names of the axes."""
         drawn = []
         for value in ticks(*self.x, log=self.logs[0]):

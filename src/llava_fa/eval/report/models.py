@@ -174,8 +174,7 @@ def _allocation_of(run: Run, budget: dict[str, Any]) -> Html:
             hint = f"{layer.name}: {layer.bits_per_weight:.3f} bits, sensitivity {x:.3g}"
             marks.append(tag("g", tag("title", hint), spot))
         title = f"Bits of each layer of {run.name} over its sensitivity"
-        frame = plane.frame("sensitivity: predicted loss per unit of distortion", "bits per weight")
-        drawn = charts.svg(plane.width, plane.height, title, frame, marks)
+        drawn = plane.chart(title, "sensitivity: predicted loss per unit of distortion", "bits per weight", marks)
         figure = tag("figure", tag("figcaption", title), charts.legend(PARTS), scroll(drawn, title))
     rows.sort(key=lambda layer: layer.predicted_loss or 0.0, reverse=True)
     cells = [
@@ -215,15 +214,13 @@ def _spectra_of(one: Spectra) -> Html:
     plane = charts.Plane(one.indices, [v for line in lines for v in line], size=(440, 250), logs=(False, True))
     drawn = [plane.line(one.indices, line, i) for i, line in enumerate(lines)]
     title = f"Singular values of {one.name}"
-    values = charts.svg(440, 250, title, plane.frame("number", "over the largest"), drawn)
+    values = plane.chart(title, "number", "over the largest", drawn)
     bins = len(one.histogram["weight"])
     xs = [REACH * (2 * (i + 0.5) / bins - 1) for i in range(bins)]
     ys = [one.histogram[key] for key in ("weight", "coded")]
     other = charts.Plane([-REACH, REACH], [0.0, *ys[0], *ys[1]], size=(440, 250))
     curves = [other.line(xs, y, i) for i, y in enumerate(ys)]
-    spread = charts.svg(
-        440, 250, f"Histogram of {one.name}", other.frame("standard deviations", "share of entries"), curves
-    )
+    spread = other.chart(f"Histogram of {one.name}", "standard deviations", "share of entries", curves)
     kurtosis = tag(
         "p",
         f"Kurtosis {one.kurtosis['weight']:.2f} before, {one.kurtosis['coded']:.2f} after; beyond {REACH:g} standard "

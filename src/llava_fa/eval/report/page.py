@@ -75,10 +75,7 @@ def page(findings: Findings, commands: Sequence[str], today: datetime.date) -> s
 
 def made(findings: Findings, commands: Sequence[str]) -> list[Html]:
     """Versions and the exact commands."""
-    rows = []
-    for run in findings.runs:
-        if run.compressed:
-            rows.append([run.name, tag("code", command_of(run)), _versions(run)])
+    rows = [[run.name, tag("code", command_of(run)), _versions(run)] for run in findings.runs if run.compressed]
     shown = [tag("h3", "This report"), tag("pre", "\n".join(commands))]
     if rows:
         shown += [
@@ -86,11 +83,9 @@ def made(findings: Findings, commands: Sequence[str]) -> list[Html]:
             table(["model", "made by", "with"], rows, "Commands of the models", numbers=9),
         ]
     for run in findings.runs:
-        if run.report is not None and run.report.training is not None:
-            training = run.report.training
-            shown.append(
-                tag("p", f"{run.name} was trained: {training['steps']} steps, {training['trainable']:,} parameters.")
-            )
+        if training := run.report and run.report.training:
+            text = f"{run.name} was trained: {training['steps']} steps, {training['trainable']:,} parameters."
+            shown.append(tag("p", text))
     settings = findings.settings
     measured = [f"{name}: {dtype}" for name, dtype in findings.dtypes.items()]
     text = f"Questions of the world: seed {settings.seed}, about {settings.limit}"
