@@ -190,7 +190,14 @@ class _Chat:
             await asyncio.gather(inner, leaving, return_exceptions=True)
 
     async def _request(self, scope: Any, receive: Receive) -> ChatRequest | None:
-        data = await self._body(scope, receive)
+        """What is asked; None if the client leaves first."""
+        headers, most = dict(scope["headers"]), self.limits.body_bytes
+        if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
+            raise ApiError(415, "The body's Content-Type is application/json", code="unsupported_media_type")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > 15 or int(length) > most:
+            raise _too_large(most)
+        data = await whole_body(receive, most)
         return None if data is None else await asyncio.to_thread(self.read, data)
 
     async def _inner(self, scope: Any, request: ChatRequest, out: _Outlet, turn: Turn, gone: asyncio.Event) -> None:
@@ -204,16 +211,6 @@ class _Chat:
         headers = [*others, (b"content-length", str(len(body)).encode())]
         current.set(turn)  # of this task and those that it starts
         await self.inner({**scope, "headers": headers}, again(body, left), out)
-
-    async def _body(self, scope: Any, receive: Receive) -> bytes | None:
-        """The body; None if the client leaves first."""
-        headers, most = dict(scope["headers"]), self.limits.body_bytes
-        if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
-            raise ApiError(415, "The body's Content-Type is application/json", code="unsupported_media_type")
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or len(length) > 15 or int(length) > most:
-            raise _too_large(most)
-        return await whole_body(receive, most)
 
 
 async def whole_body(receive: Receive, most: int) -> bytes | None:

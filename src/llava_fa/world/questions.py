@@ -141,24 +141,9 @@ def paired(scene: Scene, rng: random.Random) -> list[Question]:
     """Two yes/no questions about one fact, one true and one false, in random order (MME)."""
     group = rng.getrandbits(31)
     kind = rng.choice(("color", "count", "position"))
-    pair: Pair | None = None
-    if kind == "color":
-        pair = _paired_color(scene, rng)
-    elif kind == "count" and scene.things:
-        shape = rng.choice(scene.things).shape
-        count = scene.count(shape=shape)
-        wrong = count + rng.choice((-1, 1)) if count > 1 else count + 1
-        things = scene.having(shape=shape)
-        (right, phrase), (false, other) = _are_there(count, shape), _are_there(wrong, shape)
-        pair = (right, ((phrase, things),)), (false, ((other, things),))
-    elif kind == "position":
-        pair = _paired_position(scene, rng)
-    if pair is None:
-        return []
-    questions = [
-        Question("paired", pair[0][0], "yes", kind, group, pair[0][1]),
-        Question("paired", pair[1][0], "no", kind, group, pair[1][1]),
-    ]
+    pair = {"color": _paired_color, "count": _paired_count, "position": _paired_position}[kind](scene, rng)
+    answered = zip(pair or (), ("yes", "no"), strict=False)
+    questions = [Question("paired", text, answer, kind, group, mentions) for (text, mentions), answer in answered]
     rng.shuffle(questions)
     return questions
 
@@ -251,12 +236,6 @@ def _is_there(scene: Scene, color: str, shape: str, answer: str, kind: str) -> Q
     )
 
 
-def _are_there(count: int, shape: str) -> tuple[str, str]:
-    """The question, and the phrase in it that means the things."""
-    name = shape if count == 1 else plural(shape)
-    return f"{'Is' if count == 1 else 'Are'} there exactly {count} {name}?", name
-
-
 Draft = tuple[str, str, str, Mention]
 """Kind, question, answer, and the phrase in the question with the item that it means."""
 
@@ -331,6 +310,21 @@ def _paired_color(scene: Scene, rng: random.Random) -> Pair | None:
     wrong = rng.choice(others) if others and rng.random() < 0.5 else rng.choice([c for c in COLORS if c != thing.color])
     mentions: tuple[Mention, ...] = ((thing.shape, (thing,)),)
     return (f"Is the {thing.shape} {thing.color}?", mentions), (f"Is the {thing.shape} {wrong}?", mentions)
+
+
+def _paired_count(scene: Scene, rng: random.Random) -> Pair | None:
+    if not scene.things:
+        return None
+    shape = rng.choice(scene.things).shape
+    things = scene.having(shape=shape)
+    count = len(things)
+    wrong = count + rng.choice((-1, 1)) if count > 1 else count + 1
+    return _exactly(count, shape, things), _exactly(wrong, shape, things)
+
+
+def _exactly(count: int, shape: str, things: tuple[Thing, ...]) -> tuple[str, tuple[Mention, ...]]:
+    verb, name = ("Is", shape) if count == 1 else ("Are", plural(shape))
+    return f"{verb} there exactly {count} {name}?", ((name, things),)
 
 
 def _paired_position(scene: Scene, rng: random.Random) -> Pair | None:

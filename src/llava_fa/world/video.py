@@ -109,8 +109,7 @@ def _fits(actor: Actor, others: Sequence[Actor]) -> bool:
 def ask_about(task: str, clip: Clip, rng: random.Random) -> Question | None:
     """A question of one task; None where the clip has nothing to ask about."""
     if task == "motion":
-        moving = [a for a in clip.actors if a.since <= FRAMES - 2]
-        actor = rng.choice(moving)
+        actor = rng.choice([a for a in clip.actors if a.since <= FRAMES - 2])
         if actor.direction is None or rng.random() < 0.25:
             return Question(task, f"Does the {actor.name} move?", "yes" if actor.direction else "no", "whether")
         return Question(task, f"Which way does the {actor.name} move?", actor.direction, "direction")

@@ -26,6 +26,7 @@ from llava_fa.errors import FourierError
 from llava_fa.eval.benchmarks.base import Benchmark, Item, Reporter, Score, open_picture, write_json
 from llava_fa.eval.benchmarks.statistics import interval, paired
 from llava_fa.eval.runner import answer, answer_elastic
+from llava_fa.hub.blocks import evenly
 
 BATCHES = 4
 """Batches between two writes: enough to sort questions by length, little to lose."""
@@ -191,8 +192,7 @@ def _spread(items: list[Item], limit: int | None) -> list[Item]:
     if limit is None or limit >= len(items):
         return items
     units = list(dict.fromkeys(item.unit or item.id for item in items))
-    count = max(1, round(limit * len(units) / len(items)))
-    some = {units[i * len(units) // count] for i in range(count)}
+    some = {units[i] for i in evenly(len(units), max(1, round(limit * len(units) / len(items))))}
     return [item for item in items if (item.unit or item.id) in some]
 
 

@@ -150,18 +150,13 @@ def divergence(findings: Findings) -> list[Html]:
         drawn += [charts.mark(i, *plane.at(a, b), 3.5) for a, b in zip(x, y, strict=True)]
     title = "KL divergence from the original over the position in the answer"
     figure = plane.chart(title, "token of the answer", "nats", drawn)
-    counted = runs[0][2]
     rows = [
         [str(position), str(questions), *(f"{each[k][1]:.3g} ± {NORMAL * each[k][2]:.2g}" for _, _, each in runs)]
-        for k, (position, _, _, questions) in enumerate(counted)
+        for k, (position, _, _, questions) in enumerate(runs[0][2])
     ]
-    means = [
-        "all tokens",
-        str(len(runs[0][1].divergence or [])),
-        *(number(mean_divergence(run), 4) for _, run, _ in runs),
-    ]
-    headings = ["token", "answers", *(run.name for _, run, _ in runs)]
     asked = len(runs[0][1].divergence or [])
+    means = ["all tokens", str(asked), *(number(mean_divergence(run), 4) for _, run, _ in runs)]
+    headings = ["token", "answers", *(run.name for _, run, _ in runs)]
     text = "KL(original ‖ compressed) of the next token, given the picture, the question and the right answer so far, "
     text += f"on {asked} held-out questions; shaded: 95 % intervals of the means' logarithms; "
     text += "at later positions only the captions are left."

@@ -152,24 +152,17 @@ def allocation(findings: Findings) -> list[Html]:
 def _allocation_of(run: Run, budget: dict[str, Any]) -> Html:
     assert run.report is not None
     rows = [layer for layer in run.report.layers if layer.sensitivity is not None]
-    given = (
-        f"{budget['bits']:g} bits per weight"
-        if budget.get("bits") is not None
-        else format_size(float(str(budget["size"])))
-    )
-    uniform = budget.get("uniform_loss")
-    beside = (
-        "no uniform bits fit" if uniform is None else f"{number(float(str(uniform)), 3)} with the same bits everywhere"
-    )
-    loss = number(float(str(budget["predicted_loss"])), 3)
+    bits, uniform = budget.get("bits"), budget.get("uniform_loss")
+    given = format_size(budget["size"]) if bits is None else f"{bits:g} bits per weight"
+    beside = "no uniform bits fit" if uniform is None else f"{number(uniform, 3)} with the same bits everywhere"
+    loss = number(budget["predicted_loss"], 3)
     note = tag("p", f"Budget {given}. Predicted loss {loss} {budget['unit']}; {beside}.")
-    known = [layer for layer in rows if layer.sensitivity]
+    known = [(layer, layer.sensitivity) for layer in rows if layer.sensitivity]
     figure = None
     if known:
-        xs = [layer.sensitivity or 0.0 for layer in known]
-        plane = charts.Plane(xs, [layer.bits_per_weight for layer in known], logs=(True, False))
+        plane = charts.Plane([x for _, x in known], [layer.bits_per_weight for layer, _ in known], logs=(True, False))
         marks = []
-        for layer, x in zip(known, xs, strict=True):
+        for layer, x in known:
             spot = charts.mark(PARTS.index(part_of(layer.name)), *plane.at(x, layer.bits_per_weight))
             hint = f"{layer.name}: {layer.bits_per_weight:.3f} bits, sensitivity {x:.3g}"
             marks.append(tag("g", tag("title", hint), spot))
