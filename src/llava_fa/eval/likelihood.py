@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ def log_likelihood(
     answers: Sequence[tuple[Image.Image | Sequence[Image.Image], str, str]],
     *,
     batch_size: int = 16,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[float, bool]]:
     """For each (picture or frames, question, answer): the answer's log-probability, and whether it is the greedy one.
 
@@ -33,7 +32,6 @@ def log_likelihood(
         processor: its processor, with a chat template.
         answers: the triples; an answer may be empty, and is certain then.
         batch_size: triples at a time.
-        progress: called with (done, all) after every batch.
     """
     tokenizer = processor.tokenizer
     shown = [pictures_of(seen) for seen, _, _ in answers]
@@ -46,8 +44,7 @@ def log_likelihood(
         counts.append(len(whole) - same)
     results = [(0.0, True)] * len(answers)
     tokenizer.padding_side = "right"  # positions are counted from the left where none are given
-    done = 0
-    for chosen in batches([(len(t), len(s)) for t, s in zip(texts, shown, strict=True)], batch_size):
+    for chosen in batches(texts, shown, batch_size):
         inputs = inputs_of(model, processor, [shown[i] for i in chosen], [texts[i] for i in chosen])
         logits = model(**inputs, use_cache=False).logits
         for row, i in enumerate(chosen):
@@ -56,6 +53,4 @@ def log_likelihood(
             logs = logits[row, end - counts[i] - 1 : end - 1].float().log_softmax(-1)
             chosen_logs = logs.gather(-1, ids[:, None])
             results[i] = (float(chosen_logs.double().sum()), bool((logs.argmax(-1) == ids).all()))
-        done += len(chosen)
-        progress(done, len(answers))
     return results

@@ -49,13 +49,14 @@ def answer(
     """
     answers = [""] * len(questions)
     shown = [pictures_of(seen) for seen, _ in questions]
+    asked = [question for _, question in questions]
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, **(sampling or {})}
     if until:
         options |= {"stop_strings": list(until), "tokenizer": processor.tokenizer}
     processor.tokenizer.padding_side = "left"
     done = 0
-    for chosen in batches([(len(q), len(s)) for (_, q), s in zip(questions, shown, strict=True)], batch_size):
-        prompts = [prompt(processor, len(shown[i]), questions[i][1]) for i in chosen]
+    for chosen in batches(asked, shown, batch_size):
+        prompts = [prompt(processor, len(shown[i]), asked[i]) for i in chosen]
         inputs = inputs_of(model, processor, [shown[i] for i in chosen], prompts)
         ids = model.generate(**inputs, **options)
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -79,11 +80,11 @@ def inputs_of(model: Any, processor: Any, pictures: Sequence[list[Image.Image]],
     return inputs.to(model.device, model.dtype)
 
 
-def batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[int]]:
-    """Questions of like length, by index, given (characters, pictures) of each; those without pictures go apart."""
+def batches(texts: Sequence[str], shown: Sequence[Sequence[Any]], batch_size: int) -> Iterator[list[int]]:
+    """Questions of like length, by index; those that are ``shown`` no pictures go apart."""
     for with_pictures in (False, True):
-        order = [i for i, (_, pictures) in enumerate(sizes) if bool(pictures) == with_pictures]
-        order.sort(key=lambda i: sizes[i][0])
+        order = [i for i, pictures in enumerate(shown) if bool(pictures) == with_pictures]
+        order.sort(key=lambda i: len(texts[i]))
         yield from (order[first : first + batch_size] for first in range(0, len(order), batch_size))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ class PackedWorld(torch.utils.data.Dataset[Item]):
         pictures: how many.
         text: tokens for questions and answers.
         seed: of the training pictures; the recipe that trained the tiny model used others.
-        tasks: families of questions to ask; one that is named twice comes twice as often.
     """
 
     def __init__(
@@ -35,7 +33,6 @@ class PackedWorld(torch.utils.data.Dataset[Item]):
         pictures: int,
         text: int = 160,
         seed: int = 1000,
-        tasks: Sequence[str] = (*TASK_NAMES, *LEARNED_LAST),
     ) -> None:
         self.batches = WorldBatches(
             processor.tokenizer,
@@ -45,7 +42,7 @@ class PackedWorld(torch.utils.data.Dataset[Item]):
             text=text,
             start=0,
             stop=pictures,
-            tasks=tuple(tasks),
+            tasks=(*TASK_NAMES, *LEARNED_LAST),
         )
         image = processor.image_processor
         self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (image.image_mean, image.image_std))

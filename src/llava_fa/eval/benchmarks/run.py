@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -199,11 +200,8 @@ def _spread(items: list[Item], limit: int | None) -> list[Item]:
 def _check_items(items: Sequence[Item], benchmark: Benchmark) -> None:
     if not items:
         raise benchmark.missing(benchmark.folder, "there is no question in it")
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise FourierError(f"question {item.id} is there twice", remedy="Mend it", where=str(benchmark.folder))
-        seen.add(item.id)
+    if twice := [name for name, times in Counter(item.id for item in items).items() if times > 1]:
+        raise FourierError(f"question {twice[0]} is there twice", remedy="Mend it", where=str(benchmark.folder))
     shown = dict.fromkeys(p for item in items for p in item.pictures if isinstance(p, Path))
     lost = [path for path in shown if not path.is_file()]
     if lost:

@@ -21,7 +21,7 @@ def part(score: float, metric: str, interval: Sequence[float], questions: int, *
     return {"score": score, "metric": metric, "interval": list(interval), "questions": questions, **more}
 
 
-def bootstrap(statistics: np.ndarray, headline: Headline, seed: int = 0) -> tuple[float, float]:
+def bootstrap(statistics: np.ndarray, headline: Headline) -> tuple[float, float]:
     """95 % percentile interval of ``headline(Σ statistics)`` over resampled units.
 
     Args:
@@ -32,16 +32,15 @@ def bootstrap(statistics: np.ndarray, headline: Headline, seed: int = 0) -> tupl
     """
     if not len(statistics):
         return 0.0, 1.0
-    drawn = headline(_resample(statistics, seed))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
+    low, high = np.quantile(headline(_resample(statistics)), [0.025, 0.975]).tolist()
+    return low, high
 
 
-def interval(statistics: np.ndarray, headline: Headline, *, share: bool, seed: int = 0) -> tuple[list[float], str]:
+def interval(statistics: np.ndarray, headline: Headline, *, share: bool) -> tuple[list[float], str]:
     """([low, high], how): Wilson's where the figure is a share of units, the bootstrap's elsewhere."""
     if share and _binary(statistics):
         return list(wilson(float(statistics[:, 0].sum()), len(statistics))), "Wilson"
-    return list(bootstrap(statistics, headline, seed)), f"bootstrap, {RESAMPLES} resamples"
+    return list(bootstrap(statistics, headline)), f"bootstrap, {RESAMPLES} resamples"
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -58,7 +57,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     )
 
 
-def paired(first: np.ndarray, second: np.ndarray, headline: Headline, *, share: bool, seed: int = 0) -> dict[str, Any]:
+def paired(first: np.ndarray, second: np.ndarray, headline: Headline, *, share: bool) -> dict[str, Any]:
     """Difference of the headline figure, second minus first, on the same units: interval and p-value.
 
     The interval is the paired bootstrap's: both models on the same drawn units. p is McNemar's exact one where every
@@ -70,11 +69,11 @@ def paired(first: np.ndarray, second: np.ndarray, headline: Headline, *, share: 
         share: whether the figure is a share of units.
     """
     difference = float(headline(second.sum(0)) - headline(first.sum(0)))
-    both = _resample(np.concatenate([first, second], axis=1), seed)
+    both = _resample(np.concatenate([first, second], axis=1))
     k = first.shape[1]
     drawn = headline(both[:, k:]) - headline(both[:, :k])
-    low, high = (float(value) for value in np.quantile(drawn, [0.025, 0.975]))
-    result = {"difference": difference, "interval": [low, high], "units": len(first)}
+    ends = np.quantile(drawn, [0.025, 0.975]).tolist()
+    result = {"difference": difference, "interval": ends, "units": len(first)}
     if share and _binary(first) and _binary(second):
         only_first = int(((first[:, 0] == 1) & (second[:, 0] == 0)).sum())
         only_second = int(((first[:, 0] == 0) & (second[:, 0] == 1)).sum())
@@ -95,9 +94,9 @@ def _binary(statistics: np.ndarray) -> bool:
     return bool(np.isin(statistics[:, 0], (0, 1)).all() and (statistics[:, 1] == 1).all())
 
 
-def _resample(statistics: np.ndarray, seed: int) -> np.ndarray:
-    """[RESAMPLES, k]: sums over as many units as there are, drawn with replacement."""
-    rng, units = np.random.default_rng(seed), len(statistics)
+def _resample(statistics: np.ndarray) -> np.ndarray:
+    """[RESAMPLES, k]: sums over as many units as there are, drawn with replacement; the same every time."""
+    rng, units = np.random.default_rng(0), len(statistics)
     sums = []
     for _ in range(RESAMPLES // _CHUNK):
         counts = rng.multinomial(units, np.full(units, 1 / units), size=_CHUNK)

@@ -125,9 +125,8 @@ def collect(
     runs, first = _runs(models, original)
     cache = Cache(work)
     samples = held_out_samples(settings.limit, settings.seed) if settings.limit else []
-    for run in runs if samples else ():
-        if run.report is None:
-            continue
+    folders = [run for run in runs if run.report is not None]
+    for run in folders if samples else ():
         result = (answered or {}).get(run.model) or cache(
             "answers",
             {"model": fingerprint(run.model), "limit": settings.limit, "seed": settings.seed},
@@ -137,7 +136,7 @@ def collect(
         run.scores.setdefault("world", {key: value for key, value in result.items() if key != "answers"})
     dtypes: dict[str, str] = {}
     if first is not None:
-        others = [run for run in runs if run is not first and run.report is not None]
+        others = [run for run in folders if run is not first]
         if samples:
             dtypes = _compare(first, others, samples, settings, cache, tell)
         _spectra(first, [run for run in others if run.compressed], settings, cache, tell)
