@@ -133,7 +133,8 @@ def test_an_answer_is_put_after_the_question_where_the_template_says_something_e
 
 def test_batches_hold_like_questions():
     sizes = [(5, 1), (3, 0), (9, 1), (1, 2), (2, 0)]
-    assert list(batches(sizes, 2)) == [[4, 1], [3, 0], [2]]
+    texts, shown = ["x" * characters for characters, _ in sizes], [[None] * pictures for _, pictures in sizes]
+    assert list(batches(texts, shown, 2)) == [[4, 1], [3, 0], [2]]
 
 
 def test_a_grey_picture_makes_the_right_answer_less_likely(tiny, samples):

@@ -203,14 +203,14 @@ class _Chat:
     async def _inner(self, scope: Any, request: ChatRequest, out: _Outlet, turn: Turn, gone: asyncio.Event) -> None:
         body = json.dumps(request.body).encode()
 
-        async def left() -> Any:
+        async def disconnect() -> Any:
             await gone.wait()
             return {"type": "http.disconnect"}
 
         others = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
         headers = [*others, (b"content-length", str(len(body)).encode())]
         current.set(turn)  # of this task and those that it starts
-        await self.inner({**scope, "headers": headers}, again(body, left), out)
+        await self.inner({**scope, "headers": headers}, again(body, disconnect), out)
 
 
 async def whole_body(receive: Receive, most: int) -> bytes | None:

@@ -168,7 +168,7 @@ class Learner:
         return inner.multi_modal_projector.forward(features)  # without the hook that reduces all pictures alike
 
     def _named(self, patches: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Patches of length 1, and for each kind of word how well its words name them: logits [batch, 64, words]."""
+        """Normalised patches, and for each kind of word how well its words name them: logits [batch, 64, words]."""
         unit = functional.rms_norm(patches, patches.shape[-1:])
         embedding = self.model.get_input_embeddings().weight
         return unit, {name: unit @ embedding[ids].T for name, ids in self.words.items()}
