@@ -70,12 +70,10 @@ def dense(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     return pytorch.paper_dense(weight, dtype)
 
 
-def dequantize(
-    layout: Layout | FactoredLayout, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The [m, n] weight of a layer's stored tensors: the one decoder, of solver, calibration and modules alike."""
+def dequantize(layout: Layout | FactoredLayout, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The weight [m, n] of a layer's stored tensors, float32: the one decoder, of solver, calibration and modules."""
     parts = (
-        dense(packed_weight(part, {name: tensors[prefix + name] for name in part.tensors()}), dtype)
+        dense(packed_weight(part, {name: tensors[prefix + name] for name in part.tensors()}))
         for prefix, part in layout.parts().items()
     )
     return reduce(torch.matmul, parts)

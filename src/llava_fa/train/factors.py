@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.blocks import input_moments
-from llava_fa.kernels.run import dequantize
+from llava_fa.kernels.run import dense
 from llava_fa.maths.lowrank import fourier_svd, weighted_low_rank
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding
@@ -65,8 +65,7 @@ def initial_factors(
     factors = {}
     for name, layer in layers_by_name(model).items():
         weight = original_weight(original, name, layer)
-        tensors = {key: tensor for key, tensor in layer.packed().items() if not key.startswith(("left", "right"))}
-        rest = weight - dequantize(layer.layout, tensors)
+        rest = weight - dense(layer.packed_weight()._replace(left=None, right=None))  # what the codes leave
         own = min(rank, *weight.shape)
         if layer.layout.method == "paper":
             left, right = fourier_svd(torch.fft.rfft2(rest, norm="ortho"), min(own, layer.layout.coefficients))
