@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
 from llava_fa.errors import FourierError, explained
@@ -29,6 +28,8 @@ def load(
     Raises:
         FourierError: there is no such model, or it cannot be loaded or has no processor.
     """
+    from transformers import AutoModelForImageTextToText, AutoProcessor  # half a second, which streaming does not need
+
     folder = resolve_model(model)
     place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     read_config(folder)
@@ -47,6 +48,8 @@ def load(
 
 def load_processor(folder: Path) -> Any:
     """The model's processor: tokenizer, image processor and chat template in one."""
+    from transformers import AutoProcessor
+
     remedy = "The folder needs the tokenizer and preprocessor files of the model"
     with quiet_transformers(), explained("its processor cannot be loaded", remedy=remedy, where=str(folder)):
         return AutoProcessor.from_pretrained(folder)
