@@ -12,10 +12,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import llava_fa
 from llava_fa import Budget, FourierConfig, FourierError
 from llava_fa.hub import allocation, blocks, model_sensitivity
+from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.inspect import inspect_model
 from llava_fa.hub.plan import make_plan
-from llava_fa.hub.source import empty_model, open_source
+from llava_fa.hub.source import open_source
 
 CONFIG = FourierConfig(refine_passes=0)
 
@@ -225,7 +226,7 @@ def test_queries_and_keys_keep_what_the_budget_buys_for_all(settled):
 
 def test_a_layer_that_nothing_reaches_has_no_sensitivity(checkpoint, samples):
     source = open_source(checkpoint)
-    plan = make_plan(empty_model(source), source, CONFIG)
+    plan = make_plan(empty_model(source.folder), source, CONFIG)
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
     inputs = [

@@ -152,11 +152,12 @@ def test_other_uses_of_the_statistics(checkpoint, tmp_path, samples, config):
 
 
 def test_units_are_blocks_and_what_stands_alone(checkpoint):
+    from llava_fa.hub.architecture import empty_model
     from llava_fa.hub.plan import make_plan
-    from llava_fa.hub.source import empty_model, open_source
+    from llava_fa.hub.source import open_source
 
     source = open_source(checkpoint)
-    model = empty_model(source)
+    model = empty_model(source.folder)
     units = blockwise.find_units(model, make_plan(model, source, FourierConfig()).layers)
     assert [unit.path for unit in units] == [
         "model.vision_tower.encoder.layers.0",
@@ -234,12 +235,13 @@ def test_a_block_is_run_no_further_than_it_must_be(samples):
 def test_the_running_dtype_is_chosen_once(checkpoint, quick, samples, tmp_path, monkeypatch):
     """float32 where the CPU emulates 16-bit floats and there is room; what an interrupted run chose is kept."""
     from llava_fa.hub import compress as module
+    from llava_fa.hub.architecture import empty_model
     from llava_fa.hub.plan import make_plan
-    from llava_fa.hub.source import empty_model, open_source
+    from llava_fa.hub.source import open_source
     from llava_fa.hub.work_folder import WorkFolder
 
     source = open_source(helpers.save_llava(tmp_path / "in", dtype=torch.bfloat16))
-    plan = make_plan(empty_model(source), source, quick)
+    plan = make_plan(empty_model(source.folder), source, quick)
     cpu = torch.device("cpu")
     memory = SimpleNamespace(available=0)
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: memory)

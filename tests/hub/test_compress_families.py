@@ -8,8 +8,9 @@ import llava_fa
 from llava_fa import FourierConfig
 from llava_fa.hub import blocks as blockwise
 from llava_fa.hub import calibrated
+from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.plan import make_plan
-from llava_fa.hub.source import empty_model, open_source
+from llava_fa.hub.source import open_source
 from llava_fa.hub.streaming import Job, assemble
 from llava_fa.hub.work_folder import WorkFolder
 
@@ -116,7 +117,7 @@ def test_family(family, tmp_path):
     llava_fa.compress(tmp_path / "in", tmp_path / "free", config)
 
     source = open_source(tmp_path / "in")
-    plan = make_plan(empty_model(source), source, config)
+    plan = make_plan(empty_model(source.folder), source, config)
     units = blockwise.find_units(model, plan.layers)
     segments, idle = blockwise.segments(model, units, [inputs])
     assert [[unit.path.removeprefix("model.") for unit in segment] for segment in segments] == expected

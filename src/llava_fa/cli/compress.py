@@ -89,6 +89,13 @@ def compress(
         int | None,
         typer.Option(help="Tokens per picture that the new model starts with: trained sets, or plain pooling."),
     ] = None,
+    drop_unused: Annotated[
+        bool,
+        typer.Option(
+            "--drop-unused",
+            help="Leave out tensors that no module of the model has, such as `mtp.*`. [default: copy them as they are]",
+        ),
+    ] = False,
     recover: Annotated[
         int | None,
         typer.Option(
@@ -134,6 +141,7 @@ def compress(
             casp=Casp(keep=Casp.keep if casp_keep is None else casp_keep) if casp else None,
             embeddings=embeddings,
             visual_tokens=visual_tokens,
+            drop_unused=drop_unused,
             device=device,
             command=output.given_command(context, out="OUT"),
         )

@@ -39,6 +39,13 @@ def show_plan(plan: Plan) -> None:
     elif (share := _words(plan) / max(1, plan.output_bytes)) > _NOTABLE:
         text = f"the word embeddings stay as they are, {share:.0%} of the result: --embeddings compresses them"
         console.print(text)
+    for line in plan.ledger.summary():
+        if line.fate == "dropped":
+            console.print(f"left out: {line} ({line.why})", markup=False)
+    if unused := [entry for key, entry in plan.arrangement.unused.items() if key not in plan.left_out]:
+        size = sum(entry.nbytes for entry in unused)
+        text = f"{len(unused)} tensors that no module has, {format_size(size)}, are copied as they are"
+        console.print(f"{text} ({unused[0].name}, …); --drop-unused leaves them out", markup=False)
     if config.only:
         _list(console, "only", [layer.name for layer in plan.layers])
     if config.skip:
@@ -52,7 +59,7 @@ def _words(plan: Plan) -> int:
     reasons = ("embedding", "output embedding")
     modules = [skipped.name for skipped in plan.not_compressed if skipped.reason in reasons]
     weights = [f"{name}.weight" for name in modules if not is_vision(name)]
-    return sum(plan.source.entries[plan.names[name]].nbytes for name in weights if name in plan.names)
+    return sum(plan.kept[name].nbytes for name in weights if name in plan.kept)
 
 
 def _list(console: Any, title: str, names: list[str]) -> None:
@@ -84,11 +91,17 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
     for layer in report.layers:
         for note in layer.notes:
             console.print(f"note: {layer.name}: {note}", markup=False, soft_wrap=True)
-    reasons = Counter(skipped.reason for skipped in report.not_compressed)
-    for reason, count in reasons.most_common():
-        names = [skipped.name for skipped in report.not_compressed if skipped.reason == reason]
-        more = f" and {count - 1} more" if count > 1 else ""
-        console.print(f"not compressed: {names[0]}{more} ({reason})", markup=False, soft_wrap=True)
+    if report.ledger is not None:
+        for line in report.ledger.summary():
+            if line.why:
+                console.print(f"{line.fate}: {line} ({line.why})", markup=False, soft_wrap=True)
+        for name, size in report.ledger.unread.items():
+            text = f"not read: {name}, {format_size(size)} (no part of the checkpoint)"
+            console.print(text, markup=False, soft_wrap=True)
+    if report.source_ledger is not None:
+        for line in report.source_ledger.summary():
+            if line.fate == "dropped":
+                console.print(f"dropped: {line} ({line.why})", markup=False, soft_wrap=True)
 
 
 def _training(training: dict[str, Any]) -> str:

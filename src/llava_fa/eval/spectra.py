@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from llava_fa.errors import FourierError
+from llava_fa.hub.architecture import empty_model
+from llava_fa.hub.arrangement import arrange
 from llava_fa.hub.checkpoint import read_layer
-from llava_fa.hub.source import Source, empty_model, match_names
+from llava_fa.hub.source import Source
 from llava_fa.kernels.layout import FactoredLayout
 from llava_fa.kernels.pytorch import from_pairs, unpack_signs
 from llava_fa.maths import dft
@@ -55,7 +57,7 @@ class Originals:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.names, _ = match_names(empty_model(source), source)
+        self.weights = arrange(empty_model(source.folder), source.entries).weights
 
     def __call__(self, layer: str) -> Tensor:
         """float32 [m, n].
@@ -63,14 +65,14 @@ class Originals:
         Raises:
             FourierError: the checkpoint has no such layer.
         """
-        entry = self.source.entries.get(self.names.get(f"{layer}.weight", ""))
-        if entry is None:
+        stored = self.weights.get(f"{layer}.weight")
+        if stored is None:
             raise FourierError(
                 f"the original has no layer {layer}",
                 remedy="Give the checkpoint that this model was compressed from",
                 where=str(self.source.folder),
             )
-        return entry.read().to(torch.float32)
+        return stored.read().to(torch.float32)
 
 
 def spectra(originals: Originals, folder: Path, name: str) -> Spectra:

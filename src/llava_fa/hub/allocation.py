@@ -218,9 +218,7 @@ def layer_bytes(plan: Plan, budget: Budget, casp: Casp | None = None) -> int:
 
 def _others(plan: Plan, casp: Casp | None) -> int:
     """Bytes of all that is not compressed, and of the headers of the weight files."""
-    dense = {entry.name for entry in (*(layer.weight for layer in plan.all_layers), *plan.repeated)}
-    modules = {key: name for name, key in plan.names.items()}
-    names = [modules.get(key, key) for key in plan.source.entries if key not in dense]
+    names = list(plan.kept)
     names += [f"{layer.name}.{key}" for layer in plan.all_layers for key in layer.layout.tensors() if key != "codebook"]
     if casp is not None:  # two factors have twice the tensors
         names += [f"{layer.name}.right.input_scale" for layer in plan.layers if is_query_or_key(layer.name)] * 8

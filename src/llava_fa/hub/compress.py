@@ -17,6 +17,7 @@ import torch
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError, explained
 from llava_fa.hub import allocation, attention_density, proofread, provenance
+from llava_fa.hub.architecture import empty_model, loaded_model
 from llava_fa.hub.blocks import evenly
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
@@ -27,7 +28,7 @@ from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.report import ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
-from llava_fa.hub.source import Source, empty_model, open_source, quiet_transformers, resolve_model
+from llava_fa.hub.source import Source, open_source, resolve_model
 from llava_fa.hub.streaming import Job, assemble, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
 from llava_fa.hub.work_folder import WorkFolder, check_space, refuse_existing
@@ -52,6 +53,7 @@ def compress(
     casp: Casp | None = None,
     embeddings: float | None = None,
     visual_tokens: int | None = None,
+    drop_unused: bool = False,
     device: str | torch.device = "cpu",
     fresh: bool = False,
     progress: ProgressCallback | None = None,
@@ -79,6 +81,8 @@ def compress(
             bits. None: both stay as they are.
         visual_tokens: how many tokens the new model is told a picture in (and is calibrated with): what is trained into
             it (`llava-fa train --matryoshka`), or plain pooling; whoever loads it can choose another number.
+        drop_unused: leave out tensors that no module of transformers' model has (such as a head that predicts several
+            tokens, ``mtp.*``); by default they are copied as they are, for programs that know them.
         device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
         fresh: throw away what an interrupted run left, instead of resuming.
         progress: called with a `Progress` before each layer and after the last.
@@ -102,6 +106,7 @@ def compress(
         casp=casp,
         embeddings=embeddings,
         visual_tokens=visual_tokens,
+        drop_unused=drop_unused,
         device=device,
     )
     return carry_out(request, out, fresh=fresh, progress=progress, on_plan=on_plan)
@@ -123,7 +128,7 @@ def carry_out(
     source = open_source(resolve_model(request.model))
     if request.visual_tokens is not None:
         source = with_visual_tokens(source, request.visual_tokens)
-    plan = make_plan(empty_model(source), source, request.config, request.embeddings)
+    plan = make_plan(empty_model(source.folder), source, request.config, request.embeddings, request.drop_unused)
     if request.casp is not None:
         allocation.check_casp(plan)
         if request.budget is None:
@@ -259,8 +264,6 @@ def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> str:
 
 
 def _load(folder: Path, dtype: str, device: torch.device) -> torch.nn.Module:
-    from transformers import AutoModelForImageTextToText
-
     loading = explained(
         f"the model cannot be loaded to {device}",
         remedy="Choose another --device, or compress without calibration, which streams",
@@ -268,5 +271,5 @@ def _load(folder: Path, dtype: str, device: torch.device) -> torch.nn.Module:
         kinds=(RuntimeError, AssertionError),  # torch says a missing or full device in both ways
         words=str,
     )
-    with loading, quiet_transformers():
-        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
+    with loading:
+        return loaded_model(folder, dtype=dtype).to(device)  # type: ignore[no-any-return]

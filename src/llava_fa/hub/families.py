@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from llava_fa.errors import FourierError
-from llava_fa.hub.shards import Entry
+from llava_fa.hub.arrangement import Stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Feed:
             power = power + tensors[self.bias].float().square()
         return power.repeat(inputs // power.numel())
 
-    def read_second_moment(self, entry: Callable[[str], Entry | None], inputs: int) -> torch.Tensor | None:
+    def read_second_moment(self, entry: Callable[[str], Stored | None], inputs: int) -> torch.Tensor | None:
         """The same from a checkpoint, ``entry`` finding a tensor by its name; None where one is missing."""
         entries = {name: entry(name) for name in (self.weight, self.bias) if name is not None}
         tensors = {name: stored.read() for name, stored in entries.items() if stored is not None}

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from llava_fa.errors import FourierError, explained
-from llava_fa.hub.source import read_config, resolve_model, transformers_errors
+from llava_fa.hub.architecture import transformers_errors
+from llava_fa.hub.source import read_config, resolve_model
 from llava_fa.hub.visual_tokens import FIELD, grid_of
 from llava_fa.nn.visual_tokens import VisualTokens
 

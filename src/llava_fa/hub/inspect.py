@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llava_fa.config import QUANT_METHOD
-from llava_fa.errors import explained
-from llava_fa.hub import provenance
+from llava_fa.config import QUANT_METHOD, FourierConfig
+from llava_fa.hub import ledger, provenance
+from llava_fa.hub.architecture import empty_model
+from llava_fa.hub.arrangement import Arrangement, arrange
 from llava_fa.hub.checkpoint import ORIGINAL_BYTES, account, file_keys, is_codebook, read_metadata, validate
+from llava_fa.hub.plan import make_plan
 from llava_fa.hub.report import TRAINING, LayerReport, Report, Skipped, kind_of_codes, peak_rss_bytes
 from llava_fa.hub.shards import Entry, file_metadata
-from llava_fa.hub.source import empty_model, match_names, open_source, read_config, resolve_model, weight_files
-from llava_fa.nn.surgery import classify
+from llava_fa.hub.source import open_source, quantisation, read_config, read_object, resolve_model, weight_files
 
 
 def inspect_model(model: str | Path) -> Report:
@@ -27,11 +27,25 @@ def inspect_model(model: str | Path) -> Report:
         FourierError: not a model folder, a damaged one, or one quantised by something else.
     """
     folder = resolve_model(model)
-    return describe(folder) if _compressed(folder) else _original(folder)
+    if not _compressed(folder):
+        return _original(folder)
+    report = describe(folder)
+    _rest(folder)[1].check(str(folder))
+    return report
+
+
+def _rest(folder: Path) -> tuple[dict[str, Entry], Arrangement]:
+    """The tensors of a compressed folder that are not packed, and which of the model's they are."""
+    metadata = read_metadata(folder)
+    entries = dict(validate(weight_files(folder), metadata))
+    for name, record in metadata.layers.items():
+        for stored in file_keys(name, record.layout).values():
+            entries.pop(stored, None)
+    return entries, arrange(empty_model(folder), entries, metadata.layers)
 
 
 def _compressed(folder: Path) -> bool:
-    return (read_config(folder).get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+    return quantisation(read_config(folder)) == QUANT_METHOD
 
 
 def describe(
@@ -88,21 +102,22 @@ def describe(
         attention_density=metadata.attention_density,
         training=_training(folder),
         provenance=provenance.read(folder),
+        ledger=ledger.of_compressed(folder, entries, metadata),
+        source_ledger=ledger.read(folder),
     )
 
 
 def _training(folder: Path) -> dict[str, Any] | None:
     path = folder / TRAINING
-    remedy = "Remove it; the model does not need it"
-    with explained("it is not JSON", remedy=remedy, where=str(path), kinds=(ValueError,), words=None):
-        return json.loads(path.read_text()) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def spending(model: str | Path) -> dict[str, int]:
     """What the bytes of a model's tensors are spent on; their sum is `Report.compressed_bytes`.
 
     Keys, those that occur: ``codes``, ``scales``, ``signs``, ``low rank`` and ``codebooks`` of compressed layers;
-    ``dense layers`` (linear, not compressed), ``embeddings`` (input and output), ``other`` (norms, biases, positions).
+    ``dense layers`` (linear, not compressed), ``embeddings`` (input and output), ``unused`` (no module has them),
+    ``other`` (norms, biases, positions).
 
     Raises:
         FourierError: as `inspect_model`.
@@ -111,18 +126,18 @@ def spending(model: str | Path) -> dict[str, int]:
     spent: Counter[str] = Counter()
     if _compressed(folder):
         metadata = read_metadata(folder)
-        entries = dict(validate(weight_files(folder), metadata))
+        packed = dict(validate(weight_files(folder), metadata))
         for name, record in metadata.layers.items():
             for key, stored in file_keys(name, record.layout).items():
-                if (entry := entries.pop(stored, None)) is not None:  # a codebook has many users
+                if (entry := packed.pop(stored, None)) is not None:  # a codebook has many users
                     spent[_purpose(key)] += entry.nbytes
-        names = {key: key for key in entries}
+        entries, arrangement = _rest(folder)
     else:
-        source = open_source(folder)
-        entries = source.entries
-        names = {stored: name for name, stored in match_names(empty_model(source), source)[0].items()}
+        entries = open_source(folder).entries
+        arrangement = arrange(empty_model(folder), entries)
     for key, entry in entries.items():
-        spent[_kind(names.get(key, key), entry)] += entry.nbytes
+        unused = key in arrangement.unused
+        spent["unused" if unused else _kind(arrangement.modules.get(key, key), entry)] += entry.nbytes
     return dict(spent)
 
 
@@ -148,28 +163,26 @@ def _kind(name: str, entry: Entry) -> str:
 def _original(folder: Path) -> Report:
     start = time.monotonic()
     source = open_source(folder)
-    model = empty_model(source)
-    names, _ = match_names(model, source)
-    choice = classify(model)
-    layers = []
-    for name in choice.layers:
-        entry = source.entries.get(names.get(f"{name}.weight", ""))
-        if entry is not None and len(entry.shape) == 2:
-            bits = 8 * entry.nbytes / entry.numel
-            layers.append(LayerReport(name, (entry.shape[0], entry.shape[1]), bits, 0.0, None, 0))
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in layers)
+    plan = make_plan(empty_model(folder), source, FourierConfig())
+    layers = tuple(
+        LayerReport(layer.name, layer.shape, 8 * layer.weight.nbytes / layer.numel, 0.0, None, 0)
+        for layer in plan.layers
+    )
+    weights = sum(layer.numel for layer in plan.layers)
+    rest = {skipped.name: skipped.reason for skipped in plan.not_compressed}
+    linear = dict.fromkeys((layer.name for layer in plan.layers), "a linear layer: it can be packed")
     return Report(
         path=str(folder),
         method=None,
         bits=None,
         rank=None,
-        bits_per_weight=bits / weights if weights else 0.0,
+        bits_per_weight=8 * sum(layer.weight.nbytes for layer in plan.layers) / weights,
         compression_ratio=1.0,
         original_bytes=source.nbytes,
         compressed_bytes=source.nbytes,
-        layers=tuple(layers),
-        not_compressed=tuple(Skipped(name, reason) for name, reason in choice.not_compressed.items()),
+        layers=layers,
+        not_compressed=plan.not_compressed,
+        ledger=ledger.of_source(source, plan.arrangement, rest={**linear, **rest}),
         seconds=time.monotonic() - start,
         peak_rss_bytes=peak_rss_bytes(),
     )

@@ -9,8 +9,9 @@ import torch
 
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
 from llava_fa.errors import FourierError, explained
+from llava_fa.hub.architecture import loaded_model, quiet_transformers
 from llava_fa.hub.shards import read_entries
-from llava_fa.hub.source import quiet_transformers, read_config, resolve_model, transformers_errors, weight_files
+from llava_fa.hub.source import read_config, resolve_model, weight_files
 from llava_fa.hub.visual_tokens import set_visual_tokens
 
 
@@ -28,22 +29,15 @@ def load(
     Raises:
         FourierError: there is no such model, or it cannot be loaded or has no processor.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor  # half a second, which streaming does not need
-
     folder = resolve_model(model)
     place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     read_config(folder)
     read_entries(weight_files(folder))  # a missing, pickled or cut short file has its own error here
-    with transformers_errors(
-        "it does not load as a vision-language model",
-        remedy="Give a folder or hub id with an image-text-to-text model and its processor",
-        where=str(model),
-    ):
-        processor = AutoProcessor.from_pretrained(folder)
-        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or fast_dtype(place))
+    processor = load_processor(folder)
+    loaded = loaded_model(folder, dtype=dtype or fast_dtype(place))
     if visual_tokens is not None:
         set_visual_tokens(loaded, visual_tokens, processor)
-    return loaded.eval().to(place), processor
+    return loaded.to(place), processor
 
 
 def load_processor(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -11,12 +12,16 @@ from torch import nn
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
+from llava_fa.hub.arrangement import Arrangement, Stored, arrange
 from llava_fa.hub.families import Feed, feeding_norm, final_norm
+from llava_fa.hub.ledger import Ledger, of_source
 from llava_fa.hub.report import Skipped
-from llava_fa.hub.shards import FLOATS, Entry
-from llava_fa.hub.source import Source, match_names
+from llava_fa.hub.shards import FLOATS
+from llava_fa.hub.source import Source
 from llava_fa.kernels.layout import FactoredLayout, Layout, layout_of
 from llava_fa.nn.surgery import classify, tied_to
+
+_STUCK = "it is stored in one tensor with numbers that the model does not have"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +29,7 @@ class PlannedLayer:
     """A layer or embedding to be compressed: module name, weight in the checkpoint, norm in front of it, and how."""
 
     name: str
-    weight: Entry
+    weight: Stored
     layout: Layout | FactoredLayout
     feed: Feed | None
     config: FourierConfig
@@ -56,16 +61,18 @@ class Plan:
     """Every layer that will be compressed, in the model's order, and everything that will not."""
 
     source: Source
+    arrangement: Arrangement
+    """How the model's parameters are stored."""
     layers: tuple[PlannedLayer, ...]
     not_compressed: tuple[Skipped, ...]
-    names: dict[str, str]
-    """Parameter in the model → name in the source checkpoint."""
     budget: dict[str, Any] | None = None
     """Under a budget: what it was and what it came to, as stored in the checkpoint (docs/format.md)."""
     embeddings: tuple[PlannedLayer, ...] = ()
     """Word embeddings that will be compressed, without data and outside of any budget."""
-    repeated: tuple[Entry, ...] = ()
+    repeated: tuple[Stored, ...] = ()
     """Tensors of tied output embeddings that repeat one of ``embeddings``; the new checkpoint leaves them out."""
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Stored name of every tensor that the new checkpoint leaves out → why."""
 
     @property
     def all_layers(self) -> tuple[PlannedLayer, ...]:
@@ -85,29 +92,60 @@ class Plan:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the source's tensors that the new checkpoint has as they are."""
-        gone = [layer.weight for layer in self.all_layers] + list(self.repeated)
-        return self.source.nbytes - sum(entry.nbytes for entry in gone)
+        return sum(stored.nbytes for stored in self.kept.values())
+
+    @property
+    def ledger(self) -> Ledger:
+        """What becomes of every tensor of the original."""
+        packed = {f"{layer.name}.weight": layer.name for layer in self.all_layers}
+        rest = {skipped.name: skipped.reason for skipped in self.not_compressed}
+        return of_source(self.source, self.arrangement, packed=packed, rest=rest, left_out=self.left_out)
+
+    @functools.cached_property
+    def kept(self) -> dict[str, Stored]:
+        """Name in the new checkpoint → tensor that goes there as it is.
+
+        Those that the model has bear the parameter's name. What loading converts stays as it is stored, unless some of
+        what it yields is compressed: then the rest of that is stored as the model has it.
+        """
+        gone = {layer.weight.name for layer in self.all_layers} | {stored.name for stored in self.repeated}
+        opened = [c for c in self.arrangement.conversions if any(key in gone for key in c.parameters)]
+        replaced = gone | set(self.left_out) | {entry.name for conversion in opened for entry in conversion.sources}
+        modules = self.arrangement.modules
+        stay: dict[str, Stored] = {
+            modules.get(key, key): entry for key, entry in self.source.entries.items() if key not in replaced
+        }
+        rest = [key for conversion in opened for key in conversion.parameters if key not in gone]
+        return {**stay, **{key: self.arrangement.weights[key] for key in rest}}
 
 
-def make_plan(model: nn.Module, source: Source, config: FourierConfig, embeddings: float | None = None) -> Plan:
+def make_plan(
+    model: nn.Module,
+    source: Source,
+    config: FourierConfig,
+    embeddings: float | None = None,
+    drop_unused: bool = False,
+) -> Plan:
     """Match the model's linear layers (``model`` may be on the meta device) with the checkpoint's tensors.
 
     Args:
         embeddings: bits of the word embedding, and of an output embedding of its own; None: they stay as they are.
+        drop_unused: whether tensors that no module has are left out of the new checkpoint.
 
     Raises:
-        FourierError: a pattern that matches nothing, nothing left to compress, a rank that is too large for a
-            layer (named), a weight whose shape or dtype is not what the model has (named).
+        FourierError: tensors of the model are missing, a pattern that matches nothing, nothing left to compress, a rank
+            that is too large for a layer (named), a weight whose shape or dtype is not what the model has (named).
     """
-    names, converted = match_names(model, source)
+    arrangement = arrange(model, source.entries)
+    arrangement.check(str(source.folder))
+    weights = arrangement.weights
     choice = classify(model, config.skip, config.only, embeddings=embeddings is not None)
     rest = dict(choice.not_compressed)
     layers, words, repeated = [], [], []
     for name in choice.layers + choice.embeddings:
-        stored = [source.entries[names[key]] for key in (f"{name}.weight", *tied_to(model, name)) if key in names]
+        stored = [weights[key] for key in (f"{name}.weight", *tied_to(model, name)) if key in weights]
         if not stored:
-            stacked = f"{name}.weight" in converted.values()
-            rest[name] = "its weight is stored rearranged" if stacked else "its weight is not in the checkpoint"
+            rest[name] = _STUCK
             continue
         weight, *twins = stored
         if name in choice.layers:
@@ -120,7 +158,7 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig, embedding
             rest[name] = f"config.json ties it to {twins[0].name}, which is another one in the checkpoint"
     if not layers:
         raise FourierError(
-            "none of its linear layers is stored as the model has it",
+            "none of its linear layers is stored so that it can be compressed",
             remedy="Load and save it once with transformers, then compress that folder",
             where=str(source.folder),
         )
@@ -129,22 +167,29 @@ def make_plan(model: nn.Module, source: Source, config: FourierConfig, embedding
         raise FourierError(
             f"no embedding of this model can be compressed: {rest[name]}", remedy="Leave embeddings out", where=name
         )
+    unused = f"no module of {arrangement.model} has it"
+    if not drop_unused:
+        rest |= dict.fromkeys(arrangement.unused, unused)
+    left_out = {twin.name: f"{words[0].name} has the same numbers, and is tied to it" for twin in repeated}
+    left_out |= dict.fromkeys(arrangement.unused, unused) if drop_unused else {}
     not_compressed = tuple(Skipped(name, reason) for name, reason in rest.items())
-    return Plan(source, tuple(layers), not_compressed, names, embeddings=tuple(words), repeated=tuple(repeated))
+    return Plan(
+        source,
+        arrangement,
+        tuple(layers),
+        not_compressed,
+        embeddings=tuple(words),
+        repeated=tuple(repeated),
+        left_out=left_out,
+    )
 
 
-def _same(one: Entry, other: Entry) -> bool:
+def _same(one: Stored, other: Stored) -> bool:
     return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(one.read(), other.read())
 
 
-def _planned(model: nn.Module, name: str, entry: Entry, config: FourierConfig, feed: Feed | None) -> PlannedLayer:
+def _planned(model: nn.Module, name: str, entry: Stored, config: FourierConfig, feed: Feed | None) -> PlannedLayer:
     m, n = model.get_submodule(name).weight.shape  # type: ignore[union-attr]
-    if entry.shape != (m, n):
-        raise FourierError(
-            f"its weight is {list(entry.shape)}, and config.json makes it {[m, n]}",
-            remedy="Weights and config.json belong to different models",
-            where=name,
-        )
     if entry.dtype not in FLOATS:
         raise FourierError(
             f"its weight is {entry.dtype}",

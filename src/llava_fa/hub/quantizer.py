@@ -18,10 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llava_fa.config import QUANT_METHOD, FourierConfig
 from llava_fa.errors import FourierError
+from llava_fa.hub.arrangement import Stored, arrange
 from llava_fa.hub.checkpoint import LayerRecord, Metadata, check_content, codebook_digest, is_codebook, validate
 from llava_fa.hub.families import Feed, feeding_norm
-from llava_fa.hub.shards import Entry, read_entries
-from llava_fa.hub.source import Source, match_names
+from llava_fa.hub.shards import read_entries
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, Codebooks, attach, relink, share_codebooks
 from llava_fa.nn.factored_linear import empty_layer, layer_from_approximation, packed_layers
@@ -67,10 +67,11 @@ class FourierHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.failures: list[FourierError] = []
         self._targets: set[str] = set()
+        self._carriers: set[str] = set()
         self._stored: set[str] = {MODULE}
         self._validated = False
         self._feeds: dict[str, Feed | None] = {}
-        self._entries: dict[str, Entry] = {}
+        self._weights: dict[str, Stored] = {}
 
     @property
     def metadata(self) -> Metadata:
@@ -88,7 +89,7 @@ class FourierHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether this weight is to be compressed while it is loaded."""
-        return param_name in self._targets
+        return param_name in self._targets or param_name in self._carriers
 
     def get_quantize_ops(self) -> ConversionOps:
         """What is done to such a weight."""
@@ -127,11 +128,15 @@ class FourierHfQuantizer(HfQuantizer):
         config = self.metadata.config
         plan = classify(model, config.skip, config.only)
         self._targets = {f"{name}.weight" for name in plan.layers}
+        if files:
+            arrangement = arrange(model, read_entries(files))
+            arrangement.check(str(files[0].parent))
+            self._weights = arrangement.weights
+            # transformers asks by the first of the parameters that come of one stored tensor
+            together = [c.parameters for c in arrangement.conversions if self._targets & set(c.parameters)]
+            self._carriers = {name for parameters in together for name in parameters}
         if config.calibration != "none" and files:
-            entries = read_entries(files)
-            names, _ = match_names(model, Source(files[0].parent, {}, entries, ""))
             self._feeds = {name: feeding_norm(model, name) for name in plan.layers}
-            self._entries = {name: entries[key] for name, key in names.items()}
         self.quantization_config = FourierQuantizationConfig(Metadata(config, {}, plan.not_compressed, {}))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -142,6 +147,7 @@ class FourierHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             relink(model)
             self._check_loaded(model)
+            model._weight_conversions = []  # the format's names are the module names, whatever else was read
             return model
         for target in sorted(self._targets):
             name = target.removesuffix(".weight")
@@ -222,7 +228,7 @@ class _Compress(ConversionOps):
                 remedy="config.json does not belong to these weights",
             )
         feed = self.quantizer._feeds.get(name)
-        moment = None if feed is None else feed.read_second_moment(self.quantizer._entries.get, weight.shape[1])
+        moment = None if feed is None else feed.read_second_moment(self.quantizer._weights.get, weight.shape[1])
         moment = None if moment is None else moment.to(weight.device)
         approximation = approximate(weight, self.quantizer.metadata.config, moment)
         layer = layer_from_approximation(approximation, linear.bias, weight.dtype)

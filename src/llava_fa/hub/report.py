@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from llava_fa.hub.ledger import Ledger
 from llava_fa.kernels.layout import FactoredLayout, Layout
 
 
@@ -67,6 +68,8 @@ class Report:
         training: what ``training.json`` of the folder says of recovery training (`llava_fa.train`); None without.
         provenance: the command that made the folder, and with which versions (`hub.provenance`); None where it was
             made through the Python API.
+        ledger: every stored tensor of this folder, accounted for exactly once.
+        source_ledger: what became of every tensor of the original; None in folders of earlier releases.
     """
 
     path: str
@@ -85,6 +88,8 @@ class Report:
     attention_density: dict[str, list[float]] | None = None
     training: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
+    ledger: Ledger | None = None
+    source_ledger: Ledger | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

@@ -21,7 +21,8 @@ class CompressionRequest:
     """What `llava_fa.compress` is asked for; the command and the Python API build it, `hub.compress` carries it out.
 
     Args:
-        model, config, calibration, budget, casp, embeddings, visual_tokens, device: as for `llava_fa.compress`.
+        model, config, calibration, budget, casp, embeddings, visual_tokens, drop_unused, device: as for
+            `llava_fa.compress`.
             ``calibration`` is read once, when it is needed (`hub.calibration_data.SampleSource` names a file).
         command: the command it came from, with OUT for the new folder; kept beside the weights (`hub.provenance`).
 
@@ -36,6 +37,7 @@ class CompressionRequest:
     casp: Casp | None = None
     embeddings: float | None = None
     visual_tokens: int | None = None
+    drop_unused: bool = False
     device: str | torch.device = "cpu"
     command: str | None = None
 
@@ -72,6 +74,7 @@ class CompressionRequest:
             "casp": self.casp and self.casp.to_dict(),
             "embeddings": self.embeddings,
             "visual_tokens": self.visual_tokens,
+            "drop_unused": self.drop_unused or None,
         }
         return {
             "config": self.config.to_dict(),

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -59,20 +59,30 @@ class Entry:
         """Number of elements."""
         return math.prod(self.shape)
 
-    def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own."""
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of its elements.
+
+        Raises:
+            FourierError: one that is not read here, such as float8.
+        """
         if self.dtype not in _DTYPES:
             raise FourierError(
                 f"{self.name} has dtype {self.dtype}", remedy="Give a float16, bfloat16 or float32 checkpoint"
             ).at(self.file.name)
+        return _DTYPES[self.dtype]
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        dtype = self.torch_dtype
         with open(self.file, "rb") as file:
             file.seek(self.start)
             buffer = bytearray(self.nbytes)
             if file.readinto(buffer) != self.nbytes:
                 raise _damaged(self.file, f"{_SHORT}: {self.name} is incomplete")
         if not buffer:
-            return torch.empty(self.shape, dtype=_DTYPES[self.dtype])
-        return torch.frombuffer(buffer, dtype=_DTYPES[self.dtype]).reshape(self.shape)
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(buffer, dtype=dtype).reshape(self.shape)
 
     def chunks(self) -> Iterator[bytes]:
         """The raw bytes, a few MB at a time."""
@@ -135,6 +145,25 @@ def _damaged(path: Path, what: str) -> FourierError:
     return FourierError(what, remedy=COPY_AGAIN, where=str(path))
 
 
+class Copied(Protocol):
+    """A stored tensor whose bytes can be had: an `Entry`, or what stands for one."""
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype, by the format's name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+
+    def chunks(self) -> Iterable[bytes]:
+        """The raw bytes, in C order."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One tensor to be written; ``data`` gives its ``nbytes`` bytes when their turn comes."""
@@ -146,8 +175,8 @@ class Item:
     data: Callable[[], Iterable[bytes]]
 
     @classmethod
-    def copy(cls, entry: Entry, name: str) -> Item:
-        """Copies a tensor of another file as it is, whatever its dtype, under a name of its own."""
+    def copy(cls, entry: Copied, name: str) -> Item:
+        """Copies a stored tensor as it is, whatever its dtype, under a name of its own."""
         return cls(name, entry.dtype, entry.shape, entry.nbytes, entry.chunks)
 
     @classmethod

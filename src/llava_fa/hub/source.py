@@ -1,9 +1,4 @@
-"""The checkpoint to be compressed: found, checked, and its tensors matched to the modules of the model.
-
-Names in a checkpoint differ from names in the model (``language_model.model.layers…`` is saved where the
-module is ``model.language_model.layers…``, and older checkpoints have yet other names); transformers' own
-conversion rules give the match, so that whatever `from_pretrained` loads is understood here.
-"""
+"""The folder of a model, original or compressed: found, its config.json read, its weight files named and opened."""
 
 from __future__ import annotations
 
@@ -12,12 +7,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 import llava_fa
 from llava_fa.config import QUANT_METHOD
@@ -83,14 +75,21 @@ def _download(repository: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checked checkpoint folder: its configuration and every tensor's place."""
+    """A checkpoint to be compressed: every tensor by its name in the files, and what it is told apart by.
+
+    Attributes:
+        shadowed: tensors that another file has under the same name; the last file counts, as in transformers.
+        unread: weight files in the folder that are no part of the checkpoint.
+        processor: fields of processor_config.json that a copy of this checkpoint has to change.
+    """
 
     folder: Path
     config: dict[str, Any]
     entries: dict[str, Entry]
     fingerprint: str
+    shadowed: tuple[Entry, ...] = ()
+    unread: tuple[Path, ...] = ()
     processor: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of processor_config.json that a copy of this checkpoint has to change."""
 
     @property
     def nbytes(self) -> int:
@@ -105,60 +104,122 @@ def open_source(folder: Path) -> Source:
         FourierError: not a model folder, already quantised, no safetensors, a file missing or cut short.
     """
     config = read_config(folder)
-    quantised = config.get("quantization_config")
-    if quantised and quantised.get("quant_method") == QUANT_METHOD:
+    if (method := quantisation(config)) == QUANT_METHOD:
         raise FourierError(
             "this model is already compressed by llava-fa",
             remedy="Give the original; `llava-fa inspect` shows what this one is",
             where=str(folder),
         )
-    if quantised:
+    if method is not None:
         raise FourierError(
-            f"this model is already quantised ({quantised.get('quant_method', 'unknown method')})",
+            f"this model is already quantised ({method})",
             remedy="Give the original float checkpoint",
             where=str(folder),
         )
     entries: dict[str, Entry] = {}
+    shadowed: list[Entry] = []
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in weight_files(folder):
+    files = weight_files(folder)
+    for path in files:
         tensors, header = read_header(path)
+        shadowed += [entries[name] for name in tensors if name in entries]
         entries.update(tensors)
         digest.update(f"{path.name}:{path.stat().st_size}:{header}".encode())
-    return Source(folder, config, entries, digest.hexdigest())
+    unread = tuple(sorted(set(folder.glob("*.safetensors")) - set(files)))
+    return Source(folder, config, entries, digest.hexdigest(), tuple(shadowed), unread)
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """How a model is quantised, by its config.json or that of its language model; None where it is not."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    for part in parts:
+        if (values := part.get("quantization_config")) not in (None, {}):
+            method = values.get("quant_method") if isinstance(values, Mapping) else values
+            return str(method or "unknown method")
+    return None
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the operating system says about a file or folder of a model becomes an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise FourierError(
+            f"it cannot be read ({error.strerror or error})",
+            remedy="Check that it is whole, and that you may read it",
+            where=str(path),
+        ) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder that holds an object.
+
+    Raises:
+        FourierError: it cannot be read, or is something else.
+    """
+    with (
+        reading(path),
+        explained("it is not JSON", remedy=COPY_AGAIN, where=str(path), kinds=(ValueError, RecursionError), words=str),
+    ):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise FourierError("it is not a JSON object", remedy=COPY_AGAIN, where=str(path))
+    return values
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder as a dict."""
     path = folder / "config.json"
-    if not folder.is_dir():
+    with reading(path):
+        there, is_file = folder.is_dir(), path.is_file()
+    if not there:
         raise FourierError("no such folder", remedy="Give a model folder", where=str(folder))
-    if not path.is_file():
+    if not is_file:
         raise FourierError(
             "there is no config.json: this is not a model folder",
             remedy="Give the folder that `save_pretrained` wrote, or a hub id",
             where=str(folder),
         )
-    with explained("it is not JSON", remedy=COPY_AGAIN, where=str(path), kinds=(ValueError,), words=str):
-        config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise FourierError("it is not a JSON object", remedy=COPY_AGAIN, where=str(path))
-    return config
+    return read_object(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint, as its index (or the one usual name) says."""
-    if (index := folder / INDEX).is_file():
-        kinds = (ValueError, KeyError, TypeError, AttributeError)
-        with explained("it is not a checkpoint index", remedy=COPY_AGAIN, where=str(index), kinds=kinds, words=None):
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
+    """The safetensors files that make up the checkpoint, the same that transformers reads.
+
+    That is the file that config.json names, else the one of the usual name, else those of the index.
+    """
+    with reading(folder):
+        named = read_config(folder).get("transformers_weights") if (folder / "config.json").is_file() else None
+        if named is not None and not (
+            _is_inside(named) and named.endswith((".safetensors", ".safetensors.index.json"))
+        ):
+            raise FourierError(
+                f"config.json names weights that are no safetensors of this folder ({named!r})",
+                remedy="Mend `transformers_weights` in config.json, or take it out",
+                where=str(folder),
+            )
+        first = folder / (named or (SINGLE if (folder / SINGLE).is_file() else INDEX))
+        if not first.is_file():
+            raise _no_weights(folder)
+    if first.name.endswith(".index.json"):
+        names = read_object(first).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(_is_inside(name) for name in names.values()):
+            raise FourierError("it is not a checkpoint index", remedy=COPY_AGAIN, where=str(first))
+        files = [folder / name for name in sorted(set(names.values()))]
     else:
-        raise _no_weights(folder)
-    for name in names:
-        if not (folder / name).is_file():
-            raise FourierError(f"the index names {name}, which is not there", remedy=COPY_AGAIN, where=str(folder))
-    return [folder / name for name in names]
+        files = [first]
+    for file in files:
+        with reading(file):
+            if not file.is_file():
+                what = f"the index names {file.name}, which is not there"
+                raise FourierError(what, remedy=COPY_AGAIN, where=str(folder))
+    return files
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether this is the name of a file that lies in the folder, not beside or above it."""
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _no_weights(folder: Path) -> FourierError:
@@ -183,99 +244,3 @@ def _no_weights(folder: Path) -> FourierError:
         remedy="Copy or download the model again",
         where=str(folder),
     )
-
-
-def empty_model(source: Source) -> nn.Module:
-    """The model on the meta device: every module and name, no memory.
-
-    Raises:
-        FourierError: transformers does not know the architecture, or it does not see images.
-    """
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    where, name = str(source.folder), (source.config.get("architectures") or [None])[0]
-    if name is None or not hasattr(transformers, str(name)):
-        raise FourierError(
-            f"transformers {transformers.__version__} has no architecture {name!r}",
-            remedy="Give a checkpoint in the Hugging Face format, such as llava-hf/llava-1.5-7b-hf",
-            where=where,
-        )
-    if name not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
-        raise FourierError(
-            f"{name} is not a vision-language model",
-            remedy="Give a LLaVA-type checkpoint (vision tower, projector and language model in one)",
-            where=where,
-        )
-    what = f"transformers cannot build {name} from config.json"
-    remedy = "Check the folder with transformers alone first"
-    with quiet_transformers(), explained(what, remedy=remedy, where=where):
-        config = transformers.AutoConfig.from_pretrained(source.folder)
-        with torch.device("meta"):
-            return getattr(transformers, str(name))(config).eval()
-
-
-def match_names(model: nn.Module, source: Source) -> tuple[dict[str, str], dict[str, str]]:
-    """Which checkpoint tensor is which parameter, by the rules with which transformers loads the model.
-
-    Returns:
-        ``names``: parameter or buffer in the model → name in the checkpoint, for tensors stored as they are;
-        ``converted``: name in the checkpoint → name in the model, for those that loading stacks, splits or
-        transposes (fused experts), which are copied and never compressed.
-
-    Raises:
-        FourierError: most of the model's parameters are not in the checkpoint: it belongs to something else.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
-    names: dict[str, str] = {}
-    converted: dict[str, str] = {}
-    for key in sorted(source.entries):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
-        if pattern is not None:
-            converted[key] = name
-        elif name in state:
-            names[name] = key
-    parameters = [name for name, _ in model.named_parameters()]
-    matches = len({*names, *converted.values()} & set(parameters))
-    if 2 * matches < len(parameters):
-        raise FourierError(
-            f"only {matches} of {len(parameters)} parameters of {type(model).__name__} are in the weight files",
-            remedy="Check that config.json and the weights belong together",
-            where=str(source.folder),
-        )
-    return names, converted
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the screen; errors still come."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def transformers_errors(what: str, *, remedy: str, where: str) -> Iterator[None]:
-    """transformers, quiet, on a folder that may be no model: what it then raises, the first line of it, `explained`."""
-    kinds = (OSError, ValueError, KeyError)
-    with (
-        quiet_transformers(),
-        explained(what, remedy=remedy, where=where, kinds=kinds, words=lambda error: str(error).splitlines()[0]),
-    ):
-        yield

@@ -15,6 +15,7 @@ import torch
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import located
+from llava_fa.hub import ledger
 from llava_fa.hub.checkpoint import ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import Progress, ProgressCallback
@@ -43,6 +44,7 @@ _NOT_COPIED = (
     ".gguf",
     ".partial",
 )
+_OTHERS = ("config.json", "adapter_config.json", ledger.LEDGER)
 
 
 class Job:
@@ -94,8 +96,7 @@ def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
     """The diagonal second moment [n] that the norm in front of the layer promises, None if there is none."""
     if layer.feed is None:
         return None
-    entries = plan.source.entries
-    return layer.feed.read_second_moment(lambda name: entries.get(plan.names.get(name, "")), layer.shape[1])
+    return layer.feed.read_second_moment(plan.arrangement.weights.get, layer.shape[1])
 
 
 def approximated(
@@ -143,8 +144,9 @@ def assemble(
         _write_shards(work.result, items, {ORIGINAL_BYTES: str(plan.source.nbytes)})
         config_json = {**plan.source.config, "quantization_config": metadata.to_dict()}
         write_text(work.result / "config.json", json.dumps(config_json, indent=2) + "\n")
+        ledger.write(work.result, plan.ledger)
         for path in sorted(plan.source.folder.iterdir()):
-            if path.is_file() and path.name != "config.json" and not path.name.endswith(_NOT_COPIED):
+            if path.is_file() and path.name not in _OTHERS and not path.name.endswith(_NOT_COPIED):
                 shutil.copyfile(path, work.result / path.name)
             elif path.is_dir() and path.name == "additional_chat_templates":
                 shutil.copytree(path, work.result / path.name)
@@ -158,7 +160,6 @@ def assemble(
 def _items(plan: Plan, work: WorkFolder, metadata: Metadata) -> list[Item]:
     """Everything the new checkpoint holds; records and codebooks go into the metadata."""
     items: list[Item] = []
-    replaced = {entry.name for entry in plan.repeated}
     for layer in plan.all_layers:
         entries = work.entries(layer.name)
         measurement = work.measurement(layer.name)
@@ -172,12 +173,7 @@ def _items(plan: Plan, work: WorkFolder, metadata: Metadata) -> list[Item]:
                 codebook = entries[key].read()
                 metadata.codebooks[book] = codebook_digest(codebook)
                 items.append(Item.of(codebook_key(book), codebook))
-        replaced.add(layer.weight.name)
-    modules = {key: name for name, key in plan.names.items()}
-    for key, entry in plan.source.entries.items():
-        if key not in replaced:
-            items.append(Item.copy(entry, modules.get(key, key)))
-    return items
+    return items + [Item.copy(stored, name) for name, stored in plan.kept.items()]
 
 
 def _write_shards(folder: Path, items: list[Item], note: dict[str, str]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from llava_fa.errors import FourierError, located
-from llava_fa.hub.source import Source, quiet_transformers
+from llava_fa.hub.architecture import quiet_transformers
+from llava_fa.hub.source import Source
 from llava_fa.nn.visual_tokens import VisualTokens
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")

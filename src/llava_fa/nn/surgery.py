@@ -144,7 +144,7 @@ def _other(name: str, module: nn.Module) -> dict[str, str]:
     reasons = {}
     for key, parameter in own.items():
         full = f"{name}.{key}" if name else key
-        if parameter.ndim == 3 and parameter.shape[0] > 1:
+        if parameter.ndim == 3 and any(word in f"{full} {kind}".lower() for word in ("expert", "moe")):
             shape = "×".join(map(str, parameter.shape))
             reasons[full] = f"fused experts: one parameter of shape {shape} in {kind}"
         else:

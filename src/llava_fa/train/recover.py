@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from llava_fa.errors import FourierError
+from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.inspect import describe
 from llava_fa.hub.loading import context_length, load, load_processor
 from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
 from llava_fa.hub.report import TRAINING, peak_rss_bytes
 from llava_fa.hub.shards import CHUNK, write_text
-from llava_fa.hub.source import quiet_transformers, read_config, resolve_model, weight_files
+from llava_fa.hub.source import read_config, resolve_model, weight_files
 from llava_fa.hub.work_folder import WorkFolder, disk_errors
 from llava_fa.maths.metrics import weight_error
 from llava_fa.nn.factored_linear import packed_layers

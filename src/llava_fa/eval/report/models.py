@@ -23,6 +23,7 @@ MEANS = {
     "dense layers": "linear layers that are not compressed",
     "embeddings": "input and output embeddings",
     "other": "norms, biases, positions",
+    "unused": "tensors that no module of the model has",
 }
 """Kinds of bytes in the order of their hatchings."""
 ABOUT = (

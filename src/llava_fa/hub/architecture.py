@@ -1,0 +1,114 @@
+"""Which of transformers' classes a checkpoint is of: built empty, or loaded whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_fa.errors import FourierError, explained
+from llava_fa.hub.arrangement import refuse_missing
+
+AUTO = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")
+"""What transformers can build that writes text, in the order in which they are asked."""
+
+_LONGEST = 200
+"""Characters of what transformers says that are repeated."""
+
+
+def model_class(folder: Path) -> tuple[Any, Any]:
+    """(the class that loads this folder, its configuration).
+
+    It is the one that config.json names, or, where it names none or one without a head, the one that transformers'
+    Auto classes take for such a configuration: image-text-to-text, multimodal, causal.
+
+    Raises:
+        FourierError: transformers does not know the model, or it does not write text.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    where = str(folder)
+    with transformers_errors(
+        f"transformers {transformers.__version__} cannot read config.json",
+        remedy="Give a checkpoint in the Hugging Face format, such as llava-hf/llava-1.5-7b-hf",
+        where=where,
+    ):
+        config = transformers.AutoConfig.from_pretrained(folder)
+    mappings: list[Any] = [getattr(modeling_auto, name) for name in AUTO if hasattr(modeling_auto, name)]
+    fitting = [kind for mapping in mappings if (kind := mapping.get(type(config), None)) is not None]
+    known = {kind.__name__: kind for one in fitting for kind in (one if isinstance(one, tuple) else (one,))}
+    named = str((getattr(config, "architectures", None) or [""])[0])
+    if named in known:
+        return known[named], config
+    if known and ("For" not in named or not hasattr(transformers, named)):  # none, or one without a head, or a name
+        return next(iter(known.values())), config  # of another program's; the weights must fit all the same
+    raise FourierError(
+        f"{named or type(config).__name__} is not a model that writes text",
+        remedy="Give a vision-language model, another multimodal one, or a causal language model",
+        where=where,
+    )
+
+
+def empty_model(folder: Path) -> nn.Module:
+    """The model on the meta device: every module and name, no memory.
+
+    Raises:
+        FourierError: as `model_class`, or the configuration makes no model.
+    """
+    kind, config = model_class(folder)
+    what = f"transformers cannot build {kind.__name__} from config.json"
+    remedy = "Check the folder with transformers alone first"
+    with quiet_transformers(), explained(what, remedy=remedy, where=str(folder)), torch.device("meta"):
+        return kind(config).eval()  # type: ignore[no-any-return]
+
+
+def loaded_model(folder: Path, **options: Any) -> Any:
+    """transformers' `from_pretrained` of this folder, where nothing that is missing is filled in.
+
+    Args:
+        folder: original or compressed.
+        options: of `from_pretrained`.
+
+    Raises:
+        FourierError: it does not load, or tensors of the model are not in the weight files (named).
+    """
+    kind, _ = model_class(folder)
+    remedy = "Check the folder with transformers alone first"
+    with transformers_errors("it does not load", remedy=remedy, where=str(folder)):
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    refuse_missing(info["missing_keys"], len(model.state_dict()), kind.__name__, str(folder))
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the screen; errors still come."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def transformers_errors(what: str, *, remedy: str, where: str) -> Iterator[None]:
+    """transformers, quiet, on a folder that may be no model: what it then raises, the first line of it, `explained`."""
+    with quiet_transformers(), explained(what, remedy=remedy, where=where, words=one_line):
+        yield
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, as one line that is not too long."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} …"

@@ -1,0 +1,267 @@
+"""Which stored tensor is which parameter of the model, whatever arrangement it is stored in.
+
+Names in a checkpoint differ from names in the model (``language_model.model.layers…`` is saved where the module is
+``model.language_model.layers…``, and older checkpoints have yet other names), and some families store what the model
+has apart in one tensor, or what the model has stacked in many. transformers' own rules give the match, so that whatever
+`from_pretrained` loads is understood here; what they convert is converted by them when it is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_fa.errors import FourierError
+from llava_fa.hub.shards import DTYPE_NAMES, Entry, tensor_bytes
+
+_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Stored tensors that loading stacks, splits or transposes together, and what comes of them.
+
+    Attributes:
+        sources: the stored tensors, in the order in which loading takes them.
+        parameters: what loading makes of them, by name.
+        run: their values, in this order → the parameters' by name; values may be on the meta device.
+    """
+
+    sources: tuple[Entry, ...]
+    run: Callable[[list[Tensor]], dict[str, Tensor]] = dataclasses.field(repr=False, compare=False)
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(entry.nbytes for entry in self.sources)
+
+    def read(self) -> dict[str, Tensor]:
+        """The parameters by name, in memory."""
+        return self.run([entry.read() for entry in self.sources])
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """One parameter that a `Conversion` yields; it is read as an `Entry` is."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    conversion: Conversion
+
+    @property
+    def file(self) -> Path:
+        """Where the first tensor that it comes from is stored."""
+        return self.conversion.sources[0].file
+
+    @property
+    def start(self) -> int:
+        """Where in `file` that tensor begins."""
+        return self.conversion.sources[0].start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return functools.reduce(int.__mul__, self.shape, 1)
+
+    def read(self) -> Tensor:
+        """The parameter, in memory of its own."""
+        return self.conversion.read()[self.name].contiguous()
+
+    def chunks(self) -> list[bytes]:
+        """The parameter's bytes."""
+        return [tensor_bytes(self.read())]
+
+
+Stored = Entry | Converted
+"""A parameter of the model as the weight files hold it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """The stored tensors of a checkpoint, matched with a model.
+
+    Attributes:
+        model: name of the model's class.
+        weights: parameter or buffer of the model → how it is stored.
+        conversions: what loading converts.
+        unused: stored tensors that no module has.
+        whole: stored tensors that are converted to more or less than the parameters of the model → one of these; they
+            can only stay as they are.
+        missing: parameters and buffers that nothing stored gives, and nothing that they are tied to.
+        wrong: parameter → why what is stored for it cannot be it.
+        total: number of parameters and buffers of the model.
+    """
+
+    model: str
+    weights: dict[str, Stored]
+    conversions: tuple[Conversion, ...]
+    unused: dict[str, Entry]
+    whole: dict[str, str]
+    missing: tuple[str, ...]
+    wrong: dict[str, str]
+    total: int
+
+    @functools.cached_property
+    def modules(self) -> dict[str, str]:
+        """Stored name → parameter, of tensors that are stored as the model has them."""
+        return {stored.name: name for name, stored in self.weights.items() if isinstance(stored, Entry)}
+
+    def check(self, where: str) -> None:
+        """Raise `FourierError` unless the stored tensors are all that the model needs, each of its shape."""
+        refuse_missing(self.missing, self.total, self.model, where)
+        for name, what in self.wrong.items():
+            more = f" ({len(self.wrong)} tensors do not fit)" if len(self.wrong) > 1 else ""
+            raise FourierError(
+                what + more, remedy="Weights and config.json belong to different models", where=f"{where}: {name}"
+            )
+
+
+def refuse_missing(missing: Iterable[str], total: int, model: str, where: str) -> None:
+    """`FourierError` that names the tensors of a model that a checkpoint lacks, if there are any."""
+    names = sorted(missing)
+    if not names:
+        return
+    if 2 * len(names) > total:
+        raise FourierError(
+            f"only {total - len(names)} of {total} tensors of {model} are in the weight files",
+            remedy="Check that config.json and the weights belong together",
+            where=where,
+        )
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    raise FourierError(
+        f"{len(names)} of {total} tensors of {model} are not in the weight files: {', '.join(names[:_SHOWN])}{more}",
+        remedy="Copy or download it again. If this model never uses them, load and save it once with transformers, "
+        "which fills them with random numbers, and give the new folder",
+        where=where,
+    )
+
+
+def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str] = ()) -> Arrangement:
+    """Match stored tensors with the model's parameters (it may be on the meta device), as transformers does.
+
+    Args:
+        packed: layers whose weights are stored packed, not among ``entries``.
+    """
+    state = model.state_dict()
+    alone, groups, unused = _matched(model, state, entries)
+    weights: dict[str, Stored] = {**alone}
+    conversions: list[Conversion] = []
+    whole: dict[str, str] = {}
+    wrong: dict[str, str] = {}
+    given = {*weights, *(f"{name}.weight" for name in packed)}
+    for name, (rule, group) in groups.items():
+        conversion = _conversion(model, rule, name, group)
+        try:
+            made = _yields(conversion)
+            conversion = next(iter(made.values())).conversion
+        except FourierError:
+            raise
+        except Exception as error:  # rules are code of many authors
+            wrong[name] = f"transformers cannot convert what is stored ({type(error).__name__}: {error})"
+            given |= {name.replace(rule.target_patterns[0], target) for target in rule.target_patterns}
+            continue
+        given |= set(made)
+        conversions.append(conversion)
+        if not set(made) <= set(state) or sum(s.nbytes for s in made.values()) != conversion.nbytes:
+            whole.update({entry.name: name for entry in conversion.sources})
+        else:
+            weights.update(made)
+    for name, stored in weights.items():
+        if stored.shape != (shape := tuple(state[name].shape)):
+            wrong[name] = f"what is stored is {list(stored.shape)}, and config.json makes it {list(shape)}"
+    missing = _missing(model, state, given)
+    return Arrangement(
+        type(model).__name__, weights, tuple(conversions), unused, whole, missing, wrong, total=len(state)
+    )
+
+
+_Groups = dict[str, tuple[Any, list[tuple[str, Entry]]]]
+"""First parameter of a conversion → its rule, and what it takes: the rule's pattern and the stored tensor."""
+
+
+def _matched(
+    model: nn.Module, state: Mapping[str, Tensor], entries: Mapping[str, Entry]
+) -> tuple[dict[str, Entry], _Groups, dict[str, Entry]]:
+    """Stored tensors that are parameters as they are; those that are converted; those that nothing takes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    prefix: Any = model.base_model_prefix
+    names: dict[str, Any] = dict(state)
+    alone: dict[str, Entry] = {}
+    groups: _Groups = {}
+    unused: dict[str, Entry] = {}
+    for key in sorted(entries, key=dot_natural_key):  # the order of transformers: some rules remember
+        name, pattern = rename_source_key(key, renamings, converters, prefix, names)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, names)
+        if name not in state:
+            unused[key] = entries[key]
+        elif pattern is None:
+            alone[name] = entries[key]
+        else:
+            groups.setdefault(name, (by_pattern[pattern], []))[1].append((pattern, entries[key]))
+    return alone, groups, unused
+
+
+def _conversion(model: nn.Module, rule: Any, name: str, group: list[tuple[str, Entry]]) -> Conversion:
+    def run(values: list[Tensor]) -> dict[str, Tensor]:
+        applied = copy.deepcopy(rule)
+        for (pattern, entry), value in zip(group, values, strict=True):
+            applied.add_tensor(name, entry.name, pattern, value)
+        made = applied.convert(name, model=model, config=model.config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    return Conversion(tuple(entry for _, entry in group), run)
+
+
+def _yields(conversion: Conversion) -> dict[str, Converted]:
+    """The parameters that a conversion gives: from shapes alone, or, where the rule asks for values, from these."""
+    shapes = [torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta") for entry in conversion.sources]
+    try:
+        made = conversion.run(shapes)
+    except (RuntimeError, NotImplementedError):  # what torch says of values on meta
+        made = conversion.read()
+    conversion = dataclasses.replace(conversion, parameters=tuple(made))
+    return {
+        name: Converted(
+            name, DTYPE_NAMES[value.dtype], tuple(value.shape), value.numel() * value.element_size(), conversion
+        )
+        for name, value in made.items()
+    }
+
+
+def _missing(model: nn.Module, state: Mapping[str, Tensor], given: set[str]) -> tuple[str, ...]:
+    """What transformers would fill in: not given, not tied to what is, and not known to be absent in this family."""
+    families: dict[str, set[str]] = {}
+    rules = getattr(model, "all_tied_weights_keys", None) or {}
+    for one, other in rules.items():
+        family = families.get(one, {one}) | families.get(other, {other})
+        families.update(dict.fromkeys(family, family))
+    shared: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), set()).add(name)
+    for names in shared.values():
+        family = set().union(*(families.get(name, {name}) for name in names))
+        families.update(dict.fromkeys(family, family))
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    return tuple(
+        name
+        for name in state
+        if not families.get(name, {name}) & given and not any(pattern.search(name) for pattern in ignored)
+    )
