@@ -84,7 +84,7 @@ def test_inspect_for_people(small, model):
     assert result.exit_code == 0
     assert "language_model.layers.1.mlp.down_proj" in result.stdout
     assert "x smaller" in result.stdout
-    assert "not compressed: lm_head (output embedding)" in result.stdout
+    assert "kept: lm_head.weight, 28.8 kB (output embedding)" in result.stdout
     assert "16.000 bits per weight in 28 layers" in run("inspect", model).stdout
 
 

@@ -78,8 +78,13 @@ def raw(header, data=b"\0" * 8):
             raw({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}),
             r"8 bytes do not make F32 \[3\]",
         ),
-        (raw({"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "do not make"),
-        (raw({"x": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}), "do not make"),
+        (raw({"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "not that of a safetensors file"),
+        (raw({"x": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}), "not that of a safetensors file"),
+        (raw({"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}), "x begins at byte .* where the one before"),
+        (raw({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}), "has .* bytes where its header announces"),
+        (raw({"x": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}), "not that of a safetensors file"),
+        (raw({"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}), "not that of a safetensors file"),
+        (raw({"__metadata__": {"a": 1}}), "not that of a safetensors file"),
     ],
 )
 def test_hostile_files(tmp_path, content, message):

@@ -7,6 +7,7 @@ needs every tensor at once. The format is simple enough to do better: 8 bytes of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -39,6 +40,12 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()} | {
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "U32": 32, "U64": 64, "C64": 64},
+}
+"""Bits of an element, of every dtype that the format has."""
+_LONGEST_HEADER = 100_000_000
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes of weights that can be compressed."""
 
@@ -75,7 +82,7 @@ class Entry:
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
         dtype = self.torch_dtype
-        with open(self.file, "rb") as file:
+        with reading(self.file), open(self.file, "rb") as file:
             file.seek(self.start)
             buffer = bytearray(self.nbytes)
             if file.readinto(buffer) != self.nbytes:
@@ -86,7 +93,7 @@ class Entry:
 
     def chunks(self) -> Iterator[bytes]:
         """The raw bytes, a few MB at a time."""
-        with open(self.file, "rb") as file:
+        with reading(self.file), open(self.file, "rb") as file:
             file.seek(self.start)
             left = self.nbytes
             while left:
@@ -100,33 +107,60 @@ class Entry:
 def read_header(path: Path) -> tuple[dict[str, Entry], str]:
     """The tensors of one file and the SHA-256 of its header.
 
+    What the safetensors library refuses is refused: tensors must fill the file behind the header without holes.
+
     Raises:
-        FourierError: the file is shorter or longer than its header says, or the header is not safetensors.
+        FourierError: the file cannot be read, is shorter or longer than its header says, or is not safetensors.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or size < 8 + length:
-            raise _damaged(path, f"{_SHORT}: it has {size} bytes, less than its header")
-        raw = file.read(length)
-    entries: dict[str, Entry] = {}
-    kinds = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+    with reading(path):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or size < 8 + length:
+                raise _damaged(path, f"{_SHORT}: it has {size} bytes, less than its header")
+            raw = file.read(length) if length <= _LONGEST_HEADER else b""
+    kinds = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
     what = "its header is not that of a safetensors file"
     with explained(what, remedy=COPY_AGAIN, where=str(path), kinds=kinds, words=None):
-        for name, value in json.loads(raw).items():
-            if name != "__metadata__":
-                start, end = value["data_offsets"][0], value["data_offsets"][1]
-                shape = tuple(value["shape"])
-                entries[name] = Entry(path, name, value["dtype"], shape, 8 + length + start, end - start)
-    end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
-    if end > size:
-        raise _damaged(path, f"{_SHORT}: it has {size} bytes where its header announces {end}")
-    for entry in entries.values():
-        width = _DTYPES[entry.dtype].itemsize if entry.dtype in _DTYPES else None
-        if entry.nbytes < 0 or entry.start < 8 + length or (width and entry.nbytes != width * entry.numel):
+        header = json.loads(raw.decode())
+        notes = header.pop("__metadata__", None) or {}
+        if not all(isinstance(note, str) for note in notes.values()):
+            raise ValueError
+        entries = {name: _entry(path, name, 8 + length, **value) for name, value in header.items()}
+    end = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.start + entry.nbytes)):
+        if entry.start != end:
+            raise _damaged(path, f"{entry.name} begins at byte {entry.start} where the one before ends at {end}")
+        if 8 * entry.nbytes != _BITS[entry.dtype] * entry.numel:
             raise _damaged(path, f"{entry.name}: {entry.nbytes} bytes do not make {entry.dtype} {list(entry.shape)}")
+        end += entry.nbytes
+    if end != size:
+        short = f"{_SHORT}: " if end > size else ""
+        raise _damaged(path, f"{short}it has {size} bytes where its header announces {end}")
     return entries, hashlib.sha256(raw).hexdigest()
+
+
+def _entry(
+    path: Path, name: str, origin: int, *, dtype: str, shape: list[int], data_offsets: list[int], **_: Any
+) -> Entry:
+    start, end = data_offsets
+    if dtype not in _BITS or not all(type(value) is int and value >= 0 for value in (*shape, start, end - start)):
+        raise ValueError(name)
+    return Entry(path, name, dtype, tuple(shape), origin + start, end - start)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the operating system says about a file or folder that is read becomes an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise FourierError(
+            f"it cannot be read ({error.strerror or error})",
+            remedy="Check that it is whole, and that you may read it",
+            where=str(path),
+        ) from error
 
 
 def read_entries(paths: Iterable[Path]) -> dict[str, Entry]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import llava_fa
 from llava_fa.config import QUANT_METHOD
 from llava_fa.errors import FourierError, explained
-from llava_fa.hub.shards import COPY_AGAIN, Entry, read_header
+from llava_fa.hub.shards import COPY_AGAIN, Entry, read_header, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -137,19 +136,6 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
             method = values.get("quant_method") if isinstance(values, Mapping) else values
             return str(method or "unknown method")
     return None
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What the operating system says about a file or folder of a model becomes an error that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise FourierError(
-            f"it cannot be read ({error.strerror or error})",
-            remedy="Check that it is whole, and that you may read it",
-            where=str(path),
-        ) from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
