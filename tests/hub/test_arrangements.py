@@ -165,7 +165,7 @@ def test_one_half_of_a_stacked_tensor_missing(stored, tmp_path):
     key = next(name for name in tensors if mark in name and name.endswith("weight"))
     tensors[key] = tensors[key][: len(tensors[key]) // 2].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(llava_fa.FourierError, match="config.json makes it|cannot convert what is stored"):
+    with pytest.raises(llava_fa.FourierError, match=r"config\.json makes it|cannot convert what is stored"):
         llava_fa.compress(folder, tmp_path / "out", CONFIG)
 
 
@@ -180,7 +180,9 @@ def test_a_position_embedding_is_no_expert(tmp_path):
     class Experts(Positions):
         pass
 
-    rest = classify(torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16), "b": Positions(), "c": Experts()})).not_compressed
+    rest = classify(
+        torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16), "b": Positions(), "c": Experts()})
+    ).not_compressed
     assert rest["b.table"] == "a parameter of Positions, not of a linear layer"
     assert rest["c.table"].startswith("fused experts: one parameter of shape 8×8×16")
 

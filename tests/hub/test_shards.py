@@ -80,7 +80,10 @@ def raw(header, data=b"\0" * 8):
         ),
         (raw({"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "not that of a safetensors file"),
         (raw({"x": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}), "not that of a safetensors file"),
-        (raw({"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}), "x begins at byte .* where the one before"),
+        (
+            raw({"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}),
+            "x begins at byte .* where the one before",
+        ),
         (raw({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}), "has .* bytes where its header announces"),
         (raw({"x": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}), "not that of a safetensors file"),
         (raw({"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}), "not that of a safetensors file"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ import torch
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError, explained
 from llava_fa.hub import allocation, attention_density, proofread, provenance
+from llava_fa.hub.adapter import has_adapter, identity, merged
 from llava_fa.hub.architecture import empty_model, loaded_model
 from llava_fa.hub.blocks import evenly
 from llava_fa.hub.calibrated import compress_calibrated
@@ -26,7 +28,7 @@ from llava_fa.hub.inspect import describe
 from llava_fa.hub.loading import check_device, fast_dtype, load_processor
 from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.plan import Plan, make_plan
-from llava_fa.hub.report import ProgressCallback, Report
+from llava_fa.hub.report import Progress, ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
 from llava_fa.hub.source import Source, open_source, resolve_model
 from llava_fa.hub.streaming import Job, assemble, compress_streaming
@@ -125,9 +127,8 @@ def carry_out(
     out = Path(out).expanduser().absolute()
     refuse_existing(out)
     device, show = check_device(request.device), on_plan or (lambda _: None)
-    source = open_source(resolve_model(request.model))
-    if request.visual_tokens is not None:
-        source = with_visual_tokens(source, request.visual_tokens)
+    show_progress: ProgressCallback = progress or (lambda _: None)
+    source = _source(request, out, show_progress)
     plan = make_plan(empty_model(source.folder), source, request.config, request.embeddings, request.drop_unused)
     if request.casp is not None:
         allocation.check_casp(plan)
@@ -138,7 +139,7 @@ def carry_out(
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
     data = None if request.calibration is None else _Calibration.of(source, request.calibration)
     with WorkFolder(out, _manifest(request, source, data), fresh) as work, _memory_errors(device):
-        job = Job(plan, work, progress or (lambda _: None))
+        job = Job(plan, work, show_progress)
         model = None
         if data is not None and (job.done < job.total or not proofread.settle(work)):
             job.tell("loading the model")
@@ -166,9 +167,26 @@ def carry_out(
         job.tell("writing")
         assemble(job.plan, request.config, work, density)
         job.tell("done")
+    shutil.rmtree(_merged(out), ignore_errors=True)
     if request.command is not None:
         provenance.record(out, request.command)
     return describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
+
+
+def _source(request: CompressionRequest, out: Path, tell: ProgressCallback) -> Source:
+    """The checkpoint: an adapter beside its weights is merged into a folder that lasts as long as the work."""
+    folder = resolve_model(request.model)
+    source = open_source(folder)
+    if has_adapter(folder):
+        tell(Progress("merging the adapter", "", 0, 0, 0, 0, 0))
+        source = dataclasses.replace(open_source(merged(folder, _merged(out))), fingerprint=identity(folder))
+    if request.visual_tokens is not None:
+        source = with_visual_tokens(source, request.visual_tokens)
+    return source
+
+
+def _merged(out: Path) -> Path:
+    return out.with_name(out.name + ".merged")
 
 
 def _memory_errors(device: torch.device) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ import torch
 
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
 from llava_fa.errors import FourierError, explained
+from llava_fa.hub.adapter import attached, has_adapter, without_adapter
 from llava_fa.hub.architecture import loaded_model, quiet_transformers
 from llava_fa.hub.shards import read_entries
 from llava_fa.hub.source import read_config, resolve_model, weight_files
@@ -34,7 +35,11 @@ def load(
     read_config(folder)
     read_entries(weight_files(folder))  # a missing, pickled or cut short file has its own error here
     processor = load_processor(folder)
-    loaded = loaded_model(folder, dtype=dtype or fast_dtype(place))
+    if has_adapter(folder):
+        with without_adapter(folder) as plain:
+            loaded = attached(loaded_model(plain, dtype=dtype or fast_dtype(place)), folder)
+    else:
+        loaded = loaded_model(folder, dtype=dtype or fast_dtype(place))
     if visual_tokens is not None:
         set_visual_tokens(loaded, visual_tokens, processor)
     return loaded.to(place), processor

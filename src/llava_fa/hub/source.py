@@ -161,6 +161,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         there, is_file = folder.is_dir(), path.is_file()
     if not there:
         raise FourierError("no such folder", remedy="Give a model folder", where=str(folder))
+    if not is_file and (folder / "adapter_config.json").is_file():
+        raise _an_adapter(folder)
     if not is_file:
         raise FourierError(
             "there is no config.json: this is not a model folder",
@@ -208,14 +210,18 @@ def _is_inside(name: Any) -> bool:
     return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
+def _an_adapter(folder: Path) -> FourierError:
+    return FourierError(
+        "this is a LoRA adapter, not a model",
+        remedy="Merge it first: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)",
+        where=str(folder),
+    )
+
+
 def _no_weights(folder: Path) -> FourierError:
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
-        return FourierError(
-            "this is a LoRA adapter, not a model",
-            remedy="Merge it first: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)",
-            where=str(folder),
-        )
+        return _an_adapter(folder)
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickled:
         more = ", …" if len(pickled) > 1 else ""

@@ -44,7 +44,7 @@ _NOT_COPIED = (
     ".gguf",
     ".partial",
 )
-_OTHERS = ("config.json", "adapter_config.json", ledger.LEDGER)
+_OTHERS = ("config.json", "merged.json", ledger.LEDGER)
 
 
 class Job:

@@ -1,0 +1,109 @@
+"""An adapter (LoRA and its kin, by peft) that lies beside a model's own weights: merged, never ignored."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_fa.errors import FourierError, explained
+from llava_fa.hub.architecture import loaded_model, one_line
+from llava_fa.hub.shards import CHUNK, reading, write_text
+from llava_fa.hub.source import open_source
+
+CONFIG = "adapter_config.json"
+_FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_IDENTITY = "merged.json"
+"""File of a merged folder that says what it was made of."""
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether an adapter lies beside the weights of this folder."""
+    return (folder / CONFIG).is_file()
+
+
+@contextlib.contextmanager
+def without_adapter(folder: Path) -> Iterator[Path]:
+    """The folder as it would be without its adapter: links to everything else, as long as this lasts."""
+    with tempfile.TemporaryDirectory() as place:
+        for path in folder.iterdir():
+            if path.name not in _FILES:
+                (Path(place) / path.name).symlink_to(path.absolute())
+        yield Path(place)
+
+
+def attached(model: Any, folder: Path) -> Any:
+    """A model that was loaded from `without_adapter`, with the adapter of ``folder``.
+
+    Dense weights take it in; beside packed codes it stays, frozen.
+
+    Raises:
+        FourierError: peft is not installed, or refuses it; an adapter with pickled weights.
+    """
+    where = str(folder)
+    remedy = (
+        f"`pip install peft`; or merge it yourself and give the result; or take {CONFIG} away, to use the weights alone"
+    )
+    what = "an adapter lies beside the weights, and the package peft, which merges it, is not here"
+    with explained(what, remedy=remedy, where=where, kinds=(ImportError,), words=None):
+        from peft import PeftModel
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise FourierError(
+            "the adapter beside the weights has no adapter_model.safetensors",
+            remedy=f"Convert or copy it, or take {CONFIG} away",
+            where=where,
+        )
+    packed = getattr(model, "hf_quantizer", None) is not None
+    refused = "peft refuses the adapter beside the weights"
+    with (
+        explained(refused, remedy=f"Mend it, or take {CONFIG} away", where=where, words=one_line),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, of transformers' v4
+        adapted = PeftModel.from_pretrained(model, where)
+        return adapted.eval() if packed else adapted.merge_and_unload()
+
+
+def identity(folder: Path) -> str:
+    """SHA-256 of what a merged folder depends on: the checkpoint's headers and the adapter's bytes."""
+    digest = hashlib.sha256(open_source(folder).fingerprint.encode())
+    for path in (folder / name for name in _FILES):
+        if path.is_file():
+            with reading(path), path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def merged(folder: Path, to: Path) -> Path:
+    """A folder ``to`` with the adapter of ``folder`` merged into its weights; taken up as it is if it is there already.
+
+    The whole model is in memory, as it is stored.
+
+    Raises:
+        FourierError: as `attached`; ``to`` is there and holds something else.
+    """
+    made = json.dumps({"made_of": identity(folder)})
+    if to.exists():
+        if not (to / _IDENTITY).is_file():
+            raise FourierError("it is in the way of merging an adapter", remedy="Remove or rename it", where=str(to))
+        if (to / _IDENTITY).read_text(encoding="utf-8") == made:
+            return to
+        shutil.rmtree(to)
+    temporary = to.with_name(to.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with without_adapter(folder) as plain:
+        attached(loaded_model(plain, dtype="auto"), folder).save_pretrained(temporary)
+        for path in plain.iterdir():
+            if not (temporary / path.name).exists() and path.is_file() and not path.name.endswith(_WEIGHTS):
+                shutil.copyfile(path, temporary / path.name)
+    write_text(temporary / _IDENTITY, made)
+    temporary.rename(to)
+    return to

@@ -1,0 +1,98 @@
+"""An adapter beside the weights of a model: merged when it is compressed or asked, and never left out."""
+
+import shutil
+import sys
+import warnings
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import llava_fa
+from llava_fa import FourierConfig, FourierError
+from llava_fa.hub.inspect import inspect_model
+from llava_fa.hub.loading import load
+
+CONFIG = FourierConfig(bits=4, refine_passes=0)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A model with a LoRA beside its weights; the same model merged by peft."""
+    peft = pytest.importorskip("peft")
+    model = helpers.random_llava()
+    target = helpers.save_llava(tmp_path / "in", model=model)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own, of names that transformers has given up
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config)
+        adapted.save_pretrained(tmp_path / "adapter")
+        helpers.save_llava(tmp_path / "merged", model=adapted.merge_and_unload())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(tmp_path / "adapter" / name, target / name)
+    return target, tmp_path / "merged"
+
+
+def tensors(folder):
+    return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+
+
+def test_it_is_merged_before_the_model_is_compressed(folders, tmp_path):
+    stages = []
+    llava_fa.compress(folders[0], tmp_path / "out", CONFIG, progress=lambda now: stages.append(now.stage))
+    llava_fa.compress(folders[1], tmp_path / "expected", CONFIG)
+    ours, expected = tensors(tmp_path / "out"), tensors(tmp_path / "expected")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in ours)
+    assert stages[0] == "merging the adapter"
+    assert not list(tmp_path.glob("out.*"))
+    assert not list((tmp_path / "out").glob("*adapter*"))
+    assert not (tmp_path / "out" / "merged.json").exists()
+
+
+def test_a_killed_run_goes_on_with_what_was_merged(folders, tmp_path):
+    def stop(now):
+        if now.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llava_fa.compress(folders[0], tmp_path / "out", CONFIG, progress=stop)
+    assert (tmp_path / "out.merged" / "model.safetensors").exists()
+    resumed = []
+    llava_fa.compress(folders[0], tmp_path / "out", CONFIG, progress=lambda now: resumed.append(now.resumed))
+    assert resumed[-1] == 3
+    llava_fa.compress(folders[1], tmp_path / "expected", CONFIG)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes()[-100_000:] == (
+        tmp_path / "expected" / "model.safetensors"
+    ).read_bytes()[-100_000:]
+
+
+def test_it_takes_part_in_the_answers(folders):
+    (ours, processor), (expected, _) = load(folders[0], "cpu"), load(folders[1], "cpu")
+    inputs = helpers.inputs_for(processor)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs).logits, expected(**inputs).logits)
+
+
+def test_inspect_tells_of_it(folders):
+    assert list(inspect_model(folders[0]).ledger.unread) == ["adapter_model.safetensors"]
+
+
+def test_without_peft_it_is_refused(tmp_path, monkeypatch):
+    folder = helpers.save_llava(tmp_path / "in")
+    (folder / "adapter_config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for use in (lambda: llava_fa.compress(folder, tmp_path / "out", CONFIG), lambda: load(folder)):
+        with pytest.raises(
+            FourierError, match=r"adapter lies beside the weights, and the package peft.*`pip install p"
+        ):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_alone_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FourierError, match="this is a LoRA adapter, not a model"):
+        llava_fa.compress(tmp_path, tmp_path / "out", CONFIG)
