@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_with_what_was_merged(folders, tmp_path):
 
 
 def test_it_takes_part_in_the_answers(folders):
-    (ours, processor), (expected, _) = load(folders[0], "cpu"), load(folders[1], "cpu")
+    (ours, processor), (expected, _) = (load(folder, "cpu", torch.float32) for folder in folders)
     inputs = helpers.inputs_for(processor)
     with torch.no_grad():
         torch.testing.assert_close(ours(**inputs).logits, expected(**inputs).logits)
