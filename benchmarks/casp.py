@@ -27,12 +27,12 @@ from stagewise import units
 from llava_fa import Budget, Casp, FourierConfig, approximate
 from llava_fa.eval.divergence import Divergence
 from llava_fa.hub import allocation, attention_density, blocks, model_sensitivity
+from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.calibrated import gather
 from llava_fa.hub.calibration_data import answer_start, prepare
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.loading import load
 from llava_fa.hub.plan import make_plan
-from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.source import open_source, resolve_model
 from llava_fa.maths import dft
 from llava_fa.nn.surgery import classify
@@ -163,7 +163,7 @@ def _scalar_bits(
     """Layer → (width of its factors or 0, bits), by the sensitivities and the optimiser that our own codes use."""
     source = open_source(resolve_model(args.model))
     config = FourierConfig()
-    plan = make_plan(empty_model(source.folder), source, config)
+    plan = make_plan(empty_model(source.folder, len(source.entries)), source, config)
     used = blocks.evenly(len(inputs), model_sensitivity.SAMPLES)
     starts = [answer_start(samples[i], inputs[i], processor) for i in used]
     errors = allocation.measure(plan, config, model, [inputs[i] for i in used], starts, lambda _: None, casp)

@@ -22,7 +22,7 @@ LAYERS = 2 * 6 + 2 + 2 * 7  # vision, projector, language
 
 def stored_names(source):
     """Parameter → name in the files."""
-    weights = arrange(empty_model(source.folder), source.entries).weights
+    weights = arrange(empty_model(source.folder, len(source.entries)), source.entries).weights
     return {name: stored.name for name, stored in weights.items()}
 
 

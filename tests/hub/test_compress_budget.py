@@ -226,7 +226,7 @@ def test_queries_and_keys_keep_what_the_budget_buys_for_all(settled):
 
 def test_a_layer_that_nothing_reaches_has_no_sensitivity(checkpoint, samples):
     source = open_source(checkpoint)
-    plan = make_plan(empty_model(source.folder), source, CONFIG)
+    plan = make_plan(empty_model(source.folder, len(source.entries)), source, CONFIG)
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
     inputs = [

@@ -157,7 +157,7 @@ def test_units_are_blocks_and_what_stands_alone(checkpoint):
     from llava_fa.hub.source import open_source
 
     source = open_source(checkpoint)
-    model = empty_model(source.folder)
+    model = empty_model(source.folder, len(source.entries))
     units = blockwise.find_units(model, make_plan(model, source, FourierConfig()).layers)
     assert [unit.path for unit in units] == [
         "model.vision_tower.encoder.layers.0",
@@ -241,7 +241,7 @@ def test_the_running_dtype_is_chosen_once(checkpoint, quick, samples, tmp_path, 
     from llava_fa.hub.work_folder import WorkFolder
 
     source = open_source(helpers.save_llava(tmp_path / "in", dtype=torch.bfloat16))
-    plan = make_plan(empty_model(source.folder), source, quick)
+    plan = make_plan(empty_model(source.folder, len(source.entries)), source, quick)
     cpu = torch.device("cpu")
     memory = SimpleNamespace(available=0)
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: memory)

@@ -117,7 +117,7 @@ def test_family(family, tmp_path):
     llava_fa.compress(tmp_path / "in", tmp_path / "free", config)
 
     source = open_source(tmp_path / "in")
-    plan = make_plan(empty_model(source.folder), source, config)
+    plan = make_plan(empty_model(source.folder, len(source.entries)), source, config)
     units = blockwise.find_units(model, plan.layers)
     segments, idle = blockwise.segments(model, units, [inputs])
     assert [[unit.path.removeprefix("model.") for unit in segment] for segment in segments] == expected

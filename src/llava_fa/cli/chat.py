@@ -14,21 +14,26 @@ from llava_fa.cli import options, output
 def chat(
     model: options.Model,
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    image: Annotated[list[Path], typer.Option(help="The picture to ask about; given more than once, frames in order.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="The picture to ask about; given more than once, frames in order.")
+    ] = None,
     max_new_tokens: options.MaxTokens = 256,
     visual_tokens: options.VisualTokens = None,
     device: options.Device = "auto",
     json_output: options.Json = False,
 ) -> None:
-    """Ask a model one question about a picture, or about several; the answer streams."""
+    """Ask a model one question about a picture, about several, or about none; the answer streams."""
     count, elastic = options.elastic(visual_tokens)
     from llava_fa.hub.calibration_data import open_image
-    from llava_fa.hub.loading import check_chat_template, load
+    from llava_fa.hub.loading import load
+    from llava_fa.hub.processor import check_chat_template, check_sees
 
-    pictures = [open_image(path.expanduser(), "--image") for path in image]
+    pictures = [open_image(path.expanduser(), "--image") for path in image or ()]
     start = time.monotonic()
     loaded, processor = load(model, device, visual_tokens=count)
     check_chat_template(processor, model)
+    if pictures:
+        check_sees(processor, model)
     if elastic:
         from llava_fa.eval.runner import answer_elastic
 

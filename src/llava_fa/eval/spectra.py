@@ -57,7 +57,7 @@ class Originals:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.weights = arrange(empty_model(source.folder), source.entries).weights
+        self.weights = arrange(empty_model(source.folder, len(source.entries)), source.entries).weights
 
     def __call__(self, layer: str) -> Tensor:
         """float32 [m, n].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from llava_fa.hub.arrangement import refuse_missing
 AUTO = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")
 """What transformers can build that writes text, in the order in which they are asked."""
 
+_COUNTS = re.compile(r"(layers|depth|blocks)$")
+"""Fields of a configuration that say how often something with tensors of its own is repeated."""
+_MANY = 2000
+"""Layers that any configuration may make without being asked whether it has the tensors for them."""
 _LONGEST = 200
 """Characters of what transformers says that are repeated."""
 
@@ -54,17 +59,35 @@ def model_class(folder: Path) -> tuple[Any, Any]:
     )
 
 
-def empty_model(folder: Path) -> nn.Module:
+def empty_model(folder: Path, tensors: int) -> nn.Module:
     """The model on the meta device: every module and name, no memory.
 
+    Args:
+        folder: of the model.
+        tensors: how many its weight files hold; a configuration with more layers would be built without end.
+
     Raises:
-        FourierError: as `model_class`, or the configuration makes no model.
+        FourierError: as `model_class`, or the configuration makes no model, or one that is not this.
     """
     kind, config = model_class(folder)
+    if (layers := _most_layers(config.to_dict())) > max(tensors, _MANY):
+        raise FourierError(
+            f"config.json makes {layers} layers, and there are {tensors} tensors in the weight files",
+            remedy="Check that config.json and the weights belong together",
+            where=str(folder),
+        )
     what = f"transformers cannot build {kind.__name__} from config.json"
     remedy = "Check the folder with transformers alone first"
     with quiet_transformers(), explained(what, remedy=remedy, where=str(folder)), torch.device("meta"):
         return kind(config).eval()  # type: ignore[no-any-return]
+
+
+def _most_layers(values: Any) -> int:
+    """The largest number of layers, blocks or experts in a configuration."""
+    if not isinstance(values, dict):
+        return 0
+    counts = [value for key, value in values.items() if type(value) is int and _COUNTS.search(str(key))]
+    return max([0, *counts, *map(_most_layers, values.values())])
 
 
 def loaded_model(folder: Path, **options: Any) -> Any:

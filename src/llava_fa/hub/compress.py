@@ -25,9 +25,10 @@ from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
 from llava_fa.hub.checkpoint import codebook_digest
 from llava_fa.hub.inspect import describe
-from llava_fa.hub.loading import check_device, fast_dtype, load_processor
+from llava_fa.hub.loading import check_device, fast_dtype
 from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.plan import Plan, make_plan
+from llava_fa.hub.processor import load_processor
 from llava_fa.hub.report import Progress, ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
 from llava_fa.hub.source import Source, open_source, resolve_model
@@ -129,7 +130,8 @@ def carry_out(
     device, show = check_device(request.device), on_plan or (lambda _: None)
     show_progress: ProgressCallback = progress or (lambda _: None)
     source = _source(request, out, show_progress)
-    plan = make_plan(empty_model(source.folder), source, request.config, request.embeddings, request.drop_unused)
+    blank = empty_model(source.folder, len(source.entries))
+    plan = make_plan(blank, source, request.config, request.embeddings, request.drop_unused)
     if request.casp is not None:
         allocation.check_casp(plan)
         if request.budget is None:

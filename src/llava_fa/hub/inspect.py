@@ -10,7 +10,6 @@ from typing import Any
 from llava_fa.config import QUANT_METHOD, FourierConfig
 from llava_fa.hub import ledger, provenance
 from llava_fa.hub.architecture import empty_model
-from llava_fa.hub.arrangement import Arrangement, arrange
 from llava_fa.hub.checkpoint import ORIGINAL_BYTES, account, file_keys, is_codebook, read_metadata, validate
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.report import TRAINING, LayerReport, Report, Skipped, kind_of_codes, peak_rss_bytes
@@ -29,19 +28,8 @@ def inspect_model(model: str | Path) -> Report:
     folder = resolve_model(model)
     if not _compressed(folder):
         return _original(folder)
-    report = describe(folder)
-    _rest(folder)[1].check(str(folder))
-    return report
-
-
-def _rest(folder: Path) -> tuple[dict[str, Entry], Arrangement]:
-    """The tensors of a compressed folder that are not packed, and which of the model's they are."""
-    metadata = read_metadata(folder)
-    entries = dict(validate(weight_files(folder), metadata))
-    for name, record in metadata.layers.items():
-        for stored in file_keys(name, record.layout).values():
-            entries.pop(stored, None)
-    return entries, arrange(empty_model(folder), entries, metadata.layers)
+    ledger.check_complete(folder)
+    return describe(folder)
 
 
 def _compressed(folder: Path) -> bool:
@@ -131,10 +119,7 @@ def spending(model: str | Path) -> dict[str, int]:
             for key, stored in file_keys(name, record.layout).items():
                 if (entry := packed.pop(stored, None)) is not None:  # a codebook has many users
                     spent[_purpose(key)] += entry.nbytes
-        entries, arrangement = _rest(folder)
-    else:
-        entries = open_source(folder).entries
-        arrangement = arrange(empty_model(folder), entries)
+    entries, arrangement = ledger.unpacked(folder)
     for key, entry in entries.items():
         unused = key in arrangement.unused
         spent["unused" if unused else _kind(arrangement.modules.get(key, key), entry)] += entry.nbytes
@@ -163,7 +148,7 @@ def _kind(name: str, entry: Entry) -> str:
 def _original(folder: Path) -> Report:
     start = time.monotonic()
     source = open_source(folder)
-    plan = make_plan(empty_model(folder), source, FourierConfig())
+    plan = make_plan(empty_model(folder, len(source.entries)), source, FourierConfig())
     layers = tuple(
         LayerReport(layer.name, layer.shape, 8 * layer.weight.nbytes / layer.numel, 0.0, None, 0)
         for layer in plan.layers

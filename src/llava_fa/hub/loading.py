@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
-from llava_fa.errors import FourierError, explained
+from llava_fa.errors import FourierError
 from llava_fa.hub.adapter import attached, has_adapter, without_adapter
-from llava_fa.hub.architecture import loaded_model, quiet_transformers
-from llava_fa.hub.shards import read_entries
-from llava_fa.hub.source import read_config, resolve_model, weight_files
+from llava_fa.hub.architecture import loaded_model
+from llava_fa.hub.ledger import check_complete
+from llava_fa.hub.processor import load_processor
+from llava_fa.hub.source import resolve_model
 from llava_fa.hub.visual_tokens import set_visual_tokens
 
 
@@ -32,8 +33,7 @@ def load(
     """
     folder = resolve_model(model)
     place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    read_config(folder)
-    read_entries(weight_files(folder))  # a missing, pickled or cut short file has its own error here
+    check_complete(folder)  # before memory is asked for, and with an error of its own for each way to be damaged
     processor = load_processor(folder)
     if has_adapter(folder):
         with without_adapter(folder) as plain:
@@ -43,21 +43,6 @@ def load(
     if visual_tokens is not None:
         set_visual_tokens(loaded, visual_tokens, processor)
     return loaded.to(place), processor
-
-
-def load_processor(folder: Path) -> Any:
-    """The model's processor: tokenizer, image processor and chat template in one."""
-    from transformers import AutoProcessor
-
-    remedy = "The folder needs the tokenizer and preprocessor files of the model"
-    with quiet_transformers(), explained("its processor cannot be loaded", remedy=remedy, where=str(folder)):
-        return AutoProcessor.from_pretrained(folder)
-
-
-def check_chat_template(processor: Any, model: str | Path) -> None:
-    """`FourierError` if the processor of this model cannot write a question down."""
-    if not getattr(processor, "chat_template", None):
-        raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja", where=str(model))
 
 
 def context_length(model: Any) -> int:

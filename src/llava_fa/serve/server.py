@@ -10,7 +10,8 @@ from typing import Any, Literal
 import uvicorn
 
 from llava_fa.errors import FourierError
-from llava_fa.hub.loading import check_chat_template, load
+from llava_fa.hub.loading import load
+from llava_fa.hub.processor import check_chat_template
 from llava_fa.serve.engine import chat_app
 from llava_fa.serve.guard import guarded
 from llava_fa.serve.limits import Limits

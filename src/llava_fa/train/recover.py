@@ -19,7 +19,8 @@ from torch import nn
 from llava_fa.errors import FourierError
 from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.inspect import describe
-from llava_fa.hub.loading import context_length, load, load_processor
+from llava_fa.hub.loading import context_length, load
+from llava_fa.hub.processor import load_processor
 from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
 from llava_fa.hub.report import TRAINING, peak_rss_bytes
 from llava_fa.hub.shards import CHUNK, write_text

@@ -16,7 +16,8 @@ from llava_fa.config import QUANT_METHOD
 from llava_fa.errors import FourierError
 from llava_fa.eval.runner import inputs_of, prompt
 from llava_fa.hub.inspect import inspect_model
-from llava_fa.hub.loading import check_chat_template, context_length, load
+from llava_fa.hub.loading import context_length, load
+from llava_fa.hub.processor import check_chat_template, check_sees
 from llava_fa.hub.source import read_config, resolve_model, weight_files
 from llava_fa.hub.visual_tokens import grid_of, set_visual_tokens, visual_tokens_of
 from llava_fa.nn.visual_tokens import nested_grids
@@ -99,6 +100,7 @@ def load_side(model: str, device: str = "auto") -> Side:
     folder = resolve_model(model)
     loaded, processor = load(folder, device)
     check_chat_template(processor, model)
+    check_sees(processor, model)
     compressed = (read_config(folder).get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
     module = visual_tokens_of(loaded)
     counts: tuple[int, ...]

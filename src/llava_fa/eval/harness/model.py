@@ -18,7 +18,8 @@ from llava_fa.eval.benchmarks.base import open_picture
 from llava_fa.eval.benchmarks.video import PICTURES, frames_of
 from llava_fa.eval.likelihood import log_likelihood
 from llava_fa.eval.runner import answer
-from llava_fa.hub.loading import check_chat_template, load
+from llava_fa.hub.loading import load
+from llava_fa.hub.processor import check_chat_template
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
