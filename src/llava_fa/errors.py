@@ -3,6 +3,9 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
+_LONGEST = 1000
+"""Characters of each part of a message."""
+
 
 class FourierError(ValueError):
     """Something the user can mend: says where (layer or file), what is wrong, and what to do.
@@ -12,13 +15,19 @@ class FourierError(ValueError):
     """
 
     def __init__(self, what: str, *, remedy: str = "", where: str = "") -> None:
-        self.what, self.remedy, self.where = what, remedy, where
+        self.what, self.remedy, self.where = _cut(what), remedy, _cut(where)
+        what, where = self.what, self.where
         text = f"{where}: {what}" if where else what
         super().__init__(f"{text}. {remedy}" if remedy else text)
 
     def at(self, where: str) -> "FourierError":
         """The same error with its place put in front (outermost first)."""
         return FourierError(self.what, remedy=self.remedy, where=f"{where}: {self.where}" if self.where else where)
+
+
+def _cut(text: str) -> str:
+    """Text that repeats what a file or a request holds may be of any length: its begin and end say enough."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 def _name_and_message(error: Exception) -> str:

@@ -7,8 +7,9 @@ import random
 from typing import Any
 
 ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, "", "x", "a" * 3000, "NaN",
-    [], {}, [[]], [None], {"": None}, "../up", "/etc/passwd", "F32", "BF16", "F8_E4M3", "U8", "BOOL", "llava_fa", "best",
+    None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, "", "x", "a" * 3000,
+    "NaN", [], {}, [[]], [None], {"": None}, "../up", "/etc/passwd", "F32", "BF16", "F8_E4M3", "U8", "BOOL", "llava_fa",
+    "best",
 ]  # fmt: skip
 
 

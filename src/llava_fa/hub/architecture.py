@@ -47,7 +47,8 @@ def model_class(folder: Path) -> tuple[Any, Any]:
     mappings: list[Any] = [getattr(modeling_auto, name) for name in AUTO if hasattr(modeling_auto, name)]
     fitting = [kind for mapping in mappings if (kind := mapping.get(type(config), None)) is not None]
     known = {kind.__name__: kind for one in fitting for kind in (one if isinstance(one, tuple) else (one,))}
-    named = str((getattr(config, "architectures", None) or [""])[0])
+    names = getattr(config, "architectures", None)
+    named = str(names[0]) if isinstance(names, list) and names else ""
     if named in known:
         return known[named], config
     if known and ("For" not in named or not hasattr(transformers, named)):  # none, or one without a head, or a name

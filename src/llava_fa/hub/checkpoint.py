@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llava_fa.config import FourierConfig
-from llava_fa.errors import FourierError, located
+from llava_fa.errors import FourierError, explained, located
 from llava_fa.hub.shards import DTYPE_NAMES, Entry, read_entries, tensor_bytes
 from llava_fa.hub.source import read_config, weight_files
 from llava_fa.kernels.layout import FactoredLayout, Layout, layout_from_dict
@@ -36,6 +37,8 @@ ORIGINAL_BYTES = "llava_fa_original_bytes"
 """Key in the metadata of the weight files: bytes of all tensors of the checkpoint that was compressed."""
 
 _COMPRESS_AGAIN = "Compress the model again, or copy the folder again"
+_DAMAGED = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
+"""What reading a description raises that is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,8 @@ class LayerRecord:
         values = dict(values)
         known = ("weight_error", "output_error", "sensitivity", "predicted_loss")
         measured = [values.pop(name, None) for name in known]
+        if not all(value is None or _is_number(value) for value in measured):
+            raise FourierError("its errors are no numbers", remedy=_COMPRESS_AGAIN)
         embedding = values.pop("embedding", False)
         layout = layout_from_dict(values)
         if embedding is not False and not (
@@ -119,7 +124,11 @@ class Metadata:
         Raises:
             FourierError: an unknown format version, an unknown field, a damaged layer description.
         """
-        values = dict(values)
+        with explained("the quantization_config is damaged", remedy=_COMPRESS_AGAIN, kinds=_DAMAGED, words=None):
+            return cls._from_dict(dict(values))
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any]) -> Metadata:
         version = values.pop("format_version", None)
         if version not in range(1, FORMAT_VERSION + 1):
             raise FourierError(
@@ -129,8 +138,8 @@ class Metadata:
         parts = [values.pop(name, {}) for name in ("layers", "not_compressed", "codebooks")]
         budget = values.pop("budget", None)
         density = values.pop("attention_density", None)
-        if not all(isinstance(part, Mapping) for part in parts) or not isinstance(budget, (Mapping, type(None))):
-            raise FourierError("the quantization_config is damaged", remedy=_COMPRESS_AGAIN)
+        if not all(isinstance(text, str) for part in parts[1:] for text in part.values()):
+            raise TypeError
         layers = {}
         for name, record in parts[0].items():
             with located(name):
@@ -139,8 +148,23 @@ class Metadata:
             newer = {2: "trellis codes", 3: "factored layers", 4: "packed embeddings"}[_version(layers)]
             raise FourierError(f"a checkpoint of version {version} has no {newer}", remedy=_COMPRESS_AGAIN)
         codebooks = {f"bits_{name}" if name.isdigit() else name: digest for name, digest in parts[2].items()}
-        budget = None if budget is None else dict(budget)
+        budget = _budget(budget)
         return cls(FourierConfig.from_dict(values), layers, dict(parts[1]), codebooks, budget, _densities(density))
+
+
+def _budget(values: Any) -> dict[str, Any] | None:
+    """What a budget was and what it came to, as `hub.allocation` writes it."""
+    if values is None:
+        return None
+    given = [values[name] for name in ("bits", "size") if values.get(name) is not None]
+    losses = [values["predicted_loss"], *([] if values["uniform_loss"] is None else [values["uniform_loss"]])]
+    if len(given) != 1 or not all(_is_number(value) for value in given + losses) or not isinstance(values["unit"], str):
+        raise FourierError("the budget is damaged", remedy=_COMPRESS_AGAIN)
+    return dict(values)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _densities(values: Any) -> dict[str, list[float]] | None:

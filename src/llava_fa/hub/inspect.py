@@ -71,8 +71,8 @@ def describe(
         for name, record in metadata.layers.items()
     )
     compressed = sum(entry.nbytes for entry in entries.values())
-    note = file_metadata(files[0]).get(ORIGINAL_BYTES)
-    original = original_bytes or (int(note) if note else accounts.dense_bytes)
+    note = file_metadata(files[0]).get(ORIGINAL_BYTES, "")
+    original = original_bytes or (int(note) if note.isdecimal() and len(note) < 20 else accounts.dense_bytes)
     return Report(
         path=str(folder),
         method=metadata.config.method,

@@ -124,8 +124,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], str]:
     what = "its header is not that of a safetensors file"
     with explained(what, remedy=COPY_AGAIN, where=str(path), kinds=kinds, words=None):
         header = json.loads(raw.decode())
-        notes = header.pop("__metadata__", None) or {}
-        if not all(isinstance(note, str) for note in notes.values()):
+        notes = header.pop("__metadata__", None)
+        if notes is not None and not all(isinstance(note, str) for note in notes.values()):
             raise ValueError
         entries = {name: _entry(path, name, 8 + length, **value) for name, value in header.items()}
     end = 8 + length
