@@ -26,6 +26,7 @@ from llava_fa.config import format_size
 from llava_fa.errors import FourierError
 from llava_fa.hub.shards import Entry, Item, file_metadata, read_header, write_file, write_text
 
+_MANIFEST = "manifest.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -84,14 +85,15 @@ class WorkFolder:
             ) from None
 
     def _clear(self) -> None:
-        for path in self.path.iterdir():
+        """Remove all but the lock; the manifest last, since parts without it could not be gone on with."""
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == _MANIFEST):
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != "lock":
                 path.unlink()
 
     def _check_manifest(self) -> None:
-        path = self.path / "manifest.json"
+        path = self.path / _MANIFEST
         if not path.exists():
             if self.parts.exists():
                 raise FourierError(
@@ -156,6 +158,7 @@ class WorkFolder:
         with disk_errors(self.path):
             refuse_existing(self.out)
             os.rename(self.result, self.out)
+            self._clear()
             shutil.rmtree(self.path, ignore_errors=True)
 
 
