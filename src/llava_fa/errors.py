@@ -1,6 +1,7 @@
 """The one exception the package raises on purpose, and how those of libraries become it."""
 
 import contextlib
+import reprlib
 from collections.abc import Callable, Iterator
 
 _LONGEST = 1000
@@ -28,6 +29,35 @@ class FourierError(ValueError):
 def _cut(text: str) -> str:
     """Text that repeats what a file or a request holds may be of any length: its begin and end say enough."""
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value from outside as an error quotes it: text in quotation marks, no more than its beginning.
+
+    Args:
+        value: anything; a collection is looked at no further than what is shown.
+        most: characters.
+    """
+    quoted = _SHORT.repr(value)
+    return quoted if len(quoted) <= most else f"{quoted[: most - 1]}…"
+
+
+class _Short(reprlib.Repr):
+    """As ``repr``, but a row may hold a picture: long text, bytes and lists are cut before they are written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxdict = self.maxlist = self.maxtuple = 8
+        self.maxlevel = 3
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return f"{len(value)} bytes"
+
+
+_SHORT = _Short()
+_LONGEST_SAID = 400
+"""Characters of a library's message that are repeated."""
 
 
 def _name_and_message(error: Exception) -> str:
@@ -61,5 +91,6 @@ def explained(
     except FourierError:
         raise
     except kinds as error:
-        said = f" ({words(error)})" if words else ""
+        said = words(error) if words else ""
+        said = f" ({said if len(said) <= _LONGEST_SAID else said[: _LONGEST_SAID - 1] + '…'})" if words else ""
         raise FourierError(what + said, remedy=remedy, where=where) from error

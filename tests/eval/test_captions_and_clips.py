@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from llava_fa import FourierError
 from llava_fa.eval.benchmarks import benchmark
+from llava_fa.eval.benchmarks.base import open_picture
 from llava_fa.eval.benchmarks.captions import Synonyms
 from llava_fa.eval.benchmarks.run import run
 from llava_fa.eval.benchmarks.video import _even
@@ -157,7 +159,10 @@ def test_clips_by_hand_and_broken_ones(tmp_path):
     bench = benchmark("video", tmp_path, frames=4)
     items = bench.read()
     assert [bench.score(items, [text]).figures["accuracy"] for text in ("the left.", "WEST", "right")] == [1, 1, 0]
-    for row, message in (({"video": "b", "question": "q"}, "there is no"), ({"question": "q"}, "it has no 'video'")):
+    for row, message in (
+        ({"video": "b", "question": "q"}, "b does not exist"),
+        ({"question": "q"}, "it has no 'video'"),
+    ):
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(FourierError, match=message):
             benchmark("video", tmp_path, frames=4).read()
@@ -166,3 +171,25 @@ def test_clips_by_hand_and_broken_ones(tmp_path):
     with pytest.raises(FourierError, match="cannot be read") as caught:
         benchmark("video", tmp_path, frames=4).read()
     assert "ffmpeg" in caught.value.remedy
+
+
+def test_an_answer_of_0_and_clips_that_lie_on_their_side(tmp_path):
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "a" / "1.png", exif=exif)
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("green", "red")]
+    frames[0].save(tmp_path / "b.webp", save_all=True, append_images=frames[1:], exif=exif)
+    rows = [{"video": "a", "question": "q", "answer": 0}, {"video": "b.webp", "question": "q", "answer": [1, "one"]}]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bench = benchmark("video", tmp_path, frames=4)
+    items = bench.read()
+    assert bench.score(items, ["0", "one."]).figures["accuracy"] == 1
+    assert bench.score(items, ["1", "0"]).figures["accuracy"] == 0
+    assert [open_picture(picture, "").size for item in items for picture in item.pictures] == [(4, 6)] * 3
+
+
+def test_a_table_of_synonyms_with_a_mark_and_odd_signs(tmp_path):
+    path = tmp_path / "synonyms.txt"
+    path.write_bytes("dog, puppy\u2028small\r\ncat, kitten\r\n".encode("utf-8-sig"))
+    assert Synonyms(path).names == {"dog": "dog", "puppy\u2028small": "dog", "cat": "cat", "kitten": "cat"}

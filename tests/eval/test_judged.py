@@ -142,3 +142,20 @@ def test_a_script_without_the_template(tmp_path):
         (data / "eval_gpt4.py").write_text(text)
         with pytest.raises(FourierError, match=message):
             benchmark("mmhal", data, judge="http://x", judge_model="j").read()
+
+
+def test_reviews_of_a_killed_run_are_gone_on_from(judge, said, tmp_path):
+    data, out = files(tmp_path / "data"), tmp_path / "out"
+    (data / "eval_gpt4.py").write_bytes(OFFICIAL.encode("utf-8-sig"))
+    options = {"judge": judge.url, "judge_model": "j", "reviews": str(out / "reviews.jsonl")}
+    first = run(benchmark("mmhal", data, **options), lambda: (None, Named()), model="m", out=out)
+    kept = (out / "reviews.jsonl").read_bytes()
+    (out / "reviews.jsonl").write_bytes(kept[:-10])  # killed while it wrote the last
+    for _ in range(2):
+        again = run(benchmark("mmhal", data, **options), None, model="m", out=out)
+        assert again["score"] == first["score"]
+        assert (out / "reviews.jsonl").read_bytes() == kept
+    assert len(judge.asked) == 4
+    (out / "reviews.jsonl").write_text("[]\n")
+    with pytest.raises(FourierError, match=r"reviews\.jsonl: a line is no review"):
+        run(benchmark("mmhal", data, **options), None, model="m", out=out)

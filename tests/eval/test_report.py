@@ -162,7 +162,7 @@ def test_scores_are_those_of_eval(folders, text, tmp_path):
     assert not (tmp_path / "work").exists()
     for bad in ("[]", "{}", '{"tasks": {"a": {"score": 7, "questions": 1}}, "score": 0, "model": "x"}', "no"):
         (tmp_path / "bad.json").write_text(bad)
-        with pytest.raises(llava_fa.FourierError, match="no result of"):
+        with pytest.raises(llava_fa.FourierError, match=r"what `llava-fa eval --json` wrote"):
             collect([str(tmp_path / "bad.json")], None, Settings(limit=0), tmp_path / "work")
 
 

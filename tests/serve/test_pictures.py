@@ -8,9 +8,11 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from llava_fa.data.pictures import open_picture
 from llava_fa.errors import FourierError
 from llava_fa.serve.errors import ApiError
 from llava_fa.serve.limits import Limits
@@ -175,3 +177,50 @@ def test_urls_only_of_named_hosts_and_no_redirects(web):
 def test_a_limit_below_one_is_an_error():
     with pytest.raises(FourierError, match=r"the limit tokens is 0\. Limits are at least 1"):
         Limits(tokens=0)
+
+
+def oriented(value, **more):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    for tag, content in more.items():
+        exif[int(tag[1:])] = content
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 30), 90).convert("RGB").save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+def damaged():
+    """EXIF in which the camera's maker is a fraction: Pillow reads that, and its exif_transpose cannot write it."""
+    data = bytearray(oriented(6, _282=1.5))
+    start = data.index(b"eXIf")
+    length = struct.unpack(">I", data[start - 4 : start])[0]
+    order = ">H" if data[start + 4 : start + 6] == b"MM" else "<H"
+    entry = data.index(struct.pack(order, 282), start)
+    data[entry : entry + 2] = struct.pack(order, 271)
+    data[start + 4 + length : start + 8 + length] = struct.pack(">I", zlib.crc32(data[start : start + 4 + length]))
+    return bytes(data)
+
+
+def deep():
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("data", [oriented(1), oriented(6), oriented(3), damaged(), deep(), encoded("GIF")])
+def test_transformers_sees_what_all_others_see(data):
+    """Upright, and of 8 bits: what a calibration, a benchmark and `llava-fa chat` make of the same file."""
+    from transformers.image_utils import load_image
+
+    seen = load_image(admit(data_url(data)))
+    assert seen.tobytes() == open_picture(data).tobytes()
+    assert seen.size == open_picture(data).size
+
+
+def test_damaged_exif_is_more_than_transformers_takes():
+    """Why such a picture is not handed on as it comes."""
+    from transformers.image_utils import load_image
+
+    with pytest.raises(AttributeError):
+        load_image(data_url(damaged()))
+    assert open_picture(damaged()).size == (30, 40)

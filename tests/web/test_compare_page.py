@@ -112,6 +112,8 @@ def test_an_uploaded_picture_is_upright_and_rgb(tmp_path):
     assert found.size == (10, 20)
     assert found.getpixel((9, 0)) == (0, 0, 255)
     assert read_picture(saved(tmp_path, Image.new("LA", (3, 3))), Limits()).mode == "RGB"
+    grey = Image.new("I;16", (3, 3), 128 * 256)
+    assert read_picture(saved(tmp_path, grey), Limits()).getpixel((1, 1)) == (128, 128, 128)
 
 
 def test_pictures_that_are_not_taken(tmp_path):

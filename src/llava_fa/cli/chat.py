@@ -24,11 +24,11 @@ def chat(
 ) -> None:
     """Ask a model one question about a picture, about several, or about none; the answer streams."""
     count, elastic = options.elastic(visual_tokens)
-    from llava_fa.hub.calibration_data import open_image
+    from llava_fa.data.pictures import open_picture
     from llava_fa.hub.loading import load
     from llava_fa.hub.processor import check_chat_template, check_sees
 
-    pictures = [open_image(path.expanduser(), "--image") for path in image or ()]
+    pictures = [open_picture(path.expanduser(), "--image") for path in image or ()]
     start = time.monotonic()
     loaded, processor = load(model, device, visual_tokens=count)
     check_chat_template(processor, model)

@@ -21,11 +21,11 @@ def explain(
     json_output: options.Json = False,
 ) -> None:
     """Show which part of a picture an answer rests on (Grad-CAM), with and without FMVR where the model has it."""
+    from llava_fa.data.pictures import open_picture
     from llava_fa.eval.explain import compare_restoration, draw
-    from llava_fa.hub.calibration_data import open_image
     from llava_fa.hub.loading import load
 
-    picture = open_image(image.expanduser(), "--image")
+    picture = open_picture(image.expanduser(), "--image")
     loaded, processor = load(model, device, visual_tokens=visual_tokens)
     explanations = compare_restoration(loaded, processor, picture, question)
     new = out.expanduser().with_name(f".{out.name}.new")

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llava_fa.data.textfiles import read_json
 from llava_fa.errors import FourierError
 from llava_fa.hub.shards import write_text
 
@@ -47,12 +48,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / COMPRESSION
     if not path.is_file():
         return None
-    try:
-        provenance = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        provenance = None
+    remedy = "Remove it; the model does not need it"
+    provenance = read_json(path, remedy)
     if not isinstance(provenance, dict) or not isinstance(provenance.get("command"), str):
-        raise FourierError(
-            "it is not a record of a compression", remedy="Remove it; the model does not need it", where=str(path)
-        )
+        raise FourierError("it is not a record of a compression", remedy=remedy, where=str(path))
     return provenance

@@ -18,6 +18,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image
 
+from llava_fa.data.pictures import seen_otherwise
 from llava_fa.serve.errors import ApiError
 from llava_fa.serve.limits import Limits
 
@@ -48,7 +49,10 @@ class Pictures:
         self.count = self.pixels = 0
 
     def admit(self, url: object, param: str) -> str:
-        """The picture as a data URL that decodes within the limits.
+        """The picture as a data URL that decodes within the limits, and that transformers decodes to what it shows.
+
+        It goes on as it came, turned by its EXIF there; what transformers would clip or fail on (16-bit greyscale,
+        EXIF that cannot be written anew) is handed on as it is to be seen.
 
         Args:
             url: what the request gives: ``data:``, ``http(s)://`` or ``file://``.
@@ -63,6 +67,8 @@ class Pictures:
         except ApiError as error:
             error.param = param
             raise
+        if (picture := seen_otherwise(image)) is not None:
+            return _png(picture)
         kind = "jpeg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -165,3 +171,9 @@ class Pictures:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"An image has more than {self.limits.image_bytes} bytes", code="image_too_large")
+
+
+def _png(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from llava_fa.data.pictures import upright
 from llava_fa.errors import FourierError
 from llava_fa.serve.errors import ApiError
 from llava_fa.serve.limits import Limits
@@ -30,7 +31,7 @@ def read_picture(path: str | Path | None, limits: Limits) -> Image.Image:
         picture = Pictures(limits, Sources()).look(data)
     except ApiError as error:
         raise FourierError(f"the picture is not taken: {error.message}", remedy="Give another") from None
-    return ImageOps.exif_transpose(picture).convert("RGB")
+    return upright(picture)
 
 
 def write_examples(folder: Path, count: int = 9) -> list[tuple[str, str, str]]:

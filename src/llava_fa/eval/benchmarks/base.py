@@ -8,20 +8,17 @@ are drawn from (`.statistics`). Downloading is left to the user: nothing here to
 from __future__ import annotations
 
 import abc
-import base64
-import binascii
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from llava_fa.errors import FourierError
+from llava_fa.data import pictures
+from llava_fa.errors import FourierError, shown
 from llava_fa.eval.benchmarks.statistics import part
 from llava_fa.eval.intervals import wilson
 from llava_fa.hub import shards
@@ -203,66 +200,12 @@ def score_alone(
     return Score(figures, mean_parts(items, correct, metric), correct, list(correct), statistics_of(values), read)
 
 
-def read_text(path: Path) -> str:
-    """A text file, or `FourierError`."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FourierError("no such file", remedy="Check --data", where=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FourierError(f"it cannot be read ({error})", remedy="Check the file", where=str(path)) from None
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, or `FourierError` with file, line and column."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise FourierError(
-            f"it is not JSON (line {error.lineno}, column {error.colno}: {error.msg})",
-            remedy="Fetch it again: downloads that were cut short look like this",
-            where=str(path),
-        ) from None
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; a file that holds one list of objects is read too."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        rows = read_json(path)
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise broken(f"line {number} is not JSON ({error.msg})", path) from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise FourierError("its rows are not objects", remedy="Give the official file", where=str(path))
-    return rows
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a TSV file with a header; cells may hold line ends and pictures."""
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream, delimiter="\t"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FourierError(f"it cannot be read ({error})", remedy="Give the official TSV", where=str(path)) from None
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise broken(f"row {number} has not as many cells as the header", path)
-    return rows
-
-
 def fields(row: dict[str, Any], names: Sequence[str], where: str) -> list[Any]:
     """The named fields of a row; one that is missing is an error with the row's place."""
     absent = [name for name in names if name not in row]
     if absent:
         raise FourierError(
-            f"it has no {', '.join(map(repr, absent))} (it has {', '.join(map(repr, row)) or 'nothing'})",
+            f"it has no {', '.join(map(repr, absent))} (it has {shown(list(row), 200)})",
             remedy="Give the official file",
             where=where,
         )
@@ -270,17 +213,8 @@ def fields(row: dict[str, Any], names: Sequence[str], where: str) -> list[Any]:
 
 
 def open_picture(picture: Any, where: str) -> Image.Image:
-    """An RGB picture from a path, from base64 text, or from memory."""
-    if isinstance(picture, Image.Image):
-        return picture
-    try:
-        file = picture if isinstance(picture, Path) else io.BytesIO(base64.b64decode(picture, validate=True))
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise FourierError("no such picture", remedy="Check the folder of pictures", where=str(picture)) from None
-    except (binascii.Error, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise broken(f"the picture cannot be read ({error})", picture if isinstance(picture, Path) else where) from None
+    """A picture of an `Item`, upright and RGB."""
+    return pictures.open_picture(pictures.from_base64(picture, where) if isinstance(picture, str) else picture, where)
 
 
 def write_text(path: Path, text: str) -> Path:

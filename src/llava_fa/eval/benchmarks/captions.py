@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_fa.errors import FourierError
-from llava_fa.eval.benchmarks.base import Benchmark, Item, Score, fields, read_json, read_json_lines, write_json_lines
+from llava_fa.data.textfiles import lines_of, read_json, read_rows, read_text
+from llava_fa.errors import FourierError, shown
+from llava_fa.eval.benchmarks.base import Benchmark, Item, Score, fields, write_json_lines
 from llava_fa.eval.benchmarks.statistics import bootstrap, part
 
 _WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
@@ -26,7 +27,7 @@ class Synonyms:
 
     def __init__(self, path: Path) -> None:
         self.names: dict[str, str] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in lines_of(read_text(path)):
             words = [word.strip() for word in line.split(",") if word.strip()]
             self.names |= dict.fromkeys(words, words[0] if words else "")
         if not self.names:
@@ -72,7 +73,7 @@ class ObjectHalBench(Benchmark):
     def read(self) -> list[Item]:
         """One item a row; what is there comes from COCO's segmentations and captions, both."""
         path = self.first("obj_halbench*.jsonl")
-        rows = read_json_lines(path)
+        rows = read_rows(path)
         names = ("image_id", "question", "image")
         cells = [fields(row, names, f"{path.name} row {i}") for i, row in enumerate(rows, 1)]
         self.synonyms = Synonyms(self.first("synonyms*.txt"))
@@ -101,7 +102,9 @@ class ObjectHalBench(Benchmark):
                     name = names[row["category_id"]]
                     if name not in self.synonyms.names:
                         raise FourierError(
-                            f"{name!r} is not in the table of synonyms", remedy="Give CHAIR's table", where=path.name
+                            f"{shown(name)} is not in the table of synonyms",
+                            remedy="Give CHAIR's table",
+                            where=path.name,
                         )
                     there[row["image_id"]].add(self.synonyms.names[name])
         for path in self._coco("captions"):

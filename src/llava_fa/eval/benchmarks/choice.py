@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_fa.data.textfiles import read_json, read_table
+from llava_fa.errors import shown
 from llava_fa.eval.benchmarks.base import (
     LETTER,
     Benchmark,
@@ -15,8 +17,6 @@ from llava_fa.eval.benchmarks.base import (
     broken,
     fields,
     mean_parts,
-    read_json,
-    read_table,
     score_alone,
     statistics_of,
     write_json,
@@ -61,7 +61,7 @@ class ScienceQA(Benchmark):
                 continue
             question, choices, answer = fields(row, ("question", "choices", "answer"), where)
             if not (isinstance(answer, int) and 0 <= answer < len(choices) <= len(LETTERS)):
-                raise broken(f"answer {answer} of {len(choices)} choices", where)
+                raise broken(f"answer {shown(answer)} of {len(choices)} choices", where)
             context = f"Context: {row['hint']}\n" if row.get("hint") else ""
             options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
             picture = self.pictures_in("test", "images/test") / str(name) / row["image"]
@@ -164,7 +164,7 @@ class MMBench(Benchmark):
             where = f"{name} row {number}"
             fields(row, ("index", "question", "A", "B", "image"), where)
             if not row["index"].isdecimal():
-                raise broken(f"its index is {row['index']!r}", where)
+                raise broken(f"its index is {shown(row['index'])}", where)
         pictures = {row["index"]: row["image"] for row in rows}
         if all(int(row["index"]) < _FIRST_ROTATION for row in rows):
             rows = [rotated for row in rows for rotated in rotations(row)]
@@ -174,7 +174,7 @@ class MMBench(Benchmark):
         options, answer = options_in(row), row.get("answer", "")
         where = f"{file} question {row['index']}"
         if answer and answer not in options:
-            raise broken(f"its answer {answer!r} is not one of {', '.join(options)}", where)
+            raise broken(f"its answer {shown(answer)} is not one of {', '.join(options)}", where)
         hint = f"{row['hint']}\n" if _has_text(row.get("hint", "")) else ""
         lines = "\n".join(f"{letter}. {text}" for letter, text in options.items())
         image = row["image"]

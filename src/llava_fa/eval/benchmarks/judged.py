@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from llava_fa.data.textfiles import read_json, read_log, read_text
 from llava_fa.errors import FourierError
-from llava_fa.eval.benchmarks.base import Benchmark, Item, Score, broken, fields, read_json, statistics_of, write_json
+from llava_fa.eval.benchmarks.base import Benchmark, Item, Score, broken, fields, statistics_of, write_json
 from llava_fa.eval.benchmarks.statistics import bootstrap, part
 from llava_fa.eval.intervals import wilson
 
@@ -76,7 +77,7 @@ class MMHalBench(Benchmark):
     def _template(self) -> str:
         path = self.first("eval_gpt4.py", "eval_gpt_mmhal.py")
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree = ast.parse(read_text(path))
         except SyntaxError as error:
             raise broken(f"it is not Python ({error.msg})", path) from None
         for node in tree.body:
@@ -136,9 +137,12 @@ class MMHalBench(Benchmark):
     @functools.cached_property
     def _reviews(self) -> dict[str, str]:
         path = self.options.get("reviews")
-        lines = Path(path).read_text(encoding="utf-8").split("\n") if path and Path(path).exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        return {row["key"]: row["review"] for row in rows}
+        rows = read_log(Path(path)) if path else []
+        try:
+            return {row["key"]: row["review"] for row in rows}
+        except (KeyError, TypeError):
+            what = "a line is no review"
+            raise FourierError(what, remedy="Remove the file: the judge is asked again", where=str(path)) from None
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], folder: Path) -> list[Path]:
         """The template with ``model_answer`` filled in, which ``eval_gpt4.py`` reads."""

@@ -23,7 +23,8 @@ from typing import Any
 
 from PIL import Image
 
-from llava_fa.errors import FourierError
+from llava_fa.data.textfiles import read_json, read_log
+from llava_fa.errors import FourierError, shown
 from llava_fa.eval.benchmarks.base import Benchmark, Item, Reporter, Score, open_picture, write_json
 from llava_fa.eval.benchmarks.statistics import interval, paired
 from llava_fa.eval.runner import answer, answer_elastic
@@ -273,17 +274,10 @@ def _resume(out: Path, settings: dict[str, Any], items: Sequence[Item]) -> dict[
     earlier = _read_run(out)
     if earlier != json.loads(json.dumps(settings)):
         names = [name for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
-        changes = ", ".join(f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}" for name in names)
+        changes = ", ".join(f"{name} was {shown(earlier.get(name))}, is {shown(settings.get(name))}" for name in names)
         raise FourierError(f"it holds another run: {changes}", remedy="Give another --out", where=str(out))
     path = out / "predictions.jsonl"
-    if not path.exists():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:  # killed while it wrote a line
-        with path.open("r+b") as stream:
-            stream.truncate(len(whole.encode("utf-8")))
-    rows = _rows(path, whole)
+    rows = _rows(path, read_log(path))
     prompts = {item.id: item.prompt for item in items}
     for name, row in rows.items():
         if row["question"] != prompts.get(name):
@@ -299,7 +293,7 @@ def _predictions_of(folder: Path, benchmark: Benchmark, items: Sequence[Item]) -
     if task != benchmark.name:
         raise FourierError(f"it is a run of {task}", remedy=f"Give a run of {benchmark.name}", where=str(folder))
     path = folder / "predictions.jsonl"
-    rows = _rows(path, path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = _rows(path, read_log(path, shorten=False))
     absent = [item.id for item in items if rows.get(item.id, {}).get("question") != item.prompt]
     if absent:
         raise FourierError(
@@ -311,21 +305,20 @@ def _predictions_of(folder: Path, benchmark: Benchmark, items: Sequence[Item]) -
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = None
+    remedy = "Give the --out folder of `llava-fa eval`"
+    path = folder / "run.json"
+    settings = read_json(path, remedy) if path.exists() else None
     if not isinstance(settings, dict):
-        raise FourierError("it is no run", remedy="Give the --out folder of `llava-fa eval`", where=str(folder))
+        raise FourierError("it is no run", remedy=remedy, where=str(folder))
     return settings
 
 
-def _rows(path: Path, text: str) -> dict[str, dict[str, Any]]:
+def _rows(path: Path, values: Sequence[Any]) -> dict[str, dict[str, Any]]:
     rows = {}
-    for number, line in enumerate(text.split("\n")[:-1], 1):  # answers may hold other line ends
+    for number, row in enumerate(values, 1):
         try:
-            row = json.loads(line)
             rows[row["id"]] = {**row, "question": row["question"], "answer": row["answer"]}
-        except (ValueError, KeyError, TypeError):
-            raise FourierError(f"line {number} is broken", remedy="Remove the line", where=str(path)) from None
+        except (KeyError, TypeError):
+            what = f"prediction {number} is {shown(row)}"
+            raise FourierError(what, remedy="Remove the line", where=str(path)) from None
     return rows

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
+from llava_fa.data.pictures import film_frames
+from llava_fa.data.textfiles import read_rows
 from llava_fa.errors import FourierError
 from llava_fa.eval.benchmarks.base import (
     SHORT,
@@ -15,7 +15,6 @@ from llava_fa.eval.benchmarks.base import (
     Item,
     Score,
     fields,
-    read_json_lines,
     score_alone,
     write_json,
 )
@@ -42,11 +41,12 @@ class Video(Benchmark):
         """One item a row."""
         path = self.first("questions.jsonl", "questions.json")
         items = []
-        for number, row in enumerate(read_json_lines(path), 1):
+        for number, row in enumerate(read_rows(path), 1):
             where = f"{path.name} row {number}"
             clip, question = fields(row, ("video", "question"), where)
             answers = row.get("answer")
-            expected = [answers] if isinstance(answers, str) else answers
+            given = answers if isinstance(answers, list) else [answers]
+            expected = None if answers is None else [str(one) for one in given]
             frames = frames_of(self.folder / clip, self.options["frames"], where)
             items.append(Item(str(number), f"{question}\n{SHORT}", frames, expected, part=row.get("task", ""), row=row))
         return items
@@ -79,20 +79,10 @@ def frames_of(clip: Path, count: int, where: str) -> tuple[Any, ...]:
             raise FourierError(f"there is no picture in {clip}", remedy="Give its frames", where=where)
         return tuple(frames[i] for i in _even(len(frames), count))
     try:
-        with Image.open(clip) as film:
-            shown = []
-            for i in _even(getattr(film, "n_frames", 1), count):
-                film.seek(i)
-                shown.append(film.convert("RGB"))
-            return tuple(shown)
-    except FileNotFoundError:
-        raise FourierError(f"there is no {clip}", remedy="Check the row's video", where=where) from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise FourierError(
-            f"{clip} cannot be read ({error})",
-            remedy="Give a folder of frames (ffmpeg -i clip.mp4 -vf fps=1 clip/%04d.jpg), a GIF or a WebP",
-            where=where,
-        ) from None
+        return tuple(film_frames(clip, lambda total: _even(total, count), where))
+    except FourierError as error:
+        remedy = "Give a folder of frames (ffmpeg -i clip.mp4 -vf fps=1 clip/%04d.jpg), a GIF or a WebP"
+        raise FourierError(error.what, remedy=remedy, where=error.where) from None
 
 
 def _even(total: int, count: int) -> list[int]:

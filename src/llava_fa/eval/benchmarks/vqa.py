@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_fa.errors import FourierError
+from llava_fa.data.textfiles import read_json, read_rows
+from llava_fa.errors import FourierError, shown
 from llava_fa.eval.benchmarks.base import (
     SHORT,
     Benchmark,
     Item,
     Score,
     fields,
-    read_json,
-    read_json_lines,
     score_alone,
     write_json,
 )
@@ -121,7 +120,7 @@ class TextVQA(VQA):
                 key = (str(image), question.lower())
                 if key not in prompts:
                     raise FourierError(
-                        f"it has no prompt for question {name} ({question!r})",
+                        f"it has no prompt for question {shown(name)} ({shown(question)})",
                         remedy="Take the file of the same version of TextVQA, or leave it out",
                         where=str(self.folder / OCR_PROMPTS),
                     )
@@ -134,7 +133,7 @@ class TextVQA(VQA):
         if not path.exists():
             return None
         prompts = {}
-        for number, row in enumerate(read_json_lines(path)):
+        for number, row in enumerate(read_rows(path)):
             name, text = fields(row, ("question_id", "text"), f"{path.name} row {number}")
             lines = text.split("\n")
             asked = lines[1] if lines[0].startswith("Reference OCR token") else lines[0]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_fa.errors import FourierError
+from llava_fa.data.textfiles import lines_of, read_rows, read_text
+from llava_fa.errors import FourierError, shown
 from llava_fa.eval.benchmarks.base import (
     SHORT,
     Benchmark,
@@ -15,7 +16,6 @@ from llava_fa.eval.benchmarks.base import (
     Score,
     broken,
     fields,
-    read_json_lines,
     sums_by_unit,
     write_json_lines,
     write_text,
@@ -52,11 +52,11 @@ class POPE(Benchmark):
                     continue
                 raise
             pictures = self.pictures_in("val2014", "images", ".")
-            for number, row in enumerate(read_json_lines(path)):
+            for number, row in enumerate(read_rows(path)):
                 where = f"{path.name} row {number}"
                 image, text, label = fields(row, ("image", "text", "label"), where)
                 if label not in ("yes", "no"):
-                    raise FourierError(f"its label is {label!r}", remedy="yes or no is expected", where=where)
+                    raise FourierError(f"its label is {shown(label)}", remedy="yes or no is expected", where=where)
                 items.append(
                     Item(
                         f"{category}/{row.get('question_id', number + 1)}",
@@ -174,7 +174,7 @@ class MME(Benchmark):
         return items
 
     def _pair(self, task: str, path: Path, picture: Path) -> list[Item]:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line for line in lines_of(read_text(path)) if line.strip()]
         items = []
         for number, line in enumerate(lines):
             question, tab, label = line.strip().rpartition("\t")

@@ -13,8 +13,8 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from llava_fa.data.pictures import open_picture
 from llava_fa.errors import FourierError
-from llava_fa.eval.benchmarks.base import open_picture
 from llava_fa.eval.benchmarks.video import PICTURES, frames_of
 from llava_fa.eval.likelihood import log_likelihood
 from llava_fa.eval.runner import answer
@@ -155,7 +155,7 @@ class LlavaFA(lmms):
 
     def _pictures(self, seen: Any, where: str) -> list[Image.Image]:
         if isinstance(seen, Image.Image):
-            return [seen.convert("RGB")]
+            return [open_picture(seen, where)]
         if not isinstance(seen, (str, Path)):
             raise FourierError(
                 f"it shows a {type(seen).__name__}", remedy="llava_fa takes pictures and clips only", where=where

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_fa.data.textfiles import read_json
 from llava_fa.hub.shards import write_text
 from llava_fa.hub.source import resolve_model, weight_files
 from llava_fa.hub.work_folder import disk_errors
@@ -34,7 +35,7 @@ class Cache:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         path = self.folder / f"{what}-{name}.json"
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path, "Remove it: it is measured again")
         value = json.dumps(measure())
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from llava_fa.data.textfiles import read_json
 from llava_fa.errors import FourierError
 from llava_fa.eval.divergence import References, token_divergences
 from llava_fa.eval.metrics import normalise
@@ -176,19 +176,18 @@ def _runs(models: Sequence[str], original: str | None) -> tuple[list[Run], Run |
 
 def _result(path: Path) -> tuple[Path, dict[str, Any]]:
     """What `llava-fa eval --json` wrote; ``accuracy`` is the headline where it is a share, None for points (MME)."""
+    remedy = "Give what `llava-fa eval --json` wrote"
+    result = read_json(path, remedy)
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
         tasks = {name: task for name, task in result["tasks"].items() if task["score"] is not None}
         headline = result["score"] if result.get("percent", True) else None
         good = bool(tasks) and isinstance(result["model"], str) and (headline is None or 0 <= headline <= 1)
         good = good and all(0 <= task["score"] <= 1 and task["questions"] >= 0 for task in tasks.values())
         result = {**result, "tasks": tasks, "accuracy": headline}
-    except OSError as error:
-        raise FourierError(str(error.strerror), remedy="Give a folder or a result", where=str(path)) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
-        raise FourierError("it is no result of `llava-fa eval --json`", remedy="Write one with it", where=str(path))
+        raise FourierError("it is no result of `llava-fa eval --json`", remedy=remedy, where=str(path))
     return path, result
 
 

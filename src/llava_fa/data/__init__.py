@@ -1,0 +1,1 @@
+"""What comes from outside: text files, pictures, samples."""
