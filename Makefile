@@ -55,10 +55,10 @@ $(TRITON)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/l
 	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gpu]'
 	touch $@
 
-# lmms-eval brings 110 packages, and transformers reads pictures otherwise where it finds torchvision among them: apart.
+# lmms-eval brings 110 packages (`datasets` is one), and transformers reads pictures otherwise where it finds torchvision among them: apart.
 # PyPI's torchvision is built for torch's CUDA wheel and cannot be loaded beside the CPU's; nothing here needs it.
 test-harness: $(HARNESS)/.ready
-	$(HARNESS)/bin/python -m pytest -m 'slow or not slow' --timeout 1800 tests/eval/test_harness.py
+	$(HARNESS)/bin/python -m pytest -m 'slow or not slow' --timeout 1800 tests/eval/test_harness.py tests/data/test_datasets.py
 
 $(HARNESS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/llava_fa/csrc/*)
 	test -x $(HARNESS)/bin/python || $(PYTHON) -m venv $(HARNESS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import helpers
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import llava_fa
+from llava_fa import FourierError
 from llava_fa.cli import output
 from llava_fa.cli.main import app
 
@@ -158,6 +161,7 @@ def test_world_calibration(model, tmp_path, monkeypatch):
         (["--casp-keep", "0.5"], "goes with --casp"),
         (["--casp", "--casp-keep", "2"], "keep is 2.0"),
         (["--images", "."], "goes with --calibration"),
+        (["--skip-bad-rows"], "goes with --calibration"),
         (["--calibration", "world", "--images", "."], "not with"),
         (["--samples", "0"], "--samples"),
         (["--no-such-option"], "No such option"),
@@ -286,6 +290,42 @@ def test_chat_answers(request, tmp_path, which):
     assert set(values) == {"answer", "tokens", "seconds"}
     assert 1 <= values["tokens"] <= 5
     assert result.stdout.strip() == values["answer"]
+
+
+@pytest.mark.parametrize("command", ["chat", "explain"])
+def test_pictures_of_commands_are_upright(model, tmp_path, monkeypatch, command):
+    from llava_fa.eval import explain, runner
+
+    seen = []
+
+    def look(loaded, processor, pictures, *_):
+        seen.extend(pictures[0] if isinstance(pictures, list) else [pictures])
+        raise FourierError("seen enough")
+
+    monkeypatch.setattr(runner, "inputs_of", look)
+    monkeypatch.setattr(explain, "compare_restoration", look)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    whole = helpers.picture().resize((30, 20))
+    whole.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "a.png", exif=exif)
+    words = ("chat", model, "what?") if command == "chat" else ("explain", model, "--question", "what?")
+    result = run(*words, "--image", tmp_path / "a.png")
+    assert "seen enough" in result.stderr
+    assert [picture.tobytes() for picture in seen] == [whole.tobytes()]
+
+
+def test_rows_left_out_are_listed(model, tmp_path):
+    helpers.picture().save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "that"}]
+    rows = [{"image": name, "conversations": turns} for name in ("a.png", "gone.png", "a.png")]
+    (tmp_path / "rows.json").write_bytes(json.dumps(rows).encode("utf-8-sig"))
+    words = ("compress", model, tmp_path / "out", "--bits", 2, "--only", "*.layers.0.self_attn")
+    result = run(*words, "--calibration", tmp_path / "rows.json")
+    assert result.exit_code == 1
+    assert re.search(r"rows\.json row 1: image .*gone\.png does not exist.*or give --skip-bad-rows", result.stderr)
+    result = run(*words, "--calibration", tmp_path / "rows.json", "--skip-bad-rows")
+    assert result.exit_code == 0, result.stderr
+    assert "left out: rows.json row 1" in result.stdout
 
 
 def test_chat_without_a_template(model, tmp_path):

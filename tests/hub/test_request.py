@@ -9,7 +9,7 @@ import pytest
 
 import llava_fa
 from llava_fa import Budget, Casp, CompressionRequest, FourierConfig, FourierError
-from llava_fa.hub.calibration_data import SampleSource
+from llava_fa.data.rows import SampleSource
 from llava_fa.hub.compress import carry_out
 
 

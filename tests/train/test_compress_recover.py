@@ -9,7 +9,7 @@ import pytest
 
 import llava_fa
 from llava_fa import CompressionRequest, FourierConfig, FourierError
-from llava_fa.hub.calibration_data import SampleSource, read_samples
+from llava_fa.data.rows import SampleSource
 
 
 class KilledError(Exception):
@@ -24,7 +24,7 @@ def digest(folder):
 @pytest.fixture
 def request_of(original, rows):
     def make(samples=None):
-        samples = read_samples(str(rows), count=2) if samples is None else samples
+        samples = list(SampleSource(str(rows), count=2)) if samples is None else samples
         config = FourierConfig(bits=2, refine_passes=0, only=("*.layers.0.self_attn",))
         return CompressionRequest(model=original, config=config, calibration=samples, command="a command")
 
@@ -65,7 +65,11 @@ def test_killed_in_training_it_goes_on_from_the_compressed_model(request_of, kil
 
 
 def test_other_samples_are_other_work(request_of, rows, killed, tmp_path):
-    for samples in (read_samples(str(rows), count=2), read_samples(str(rows), count=1), SampleSource(str(rows))):
+    for samples in (
+        list(SampleSource(str(rows), count=2)),
+        list(SampleSource(str(rows), count=1)),
+        SampleSource(str(rows)),
+    ):
         with killed(), pytest.raises(KilledError):
             llava_fa.compress_and_recover(request_of(samples), tmp_path / "out", 1)
     assert len(list(tmp_path.glob("out.compressed-*"))) == 3

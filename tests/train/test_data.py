@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llava_fa import FourierError
-from llava_fa.train.data import ROWS_LEFT_OUT, Collator, Conversations, Rows
+from llava_fa.data.rows import Rows
+from llava_fa.train.data import ROWS_LEFT_OUT, Collator, Conversations
 from llava_fa.train.loss import IGNORED
 
 
@@ -60,6 +61,36 @@ def test_every_turn_of_a_conversation_is_learnt(processor):
     assert item["pixel_values"].shape[0] == 2
 
 
+def test_labels_line_up_where_pictures_stand_between_words(processor, tmp_path):
+    for i in range(3):
+        helpers.picture(i).save(tmp_path / f"{i}.png")
+    turns = [
+        {"from": "human", "value": "Before: <image> After: <image>"},
+        {"from": "gpt", "value": "one fell"},
+        {"from": "human", "value": "and in <image>?"},
+        {"from": "gpt", "value": "both"},
+    ]
+    row = {"image": [f"{i}.png" for i in range(3)], "conversations": turns}
+    (tmp_path / "data.json").write_text(json.dumps([row]))
+    item = Conversations(Rows(str(tmp_path / "data.json")), processor, max_length=256)[0]
+    assert learnt(processor, item) == "one fell\n|both<end>"
+    picture = "<image>" * 16
+    text = processor.tokenizer.decode(item["input_ids"][0])
+    start = f"USER: Before:{picture}\nAfter:{picture}\n\nASSISTANT: one fell\nUSER: and in{picture}\n?\n"
+    assert text == f"{start}ASSISTANT: both<end>"
+    given = {"images": [helpers.picture(i) for i in range(3)]}
+    assert torch.equal(
+        item["pixel_values"], processor(text="<image>" * 3, **given, return_tensors="pt")["pixel_values"]
+    )
+
+
+def test_a_dataset_row_without_an_answer_teaches_nothing(processor, tmp_path):
+    helpers.picture(0).save(tmp_path / "0.png")
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "0.png", "question": "q", "answer": None}]))
+    with pytest.raises(FourierError, match=r"data\.json row 0: it has no answer"):
+        Conversations(Rows(str(tmp_path / "data.json")), processor, max_length=256)[0]
+
+
 def test_text_alone_is_a_sample_too(rows, processor, tmp_path):
     turns = [{"from": "human", "value": "hello?"}, {"from": "gpt", "value": "hi"}]
     file = changed(rows, tmp_path, image=None, conversations=turns)
@@ -79,7 +110,7 @@ BAD = {
         r"row 3: it has \d+ tokens, and there is room for 256",
     ),
     "no answer": ({"conversations": [{"from": "human", "value": "<image>"}]}, r"row 3: it has no answer"),
-    "no turns": ({"conversations": []}, r"row 3: it has no \"conversations\""),
+    "no turns": ({"conversations": []}, r"row 3: it has no \"conversations\" .*--skip-bad-rows"),
 }
 
 

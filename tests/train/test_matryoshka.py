@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import llava_fa
 from llava_fa.cli.main import app
+from llava_fa.data.rows import Rows
 from llava_fa.hub.loading import load
 from llava_fa.hub.visual_tokens import attach_visual_tokens, set_visual_tokens, visual_tokens_of
-from llava_fa.train.data import Collator, Conversations, Rows
+from llava_fa.train.data import Collator, Conversations
 from llava_fa.train.loss import ModelTeacher, RecoveryLoss, answers
 from llava_fa.train.matryoshka import MatryoshkaLoss, matryoshka, without_image_tokens
 from llava_fa.train.recover import recover

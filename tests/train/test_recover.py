@@ -12,9 +12,10 @@ from transformers import LlavaForConditionalGeneration
 
 import llava_fa
 from llava_fa import FourierError
+from llava_fa.data.rows import Rows
 from llava_fa.hub.inspect import inspect_model
 from llava_fa.nn.factored_linear import packed_layers
-from llava_fa.train.data import Collator, Conversations, Rows
+from llava_fa.train.data import Collator, Conversations
 from llava_fa.train.recover import recover
 from llava_fa.train.settings import TrainingSettings
 

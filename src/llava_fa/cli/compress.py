@@ -106,6 +106,7 @@ def compress(
             "a 64th of the model's width.",
         ),
     ] = None,
+    skip_bad_rows: options.SkipBadRows = False,
     device: Annotated[str, typer.Option(help="Where the model runs on calibration samples.")] = "cpu",
     fresh: options.Fresh = False,
     json_output: options.Json = False,
@@ -116,6 +117,7 @@ def compress(
     refuse(both, "--bits and --amplitude-bits exclude each other: the sum of the two decides")
     refuse(casp_keep is not None and not casp, "--casp-keep goes with --casp")
     refuse(images is not None and calibration is None, "--images goes with --calibration FILE.json")
+    refuse(skip_bad_rows and calibration is None, "--skip-bad-rows goes with --calibration")
     refuse(recover is not None and calibration is None, "--recover goes with --calibration, which it trains on")
     sources.check_images(calibration, images)
     from llava_fa.hub.request import CompressionRequest
@@ -143,6 +145,7 @@ def compress(
             visual_tokens=visual_tokens,
             drop_unused=drop_unused,
             device=device,
+            skip_bad_rows=skip_bad_rows,
             command=output.given_command(context, out="OUT"),
         )
     if recover is None or calibration is None:

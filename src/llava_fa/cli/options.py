@@ -10,6 +10,10 @@ import typer
 Model = Annotated[str, typer.Argument(help="`tiny`, a folder (compressed or not), or a hub id.")]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, …")]
 Images = Annotated[Path | None, typer.Option(help="Image folder of the LLaVA JSON. [default: the JSON's own folder]")]
+SkipBadRows = Annotated[
+    bool,
+    typer.Option("--skip-bad-rows", help="Take the next row for one that cannot be used; list those left out."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw an interrupted run's work away, do not resume.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llava_fa.cli.options import refuse
 
 if TYPE_CHECKING:
-    from llava_fa.hub.calibration_data import SampleSource
+    from llava_fa.data.rows import SampleSource
     from llava_fa.train.data import DataFactory
     from llava_fa.train.settings import TrainingSettings
 
@@ -23,7 +23,7 @@ def check_images(source: str | None, images: Path | None) -> None:
 
 def calibration_source(name: str, images: Path | None, count: int, seed: int) -> SampleSource:
     """``--calibration``: samples that are read when the compression needs them."""
-    from llava_fa.hub.calibration_data import SampleSource
+    from llava_fa.data.rows import SampleSource
     from llava_fa.world import calibration_samples
 
     return SampleSource(name, images, count, seed, draw=calibration_samples if name == WORLD else None)
@@ -31,7 +31,7 @@ def calibration_source(name: str, images: Path | None, count: int, seed: int) ->
 
 def training_source(name: str, images: Path | None, count: int | None, settings: TrainingSettings) -> DataFactory:
     """``--data``: packed questions of the world, or conversations."""
-    from llava_fa.hub.calibration_data import SampleSource
+    from llava_fa.data.rows import SampleSource
     from llava_fa.train.data import training_data
 
     if name != WORLD:

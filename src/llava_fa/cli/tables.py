@@ -102,6 +102,8 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
         for line in report.source_ledger.summary():
             if line.fate == "dropped":
                 console.print(f"dropped: {line} ({line.why})", markup=False, soft_wrap=True)
+    if report.rows_left_out:
+        console.print(f"left out: {', '.join(report.rows_left_out)}", markup=False, soft_wrap=True)
 
 
 def _training(training: dict[str, Any]) -> str:

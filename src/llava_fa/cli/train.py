@@ -61,9 +61,7 @@ def train(
     ] = 0,
     images: options.Images = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to draw. [default: all]")] = None,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out samples that cannot be used, and count them.")
-    ] = False,
+    skip_bad_rows: options.SkipBadRows = False,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample. [default: the model's]")] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bf16. [default: on a GPU]")] = None,
     checkpointing: Annotated[

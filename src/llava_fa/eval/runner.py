@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava_fa.data.samples import MARK, split_at_marks
 from llava_fa.errors import FourierError
 from llava_fa.eval.intervals import interval_of_mean
 from llava_fa.eval.metrics import normalise
@@ -17,8 +18,6 @@ from llava_fa.hub.flops import count_flops
 from llava_fa.hub.visual_tokens import set_visual_tokens, visual_tokens_of
 from llava_fa.world.samples import held_out_samples
 
-PICTURE = "<image>"
-"""What stands for a picture in the text of a question; transformers' name for it in the prompts of LLaVA."""
 _MARKS = 2
 """Tokens that a chat template adds at least."""
 
@@ -91,11 +90,11 @@ def batches(texts: Sequence[str], shown: Sequence[Sequence[Any]], batch_size: in
 def prompt(processor: Any, pictures: int, question: str, answer: str | None = None) -> str:
     """A question as the model's chat template has it, up to where the answer begins; or up to the end of ``answer``.
 
-    The pictures come first, as in LLaVA's training, unless the question itself holds `PICTURE` once for each.
+    The pictures come first, as in LLaVA's training, unless the question itself holds `<image>` once for each.
     """
     parts = [question]
-    if PICTURE in question:
-        parts = [part.strip() for part in question.split(PICTURE)]
+    if MARK in question:
+        parts = split_at_marks(question)
     if len(parts) - 1 != pictures:
         parts = [*[""] * pictures, "\n".join(filter(None, parts))]
     content: list[dict[str, str]] = []

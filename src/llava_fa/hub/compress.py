@@ -16,16 +16,17 @@ import psutil
 import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
-from llava_fa.errors import FourierError, explained
+from llava_fa.data.samples import Sample
+from llava_fa.errors import explained
 from llava_fa.hub import allocation, attention_density, proofread, provenance
 from llava_fa.hub.adapter import has_adapter, identity, merged
 from llava_fa.hub.architecture import empty_model, loaded_model
 from llava_fa.hub.blocks import evenly
 from llava_fa.hub.calibrated import compress_calibrated
-from llava_fa.hub.calibration_data import Sample, answer_start, fingerprint, prepare
+from llava_fa.hub.calibration_data import answer_start, fingerprint, prepare_all
 from llava_fa.hub.checkpoint import codebook_digest
 from llava_fa.hub.inspect import describe
-from llava_fa.hub.loading import check_device, fast_dtype
+from llava_fa.hub.loading import check_device, context_length, fast_dtype
 from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.processor import load_processor
@@ -58,6 +59,7 @@ def compress(
     visual_tokens: int | None = None,
     drop_unused: bool = False,
     device: str | torch.device = "cpu",
+    skip_bad_rows: bool = False,
     fresh: bool = False,
     progress: ProgressCallback | None = None,
     on_plan: Callable[[Plan], None] | None = None,
@@ -74,7 +76,7 @@ def compress(
         model: a folder, a hub id, or ``"tiny"`` (the embedded model). Safetensors only.
         out: the new model folder; must not exist. Loads with `from_pretrained` once `llava_fa` is imported.
         config: method, bits, rank, layers to skip; `FourierConfig()` if None.
-        calibration: samples ``(image, question, answer)`` or chat messages (see `hub.calibration_data`).
+        calibration: samples ``(image, question, answer)`` or chat messages (see `data.samples`).
         budget: what the whole model may take; every layer then gets the bits (and the rank, none or the configured
             one) that make the predicted loss least (docs/method.md), and ``config.bits`` is the most it may get.
         casp: query and key projections as two narrow factors (arXiv 2503.05936); bits are then chosen under ``budget``,
@@ -87,6 +89,7 @@ def compress(
         drop_unused: leave out tensors that no module of transformers' model has (such as a head that predicts several
             tokens, ``mtp.*``); by default they are copied as they are, for programs that know them.
         device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
+        skip_bad_rows: take the next for a sample that cannot be used, and list it in the report, instead of stopping.
         fresh: throw away what an interrupted run left, instead of resuming.
         progress: called with a `Progress` before each layer and after the last.
         on_plan: called with the `Plan` (which layers, which not and why) before any work, and once more, under a
@@ -111,6 +114,7 @@ def compress(
         visual_tokens=visual_tokens,
         drop_unused=drop_unused,
         device=device,
+        skip_bad_rows=skip_bad_rows,
     )
     return carry_out(request, out, fresh=fresh, progress=progress, on_plan=on_plan)
 
@@ -130,8 +134,8 @@ def carry_out(
     device, show = check_device(request.device), on_plan or (lambda _: None)
     show_progress: ProgressCallback = progress or (lambda _: None)
     source = _source(request, out, show_progress)
-    blank = empty_model(source.folder, len(source.entries))
-    plan = make_plan(blank, source, request.config, request.embeddings, request.drop_unused)
+    empty = empty_model(source.folder, len(source.entries))
+    plan = make_plan(empty, source, request.config, request.embeddings, request.drop_unused)
     if request.casp is not None:
         allocation.check_casp(plan)
         if request.budget is None:
@@ -139,7 +143,7 @@ def carry_out(
             request = dataclasses.replace(request, config=most, budget=allocation.same_bytes(plan))
     show(plan)
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
-    data = None if request.calibration is None else _Calibration.of(source, request.calibration)
+    data = None if request.calibration is None else _Calibration.of(source, request, context_length(empty))
     with WorkFolder(out, _manifest(request, source, data), fresh) as work, _memory_errors(device):
         job = Job(plan, work, show_progress)
         model = None
@@ -172,7 +176,8 @@ def carry_out(
     shutil.rmtree(_merged(out), ignore_errors=True)
     if request.command is not None:
         provenance.record(out, request.command)
-    return describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
+    report = describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
+    return report if data is None else dataclasses.replace(report, rows_left_out=tuple(data.left_out))
 
 
 def _source(request: CompressionRequest, out: Path, tell: ProgressCallback) -> Source:
@@ -245,16 +250,16 @@ class _Calibration:
     samples: Sequence[Sample]
     inputs: Sequence[dict[str, torch.Tensor]]
     processor: Any
+    left_out: Sequence[str]
 
     @classmethod
-    def of(cls, source: Source, calibration: Iterable[Sample]) -> _Calibration:
-        """Read and prepared for the model of this checkpoint."""
-        processor, samples = load_processor(source.folder), list(calibration)
+    def of(cls, source: Source, request: CompressionRequest, most: int) -> _Calibration:
+        """Read and prepared for the model of this checkpoint, which takes so many tokens."""
+        processor = load_processor(source.folder)
         for key, value in source.processor.items():
             setattr(processor, key, value)
-        if not samples:
-            raise FourierError("there are no calibration samples", remedy="Give some, or None for no calibration")
-        return cls(samples, list(prepare(samples, processor)), processor)
+        found = prepare_all(request.calibration or (), processor, most, skip_bad_rows=request.skip_bad_rows)
+        return cls(found.samples, found.inputs, processor, found.left_out)
 
     @functools.cached_property
     def answers(self) -> list[int]:

@@ -66,6 +66,7 @@ class Report:
         attention_density: attention module of the original → for every head the share of entries that hold 95 % of
             its attention (`solver.attention`), measured on calibration samples; None without any.
         training: what ``training.json`` of the folder says of recovery training (`llava_fa.train`); None without.
+        rows_left_out: calibration samples that could not be used (only with ``skip_bad_rows``); told by the run alone.
         provenance: the command that made the folder, and with which versions (`hub.provenance`); None where it was
             made through the Python API.
         ledger: every stored tensor of this folder, accounted for exactly once.
@@ -90,6 +91,7 @@ class Report:
     provenance: dict[str, Any] | None = None
     ledger: Ledger | None = None
     source_ledger: Ledger | None = None
+    rows_left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

@@ -13,7 +13,7 @@ from llava_fa.errors import FourierError
 if TYPE_CHECKING:
     import torch
 
-    from llava_fa.hub.calibration_data import Sample
+    from llava_fa.data.samples import Sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,10 @@ class CompressionRequest:
 
     Args:
         model, config, calibration, budget, casp, embeddings, visual_tokens, drop_unused, device: as for
-            `llava_fa.compress`.
-            ``calibration`` is read once, when it is needed (`hub.calibration_data.SampleSource` names a file).
+            `llava_fa.compress`. ``calibration`` is read once, when it is needed (`data.rows.SampleSource` names a
+            file).
+        skip_bad_rows: a calibration sample that cannot be used gives its place to the next, and is listed in the
+            report; otherwise it is an error.
         command: the command it came from, with OUT for the new folder; kept beside the weights (`hub.provenance`).
 
     Raises:
@@ -39,6 +41,7 @@ class CompressionRequest:
     visual_tokens: int | None = None
     drop_unused: bool = False
     device: str | torch.device = "cpu"
+    skip_bad_rows: bool = False
     command: str | None = None
 
     def __post_init__(self) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from llava_fa.data.rows import SampleSource, candidates
+from llava_fa.data.samples import Sample, chat_messages
 from llava_fa.errors import FourierError
-from llava_fa.hub.calibration_data import Sample, SampleSource, chat_messages
 from llava_fa.hub.compress import carry_out
 from llava_fa.hub.flops import read_model_config
 from llava_fa.hub.inspect import inspect_model
@@ -106,6 +107,7 @@ def train_back(
         rank=request.config.rank or max(1, config.get_text_config().hidden_size // 64),
         parts=DEFAULT_PARTS + ("visual_tokens",) * (elastic is not None),
         hidden=2.0,
+        skip_bad_rows=request.skip_bad_rows,
         save_every=20,
         device="cpu" if str(request.device) == "cpu" else "auto",
     )
@@ -140,8 +142,8 @@ def _identity(samples: Iterable[Sample]) -> str:
     if isinstance(samples, SampleSource):
         return repr(samples)
     digest = hashlib.sha256()
-    for index, sample in enumerate(samples):
-        messages, images = chat_messages(sample, f"calibration sample {index}")
+    for candidate in candidates(samples):
+        messages, images = chat_messages(candidate.open(), candidate.where)
         digest.update(json.dumps(messages).encode())
         for image in images:
             digest.update(image.tobytes())

@@ -7,26 +7,16 @@ is replaced by the next and counted: nothing is left out in silence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from llava_fa.data.rows import Rows, SampleSource
+from llava_fa.data.samples import Sample, chat_messages
 from llava_fa.errors import FourierError, explained, located
-from llava_fa.hub.calibration_data import (
-    Sample,
-    SampleSource,
-    chat_messages,
-    conversation,
-    dataset_row,
-    dataset_split,
-    draw,
-    llava_file,
-    llava_rows,
-    render,
-)
+from llava_fa.hub.calibration_data import MEND, check_length, or_skip, render
 from llava_fa.train.loss import IGNORED
 from llava_fa.train.settings import TrainingSettings
 
@@ -38,51 +28,6 @@ DataFactory = Callable[[Any, int], Any]
 
 _BY_ANSWER = ("teacher_log_p", "teacher_ids")
 """Entries with a row for every answer token, in the order of the labels."""
-
-_ADVICE = "Mend or remove the row, or give --skip-bad-rows"
-
-
-class Rows(Sequence[Sample]):
-    """The samples of a source, opened one by one.
-
-    Args:
-        source: a LLaVA ``.json`` / ``.jsonl`` file, or a Hugging Face dataset.
-        images: folder of the JSON's images; its own folder where not given.
-        count: how many to draw; None for all.
-        seed: of the draw.
-
-    Raises:
-        FourierError: the source cannot be read, or is empty.
-    """
-
-    def __init__(self, source: str, *, images: Path | None = None, count: int | None = None, seed: int = 0) -> None:
-        self.source, self.folder = source, Path()
-        if (path := llava_file(source, images)) is not None:
-            self.source = path.name
-            self._rows, self.folder = llava_rows(path, images)
-        else:
-            remedy = "Check its name and the network"
-            with explained("the dataset cannot be read", remedy=remedy, where=source):
-                self._rows = dataset_split(source, streaming=False)
-        rows = len(self._rows)
-        self._indices = draw(range(rows), rows if count is None else count, seed)
-        if not self._indices:
-            raise FourierError("it has no rows", remedy="Give another one", where=source)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: Any) -> Sample:
-        number = self._indices[index]
-        where = self.where(index)
-        row = self._rows[number]
-        if isinstance(row, Mapping) and isinstance(row.get("conversations"), list) and isinstance(self._rows, list):
-            return conversation(row, self.folder, where)
-        return dataset_row(row, where)
-
-    def where(self, index: int) -> str:
-        """How people are told of a row."""
-        return f"{self.source} row {self._indices[index]}"
 
 
 class Conversations(torch.utils.data.Dataset[dict[str, Any]]):
@@ -116,7 +61,7 @@ class Conversations(torch.utils.data.Dataset[dict[str, Any]]):
                 item = self._item(row)
             except FourierError as error:
                 if not self.skip_bad_rows:
-                    raise FourierError(error.what, remedy=_ADVICE, where=error.where) from error
+                    raise or_skip(error) from error
                 left_out.append(row)
                 if len(left_out) == len(self):
                     raise FourierError(f"no row can be used ({error})", remedy="Mend the data") from error
@@ -126,14 +71,11 @@ class Conversations(torch.utils.data.Dataset[dict[str, Any]]):
     def _item(self, index: int) -> dict[str, Tensor]:
         where = self.samples.where(index) if isinstance(self.samples, Rows) else f"sample {index}"
         messages, images = chat_messages(self.samples[index], where)
-        with located(where), explained("the model's processor refuses it", remedy=_ADVICE):
+        with located(where), explained("the model's processor refuses it", remedy=MEND):
             inputs = encode(self.processor, messages, images)
-        if (length := inputs["input_ids"].shape[-1]) > self.max_length:
-            raise FourierError(
-                f"it has {length} tokens, and there is room for {self.max_length}", remedy=_ADVICE, where=where
-            )
+        check_length(inputs, self.max_length, where)
         if not bool((inputs["labels"] != IGNORED).any()):
-            raise FourierError("it has no answer", remedy=_ADVICE, where=where)
+            raise FourierError("it has no answer", remedy=MEND, where=where)
         return inputs
 
 
