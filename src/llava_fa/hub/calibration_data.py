@@ -1,6 +1,7 @@
 """Calibration samples as the model's inputs.
 
-What a sample becomes is decided by the model's own processor and chat template; a sample that cannot be used
+What a sample becomes is decided by the model's own processor and chat template (of a model that reads text alone, its
+text; the pictures are left out); a sample that cannot be used
 is an error that names its row, or, where that was asked for, gives its place to the next and is listed.
 """
 
@@ -16,6 +17,7 @@ import torch
 from llava_fa.data.rows import SampleSource, candidates
 from llava_fa.data.samples import Sample, chat_messages
 from llava_fa.errors import FourierError, explained
+from llava_fa.hub.processor import pictures_for
 from llava_fa.hub.shards import tensor_bytes
 
 MEND = "Mend or remove the row"
@@ -82,7 +84,7 @@ def _prepared(sample: Sample, processor: Any, where: str) -> dict[str, torch.Ten
         where=where,
     ):
         text = render(processor, messages)
-        inputs = processor(images=images or None, text=[text], return_tensors="pt")
+        inputs = processor(images=pictures_for(processor, images), text=[text], return_tensors="pt")
     return {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
 
 
@@ -108,7 +110,8 @@ def answer_start(sample: Sample, inputs: Mapping[str, torch.Tensor], processor: 
     messages, images = chat_messages(sample, "calibration sample")
     if len(messages) > 1 and messages[-1]["role"] == "assistant":
         text = render(processor, messages[:-1], add_generation_prompt=True)
-        prompt = processor(images=images or None, text=[text], return_tensors="pt")["input_ids"][0]
+        shown = pictures_for(processor, images)
+        prompt = processor(images=shown, text=[text], return_tensors="pt")["input_ids"][0]
         if len(prompt) < len(ids) and torch.equal(ids[: len(prompt)], prompt):
             return len(prompt)
     images_at = (ids == getattr(processor, "image_token_id", -1)).nonzero()
@@ -123,7 +126,7 @@ def render(processor: Any, messages: Sequence[Mapping[str, Any]], *, add_generat
     mark = getattr(processor, "image_token", "<image>")
     turns = []
     for message in messages:
-        parts = [f"{mark}\n" if part["type"] == "image" else part["text"] for part in message["content"]]
+        parts = [(mark and f"{mark}\n") if part["type"] == "image" else part["text"] for part in message["content"]]
         turns.append(f"{message['role'].upper()}: {''.join(parts)}")
     return " ".join([*turns, "ASSISTANT:"] if add_generation_prompt else turns)
 

@@ -69,7 +69,12 @@ def _texts(content: Sequence[Any]) -> Iterator[str]:
 
 def sees_pictures(processor: Any) -> bool:
     """Whether this processor takes pictures."""
-    return getattr(processor, "image_processor", None) is not None
+    return not isinstance(processor, TextProcessor) and getattr(processor, "image_processor", None) is not None
+
+
+def pictures_for(processor: Any, pictures: Sequence[Any]) -> list[Any] | None:
+    """What of a sample's pictures a processor is given: none where the model reads text alone, or there are none."""
+    return list(pictures) or None if sees_pictures(processor) else None
 
 
 def load_processor(folder: Path) -> Any:

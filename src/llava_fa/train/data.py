@@ -17,6 +17,7 @@ from llava_fa.data.rows import Rows, SampleSource
 from llava_fa.data.samples import Sample, chat_messages
 from llava_fa.errors import FourierError, explained, located
 from llava_fa.hub.calibration_data import MEND, check_length, or_skip, render
+from llava_fa.hub.processor import pictures_for
 from llava_fa.train.loss import IGNORED
 from llava_fa.train.settings import TrainingSettings
 
@@ -104,7 +105,7 @@ def encode(processor: Any, messages: Sequence[Mapping[str, Any]], images: Sequen
     """
     tokenizer = processor.tokenizer
     text, spans = _with_spans(processor, messages)
-    inputs = dict(processor(images=list(images) or None, text=[text], return_tensors="pt"))
+    inputs = dict(processor(images=pictures_for(processor, images), text=[text], return_tensors="pt"))
     inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     if not getattr(tokenizer, "is_fast", False):
         raise FourierError("its tokenizer cannot tell where tokens lie", remedy="Use a model with a fast tokenizer")
