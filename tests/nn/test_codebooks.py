@@ -20,9 +20,13 @@ def model_with(*layouts, same: bool = True) -> nn.Sequential:
         if same and layers and "codebook" in tensors:
             for other in layers:
                 if other.layout.codebook == layout.codebook:
-                    tensors["codebook"] = other.codebook.clone()
+                    tensors["codebook"] = book(other).clone()
         layers.append(FourierLinear.from_tensors(layout, tensors))
     return nn.Sequential(*layers)
+
+
+def book(layer: FourierLinear) -> torch.Tensor:
+    return layer.packed()["codebook"]
 
 
 def test_each_codebook_is_in_the_state_dict_once():
@@ -32,7 +36,7 @@ def test_each_codebook_is_in_the_state_dict_once():
     share_codebooks(model)
     keys = [key for key in model.state_dict() if "codebook" in key]
     assert keys == [codebook_key("bits_4"), codebook_key("bits_6")]
-    assert model[0].codebook.data_ptr() == model[1].codebook.data_ptr() == getattr(model, MODULE)["bits_4"].data_ptr()
+    assert book(model[0]).data_ptr() == book(model[1]).data_ptr() == getattr(model, MODULE)["bits_4"].data_ptr()
     assert torch.equal(nn.Sequential(*list(model)[:4])(x), before)
 
 
@@ -42,7 +46,7 @@ def test_trellis_tables_stand_beside_the_codebooks():
     share_codebooks(model)
     keys = [key for key in model.state_dict() if "codebook" in key]
     assert keys == [codebook_key("bits_4"), codebook_key("trellis_3_12"), codebook_key("trellis_4_12")]
-    assert model[1].codebook.data_ptr() == model[2].codebook.data_ptr()
+    assert book(model[1]).data_ptr() == book(model[2]).data_ptr()
     assert torch.equal(model[1](torch.ones(2, 24)), before)
 
 
@@ -51,7 +55,7 @@ def test_copies_share_within_themselves():
     share_codebooks(model)
     other = copy.deepcopy(model)
     books = getattr(other, MODULE)
-    assert other[0].codebook.data_ptr() == other[1].codebook.data_ptr() == books["bits_4"].data_ptr()
+    assert book(other[0]).data_ptr() == book(other[1]).data_ptr() == books["bits_4"].data_ptr()
     assert books["bits_4"].data_ptr() != getattr(model, MODULE)["bits_4"].data_ptr()
 
 
@@ -61,7 +65,7 @@ def test_casts_leave_codebooks_alone():
     before = getattr(model, MODULE)["bits_4"].clone()
     for cast in (nn.Module.half, nn.Module.float, nn.Module.double):
         cast(model)
-        for codebook in (getattr(model, MODULE)["bits_4"], model[0].codebook, model[1].codebook):
+        for codebook in (getattr(model, MODULE)["bits_4"], book(model[0]), book(model[1])):
             assert codebook.dtype == torch.bfloat16
             assert torch.equal(codebook, before)
 
@@ -75,7 +79,22 @@ def test_loading_a_state_dict_reaches_every_layer(assign):
     changed[codebook_key("bits_4")] = changed[codebook_key("bits_4")] * 2
     target.load_state_dict(changed, assign=assign)
     for layer in (target[0], target[1]):
-        assert torch.equal(layer.codebook, changed[codebook_key("bits_4")])
+        assert torch.equal(book(layer), changed[codebook_key("bits_4")])
+
+
+def test_elsewhere_there_is_one_copy_until_the_codebook_changes():
+    model = model_with(best(24, 32), best(16, 24))
+    share_codebooks(model)
+    books, elsewhere = getattr(model, MODULE), torch.device("meta")
+    assert books.on("bits_4", torch.device("cpu")) is books["bits_4"]
+    copied = books.on("bits_4", elsewhere)
+    assert copied.device == elsewhere
+    assert books.on("bits_4", elsewhere) is copied
+    model.load_state_dict(model.state_dict())
+    assert books.on("bits_4", elsewhere) is not copied
+    copied = books.on("bits_4", elsewhere)
+    books.bits_4 = books["bits_4"].clone()
+    assert books.on("bits_4", elsewhere) is not copied
 
 
 def test_different_codebooks_are_refused():

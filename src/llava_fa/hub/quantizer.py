@@ -23,10 +23,10 @@ from llava_fa.hub.checkpoint import LayerRecord, Metadata, check_content, codebo
 from llava_fa.hub.families import Feed, feeding_norm
 from llava_fa.hub.shards import read_entries
 from llava_fa.kernels.layout import Layout
-from llava_fa.nn.codebooks import MODULE, Codebooks, attach, relink, share_codebooks
+from llava_fa.nn.codebooks import MODULE, attach, share_codebooks
 from llava_fa.nn.factored_linear import empty_layer, layer_from_approximation, packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead, tie_head, untie_head
-from llava_fa.nn.packed_linear import PackedLinear
+from llava_fa.nn.packed_linear import Codebooks, PackedLinear
 from llava_fa.nn.surgery import classify, replace_module, tied_to
 from llava_fa.solver.approximate import approximate
 
@@ -87,6 +87,13 @@ class FourierHfQuantizer(HfQuantizer):
         """`save_pretrained` works."""
         return True
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """A map by hand names the model's modules; codebooks go to its first accelerator, or to the CPU."""
+        if not isinstance(device_map, dict) or {"", MODULE} & set(device_map) or not self.metadata.codebooks:
+            return device_map
+        places = [place for place in device_map.values() if str(place) not in ("cpu", "disk")]
+        return {**device_map, MODULE: next(iter(places), "cpu")}
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether this weight is to be compressed while it is loaded."""
         return param_name in self._targets or param_name in self._carriers
@@ -145,7 +152,6 @@ class FourierHfQuantizer(HfQuantizer):
             more = f" ({len(self.failures)} layers failed)" if len(self.failures) > 1 else ""
             raise FourierError(first.what + more, remedy=first.remedy, where=first.where)
         if self.pre_quantized:
-            relink(model)
             self._check_loaded(model)
             model._weight_conversions = []  # the format's names are the module names, whatever else was read
             return model

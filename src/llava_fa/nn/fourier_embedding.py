@@ -44,8 +44,14 @@ class FourierEmbedding(FourierLinear):
 
     def project(self, x: Tensor) -> Tensor:
         """W x: [..., n] → [..., m], the product of a tied output embedding; x may come from another device."""
+        hook = getattr(self, "_hf_hook", None)  # accelerate's: it brings back what is offloaded, for `forward` alone
+        if hook is not None:
+            hook.pre_forward(self)
         here = self.codes.device
-        return super().forward(x) if x.device == here else super().forward(x.to(here)).to(x.device)
+        y = super().forward(x) if x.device == here else super().forward(x.to(here)).to(x.device)
+        if hook is not None:
+            hook.post_forward(self, ())
+        return y
 
     def to_embedding(self) -> nn.Embedding:
         """A plain `torch.nn.Embedding` with the dequantised weight, in the layer's dtype."""
@@ -75,6 +81,11 @@ class TiedHead(nn.Module):
     def weight(self) -> Tensor:
         """That of the embedding, decoded anew on every access: for code that reads weights."""
         return self.embedding.weight
+
+    @property
+    def qweight(self) -> Tensor:
+        """That of the embedding (see `PackedLinear.qweight`)."""
+        return self.embedding.qweight
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -13,7 +13,7 @@ from llava_fa.errors import FourierError
 from llava_fa.kernels import run
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import PackedWeight, as_stored, packed_weight
-from llava_fa.nn.packed_linear import PackedLinear
+from llava_fa.nn.packed_linear import Codebooks, PackedLinear
 from llava_fa.solver.approximate import approximate
 
 
@@ -30,10 +30,13 @@ class FourierLinear(PackedLinear):
     Where a kernel runs, ``codes`` lie in the order it reads them from the first forward on (`kernels.interleaved`
     on a CPU, `kernels.words` on a GPU; one copy, never two). `packed` and state dicts always have them as stored.
 
+    In a model the codebook is no buffer of the layer: ``books`` holds those of all layers (`nn.codebooks`).
+
     Args and shapes: see `PackedLinear`. Source: docs/method.md and LLaVA-FA (arXiv 2602.00135).
     """
 
     layout: Layout
+    books: Codebooks | None = None
 
     def _allocate(self, device: torch.device | str | None) -> None:
         for name, (stored, shape) in self.layout.tensors().items():
@@ -87,22 +90,42 @@ class FourierLinear(PackedLinear):
         layer.weight_error, layer.output_error = approximation.weight_error, approximation.output_error
         return layer
 
+    def share(self, books: Codebooks) -> None:
+        """From now on take the codebook from ``books``, which the model has at its root, and own none."""
+        self._buffers.pop("codebook", None)
+        object.__setattr__(self, "books", books)  # not a submodule: it has one place, and one name
+
+    def tensors(self) -> dict[str, Any]:
+        """The buffers by name, codebook included, whoever holds it; codes in the order in which they lie."""
+        if self.books is None:
+            return self._buffers
+        return {**self._buffers, "codebook": self.books.on(self.layout.codebook, self._buffers["codes"].device)}
+
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name, codebook included, bias not."""
-        stored = {name: self.get_buffer(name) for name in self.layout.tensors()}
+        tensors = self.tensors()
+        stored = {name: tensors[name] for name in self.layout.tensors()}
         return {**stored, "codes": as_stored(self.codes, self.layout)}
 
     def packed_weight(self) -> PackedWeight:
         """The weight as what runs it takes it; codes stay in the order that their kernel gives them."""
-        return packed_weight(self.layout, self._buffers, self._buffers)
+        return packed_weight(self.layout, self.tensors(), None if self._offloaded() else self._buffers)
+
+    def _offloaded(self) -> bool:
+        """Whether accelerate brings the stored codes anew for every call, and finds its own shape there."""
+        hook = self.__dict__.get("_hf_hook")
+        return hook is not None and any(
+            getattr(each, "offload", False) and getattr(each, "offload_buffers", False)
+            for each in getattr(hook, "hooks", (hook,))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + bias: [..., n] → [..., m]."""
         return run.linear(x, self.packed_weight(), self.bias)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.codes = as_stored(self.codes, self.layout)  # not a copy: who asks may hook up what he has got
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "codes"] = as_stored(destination[prefix + "codes"], self.layout)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.codes = as_stored(self.codes, self.layout)

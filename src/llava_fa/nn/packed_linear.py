@@ -1,8 +1,12 @@
-"""`PackedLinear`: what every packed layer is to the model around it: a bias, a dtype, a weight for who reads one."""
+"""`PackedLinear`: what every packed layer is to the model around it: a bias, a dtype, a weight for who reads one.
+
+And `Codebooks`, which all layers of a model share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +26,49 @@ class Stored(nn.Module):
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
+
+
+class Codebooks(Stored):
+    """One bf16 buffer [points, 2] per codebook, named as `Layout.codebook` says; casts leave it alone.
+
+    Layers refer to the module and own no copy: whoever moves, offloads or loads tensors meets each codebook once.
+
+    Args:
+        points: number of points by name.
+    """
+
+    def __init__(self, points: Mapping[str, int], device: torch.device | str | None = None) -> None:
+        super().__init__()
+        for name in sorted(points):
+            self.register_buffer(name, torch.zeros(points[name], 2, dtype=torch.bfloat16, device=device))
+        self._copies: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def forward(self, codebook: str) -> Tensor:
+        """The codebook where it lies. A call, and not a look, is what brings an offloaded one back."""
+        return self[codebook]
+
+    def __getitem__(self, codebook: str) -> Tensor:
+        return self.get_buffer(codebook)
+
+    def on(self, codebook: str, device: torch.device) -> Tensor:
+        """The codebook on the device of a layer: itself, or the one copy that is kept there."""
+        own = self._buffers[codebook]
+        if own.device == device:
+            return own
+        source, copy = self._copies.get((codebook, device), (None, own))
+        if source is not own:
+            copy = self(codebook).to(device)
+            self._copies[codebook, device] = self._buffers[codebook], copy
+        return copy
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebooks:
+        self._copies.clear()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._copies.clear()  # of what was there before
 
 
 class PackedLinear(Stored):
@@ -75,6 +122,11 @@ class PackedLinear(Stored):
         weight = self.dequantize().to(self.dtype)
         weight._is_hf_initialized = True  # transformers' init functions then pass it by
         return weight
+
+    @property
+    def qweight(self) -> Tensor:
+        """Some packed tensor: libraries look here before at `weight` for where a layer lies, and nothing is decoded."""
+        return next(self.buffers())
 
     def to_linear(self) -> nn.Linear:
         """A plain `torch.nn.Linear` with the dequantised weight, in the layer's dtype; it shares the bias."""

@@ -47,7 +47,9 @@ class TrainableLinear(FourierLinear):
         self.layout = dataclasses.replace(layout, rank=rank)
         for name, tensor in tensors.items():
             if not name.startswith(("left", "right")):
-                self.register_buffer(name, tensor, persistent=name not in layer._non_persistent_buffers_set)
+                self.register_buffer(name, tensor)
+        if layer.books is not None:
+            self.share(layer.books)
         if factors is not None:
             self.left, self.right = (nn.Parameter(factor.to(torch.float32).clone()) for factor in factors)
         outer = tensors["r_max" if layout.method == "paper" else "row_scale"]
@@ -71,13 +73,13 @@ class TrainableLinear(FourierLinear):
     def packed_weight(self) -> PackedWeight:
         """The weight with scales and factors as they are now, unrounded: what gradients reach."""
         own = {name: getattr(self, name, None) for name in ("left", "right")}
-        return packed_weight(self.layout, {**self._buffers, **self._scales(), **own})
+        return packed_weight(self.layout, {**self.tensors(), **self._scales(), **own})
 
     @torch.no_grad()
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name, what was learnt rounded to its stored dtype; bias not."""
         table = self.layout.tensors()
-        tensors = {name: getattr(self, name) for name in table if name in self._buffers}
+        tensors = {name: tensor for name, tensor in self.tensors().items() if name in table}
         tensors |= {name: scale.to(table[name][0]) for name, scale in self._scales().items()}
         if self.layout.rank:
             factors = (self.left.detach().to(torch.float32), self.right.detach().to(torch.float32))
@@ -88,6 +90,8 @@ class TrainableLinear(FourierLinear):
         """The layer as it will be stored, its bias in the layer's dtype."""
         bias = None if self.bias is None else self.bias.detach().to(self.dtype)
         layer = FourierLinear.from_tensors(self.layout, self.packed(), bias, self.dtype)
+        if self.books is not None:
+            layer.share(self.books)
         return layer.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableLinear:
