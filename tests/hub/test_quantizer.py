@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -234,9 +235,56 @@ def test_errors_in_flight_reach_the_user(plain, tmp_path):
         load(save_llava(tmp_path, model=model), quantization_config=FourierConfig(bits=3))
 
 
+@pytest.mark.parametrize("base", [False, True])
+def test_a_plain_dict_tells_how_to_compress(plain, base):
+    from transformers import AutoModel
+
+    options = {"quantization_config": {"quant_method": "llava_fa", "bits": 3, "skip": ["vision_tower"]}}
+    model = AutoModel.from_pretrained(plain, **options) if base else load(plain, **options)
+    wanted = load(plain, quantization_config=FourierConfig(bits=3, skip=["vision_tower"]))
+    assert len(layers(model)) == len(layers(wanted)) == 16
+    for (_, one), (_, other) in zip(layers(model).items(), layers(wanted).items(), strict=True):
+        assert torch.equal(one.codes, other.codes)
+    config = FourierConfig.from_dict({"quant_method": "llava_fa"}).to_dict()
+    assert load(plain, quantization_config=config).hf_quantizer.metadata.config == FourierConfig(bits=4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"bit": 4}, "unknown config field bit. Known are .*bits"),
+        ({"bits": 9}, "bits is 9. Give 1 to 4"),
+        ({"bits": "4"}, "bits is '4'. Give 1 to 4"),
+        ({"config_version": 7}, "config_version is 7"),
+        ({"format_version": 9}, "format version is 9; this package reads 1 to 4. Update llava-fa"),
+    ],
+)
+def test_a_wrong_dict_is_one_error(plain, wrong, message):
+    with pytest.raises(FourierError, match=message):
+        load(plain, quantization_config={"quant_method": "llava_fa", **wrong})
+
+
+def test_a_folder_without_format_version_is_no_request_to_compress(packed, tmp_path):
+    shutil.copytree(packed(BEST)[0], tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    del config["quantization_config"]["format_version"]
+    for damaged in (config["quantization_config"], FourierConfig(bits=3).to_dict()):
+        (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "quantization_config": damaged}))
+        with pytest.raises(FourierError, match="the checkpoint's format version is None"):
+            load(tmp_path / "copy")
+
+
+def test_the_config_of_a_loaded_model_loads_again(packed, inputs):
+    folder, wanted = packed(BEST)
+    config = load(folder).config
+    assert torch.equal(logits(load(folder, config=config), inputs), wanted)
+
+
 def test_a_compressed_model_is_not_compressed_again(packed):
     with pytest.raises(ValueError, match=r"passing a FourierConfig"):
         load(packed(BEST)[0], quantization_config=BEST)
+    with pytest.raises(ValueError, match=r"passing a dict"):
+        load(packed(BEST)[0], quantization_config={"quant_method": "llava_fa", "bits": 2})
 
 
 def test_a_state_dict_instead_of_files(packed, inputs):

@@ -41,9 +41,17 @@ class FourierQuantizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read ``quantization_config`` of a config.json (see `Metadata.from_dict`)."""
-        config = cls(Metadata.from_dict(config_dict))
+        """Read ``quantization_config`` of a config.json (see `Metadata.from_dict`), or what a user gives as one.
+
+        Without a format version it tells how to compress, and is a `FourierConfig`.
+        """
+        told = {"format_version", "layers"} & set(config_dict)
+        config = cls(Metadata.from_dict(config_dict)) if told else FourierConfig.from_dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dict: so transformers asks, where it is given the config of a loaded model."""
+        return self.to_dict().get(key, default)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json stores."""
@@ -63,6 +71,8 @@ class FourierHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if isinstance(quantization_config, FourierConfig):
+            if kwargs.get("pre_quantized"):
+                Metadata.from_dict(quantization_config.to_dict())  # a folder that says no format version: its error
             quantization_config = FourierQuantizationConfig(Metadata(quantization_config))
         super().__init__(quantization_config, **kwargs)
         self.failures: list[FourierError] = []
