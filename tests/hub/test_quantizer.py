@@ -314,6 +314,25 @@ def test_the_base_model_loads_too(packed, inputs):
         assert torch.equal(hidden, model.model(**inputs).last_hidden_state)
 
 
+@pytest.mark.parametrize("config", [BEST, PAPER], ids=["best", "paper"])
+def test_the_base_model_saves_under_its_own_names(packed, inputs, tmp_path, config):
+    from transformers import AutoModel
+
+    folder, wanted = packed(config)
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "base")
+    metadata = read_metadata(tmp_path / "base")
+    assert set(metadata.layers) == {name.removeprefix("model.") for name in read_metadata(folder).layers}
+    assert metadata.not_compressed["language_model.embed_tokens"] == "embedding"
+    assert "lm_head" not in metadata.not_compressed
+    assert layers(AutoModel.from_pretrained(tmp_path / "base")).keys() == metadata.layers.keys()
+    whole = load(tmp_path / "base")  # without its head, which the base has not
+    whole.lm_head = load(folder).lm_head
+    assert torch.equal(logits(whole, inputs), wanted)
+    whole.save_pretrained(tmp_path / "whole")
+    assert read_metadata(tmp_path / "whole").layers == read_metadata(folder).layers
+    assert torch.equal(logits(load(tmp_path / "whole"), inputs), wanted)
+
+
 def test_a_model_changed_by_hand_saves_and_loads(inputs, tmp_path):
     model = random_llava(tied=True)
     names = classify(model, only=["language_model"]).layers

@@ -7,6 +7,7 @@ as it is read. `save_pretrained` writes docs/format.md; `dequantize()` gives the
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ class FourierHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._check_loaded(model)
             model._weight_conversions = []  # the format's names are the module names, whatever else was read
+            self._rename(model)
             return model
         for target in sorted(self._targets):
             name = target.removesuffix(".weight")
@@ -171,6 +173,12 @@ class FourierHfQuantizer(HfQuantizer):
                 self.metadata.not_compressed[name] = "its weight is not in the checkpoint"
         mark_compressed(model, self)
         return model
+
+    def _rename(self, model: nn.Module) -> None:
+        """Let a model that is the base of the one that was saved, or contains it, be saved under its own names."""
+        metadata = _renamed(self.metadata, model)
+        if metadata is not self.metadata:
+            model.config.quantization_config = self.quantization_config = FourierQuantizationConfig(metadata)
 
     def _check_loaded(self, model: nn.Module) -> None:
         for name, layer in packed_layers(model):
@@ -322,6 +330,24 @@ def _find(model: nn.Module, name: str) -> str:
         remedy="Load it with the class named in config.json's architectures",
         where=name,
     )
+
+
+def _renamed(metadata: Metadata, model: nn.Module) -> Metadata:
+    """The metadata under the names of this model, which may be the base of the one that was saved, or contain it."""
+    layers = {_find(model, name): record for name, record in metadata.layers.items()}
+    if list(layers) == list(metadata.layers):
+        return metadata
+    prefix = f"{model.base_model_prefix}."
+    inside = not next(iter(layers)).startswith(prefix)
+
+    def renamed(names: dict[str, Any]) -> dict[str, Any]:
+        if inside:
+            return {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
+        return {prefix + name: value for name, value in names.items()}
+
+    density = metadata.attention_density and renamed(metadata.attention_density)
+    rest = renamed(metadata.not_compressed)
+    return dataclasses.replace(metadata, layers=layers, not_compressed=rest, attention_density=density)
 
 
 def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
