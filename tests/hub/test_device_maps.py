@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, LlavaForConditionalGeneration
 
 import llava_fa
-from llava_fa import Casp, FourierConfig
+from llava_fa import Casp, FourierConfig, FourierError
 from llava_fa.hub.checkpoint import read_metadata
 from llava_fa.hub.quantizer import FourierHfQuantizer, FourierQuantizationConfig
 from llava_fa.nn.codebooks import MODULE
@@ -93,6 +93,14 @@ def test_offloaded_after_loading(made, tmp_path, offload):
     assert getattr(model, MODULE)["bits_4"].is_meta
     assert torch.equal(logits(model), wanted)
     assert torch.equal(logits(model), wanted)
+
+
+def test_offloaded_layers_are_not_dequantised(made, tmp_path):
+    folder, wanted = made("best")
+    model = load(folder, device_map=ON_DISK, offload_folder=tmp_path, offload_buffers=True)
+    with pytest.raises(FourierError, match=r"^model\.language_model\..*: it is offloaded\. Load the model without"):
+        model.dequantize()
+    assert torch.equal(logits(model), wanted)  # not even in part
 
 
 def test_the_base_model_by_hand(made, tmp_path):

@@ -196,7 +196,11 @@ class FourierHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string
-        for name, layer in packed_layers(model):
+        layers = packed_layers(model)
+        for name, layer in layers:  # before the first is exchanged
+            if layer.qweight.is_meta:
+                raise FourierError("it is offloaded", remedy="Load the model without offloading", where=name)
+        for name, layer in layers:
             layer.to(dtype)
             if isinstance(layer, FourierEmbedding):
                 _exchange(model, name, plain := layer.to_embedding())
