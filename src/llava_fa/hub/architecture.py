@@ -134,5 +134,7 @@ def transformers_errors(what: str, *, remedy: str, where: str) -> Iterator[None]
 
 def one_line(error: Exception) -> str:
     """What an exception says, as one line that is not too long."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split())
+    if not said or isinstance(error, KeyError):  # which says the key alone
+        said = f"{type(error).__name__} {said}".strip()
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} …"

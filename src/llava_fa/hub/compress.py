@@ -33,7 +33,7 @@ from llava_fa.hub.processor import load_processor
 from llava_fa.hub.report import Progress, ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
 from llava_fa.hub.source import Source, open_source, resolve_model
-from llava_fa.hub.streaming import Job, assemble, compress_streaming
+from llava_fa.hub.streaming import Job, assemble, beside, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
 from llava_fa.hub.work_folder import WorkFolder, check_space, refuse_existing
 from llava_fa.maths.polar import ring_codebook
@@ -142,6 +142,7 @@ def carry_out(
             most = request.config.replace(bits=MAX_BITS)
             request = dataclasses.replace(request, config=most, budget=allocation.same_bytes(plan))
     show(plan)
+    beside(source.folder)  # said now, not when all the work is done
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
     data = None if request.calibration is None else _Calibration.of(source, request, context_length(empty))
     with WorkFolder(out, _manifest(request, source, data), fresh) as work, _memory_errors(device):

@@ -12,7 +12,8 @@ from typing import Any
 
 import llava_fa
 from llava_fa.config import QUANT_METHOD
-from llava_fa.errors import FourierError, explained
+from llava_fa.data import textfiles
+from llava_fa.errors import FourierError
 from llava_fa.hub.shards import COPY_AGAIN, Entry, read_header, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -144,11 +145,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         FourierError: it cannot be read, or is something else.
     """
-    with (
-        reading(path),
-        explained("it is not JSON", remedy=COPY_AGAIN, where=str(path), kinds=(ValueError, RecursionError), words=str),
-    ):
-        values = json.loads(path.read_text(encoding="utf-8"))
+    values = textfiles.read_json(path, COPY_AGAIN)
     if not isinstance(values, dict):
         raise FourierError("it is not a JSON object", remedy=COPY_AGAIN, where=str(path))
     return values

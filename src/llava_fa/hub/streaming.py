@@ -19,8 +19,8 @@ from llava_fa.hub import ledger
 from llava_fa.hub.checkpoint import ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import Progress, ProgressCallback
-from llava_fa.hub.shards import Item, write_file, write_text
-from llava_fa.hub.source import INDEX, SINGLE
+from llava_fa.hub.shards import Item, reading, write_file, write_text
+from llava_fa.hub.source import INDEX, SINGLE, read_object
 from llava_fa.hub.work_folder import Measurement, WorkFolder, disk_errors
 from llava_fa.maths import metrics
 from llava_fa.nn.codebooks import codebook_key
@@ -44,6 +44,7 @@ _NOT_COPIED = (
     ".gguf",
     ".partial",
 )
+_TEMPLATES = "additional_chat_templates"
 _OTHERS = ("config.json", "merged.json", ledger.LEDGER)
 
 
@@ -142,19 +143,36 @@ def assemble(
     with disk_errors(work.path):
         work.result.mkdir()
         _write_shards(work.result, items, {ORIGINAL_BYTES: str(plan.source.nbytes)})
-        config_json = {**plan.source.config, "quantization_config": metadata.to_dict()}
+        kept = {key: value for key, value in plan.source.config.items() if key != "transformers_weights"}
+        config_json = {**kept, "quantization_config": metadata.to_dict()}
         write_text(work.result / "config.json", json.dumps(config_json, indent=2) + "\n")
         ledger.write(work.result, plan.ledger)
-        for path in sorted(plan.source.folder.iterdir()):
-            if path.is_file() and path.name not in _OTHERS and not path.name.endswith(_NOT_COPIED):
-                shutil.copyfile(path, work.result / path.name)
-            elif path.is_dir() and path.name == "additional_chat_templates":
-                shutil.copytree(path, work.result / path.name)
+        for path in beside(plan.source.folder):
+            target = work.result / path.relative_to(plan.source.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
         if plan.source.processor:
             path = work.result / "processor_config.json"
-            fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            fields = read_object(path) if path.is_file() else {}
             write_text(path, json.dumps({**fields, **plan.source.processor}, indent=2) + "\n")
     work.finish()
+
+
+def beside(folder: Path) -> list[Path]:
+    """The files beside the weights that a new checkpoint takes over: processor, tokenizer, templates, whatever else.
+
+    Raises:
+        FourierError: one of them cannot be read.
+    """
+    files = [
+        path
+        for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")])
+        if path.is_file() and path.name not in _OTHERS and not path.name.endswith(_NOT_COPIED)
+    ]
+    for path in files:
+        with reading(path):
+            path.open("rb").close()
+    return files
 
 
 def _items(plan: Plan, work: WorkFolder, metadata: Metadata) -> list[Item]:

@@ -159,7 +159,11 @@ class Layout:
         values = dict(values)
         with _damage():
             m, n = values.pop("shape")
-            return cls(out_features=m, in_features=n, **values)
+            layout = cls(out_features=m, in_features=n, **values)
+            numbers = [getattr(layout, field.name) for field in dataclasses.fields(layout) if field.type == "int"]
+            if not all(type(number) is int for number in numbers):  # 8.0 equals 8, and is no size
+                raise TypeError("a size that is no integer")
+            return layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
