@@ -1,6 +1,7 @@
 """The guard around an app that answers: here one that does as the test says."""
 
 import asyncio
+import gzip
 import json
 import threading
 import time
@@ -97,6 +98,22 @@ def test_nothing_else_is_served(method, path, status):
     error = error_of(getattr(api, method)(path), status)
     assert error["message"] == f"{method.upper()} {path} is not served here"
     assert not inner.seen
+
+
+def test_a_wrong_method_is_told_the_right_one():
+    api, _ = client(ok)
+    assert api.get(CHAT).headers["allow"] == "POST"
+    assert set(api.post("/health").headers["allow"].split(", ")) == {"GET", "HEAD"}
+    assert api.head(CHAT).status_code == 405
+
+
+def test_a_compressed_body_is_not_taken_for_json():
+    api, inner = client(ok)
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    error = error_of(api.post(CHAT, content=gzip.compress(json.dumps(ASK).encode()), headers=packed), 415)
+    assert error["code"] == "unsupported_content_encoding"
+    assert not inner.seen
+    assert api.post(CHAT, json=ASK, headers={"content-encoding": "identity"}).status_code == 200
 
 
 def test_the_key_is_asked_of_all_but_health():

@@ -12,6 +12,13 @@ from llava_fa.serve.requests import read_chat
 
 ASK = [{"role": "user", "content": "What is it?"}]
 
+SAID = {"role": "assistant", "content": "A cat."}
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+
+
+def calling(arguments):
+    return {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "look", "arguments": arguments}}]}
+
 
 def read(body, **limits):
     data = body if isinstance(body, bytes) else json.dumps({"model": "tiny", "messages": ASK, **body}).encode()
@@ -83,6 +90,41 @@ def test_a_full_request_is_reduced_to_what_transformers_understands():
         ({"stop": [""]}, 400, "stop", "invalid_value"),
         ({"stop": ["a"] * 5}, 400, "stop", "invalid_value"),
         ({"tools": {}}, 400, "tools", "invalid_value"),
+        ({"tools": [{}]}, 400, "tools[0].function.name", "invalid_value"),
+        ({"tools": [{"function": {"name": ""}}]}, 400, "tools[0].function.name", "invalid_value"),
+        ({"n": True}, 400, "n", "unsupported_parameter"),
+        ({"logprobs": 0}, 400, "logprobs", "unsupported_parameter"),
+        ({"logit_bias": []}, 400, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"07": 1}}, 400, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"1": True}}, 400, "logit_bias", "invalid_value"),
+        ({"temperature": 10**400}, 400, "temperature", "invalid_value"),
+        ({"max_tokens": 10**400}, 400, "max_tokens", "invalid_value"),
+        ({"seed": -(10**30)}, 400, "seed", "invalid_value"),
+        ({"stop": ["a", "\ud800"]}, 400, "stop[1]", "invalid_value"),
+        ({"stop": {}}, 400, "stop", "invalid_value"),
+        ({"user": "\udfff"}, 400, "user", "invalid_value"),
+        ({"metadata": {"\ud800": 1}}, 400, "metadata.\\ud800", "invalid_value"),
+        ({"\ud800": 1}, 400, "\\ud800", "invalid_value"),
+        ({"model": "\ud800"}, 400, "model", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages[0].content", "invalid_value"),
+        ({"messages": [{**ASK[0], "tool_calls": [CALL]}]}, 400, "messages[0].tool_calls", "invalid_value"),
+        ({"messages": [{**SAID, "tool_calls": ""}]}, 400, "messages[0].tool_calls", "invalid_value"),
+        ({"messages": [{**SAID, "tool_calls": [5]}]}, 400, "messages[0].tool_calls[0].function.name", "invalid_value"),
+        ({"messages": [calling("[" * 9999)]}, 400, "messages[0].tool_calls[0].function.arguments", "invalid_json"),
+        ({"messages": [calling("5")]}, 400, "messages[0].tool_calls[0].function.arguments", "invalid_value"),
+        (
+            {"messages": [calling('{"a": 1e400}')]},
+            400,
+            "messages[0].tool_calls[0].function.arguments.a",
+            "invalid_value",
+        ),
+        ({"messages": [{"role": "tool", "content": "4"}]}, 400, "messages[0].tool_call_id", "invalid_value"),
+        (
+            {"messages": [calling("{}"), {"role": "tool", "content": "4", "tool_call_id": "other"}]},
+            400,
+            "messages[1].tool_call_id",
+            "invalid_value",
+        ),
         ({"seed": 2**63}, 400, "seed", "invalid_value"),
         ({"seed": "x"}, 400, "seed", "invalid_value"),
         ({"logit_bias": {"453": 1}}, 400, "logit_bias", "invalid_value"),
@@ -94,6 +136,26 @@ def test_what_is_wrong_is_named(body, status, param, code):
     with pytest.raises(ApiError) as caught:
         read(body)
     assert (caught.value.status, caught.value.param, caught.value.code) == (status, param, code)
+
+
+def test_what_asks_for_nothing_is_as_if_it_were_not_there():
+    empty = {"stop": [], "tools": [], "logit_bias": {}, "messages": [{**ASK[0], "tool_calls": []}], "top_logprobs": 0}
+    assert read({**empty, "presence_penalty": 0.0}).body == read({}).body
+
+
+def test_a_temperature_that_logits_cannot_be_divided_by_is_none():
+    assert [read({"temperature": t}).body["temperature"] for t in (5e-324, 1e-7, 1e-6, 0.5)] == [0, 0, 1e-6, 0.5]
+
+
+def test_calls_of_tools_and_what_they_gave_are_handed_on():
+    messages = [*ASK, calling('{"where": "left"}'), {"role": "tool", "tool_call_id": "1", "content": "a dog"}]
+    tool = {"type": "function", "function": {"name": "look"}}
+    body = read({"messages": messages, "tools": [tool]}).body
+    assert body["tools"] == [tool]
+    assert body["messages"][1]["tool_calls"] == messages[1]["tool_calls"]
+    assert body["messages"][2]["tool_call_id"] == "1"
+    with pytest.raises(ApiError, match="more than 100 characters"):
+        read({"tools": [{"function": {"name": "look", "description": "x" * 100}}]}, text_characters=100)
 
 
 @pytest.mark.parametrize("kind", ["video_url", "audio_url", "input_audio", "image", "file", None])
@@ -132,3 +194,9 @@ def test_errors_of_the_inner_app_get_the_shape_of_openai(status, body, expected)
     error = from_reply(status, body)
     assert (error.status, error.message, error.body()["error"]["type"]) == expected
     assert set(error.body()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_an_error_object_of_the_inner_app_comes_through():
+    error = ApiError(400, "Too long", param="messages", code="context_length_exceeded")
+    reply = from_reply(400, json.dumps({"detail": error.body()["error"]}).encode())
+    assert (reply.status, reply.body()) == (400, error.body())

@@ -142,17 +142,49 @@ def test_errors_are_those_of_openai(client, server, samples):
     text = [{"role": "user", "content": "<image><image> What is it?"}]
     with pytest.raises(openai.BadRequestError, match="make no prompt"):
         client.chat.completions.create(model="tiny", messages=text)
-    with pytest.raises(openai.BadRequestError, match=r"The prompt has \d+ tokens, the model takes 1024"):
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "red " * 3000}])
+    long = [{"role": "user", "content": "red " * 3000}]
+    for stream in (False, True):  # a stream that cannot begin has the error as its status
+        with pytest.raises(openai.BadRequestError, match=r"length is 1024 .* resulted in 3\d\d\d") as beyond:
+            client.chat.completions.create(model="tiny", messages=long, stream=stream)
+        assert (beyond.value.code, beyond.value.param) == ("context_length_exceeded", "messages")
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     broken = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]
-    with pytest.raises(openai.BadRequestError, match="make no prompt"):
+    with pytest.raises(openai.BadRequestError, match="arguments is not JSON"):
         client.chat.completions.create(model="tiny", messages=broken)
     address = server[1].replace("/v1", "")
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
     keyed = {"authorization": f"Bearer {KEY}"}
     assert httpx.post(f"{address}/load_model", json={"model": "a/b"}, headers=keyed).status_code == 404
+
+
+def test_what_the_chat_template_leaves_out_is_refused(client, samples):
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="chat template") as refused:
+            ask(client, samples[0], tools=[tool], stream=stream)
+        assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "tools")
+    history = [*messages(samples[0]), {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(openai.BadRequestError, match="chat template") as refused:
+        client.chat.completions.create(model="tiny", messages=history)
+    assert refused.value.param == "messages[1].tool_calls[0]"
+
+
+def test_an_answer_longer_than_the_context_leaves_is_refused_where_it_was_asked_for(client, samples):
+    near = [{"role": "user", "content": "red " * 1000}]
+    for asked in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(openai.BadRequestError, match=r"10\d\d tokens .* 40 in the completion") as beyond:
+            client.chat.completions.create(model="tiny", messages=near, **{asked: 500})
+        assert (beyond.value.code, beyond.value.param) == ("context_length_exceeded", asked)
+    unasked = client.chat.completions.create(model="tiny", messages=near, logit_bias=ENDLESS["logit_bias"])
+    assert unasked.choices[0].finish_reason == "length"
+    assert unasked.usage.total_tokens == 1024
+
+
+def test_no_stop_strings_are_no_stop(client, samples):
+    assert ask(client, samples[0], stop=[]).message.content == ask(client, samples[0]).message.content
+    assert streamed(client, samples[0], stop=[]) == ask(client, samples[0]).message.content
 
 
 def test_a_client_that_leaves_frees_the_model(client, server, samples):

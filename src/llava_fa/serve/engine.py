@@ -21,9 +21,14 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from llava_fa.hub.loading import context_length
+from llava_fa.serve.errors import ApiError
+from llava_fa.serve.prompt import left_out
+from llava_fa.serve.requests import unsupported
 from llava_fa.serve.turn import Turn, current
 
 logger = logging.getLogger(__name__)
+_OF_A_PROMPT = (TemplateError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+"""What templates, tokenizers and image processors raise on what they were not made for."""
 
 
 def chat_app(name: str, model: Any, processor: Any, tokens: int) -> Any:
@@ -97,10 +102,8 @@ class _Manager(GenerateManager):
 
     def _prepared(self, model: Any, processor: Any, inputs: Any, config: Any) -> tuple[Any, dict[str, Any]]:
         """(tokenizer, inputs): the prompt measured, pixels in the model's dtype, a way to stop."""
-        turn, length, context = current.get(), inputs["input_ids"].shape[-1], context_length(model)
-        if length >= context:
-            raise HTTPException(400, f"The prompt has {length} tokens, the model takes {context} with its answer")
-        config.max_new_tokens = min(config.max_new_tokens, context - length)
+        turn, length = current.get(), inputs["input_ids"].shape[-1]
+        _fit(config, length, context_length(model), turn.asked)
         turn.prompt_tokens, turn.generating = length, True
         typed = {
             key: value.to(model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
@@ -109,6 +112,35 @@ class _Manager(GenerateManager):
         # Stop strings need the vocabulary, which a processor has not.
         tokenizer = getattr(processor, "tokenizer", processor)
         return tokenizer, {**typed, "stopping_criteria": StoppingCriteriaList([_Stop(turn)])}
+
+
+def _fit(config: Any, length: int, context: int, asked: str | None) -> None:
+    """Prompt and answer in the model's context: an answer as long as was asked for, or as there is room for.
+
+    Args:
+        config: whose ``max_new_tokens`` is made to fit.
+        length, context: tokens of the prompt, and of the model's context.
+        asked: the parameter that asks for so many; None if nobody did.
+    """
+    room = context - length
+    if room >= 1 and (config.max_new_tokens <= room or asked is None):
+        config.max_new_tokens = min(config.max_new_tokens, room)
+        return
+    said = f"This model's maximum context length is {context} tokens. However, "
+    if room < 1:
+        said += f"your messages resulted in {length} tokens, which leaves no room for an answer. "
+        said += "Please reduce the length of the messages or the size of the pictures."
+    else:
+        new = config.max_new_tokens
+        said += f"you requested {length + new} tokens ({length} in the messages, {new} in the completion). "
+        said += f"Please reduce the length of the messages, or {asked} to {room}."
+    param = "messages" if room < 1 else asked
+    raise _reply(ApiError(400, said, param=param, code="context_length_exceeded"))
+
+
+def _reply(error: ApiError) -> HTTPException:
+    """As FastAPI wants it; `errors.from_reply` makes it what it was."""
+    return HTTPException(error.status, error.body()["error"])
 
 
 def _in_turn(turn: Turn, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,13 +157,38 @@ class _Chat(ChatCompletionHandler):
         self.tokens = tokens
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        turn = current.get()
+        turn.asked = next((key for key in ("max_completion_tokens", "max_tokens") if key in body), None)
         try:
+            self._check_seen(body)
             return await super().handle_request(body, request_id)
-        except (TemplateError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if current.get().generating:
+        except _OF_A_PROMPT as error:
+            if turn.generating:
                 raise
             logger.info("a request made no prompt: %r", error)
-            raise HTTPException(400, f"The messages make no prompt for this model: {str(error)[:300]}") from error
+            said = f"The messages make no prompt for this model: {str(error)[:300]}"
+            raise _reply(ApiError(400, said, param="messages", code="invalid_value")) from error
+
+    def _check_seen(self, body: dict[str, Any]) -> None:
+        model, processor = self.model_manager.one
+        modality = self.model_manager.get_model_modality(model, processor=processor)
+
+        def render(messages: Any, tools: Any) -> Any:
+            return processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+
+        messages = self.get_processor_inputs_from_messages(body["messages"], modality)
+        if place := left_out(render, messages, body.get("tools")):
+            place = "tools" if place.startswith("tools") else place
+            raise _reply(unsupported(place, "this model, whose chat template leaves it out"))
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> list[dict[str, Any]]:
+        """As transformers does it, which drops what is said beside tool calls."""
+        plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        made, said = (
+            ChatCompletionHandler.get_processor_inputs_from_messages(these, modality) for these in (messages, plain)
+        )
+        return [{**message, "content": whole["content"]} for message, whole in zip(made, said, strict=True)]
 
     def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
         config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)

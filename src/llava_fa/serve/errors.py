@@ -25,7 +25,7 @@ class ApiError(Exception):
 
 
 def from_reply(status: int, body: bytes) -> ApiError:
-    """The error in a reply of FastAPI (``{"detail": …}``), Starlette or transformers.
+    """The error in a reply of FastAPI (``{"detail": …}``), Starlette, transformers or `engine` (an error object there).
 
     What a server error says is of no use to the client and may tell of the machine: it is left out.
     """
@@ -36,6 +36,8 @@ def from_reply(status: int, body: bytes) -> ApiError:
     except ValueError:
         value = body.decode(errors="replace")
     detail = value.get("detail", value) if isinstance(value, dict) else value
+    if isinstance(detail, dict) and isinstance(detail.get("message"), str):
+        return ApiError(status, detail["message"], param=detail.get("param"), code=detail.get("code"))
     if isinstance(detail, list):  # FastAPI's list of what does not validate
         detail = "; ".join(str(item.get("msg", item)) if isinstance(item, dict) else str(item) for item in detail)
     return ApiError(400 if status == 422 else status, str(detail))

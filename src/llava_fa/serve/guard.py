@@ -88,14 +88,15 @@ def guarded(
 
 
 async def _reply(request: Request, error: Exception) -> Response:
+    extra: Any = None
     if isinstance(error, HTTPException):
-        what = f"{request.method} {request.url.path} is not served here"
+        what, extra = f"{request.method} {request.url.path} is not served here", error.headers
         error = ApiError(error.status_code, what if error.status_code in (404, 405) else str(error.detail))
-    return _shaped(error if isinstance(error, ApiError) else from_reply(500, b""))
+    return _shaped(error if isinstance(error, ApiError) else from_reply(500, b""), extra)
 
 
-def _shaped(error: ApiError) -> Response:
-    extra = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status)
+def _shaped(error: ApiError, headers: Any = None) -> Response:
+    extra = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status, headers)
     return JSONResponse(error.body(), error.status, headers=extra)
 
 
@@ -194,6 +195,8 @@ class _Chat:
         headers, most = dict(scope["headers"]), self.limits.body_bytes
         if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
             raise ApiError(415, "The body's Content-Type is application/json", code="unsupported_media_type")
+        if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+            raise ApiError(415, "Compressed bodies are not read here", code="unsupported_content_encoding")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 15 or int(length) > most:
             raise _too_large(most)

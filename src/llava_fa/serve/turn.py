@@ -13,6 +13,8 @@ class Turn:
     cancelled: bool = False
     """Nobody waits any more: the model stops at the next token, or does not begin."""
     generating: bool = False
+    asked: str | None = None
+    """The parameter of the request that says how long the answer may be, if one does."""
     seed: int | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
