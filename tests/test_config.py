@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_fa import Budget, FourierConfig, FourierError
+from llava_fa import Budget, Casp, CompressionRequest, FourierConfig, FourierError
 from llava_fa.config import format_size
 
 
@@ -90,7 +90,19 @@ def test_paper_shares_its_bits_and_the_phase_takes_the_odd_one():
         ({"method": "paper", "bits": float("nan")}, "bits is nan"),
         ({"method": "paper", "bits": 0.5}, "bits is 0.5. Give 1 to 8"),
         ({"method": "paper", "bits": 9}, "bits is 9. Give 1 to 8"),
+        ({"bits": 10**400}, "bits is 1000000000.*401 characters"),
+        ({"bits": 10**5000}, "bits is a number of thousands of digits"),
+        ({"method": "paper", "bits": 10**400}, "bits is 1000"),
         ({"rank": -1}, "rank is -1"),
+        ({"rank": 10**30}, "rank is 1000"),
+        ({"inner_rank": 10**400}, "inner_rank is 1000"),
+        ({"iterations": True}, "iterations is True"),
+        ({"iterations": 10**30}, "iterations is 1000"),
+        ({"refine_passes": float("inf")}, "refine_passes is inf"),
+        ({"seed": 2**63}, "seed is 9223"),
+        ({"seed": float("nan")}, "seed is nan"),
+        ({"damping": True}, "damping is True"),
+        ({"damping": 10**400}, "damping is 1000"),
         ({"rank": 1.5}, "rank is 1.5. Give a whole number"),
         ({"rank": True}, "rank is True"),
         ({"iterations": 0}, "iterations is 0"),
@@ -173,6 +185,17 @@ def test_a_budget_reads_sizes(given, size):
         ({"bits": math.nan}, "a budget of nan bits"),
         ({"bits": True}, "a budget of True bits"),
         ({"bits": "2"}, "a budget of '2' bits"),
+        ({"bits": 10**400}, "a budget of 1000"),
+        ({"bits": 1e300}, "a budget of 1e\\+300 bits"),
+        ({"bits": math.inf}, "a budget of inf bits"),
+        ({"size": math.nan}, "a budget of size nan"),
+        ({"size": math.inf}, "a budget of size inf"),
+        ({"size": True}, "a budget of size True"),
+        ({"size": 10**30}, "a budget of size 1000"),
+        ({"size": "9" * 400 + "GB"}, "a budget of size '9999"),
+        ({"size": "1e400GB"}, "a budget of size '1e400GB'"),
+        ({"size": "nanGB"}, "a budget of size 'nanGB'"),
+        ({"size": "8388608TiB"}, "a budget of size"),
         ({"size": "1.1 GX"}, "Give bytes, or text such as 950MB"),
         ({"size": "-1"}, "a budget of size '-1'"),
         ({"size": 0}, "a budget of size 0"),
@@ -187,3 +210,20 @@ def test_what_is_no_budget_is_said(arguments, message):
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (3.4e6, "3.4 MB"), (1.25e9, "1.25 GB")])
 def test_sizes(count, text):
     assert format_size(count) == text
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, math.nan, math.inf, True, "x", None, 10**400])
+def test_a_share_that_casp_cannot_keep_is_refused(keep):
+    with pytest.raises(FourierError, match="keep is "):
+        Casp(keep=keep)
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 1.5, math.nan, math.inf, True, "x", 10**30, pytest.param(10**5000, id="huge")]
+)
+def test_a_request_checks_its_own_numbers(value):
+    with pytest.raises(FourierError, match="visual_tokens is "):
+        CompressionRequest(model="tiny", visual_tokens=value)
+    if value != 1.5:
+        with pytest.raises(FourierError, match="bits is "):
+            CompressionRequest(model="tiny", embeddings=value)

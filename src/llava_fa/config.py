@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
+from llava_fa.bounds import COUNT, is_number, real, shown, whole
 from llava_fa.errors import FourierError, explained
 
 Method = Literal["best", "paper"]
@@ -21,6 +21,8 @@ CodesChoice = Literal["rings", "trellis", "auto"]
 QUANT_METHOD = "llava_fa"
 CONFIG_VERSION = 1
 MIN_BITS, MAX_BITS = 1.0, 4.0
+MAX_SEED = 2**62
+"""Layers are drawn anew with seeds above the given one, and torch takes 64 bits."""
 TRELLIS_INPUTS = 64
 """``codes="auto"``: layers with at least this many inputs get trellis codes. At equal distortion these save 0.19 to
 0.30 bits a weight (log4 of the two MSEs, docs/results.md) and spend up to 10 / n on the start of each row."""
@@ -89,24 +91,20 @@ class FourierConfig:
         _one_of("method", self.method, get_args(Method))
         _one_of("calibration", self.calibration, get_args(Calibration))
         _one_of("codes", self.codes, get_args(CodesChoice))
-        for name in ("rank", "inner_rank", "iterations", "refine_passes", "seed"):
-            _integer(name, getattr(self, name))
+        whole("rank", self.rank, 0, COUNT, "Give 0 for no low-rank part, or a positive rank")
+        whole("inner_rank", self.inner_rank, 0, COUNT, "Give 0 for one matrix, or an even width")
+        whole("iterations", self.iterations, 1, COUNT)
+        whole("refine_passes", self.refine_passes, 0, COUNT)
+        whole("seed", self.seed, -MAX_SEED, MAX_SEED)
+        real("damping", self.damping, 0, 1, above=True, remedy="Give a share of the mean diagonal in (0, 1]")
         for name in ("skip", "only"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        if self.rank < 0:
-            raise FourierError(f"rank is {self.rank}", remedy="Give 0 for no low-rank part, or a positive rank")
-        if self.inner_rank < 0 or self.inner_rank % 2:
+        if self.inner_rank % 2:
             raise FourierError(f"inner_rank is {self.inner_rank}", remedy="Give 0 for one matrix, or an even width")
         if self.inner_rank and (self.rank or self.method == "paper"):
             raise FourierError(
                 "inner_rank is for method 'best' without a low-rank part", remedy="Leave inner_rank out, or rank"
             )
-        if self.iterations < 1:
-            raise FourierError(f"iterations is {self.iterations}", remedy="Give at least 1")
-        if self.refine_passes < 0:
-            raise FourierError(f"refine_passes is {self.refine_passes}", remedy="Give 0 or more")
-        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
-            raise FourierError(f"damping is {self.damping!r}", remedy="Give a share of the mean diagonal in (0, 1]")
         (self._check_paper if self.method == "paper" else self._check_best)()
         object.__setattr__(self, "bits", _bits(self.bits))
         for name, allowed, best, paper, why in (
@@ -133,9 +131,7 @@ class FourierConfig:
         given = (self.amplitude_bits, self.phase_bits)
         if None not in given:
             for name in ("amplitude_bits", "phase_bits"):
-                _integer(name, getattr(self, name))
-                if not 1 <= getattr(self, name) <= 8:
-                    raise FourierError(f"{name} is {getattr(self, name)}", remedy="Give 1 to 8")
+                whole(name, getattr(self, name), 1, 8)
             object.__setattr__(self, "bits", (self.amplitude_bits + self.phase_bits) / 2)  # type: ignore[operator]
         elif given != (None, None):
             raise FourierError("amplitude_bits and phase_bits come together", remedy="Give both, or give bits alone")
@@ -236,7 +232,8 @@ class Budget:
             (powers of ten; KiB, MiB, GiB are powers of two).
 
     Raises:
-        FourierError: none or both given, or not a positive number.
+        FourierError: none or both given; bits that are not above 0 and at most 16, as weights have; bytes that are not
+            positive, or do not fit into 64 bits.
     """
 
     bits: float | None = None
@@ -248,8 +245,8 @@ class Budget:
         if self.size is not None:
             object.__setattr__(self, "size", _size(self.size))
             return
-        if not (_is_number(self.bits) and self.bits > 0):
-            raise FourierError(f"a budget of {self.bits!r} bits per weight", remedy="Give a number such as 2.25")
+        if not (is_number(self.bits) and 0 < self.bits <= 16):  # type: ignore[operator]
+            raise FourierError(f"a budget of {shown(self.bits)} bits per weight", remedy="Give a number such as 2.25")
 
     def to_dict(self) -> dict[str, Any]:
         """``{"bits": b}`` or ``{"size": bytes}``."""
@@ -271,8 +268,7 @@ class Casp:
     keep: float = 0.25
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.keep) and 0 < self.keep <= 1):
-            raise FourierError(f"keep is {self.keep!r}", remedy="Give a share above 0 and at most 1, such as 0.25")
+        real("keep", self.keep, 0, 1, above=True, remedy="Give a share above 0 and at most 1, such as 0.25")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, with the ``auto`` of versions in which a budget could choose what is factored."""
@@ -284,15 +280,13 @@ _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 
 def _size(value: Any) -> int:
-    text = value if isinstance(value, str) else str(value) if type(value) in (int, float) else ""
+    text = value if isinstance(value, str) else repr(value) if is_number(value) else ""
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
-    if (
-        match is None
-        or match[2].upper() not in _UNITS
-        or not (count := int(float(match[1]) * _UNITS[match[2].upper()]))
-    ):
-        raise FourierError(f"a budget of size {value!r}", remedy="Give bytes, or text such as 950MB or 1.1GB")
-    return count
+    if match is not None and match[2].upper() in _UNITS:
+        count = float(match[1]) * _UNITS[match[2].upper()]  # too many digits are an infinity
+        if 1 <= count < 2**63:
+            return int(count)
+    raise FourierError(f"a budget of size {shown(value)}", remedy="Give bytes, or text such as 950MB or 1.1GB")
 
 
 def format_size(count: float) -> str:
@@ -306,25 +300,16 @@ def format_size(count: float) -> str:
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise FourierError(f"{name} is {value!r}", remedy=f"Choose one of {', '.join(map(str, allowed))}")
-
-
-def _integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise FourierError(f"{name} is {value!r}", remedy="Give a whole number")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        raise FourierError(f"{name} is {shown(value)}", remedy=f"Choose one of {', '.join(map(str, allowed))}")
 
 
 def _bits(value: Any) -> float:
-    if not _is_number(value) or 2 * value != round(2 * value) or value <= 0:
-        raise FourierError(f"bits is {value!r}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5")
+    if not is_number(value) or not 0 < value <= 16 or 2 * value != round(2 * value):
+        raise FourierError(f"bits is {shown(value)}", remedy=f"Give {MIN_BITS:g} to {MAX_BITS:g} in steps of 0.5")
     return float(value)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
-        raise FourierError(f"{name} is {value!r}", remedy="Give a list of patterns, such as ['vision_tower']")
+        raise FourierError(f"{name} is {shown(value)}", remedy="Give a list of patterns, such as ['vision_tower']")
     return tuple(value)

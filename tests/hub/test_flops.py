@@ -46,6 +46,8 @@ def test_generated_tokens_read_the_cache():
     prompt = count_flops(config, text=32, visual_tokens=36).language_model
     one = count_flops(config, text=32, visual_tokens=36, generated=1).language_model - prompt
     two = count_flops(config, text=32, visual_tokens=36, generated=2).language_model - prompt
+    five, six = (count_flops(config, text=32, visual_tokens=36, generated=n).language_model - prompt for n in (5, 6))
+    assert six - five == two - one + 4 * (two - 2 * one)  # each costs the same more than the one before
     attention = 4 * 4096 * 32  # one position more, in 32 layers
     assert two - 2 * one == attention
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from test_pictures import data_url, encoded
 
+from llava_fa.errors import FourierError
 from llava_fa.serve.errors import ApiError, from_reply
 from llava_fa.serve.limits import Limits
 from llava_fa.serve.pictures import Sources
@@ -200,3 +201,13 @@ def test_an_error_object_of_the_inner_app_comes_through():
     error = ApiError(400, "Too long", param="messages", code="context_length_exceeded")
     reply = from_reply(400, json.dumps({"detail": error.body()["error"]}).encode())
     assert (reply.status, reply.body()) == (400, error.body())
+
+
+@pytest.mark.parametrize("name", ["tokens", "seconds", "requests", "pixels", "images", "image_bytes", "body_bytes"])
+@pytest.mark.parametrize(
+    "value", [0, -1, float("nan"), float("inf"), True, "5", None, 10**30, pytest.param(10**5000, id="huge")]
+)
+def test_limits_limit(name, value):
+    with pytest.raises(FourierError, match=f"the limit {name} is "):
+        Limits(**{name: value})
+    assert getattr(Limits(**{name: 1}), name) == 1

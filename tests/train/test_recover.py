@@ -259,6 +259,20 @@ def test_settings_that_cannot_be():
         ({"cross_entropy": 0, "divergence": 0}, "no term"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"rank": -1}, "rank is -1"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": None}, "steps is None"),
+        ({"steps": 10**400}, "steps is 1000"),
+        ({"batch": 10**30}, "batch is 1000"),
+        ({"workers": 10**9}, "workers is 1000"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"rank": 1.0}, "rank is 1.0"),
+        ({"max_length": "9"}, "max_length is '9'"),
+        ({"rate": 0}, "rate is 0"),
+        ({"rate": 10**400}, "rate is 1000"),
+        ({"hidden": float("inf")}, "hidden is inf"),
+        ({"temperature": float("nan")}, "temperature is nan"),
     ):
         with pytest.raises(FourierError, match=message):
             TrainingSettings(**bad)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from llava_fa.bounds import MOST_SECONDS
 from llava_fa.cli import options, output
 from llava_fa.cli.serve import LOOPBACK, address
 
@@ -23,10 +24,12 @@ def compare(
     port: options.Port = 7860,
     device: Annotated[str, typer.Option(help="Of both models: `auto`, `cpu`, `cuda`, …")] = "auto",
     max_tokens: options.MaxTokens = 256,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds both answers may take, waiting included.")] = 300.0,
-    max_requests: Annotated[int, typer.Option(min=1, help="Questions at a time, waiting ones included.")] = 64,
+    timeout: Annotated[
+        float, options.real(1, MOST_SECONDS, "Seconds both answers may take, waiting included.")
+    ] = 300.0,
+    max_requests: Annotated[int, options.count("Questions at a time, waiting ones included.")] = 64,
     max_image: options.MaxImage = 10 * 2**20,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 25_000_000,
+    max_pixels: Annotated[int, options.count("Pixels of a picture.")] = 25_000_000,
     json_output: options.JsonOnceListening = False,
 ) -> None:
     """Open a page where you ask two models about a picture and see answers, times and sizes; until Ctrl-C."""

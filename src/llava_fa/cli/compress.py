@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llava_fa.bounds import COUNT
 from llava_fa.cli import options, output, sources, tables
 from llava_fa.config import MAX_BITS, MIN_BITS, Budget, Casp, FourierConfig
+
+MOST_BITS = 8.0
+"""Of method `paper`; what a layer of the other may have is `MAX_BITS`."""
 
 if TYPE_CHECKING:
     from llava_fa.hub.report import Report
@@ -26,9 +30,11 @@ def compress(
     method: Annotated[str, typer.Option(help="`best`, or `paper` (LLaVA-FA literally).")] = "best",
     bits: Annotated[
         float | None,
-        typer.Option(
-            help="Bits per weight: 1 to 4 by halves gives every layer's codes just that; anything between, such as "
-            "2.25, is a budget for all stored bytes, spent where it counts most. [default: 4]"
+        options.real(
+            MIN_BITS,
+            MOST_BITS,
+            "Bits per weight: 1 to 4 by halves gives every layer's codes just that; anything between, such as 2.25, is "
+            "a budget for all stored bytes, spent where it counts most. `paper` goes up to 8. [default: 4]",
         ),
     ] = None,
     codes: Annotated[
@@ -39,13 +45,11 @@ def compress(
             "layers of 64 inputs or more."
         ),
     ] = "rings",
-    size: Annotated[
-        str | None, typer.Option(help="Budget for the size of the whole model, such as `1.1GB`; instead of --bits.")
-    ] = None,
+    size: options.Size = None,
     mixed: Annotated[
         bool, typer.Option("--mixed", help="Take --bits as a budget also where it is a half step.")
     ] = False,
-    rank: Annotated[int, typer.Option(help="Rank of the low-rank part; 0 leaves it out.")] = 0,
+    rank: Annotated[int, options.whole(0, COUNT, "Rank of the low-rank part; 0 leaves it out.")] = 0,
     casp: Annotated[
         bool,
         typer.Option(
@@ -56,10 +60,10 @@ def compress(
     ] = False,
     casp_keep: Annotated[
         float | None,
-        typer.Option(help="With --casp: share of a projection's numbers that its factors have. [default: 0.25]"),
+        options.real(0, 1, "With --casp: share of a projection's numbers that its factors have. [default: 0.25]"),
     ] = None,
-    amplitude_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each |coefficient|.")] = None,
-    phase_bits: Annotated[int | None, typer.Option(help="`paper`: bits of each angle.")] = None,
+    amplitude_bits: Annotated[int | None, options.whole(1, 8, "`paper`: bits of each |coefficient|.")] = None,
+    phase_bits: Annotated[int | None, options.whole(1, 8, "`paper`: bits of each angle.")] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -69,8 +73,8 @@ def compress(
         ),
     ] = None,
     images: options.Images = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples to draw.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the draw and of the random signs.")] = 0,
+    samples: Annotated[int, options.count("Calibration samples to draw.")] = 128,
+    seed: Annotated[int, options.seed("Seed of the draw and of the random signs.")] = 0,
     skip: Annotated[
         list[str] | None, typer.Option(help="Layers to leave as they are (name or pattern; repeatable).")
     ] = None,
@@ -79,15 +83,17 @@ def compress(
     ] = None,
     embeddings: Annotated[
         float | None,
-        typer.Option(
+        options.real(
+            MIN_BITS,
+            MAX_BITS,
+            "Compress the word embedding and the output embedding too, to 1 to 4 bits: kept as they are, they can be "
+            "half of a small model at 2 bits. Not part of a budget in --bits.",
             metavar="BITS",
-            help="Compress the word embedding and the output embedding too, to 1 to 4 bits: kept as they are, they can "
-            "be half of a small model at 2 bits. Not part of a budget in --bits.",
         ),
     ] = None,
     visual_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens per picture that the new model starts with: trained sets, or plain pooling."),
+        options.count("Tokens per picture that the new model starts with: trained sets, or plain pooling."),
     ] = None,
     drop_unused: Annotated[
         bool,
@@ -98,12 +104,11 @@ def compress(
     ] = False,
     recover: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="STEPS",
-            help="Then train it back towards the original, so many steps on the calibration source, for all numbers of "
+        options.count(
+            "Then train it back towards the original, so many steps on the calibration source, for all numbers of "
             "visual tokens if it has them (`llava-fa train` has the settings). Without --rank, factors get a rank of "
             "a 64th of the model's width.",
+            metavar="STEPS",
         ),
     ] = None,
     skip_bad_rows: options.SkipBadRows = False,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llava_fa.bounds import MOST_PICTURES
 from llava_fa.cli import options
 from llava_fa.cli.output import given_command, print_json, stderr, stdout, writing
 from llava_fa.cli.report import write_report
@@ -24,9 +25,9 @@ def demo(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the compressed models and `demo.json`.")] = Path("demo-out"),
     model: Annotated[str, typer.Option(help="Which model; any that `compress` takes.")] = "tiny",
-    limit: Annotated[int, typer.Option(min=9, help="About how many held-out questions.")] = 900,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples, for `best`.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of questions and calibration samples.")] = 0,
+    limit: Annotated[int, options.whole(9, MOST_PICTURES, "About how many held-out questions.")] = 900,
+    samples: Annotated[int, options.whole(1, MOST_PICTURES, "Calibration samples, for `best`.")] = 64,
+    seed: Annotated[int, options.seed("Of questions and calibration samples.")] = 0,
     json_output: options.Json = False,
 ) -> None:
     """Compress the embedded model by both methods at 4, 3 and 2 bits, evaluate, print one table and write a report.

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llava_fa.bounds import MOST_CLIPS, MOST_PICTURES
 from llava_fa.cli import options
 from llava_fa.cli.output import print_json, stdout
 from llava_fa.eval.benchmarks import WHERE
@@ -32,21 +33,17 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="About how many questions. [default: all; of the world 2250, of its clips 300]"),
+        options.count("About how many questions. [default: all; of the world 2250, of its clips 300]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the world's test pictures.")] = 0,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Of the task video: frames a clip is shown in. [default: 8]")
-    ] = None,
+    seed: Annotated[int, options.seed("Of the world's test pictures.")] = 0,
+    frames: Annotated[int | None, options.count("Of the task video: frames a clip is shown in. [default: 8]")] = None,
     judge: Annotated[
         str | None, typer.Option(help="Of mmhal: base URL of an OpenAI-compatible judge; answers are sent there.")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="Which model the judge is.")] = None,
     blank: Annotated[bool, typer.Option(help="Show a grey picture instead: what is known without looking.")] = False,
     visual_tokens: options.VisualTokens = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Questions at a time. [default: 16, of the world 64]")
-    ] = None,
+    batch_size: Annotated[int | None, options.count("Questions at a time. [default: 16, of the world 64]")] = None,
     device: options.Device = "auto",
     json_output: options.Json = False,
 ) -> None:
@@ -60,6 +57,8 @@ def evaluate(
     refuse(task != "mmhal" and (judge or judge_model), f"{task} needs no judge", "--judge")
     refuse((judge is None) != (judge_model is None), "--judge and --judge-model go together", "--judge")
     refuse(task != "video" and frames is not None, f"{task} is not shown in frames of yours", "--frames")
+    most = MOST_CLIPS if task == "world-video" else MOST_PICTURES
+    refuse(generated and limit is not None and limit > most, f"at most {most} are drawn of {task}", "--limit")
     count, elastic = options.elastic(visual_tokens)
     from llava_fa.cli.progress import counting
     from llava_fa.eval.benchmarks import benchmark

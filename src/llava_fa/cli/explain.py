@@ -8,15 +8,16 @@ from typing import Annotated
 
 import typer
 
+from llava_fa.bounds import COUNT
 from llava_fa.cli import options, output
 
 
 def explain(
     model: options.Model,
-    question: Annotated[str, typer.Option(help="What to ask.")],
+    question: Annotated[str, typer.Option(help="What to ask.", callback=options.text)],
     image: Annotated[Path, typer.Option(help="The picture to ask about.")],
     out: Annotated[Path, typer.Option(help="Where the picture with its saliency goes (PNG).")] = Path("explain.png"),
-    visual_tokens: Annotated[int | None, typer.Option(help="Tokens per picture. [default: as saved]")] = None,
+    visual_tokens: options.SavedVisualTokens = None,
     device: options.Device = "auto",
     json_output: options.Json = False,
 ) -> None:
@@ -50,9 +51,9 @@ def explain(
 
 def flops(
     model: Annotated[str, typer.Argument(help="`tiny`, a folder with a config.json, or a hub id.")],
-    text: Annotated[int, typer.Option(min=1, help="Tokens of the prompt besides the picture.")] = 32,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures, tiles or frames.")] = 1,
-    generated: Annotated[int, typer.Option(min=0, help="Tokens generated after the first.")] = 0,
+    text: Annotated[int, options.count("Tokens of the prompt besides the picture.")] = 32,
+    pictures: Annotated[int, options.count("Pictures, tiles or frames.")] = 1,
+    generated: Annotated[int, options.whole(0, COUNT, "Tokens generated after the first.")] = 0,
     json_output: options.Json = False,
 ) -> None:
     """Count the operations of a question for every number of visual tokens, from config.json alone."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llava_fa.bounds import MOST_PICTURES
 from llava_fa.cli import options, output
 from llava_fa.config import format_size
 from llava_fa.errors import FourierError
@@ -25,9 +26,9 @@ def report(
         typer.Option(help="What they were compressed from (`tiny`, a folder, a hub id): to compare."),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=0, help="About how many held-out questions of the world; 0 asks none.")
+        int, options.whole(0, MOST_PICTURES, "About how many held-out questions of the world; 0 asks none.")
     ] = 450,
-    seed: Annotated[int, typer.Option(help="Of the questions' pictures.")] = 0,
+    seed: Annotated[int, options.seed("Of the questions' pictures.")] = 0,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="Layer whose spectra are shown, name or pattern; repeatable. [default: each part's worst]"),

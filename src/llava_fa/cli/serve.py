@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from llava_fa.bounds import MOST_BYTES, MOST_SECONDS
 from llava_fa.cli import options, output
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -25,16 +26,14 @@ def serve(
         str | None, typer.Option(envvar="LLAVA_FA_API_KEY", help="Ask this of every client, as a bearer token.")
     ] = None,
     device: options.Device = "auto",
-    visual_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per picture. [default: as the model was saved]")
-    ] = None,
+    visual_tokens: options.SavedVisualTokens = None,
     max_tokens: options.MaxTokens = 1024,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds a request may take, waiting included.")] = 300.0,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time, waiting ones included.")] = 64,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 32 * 2**20,
+    timeout: Annotated[float, options.real(1, MOST_SECONDS, "Seconds a request may take, waiting included.")] = 300.0,
+    max_requests: Annotated[int, options.count("Requests at a time, waiting ones included.")] = 64,
+    max_body: Annotated[int, options.whole(1, MOST_BYTES, "Bytes of a request.")] = 32 * 2**20,
     max_image: options.MaxImage = 10 * 2**20,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of all pictures of a request.")] = 25_000_000,
-    max_images: Annotated[int, typer.Option(min=1, help="Pictures in a request.")] = 16,
+    max_pixels: Annotated[int, options.count("Pixels of all pictures of a request.")] = 25_000_000,
+    max_images: Annotated[int, options.count("Pictures in a request.")] = 16,
     allow_image_host: Annotated[
         list[str] | None, typer.Option(help="Fetch http(s) pictures from this host; may be given more than once.")
     ] = None,
@@ -52,40 +51,40 @@ def serve(
     from llava_fa.serve.pictures import Sources
 
     model_name = name or _name_of(model)
-    listening = server.bind(host, port)  # before minutes of loading
     local = server.is_loopback(host)
     console = output.stderr()
-    if not local and api_key is None:
-        console.print("[yellow]anyone who reaches this address can use the model:[/] no --api-key is set")
-    console.print(f"loading {model} …", markup=False)
-    app = server.build_app(
-        model,
-        name=model_name,
-        device=device,
-        visual_tokens=visual_tokens,
-        limits=Limits(
-            body_bytes=max_body,
-            image_bytes=max_image,
-            pixels=max_pixels,
-            images=max_images,
-            tokens=max_tokens,
-            seconds=timeout,
-            requests=max_requests,
-        ),
-        sources=Sources(tuple(allow_image_host or ()), folder),
-        api_key=api_key,
-        hosts=(*LOOPBACK, host.lower()) if local else None,
-    )
-    url = address(host, listening) + "/v1"
+    with server.bind(host, port) as listening:  # before minutes of loading
+        if not local and api_key is None:
+            console.print("[yellow]anyone who reaches this address can use the model:[/] no --api-key is set")
+        console.print(f"loading {model} …", markup=False)
+        app = server.build_app(
+            model,
+            name=model_name,
+            device=device,
+            visual_tokens=visual_tokens,
+            limits=Limits(
+                body_bytes=max_body,
+                image_bytes=max_image,
+                pixels=max_pixels,
+                images=max_images,
+                tokens=max_tokens,
+                seconds=timeout,
+                requests=max_requests,
+            ),
+            sources=Sources(tuple(allow_image_host or ()), folder),
+            api_key=api_key,
+            hosts=(*LOOPBACK, host.lower()) if local else None,
+        )
+        url = address(host, listening) + "/v1"
 
-    def ready() -> None:
-        if json_output:
-            output.print_json({"url": url, "model": model_name})
-        else:
-            console.print(f"{model_name} at {url} (Ctrl-C stops it)", markup=False)
+        def ready() -> None:
+            if json_output:
+                output.print_json({"url": url, "model": model_name})
+            else:
+                console.print(f"{model_name} at {url} (Ctrl-C stops it)", markup=False)
 
-    with contextlib.suppress(KeyboardInterrupt):  # which a shell's background jobs are never told of
-        server.run(app, listening, ready)
+        with contextlib.suppress(KeyboardInterrupt):  # which a shell's background jobs are never told of
+            server.run(app, listening, ready)
     console.print("stopped")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_fa.bounds import COUNT, MOST_PICTURES, from_environment
 from llava_fa.cli.options import refuse
 
 if TYPE_CHECKING:
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from llava_fa.train.settings import TrainingSettings
 
 WORLD = "world"
+LARGEST = 10**7
+"""Pictures of an epoch of the world: more would only make the order of them a list that fills the memory."""
 
 
 def check_images(source: str | None, images: Path | None) -> None:
@@ -23,6 +25,7 @@ def check_images(source: str | None, images: Path | None) -> None:
 
 def calibration_source(name: str, images: Path | None, count: int, seed: int) -> SampleSource:
     """``--calibration``: samples that are read when the compression needs them."""
+    refuse(name == WORLD and count > MOST_PICTURES, f"at most {MOST_PICTURES} are drawn of the world", "--samples")
     from llava_fa.data.rows import SampleSource
     from llava_fa.world import calibration_samples
 
@@ -38,5 +41,6 @@ def training_source(name: str, images: Path | None, count: int | None, settings:
         return training_data(SampleSource(name, images), settings, count)
     from llava_fa.world.packed import PackedWorld
 
-    samples = settings.steps * settings.batch * settings.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
-    return lambda processor, max_length: PackedWorld(processor, pictures=min(count or samples, samples))
+    processes = from_environment("WORLD_SIZE", 1, 1, COUNT)
+    samples = settings.steps * settings.batch * settings.accumulate * processes
+    return lambda processor, max_length: PackedWorld(processor, pictures=min(count or samples, samples, LARGEST))

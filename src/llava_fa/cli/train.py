@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from llava_fa.bounds import COUNT, MOST_BATCH, MOST_PROCESSES, MOST_WEIGHT, from_environment
 from llava_fa.cli import options, output, sources
 from llava_fa.config import format_size
 
@@ -29,21 +29,23 @@ def train(
         str | None,
         typer.Option(help="The model this one was compressed from: to be like it, and where factors begin."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Samples a step and process.")] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches whose gradients are added up for a step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; dense weights learn at a tenth of it.")] = 1e-3,
+    steps: Annotated[int, options.count("Optimiser steps.")] = 1000,
+    batch: Annotated[int, options.whole(1, MOST_BATCH, "Samples a step and process.")] = 8,
+    accumulate: Annotated[int, options.whole(1, MOST_BATCH, "Batches whose gradients are added up for a step.")] = 1,
+    lr: Annotated[
+        float, options.real(0, MOST_WEIGHT, "Peak learning rate; dense weights learn at a tenth of it.")
+    ] = 1e-3,
     rank: Annotated[
         int | None,
-        typer.Option(min=0, help="Rank of every layer's low-rank factors. [default: what the layers have]"),
+        options.whole(0, COUNT, "Rank of every layer's low-rank factors. [default: what the layers have]"),
     ] = None,
     part: Annotated[
         list[str] | None,
         typer.Option(help="What is trained (repeatable). [default: factors scales norms biases projector]"),
     ] = None,
-    ce: Annotated[float, typer.Option(help="Weight of the cross-entropy on answers.")] = 0.2,
-    kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
-    hidden: Annotated[float, typer.Option(help="Weight of the match of hidden states.")] = 0.0,
+    ce: Annotated[float, options.real(0, MOST_WEIGHT, "Weight of the cross-entropy on answers.")] = 0.2,
+    kl: Annotated[float, options.real(0, MOST_WEIGHT, "Weight of the divergence from the teacher.")] = 1.0,
+    hidden: Annotated[float, options.real(0, MOST_WEIGHT, "Weight of the match of hidden states.")] = 0.0,
     matryoshka: Annotated[
         bool,
         typer.Option(
@@ -54,15 +56,17 @@ def train(
     ] = False,
     cache_teacher: Annotated[
         int,
-        typer.Option(
+        options.whole(
+            0,
+            COUNT,
+            "Ask the teacher once: keep its K likeliest tokens for every answer token on disk; 0 asks every time.",
             metavar="K",
-            help="Ask the teacher once: keep its K likeliest tokens for every answer token on disk; 0 asks every time.",
         ),
     ] = 0,
     images: options.Images = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples to draw. [default: all]")] = None,
+    samples: Annotated[int | None, options.count("Samples to draw. [default: all]")] = None,
     skip_bad_rows: options.SkipBadRows = False,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample. [default: the model's]")] = None,
+    max_length: Annotated[int | None, options.count("Tokens of a sample. [default: the model's]")] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bf16. [default: on a GPU]")] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory, more time.")
@@ -70,9 +74,9 @@ def train(
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Under torchrun: shard what is trained and the rest over the processes.")
     ] = False,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the order of samples, and of their draw.")] = 0,
+    save_every: Annotated[int, options.count("Steps between checkpoints.")] = 100,
+    workers: Annotated[int, options.whole(0, MOST_PROCESSES, "Processes that read samples.")] = 0,
+    seed: Annotated[int, options.seed("Of the order of samples, and of their draw.")] = 0,
     device: Annotated[str, typer.Option(help="`auto` or `cpu`.")] = "auto",
     fresh: options.Fresh = False,
     json_output: options.Json = False,
@@ -112,7 +116,7 @@ def train(
         from llava_fa.train.matryoshka import matryoshka as over_all_scales
 
         training = over_all_scales(model, training["data"])
-    first = os.environ.get("RANK", "0") == "0"
+    first = not from_environment("RANK", 0, 0, COUNT)
     with training_progress(first) as report:
         outcome = recover(
             model,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llava_fa.bounds import MOST_PICTURES, MOST_PROCESSES
 from llava_fa.cli import options
 from llava_fa.cli.output import command, print_json, stderr, stdout, writing
 
@@ -18,9 +19,11 @@ world = typer.Typer(
 
 def sample(
     out: Annotated[Path, typer.Argument(help="Folder for the pictures and their questions (LLaVA-format JSON).")],
-    count: Annotated[int, typer.Option(min=1, help="About how many questions, shared equally by the tasks.")] = 45,
+    count: Annotated[
+        int, options.whole(1, MOST_PICTURES, "About how many questions, shared equally by the tasks.")
+    ] = 45,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    seed: Annotated[int, options.seed("Of the pictures.")] = 0,
     json_output: options.Json = False,
 ) -> None:
     """Write pictures, ``questions.json`` in the LLaVA format, and ``overview.png`` with all of it at a glance."""
@@ -43,17 +46,17 @@ def sample(
 
 def train(
     out: Annotated[Path, typer.Argument(help="Folder for state, log and model; an earlier run there is resumed.")],
-    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of dense supervision of the vision tower.")] = 1200,
-    steps: Annotated[int, typer.Option(min=1, help="Steps on questions; raise it to continue a finished run.")] = 8000,
-    cooldown: Annotated[int, typer.Option(min=1, help="How many of the last steps lower the rate.")] = 1500,
+    vision_steps: Annotated[int, options.count("Steps of dense supervision of the vision tower.")] = 1200,
+    steps: Annotated[int, options.count("Steps on questions; raise it to continue a finished run.")] = 8000,
+    cooldown: Annotated[int, options.count("How many of the last steps lower the rate.")] = 1500,
     start: Annotated[str, typer.Option(help="With --visual-tokens: the model to go on from.")] = "tiny",
     visual_tokens: Annotated[
         str | None,
         typer.Option(help="Teach a trained model to answer from any number of tokens: fmvr or pooling."),
     ] = None,
     device: options.Device = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that draw pictures.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 1,
+    workers: Annotated[int, options.whole(0, MOST_PROCESSES, "Processes that draw pictures.")] = 1,
+    seed: Annotated[int, options.seed("Of weights and pictures.")] = 1,
     json_output: options.Json = False,
 ) -> None:
     """Train the tiny LMM from nothing, the recipe behind the embedded model; or go on to elastic visual tokens."""

@@ -66,8 +66,9 @@ def count_flops(
     sequence = text + pictures * (tokens + extra)
     patches = grid[0] * grid[1]
     language = _language_model(config.text_config, sequence, 0)
-    for step in range(generated):
-        language += _language_model(config.text_config, 1, sequence + step)
+    # every token after the first costs the same more than the one before it: an arithmetic series
+    first, second = (_language_model(config.text_config, 1, sequence + step) for step in (0, 1))
+    language += generated * first + generated * (generated - 1) // 2 * (second - first)
     return Flops(
         vision_tower=pictures * _vision_tower(config.vision_config, patches, classes),
         projector=pictures * _projector(config, patches + extra),

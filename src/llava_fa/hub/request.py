@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_fa.bounds import COUNT, whole
 from llava_fa.config import Budget, Casp, FourierConfig
 from llava_fa.errors import FourierError
 
@@ -57,6 +58,8 @@ class CompressionRequest:
             )
         if self.embeddings is not None:
             FourierConfig(bits=self.embeddings)  # checks it
+        if self.visual_tokens is not None:
+            whole("visual_tokens", self.visual_tokens, 1, COUNT)
         if self.budget is None and self.casp is None:
             return
         if self.config.inner_rank:

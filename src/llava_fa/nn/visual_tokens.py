@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llava_fa.bounds import shown
 from llava_fa.errors import FourierError
 
 KINDS = ("fmvr", "pooling")
@@ -133,10 +134,10 @@ class VisualTokens(nn.Module):
 
     @tokens.setter
     def tokens(self, count: int) -> None:
-        if count not in self.counts:
+        if isinstance(count, bool) or count not in self.counts:
             height, width = self.grids[0]
             raise FourierError(
-                f"a grid of {height}×{width} cannot give {count} visual tokens",
+                f"a grid of {height}×{width} cannot give {shown(count)} visual tokens",
                 remedy=f"It can give {', '.join(map(str, self.counts))}",
             )
         self._tokens = int(count)

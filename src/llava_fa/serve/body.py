@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from llava_fa.bounds import is_text
 from llava_fa.serve.errors import ApiError
 
 DEPTH = 100
@@ -69,7 +70,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check(value: Any, depth: int) -> None:
     if isinstance(value, str):
-        if not value.isascii() and _has_surrogate(value):
+        if not is_text(value):
             raise _UnsoundError("holds half of a surrogate pair, which is no character")
     elif isinstance(value, float):
         if not math.isfinite(value):
@@ -85,14 +86,6 @@ def _check(value: Any, depth: int) -> None:
             except _UnsoundError as error:
                 error.keys.append(key)
                 raise
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _joined(keys: list[str | int]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from llava_fa.errors import FourierError
+from llava_fa.bounds import COUNT, MOST_BYTES, MOST_SECONDS, real, whole
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Limits:
         requests: at a time, waiting ones included; the next one gets status 429.
 
     Raises:
-        FourierError: one of them is below 1.
+        FourierError: one of them is below 1, or so large that it limits nothing.
     """
 
     body_bytes: int = 32 * 2**20
@@ -36,7 +36,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) >= 1:
-                raise FourierError(
-                    f"the limit {field.name} is {getattr(self, field.name)}", remedy="Limits are at least 1"
-                )
+            name, value = f"the limit {field.name}", getattr(self, field.name)
+            if field.name == "seconds":
+                real(name, value, 1, MOST_SECONDS)
+            else:
+                whole(name, value, 1, MOST_BYTES if field.name.endswith("bytes") else COUNT)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_fa.bounds import COUNT, from_environment
 from llava_fa.errors import FourierError
 from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.inspect import describe
@@ -127,7 +127,7 @@ def recover(
         "settings": settings.to_dict(),
         "data": data_name,
     }
-    work, first = WorkFolder(out, manifest, fresh), not int(os.environ.get("RANK", "0"))
+    work, first = WorkFolder(out, manifest, fresh), not from_environment("RANK", 0, 0, COUNT)
     with work if first else contextlib.nullcontext():  # the first process makes it, the others use it
         run = _Run(folder, settings, data, teacher, prepare)
         if settings.cache_teacher:

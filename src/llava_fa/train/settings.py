@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
+from llava_fa.bounds import COUNT, MOST_BATCH, MOST_PROCESSES, MOST_WEIGHT, SEED, real, whole
 from llava_fa.errors import FourierError
 
 DEFAULT_PARTS = ("factors", "scales", "norms", "biases", "projector")
 
-_POSITIVE = ("steps", "batch", "accumulate", "save_every", "log_every", "max_length")
-_NOT_NEGATIVE = ("warmup", "cross_entropy", "divergence", "hidden", "workers", "cache_teacher")
+_WHOLE = {
+    "steps": (1, COUNT),
+    "batch": (1, MOST_BATCH),
+    "accumulate": (1, MOST_BATCH),
+    "rank": (0, COUNT),
+    "cache_teacher": (0, COUNT),
+    "max_length": (1, COUNT),
+    "seed": (0, SEED),
+    "save_every": (1, COUNT),
+    "log_every": (1, COUNT),
+    "workers": (0, MOST_PROCESSES),
+}
+"""Fields that are integers, with their bounds; rank and max_length may be None."""
 _NOT_OF_THE_RESULT = ("save_every", "log_every", "workers")
 
 
@@ -72,17 +83,14 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
-        for name in (*_POSITIVE, *_NOT_NEGATIVE, "rate", "temperature"):
-            value = getattr(self, name)
-            if value is None and name == "max_length":
-                continue
-            least = 0 if name in _NOT_NEGATIVE else 1 if name in _POSITIVE else math.ulp(0)
-            if isinstance(value, bool) or not math.isfinite(value) or value < least:
-                raise FourierError(f"{name} is {value!r}", remedy=f"Give a number of at least {least:g}")
-        if self.warmup > 1:
-            raise FourierError(f"warmup is {self.warmup!r}", remedy="Give a share of the steps, 0 to 1")
-        if self.rank is not None and self.rank < 0:
-            raise FourierError(f"rank is {self.rank}", remedy="Give 0 or more")
+        for name, (low, high) in _WHOLE.items():
+            if getattr(self, name) is not None or name not in ("rank", "max_length"):
+                whole(name, getattr(self, name), low, high)
+        for name in ("cross_entropy", "divergence", "hidden"):
+            real(name, getattr(self, name), 0, MOST_WEIGHT)
+        real("rate", self.rate, 0, MOST_WEIGHT, above=True)
+        real("temperature", self.temperature, 0, MOST_WEIGHT, above=True)
+        real("warmup", self.warmup, 0, 1, remedy="Give a share of the steps, 0 to 1")
         if not self.cross_entropy and not self.divergence and not self.hidden:
             raise FourierError("no term of the loss has a weight", remedy="Give cross_entropy or divergence a weight")
         if self.device not in ("auto", "cpu"):

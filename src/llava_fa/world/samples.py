@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from llava_fa.bounds import MOST_PICTURES, whole
 from llava_fa.errors import FourierError
 from llava_fa.world.questions import TASKS, Question, ask
 from llava_fa.world.render import render
@@ -28,8 +29,9 @@ def samples(split: Split, seed: int, per_task: int, tasks: Sequence[str] = tuple
     The same arguments give the same samples on every machine. For ``unanswerable`` every second picture is ruined.
 
     Raises:
-        FourierError: for an unknown task.
+        FourierError: for an unknown task, or a number beyond what a list holds.
     """
+    whole("the number of questions a task", per_task, 0, MOST_PICTURES)
     if unknown := sorted(set(tasks) - set(TASKS)):
         raise FourierError(f"unknown task {', '.join(unknown)}", remedy=f"Choose among {', '.join(TASKS)}")
     result: list[Sample] = []

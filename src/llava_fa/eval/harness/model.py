@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from llava_fa.bounds import COUNT, from_environment
 from llava_fa.data.pictures import open_picture
 from llava_fa.errors import FourierError
 from llava_fa.eval.benchmarks.video import PICTURES, frames_of
@@ -72,11 +72,11 @@ class LlavaFA(lmms):
             raise FourierError(f"dtype {dtype!r}", remedy=f"Give one of {', '.join(DTYPES)}", where="--model_args")
         numbers = {"batch_size": batch_size, "max_frames_num": max_frames_num, "visual_tokens": visual_tokens}
         for name, value in numbers.items():
-            if value is not None and not (str(value).isdecimal() and int(value) > 0):
+            if value is not None and not (str(value).isdecimal() and 0 < len(str(value)) < 10 and int(value) > 0):
                 raise FourierError(f"{name} is {value!r}", remedy="Give a number", where="lmms-eval's arguments")
         self.batch_size, self.frames = int(batch_size), int(max_frames_num)
         if device is None:
-            local = int(os.environ.get("LOCAL_RANK", 0))
+            local = from_environment("LOCAL_RANK", 0, 0, COUNT)
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
         tokens = None if visual_tokens is None else int(visual_tokens)
         self.model, self.processor = load(str(pretrained), str(device), DTYPES[dtype], tokens)
