@@ -141,14 +141,16 @@ def test_world_calibration(model, tmp_path, monkeypatch):
     ("args", "message"),
     [
         (["--bits", "5"], "bits is 5.0"),
-        (["--bits", "0.7"], "in steps of 0.5"),
+        (["--bits", "0.7"], "--bits"),
+        (["--bits", "1.3", "--method", "paper"], "not for method 'paper'"),
+        (["--bits", "nan"], "--bits"),
         (["--bits", "2.3", "--method", "paper"], "not for method 'paper'"),
         (["--bits", "2", "--size", "1GB"], "exclude each other"),
         (["--size", "a lot"], "a budget of size 'a lot'"),
         (["--mixed"], "--mixed goes with --bits"),
         (["--bits", "two"], "valid"),
         (["--method", "magic"], "method is 'magic'"),
-        (["--rank", "-1"], "rank is -1"),
+        (["--rank", "-1"], "--rank"),
         (["--codes", "vq"], "codes is 'vq'. Choose one of rings, trellis, auto"),
         (["--method", "paper", "--codes", "trellis"], "belong to method 'best'"),
         (["--amplitude-bits", "4"], "belong to method 'paper'"),
@@ -159,7 +161,8 @@ def test_world_calibration(model, tmp_path, monkeypatch):
         ),
         (["--casp-auto"], "No such option"),
         (["--casp-keep", "0.5"], "goes with --casp"),
-        (["--casp", "--casp-keep", "2"], "keep is 2.0"),
+        (["--casp", "--casp-keep", "2"], "--casp-keep"),
+        (["--casp", "--casp-keep", "0"], "keep is 0.0"),
         (["--images", "."], "goes with --calibration"),
         (["--skip-bad-rows"], "goes with --calibration"),
         (["--calibration", "world", "--images", "."], "not with"),
@@ -326,6 +329,23 @@ def test_rows_left_out_are_listed(model, tmp_path):
     result = run(*words, "--calibration", tmp_path / "rows.json", "--skip-bad-rows")
     assert result.exit_code == 0, result.stderr
     assert "left out: rows.json row 1" in result.stdout
+
+
+def test_a_question_that_is_no_text_is_wrong_usage(model, tmp_path):
+    helpers.picture().save(tmp_path / "a.png")
+    question = "what \udcff"  # a byte that is not UTF-8, as Python hands it on
+    for line in (["chat", model, question], ["explain", model, "--question", question]):
+        result = run(*line, "--image", tmp_path / "a.png")
+        assert result.exit_code == 2
+        assert "not UTF-8" in result.stderr
+
+
+def test_a_question_longer_than_the_context_is_refused(tmp_path):
+    helpers.picture().save(tmp_path / "a.png")
+    for line in (["chat", "tiny", "red " * 3000], ["explain", "tiny", "--question", "red " * 3000]):
+        result = run(*line, "--image", tmp_path / "a.png")
+        assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+        assert "tokens, the model takes 1024 with its answer" in " ".join(result.stderr.split())
 
 
 def test_chat_without_a_template(model, tmp_path):

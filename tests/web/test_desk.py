@@ -155,6 +155,8 @@ def test_what_is_refused(open_desk, models):
         desk.ask("ann", question(" \n"))
     with pytest.raises(FourierError, match="more than 10 characters"):
         desk.ask("ann", question("x" * 11))
+    with pytest.raises(FourierError, match="half of a surrogate pair"):
+        desk.ask("ann", question("x\ud800"))
     kept = [desk.ask(name, question(name)) for name in ("ann", "bob")]
     with pytest.raises(FourierError, match="2 people are being answered already"):
         desk.ask("cid", question("cid"))

@@ -13,7 +13,7 @@ from llava_fa.cli import options, output
 
 def chat(
     model: options.Model,
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    question: Annotated[str, typer.Argument(help="What to ask.", callback=options.text)],
     image: Annotated[
         list[Path] | None, typer.Option(help="The picture to ask about; given more than once, frames in order.")
     ] = None,
@@ -60,9 +60,10 @@ def _answer(
     import torch
     from transformers import TextStreamer
 
-    from llava_fa.eval.runner import inputs_of, prompt
+    from llava_fa.eval.runner import inputs_of, prompt, room
 
     inputs = inputs_of(loaded, processor, [pictures], [prompt(processor, len(pictures), question)])
+    max_new_tokens = min(max_new_tokens, room(loaded, inputs))
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with torch.inference_mode():
         ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)

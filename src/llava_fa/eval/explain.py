@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava_fa.eval.runner import inputs_of, prompt
+from llava_fa.eval.runner import inputs_of, prompt, room
 from llava_fa.hub.visual_tokens import grid_of, visual_tokens_of
 
 SHOWN = 336
@@ -66,8 +66,9 @@ def evidence(
     """The answer, its mean log-probability a token, A and ∂S/∂A (`explain`), float64 [height · width, channels]."""
     height, width = grid_of(model.config)
     inputs = inputs_of(model, processor, [[picture]], [prompt(processor, 1, question)])
+    longest = min(max_new_tokens, room(model, inputs))
     with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
     start = inputs["input_ids"].shape[1]
     grids: list[torch.Tensor] = []
     projector = model.model.multi_modal_projector

@@ -15,6 +15,7 @@ from llava_fa.eval.intervals import interval_of_mean
 from llava_fa.eval.metrics import normalise
 from llava_fa.eval.world import score
 from llava_fa.hub.flops import count_flops
+from llava_fa.hub.loading import context_length
 from llava_fa.hub.visual_tokens import set_visual_tokens, visual_tokens_of
 from llava_fa.world.samples import held_out_samples
 
@@ -77,6 +78,27 @@ def inputs_of(model: Any, processor: Any, pictures: Sequence[list[Image.Image]],
     several = len(texts) > 1  # some tokenizers have nothing to pad with
     inputs = processor(images=images, text=list(texts), padding=several, return_tensors="pt")
     return inputs.to(model.device, model.dtype)
+
+
+def room(model: Any, inputs: Any, name: str = "", *, fewer: bool = False) -> int:
+    """How many tokens an answer to these inputs may have in the model's context.
+
+    Args:
+        model, inputs: of one question.
+        name: of the model, for the error.
+        fewer: whether pictures could be told in fewer tokens.
+
+    Raises:
+        FourierError: none is left.
+    """
+    length, context = inputs["input_ids"].shape[-1], context_length(model)
+    if length >= context:
+        raise FourierError(
+            f"picture and question are {length} tokens, the model takes {context} with its answer",
+            remedy="Ask a shorter question" + (", or choose fewer visual tokens" if fewer else ""),
+            where=name,
+        )
+    return context - length
 
 
 def batches(texts: Sequence[str], shown: Sequence[Sequence[Any]], batch_size: int) -> Iterator[list[int]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from llava_fa.bounds import is_text
 from llava_fa.errors import FourierError
 from llava_fa.serve.limits import Limits
 from llava_fa.web.side import Answer, Side, generate
@@ -111,6 +112,10 @@ class Desk:
             raise FourierError("there is no question", remedy="Type one")
         if len(question.text) > self.limits.text_characters:
             raise FourierError(f"the question has more than {self.limits.text_characters} characters")
+        if not is_text(question.text):
+            raise FourierError(
+                "the question holds half of a surrogate pair, which is no character", remedy="Type it anew"
+            )
         ticket = Ticket(question, time.monotonic() + self.limits.seconds, visitor)
         with self._lock:
             self._give_up(visitor)

@@ -14,9 +14,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from llava_fa.config import QUANT_METHOD
 from llava_fa.errors import FourierError
-from llava_fa.eval.runner import inputs_of, prompt
+from llava_fa.eval.runner import inputs_of, prompt, room
 from llava_fa.hub.inspect import inspect_model
-from llava_fa.hub.loading import context_length, load
+from llava_fa.hub.loading import load
 from llava_fa.hub.processor import check_chat_template, check_sees
 from llava_fa.hub.source import read_config, resolve_model, weight_files
 from llava_fa.hub.visual_tokens import grid_of, set_visual_tokens, visual_tokens_of
@@ -178,15 +178,7 @@ def generate(
         ids = inputs["input_ids"]
         answer.prompt_tokens = ids.shape[-1]
         answer.visual_tokens = int((ids == model.config.image_token_id).sum())
-        room = context_length(model) - answer.prompt_tokens
-        if room <= 0:
-            raise FourierError(
-                f"picture and question are {answer.prompt_tokens} tokens, the model takes {context_length(model)} "
-                "with its answer",
-                remedy="Ask a shorter question" + (", or choose fewer visual tokens" if side.counts else ""),
-                where=side.name,
-            )
-        limit = min(max_new_tokens, room)
+        limit = min(max_new_tokens, room(model, inputs, side.name, fewer=bool(side.counts)))
         tokenizer = getattr(processor, "tokenizer", processor)
         written = model.generate(
             **inputs,
