@@ -90,6 +90,8 @@ def test_world_sample_writes_what_it_says(tmp_path):
     assert rows[0]["conversations"][0]["value"].startswith("<image>\n")
     assert Path(values["overview"]).stat().st_size > 10_000
     assert run("world", "sample", tmp_path, "--split", "exam").exit_code == 2
+    assert run("world", "train", tmp_path / "new", "--visual-tokens", "nan").exit_code == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_world_samples_serve_as_calibration_data(tmp_path):

@@ -79,3 +79,10 @@ def test_without_samples_there_is_nothing_to_train_on(original, tmp_path):
     with pytest.raises(FourierError, match="trained back on samples, and there are none"):
         llava_fa.compress_and_recover(CompressionRequest(model=original), tmp_path / "out", 1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, None, float("nan"), 10**30])
+def test_steps_that_cannot_be_are_refused_before_anything_is_compressed(request_of, tmp_path, steps):
+    with pytest.raises(FourierError, match="steps is "):
+        llava_fa.compress_and_recover(request_of(), tmp_path / "out", steps)
+    assert list(tmp_path.iterdir()) == []

@@ -60,6 +60,8 @@ def train(
     json_output: options.Json = False,
 ) -> None:
     """Train the tiny LMM from nothing, the recipe behind the embedded model; or go on to elastic visual tokens."""
+    known = visual_tokens in (None, "fmvr", "pooling")
+    options.refuse(not known, f"{visual_tokens!r} is not one of fmvr, pooling", "--visual-tokens")
     import torch
 
     from llava_fa.world.elastic import elastic_recipe

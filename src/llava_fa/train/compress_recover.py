@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from llava_fa.bounds import COUNT, whole
 from llava_fa.data.rows import SampleSource, candidates
 from llava_fa.data.samples import Sample, chat_messages
 from llava_fa.errors import FourierError
@@ -60,6 +61,7 @@ def compress_and_recover(
     Raises:
         FourierError: as `llava_fa.compress` and `train.recover`; there are no calibration samples.
     """
+    whole("steps", steps, 1, COUNT)  # before hours of compression
     if request.calibration is not None and not isinstance(request.calibration, SampleSource):
         request = dataclasses.replace(request, calibration=list(request.calibration))
     compressed = compress_first(request, out, fresh=fresh, progress=progress, on_plan=on_plan)
