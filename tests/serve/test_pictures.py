@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from llava_fa.data.pictures import open_picture
-from llava_fa.errors import FourierError
 from llava_fa.serve.errors import ApiError
 from llava_fa.serve.limits import Limits
 from llava_fa.serve.pictures import Pictures, Sources
@@ -172,11 +171,6 @@ def test_urls_only_of_named_hosts_and_no_redirects(web):
         assert refused(f"http://{place}:{port}/picture", sources=allowed) == (400, "remote_image_refused")
     assert refused(f"{address}/picture", sources=Sources(hosts=["example.org"])) == (400, "remote_image_refused")
     assert asked == before
-
-
-def test_a_limit_below_one_is_an_error():
-    with pytest.raises(FourierError, match=r"the limit tokens is 0\. Limits are at least 1"):
-        Limits(tokens=0)
 
 
 def oriented(value, **more):
