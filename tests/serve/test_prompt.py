@@ -48,6 +48,12 @@ def missing(template, messages, tools=None):
         ("{% if tools %}{% set told = tools %}{% endif %}" + ALL + END, ASKED, [TOOL], "tools[0]"),
         (ALL + END, CALLED, None, "messages[2].tool_calls[0]"),
         (ALL + CALLS + END, CALLED, None, None),
+        (
+            CALLS.join(["{% for m in messages %}", END]),
+            [{**CALLED[2], "content": text("assistant", "so")["content"]}],
+            None,
+            None,
+        ),
         # one that skips what tools gave
         (NO_TOOL + CALLS + END, CALLED, None, "messages[3].content"),
         (NO_SYSTEM + END, ASKED, None, "messages[0].content"),

@@ -322,6 +322,36 @@ def test_requests_that_are_not_changed_are_answered(apps):
     assert knows_tools == [*plain[:6], "200", "200"]
 
 
+def asked(app, messages, **more):
+    """(status, body) of these messages."""
+    status, _, body = asyncio.run(send(app, [JSON], [dumped({"model": "tiny", "messages": messages, **more})]))
+    return status, json.loads(body)
+
+
+def test_what_the_template_refuses_is_said_in_its_words(apps):
+    for stream in (False, True):
+        status, body = asked(apps[1], [{"role": "assistant", "content": "A cat."}], stream=stream)
+        assert status == 400
+        assert "the user begins" in body["error"]["message"]
+        assert (body["error"]["param"], body["error"]["code"]) == ("messages", "invalid_value")
+
+
+def test_pictures_count_in_the_context(apps):
+    image = {"type": "image_url", "image_url": {"url": PICTURES[0]}}
+    length = asked(apps[0], [{"role": "user", "content": [image]}])[1]["usage"]["prompt_tokens"]
+    many = [{"role": "user", "content": [image] * (1024 // length + 1)}]
+    for stream in (False, True):
+        status, body = asked(apps[0], many, stream=stream)
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_what_is_said_beside_a_tool_call_reaches_the_model(apps):
+    messages = valid()[-1]["messages"]
+    beside = [messages[0], {**messages[1], "content": "I look to the left."}, messages[2]]
+    without, with_text = (asked(apps[1], these)[1]["usage"]["prompt_tokens"] for these in (messages, beside))
+    assert with_text > without
+
+
 @pytest.mark.parametrize(
     "path", ["/", "", "//", "/v1", "/v1/models/\ufffd", "/v1/models/é", "/x" * 5000, CHAT + "/", "/\0"]
 )

@@ -7,6 +7,7 @@ can be asked for), limits on tokens, generation that stops when nobody waits, an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from typing import Any
@@ -177,7 +178,10 @@ class _Chat(ChatCompletionHandler):
             return processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
 
         messages = self.get_processor_inputs_from_messages(body["messages"], modality)
-        if place := left_out(render, messages, body.get("tools")):
+        place = None
+        with contextlib.suppress(TemplateError):  # words that it refuses tell nothing of what it makes of the request
+            place = left_out(render, messages, body.get("tools"))
+        if place:
             place = "tools" if place.startswith("tools") else place
             raise _reply(unsupported(place, "this model, whose chat template leaves it out"))
 

@@ -14,7 +14,8 @@ def left_out(render: Rendered, messages: list[dict[str, Any]], tools: list[dict[
     """The first part of a request that is not in the prompt, as the request names it; None if all of it is.
 
     Every text, every tool's and every tool call's name is replaced by a word of its own, and the words are looked for
-    in the prompt: what a template does with them is seen, whatever its code looks like.
+    in the prompt: what a template does with them is seen, whatever its code looks like. What is said beside tool calls
+    may be missing: a conversation with tools goes on without it.
 
     Args:
         render: the chat template.
@@ -36,6 +37,8 @@ def left_out(render: Rendered, messages: list[dict[str, Any]], tools: list[dict[
     for i, message in enumerate(messages):
         for j, call in enumerate(message.get("tool_calls", [])):
             call["function"]["name"] = word(f"messages[{i}].tool_calls[{j}]")
+        if message.get("tool_calls"):
+            continue
         for part in _texts(message):
             part["text"] = word(f"messages[{i}].content")
         if isinstance(message["content"], str) and message["content"].strip():  # of a model without pictures
