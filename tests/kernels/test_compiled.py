@@ -365,8 +365,13 @@ def test_the_layer_keeps_one_copy_and_shows_the_stored_one():
         y = layer(x)
     assert is_interleaved(layer)
     assert torch.equal(layer.packed()["codes"], tensors["codes"])
-    assert torch.equal(layer.state_dict()["codes"], tensors["codes"])
     assert sum(buffer.shape == tensors["codes"].shape for buffer in layer.buffers()) == 0
+    stored = layer.state_dict()["codes"]
+    assert torch.equal(stored, tensors["codes"])
+    assert stored.data_ptr() == layer.codes.data_ptr()  # handed out is the layer's own: one copy, now as stored
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    assert is_interleaved(layer)
     layer.load_state_dict({**layer.state_dict(), "row_scale": 2 * layer.row_scale})
     with torch.no_grad():
         torch.testing.assert_close(layer(x), 2 * y)
