@@ -23,9 +23,8 @@ from llava_fa import FourierConfig, FourierError
 from llava_fa.cli.output import print_json
 from llava_fa.cli.tables import show_report
 from llava_fa.config import Budget
-from llava_fa.hub.architecture import loaded_model
+from llava_fa.hub.complete import loaded_model, unpacked
 from llava_fa.hub.inspect import inspect_model
-from llava_fa.hub.ledger import check_complete, unpacked
 from llava_fa.hub.shards import read_header
 from llava_fa.nn.factored_linear import packed_layers
 
@@ -78,7 +77,6 @@ def _inspect(folder):
 
 
 def _load(folder):
-    check_complete(folder)
     model = loaded_model(folder, dtype="auto")
     packed = {name for name, _ in packed_layers(model)}
     state = model.state_dict()

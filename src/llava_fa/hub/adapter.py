@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_fa.errors import FourierError, explained
-from llava_fa.hub.architecture import loaded_model, one_line
+from llava_fa.hub.architecture import one_line
+from llava_fa.hub.complete import loaded_model
 from llava_fa.hub.shards import CHUNK, reading, write_text
 from llava_fa.hub.source import open_source
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from llava_fa.errors import FourierError, explained
-from llava_fa.hub.arrangement import refuse_missing
 
 AUTO = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")
 """What transformers can build that writes text, in the order in which they are asked."""
@@ -89,24 +88,6 @@ def _most_layers(values: Any) -> int:
         return 0
     counts = [value for key, value in values.items() if type(value) is int and _COUNTS.search(str(key))]
     return max([0, *counts, *map(_most_layers, values.values())])
-
-
-def loaded_model(folder: Path, **options: Any) -> Any:
-    """transformers' `from_pretrained` of this folder, where nothing that is missing is filled in.
-
-    Args:
-        folder: original or compressed.
-        options: of `from_pretrained`.
-
-    Raises:
-        FourierError: it does not load, or tensors of the model are not in the weight files (named).
-    """
-    kind, _ = model_class(folder)
-    remedy = "Check the folder with transformers alone first"
-    with transformers_errors("it does not load", remedy=remedy, where=str(folder)):
-        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    refuse_missing(info["missing_keys"], len(model.state_dict()), kind.__name__, str(folder))
-    return model.eval()
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@ from llava_fa.data.samples import Sample
 from llava_fa.errors import explained
 from llava_fa.hub import allocation, attention_density, proofread, provenance
 from llava_fa.hub.adapter import has_adapter, identity, merged
-from llava_fa.hub.architecture import empty_model, loaded_model
+from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.blocks import evenly
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import answer_start, fingerprint, prepare_all
 from llava_fa.hub.checkpoint import codebook_digest
+from llava_fa.hub.complete import loaded_model
 from llava_fa.hub.inspect import describe
 from llava_fa.hub.loading import check_device, context_length, fast_dtype
 from llava_fa.hub.model_sensitivity import SAMPLES

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_fa.config import QUANT_METHOD, FourierConfig
-from llava_fa.hub import ledger, provenance
+from llava_fa.hub import complete, ledger, provenance
 from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.checkpoint import ORIGINAL_BYTES, account, file_keys, is_codebook, read_metadata, validate
 from llava_fa.hub.plan import make_plan
@@ -28,7 +28,7 @@ def inspect_model(model: str | Path) -> Report:
     folder = resolve_model(model)
     if not _compressed(folder):
         return _original(folder)
-    ledger.check_complete(folder)
+    complete.check_complete(folder)
     return describe(folder)
 
 
@@ -119,7 +119,7 @@ def spending(model: str | Path) -> dict[str, int]:
             for key, stored in file_keys(name, record.layout).items():
                 if (entry := packed.pop(stored, None)) is not None:  # a codebook has many users
                     spent[_purpose(key)] += entry.nbytes
-    entries, arrangement = ledger.unpacked(folder)
+    entries, arrangement = complete.unpacked(folder)
     for key, entry in entries.items():
         unused = key in arrangement.unused
         spent["unused" if unused else _kind(arrangement.modules.get(key, key), entry)] += entry.nbytes

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_fa.config import QUANT_METHOD, format_size
+from llava_fa.config import format_size
 from llava_fa.errors import FourierError, located
-from llava_fa.hub.architecture import empty_model
-from llava_fa.hub.arrangement import Arrangement, arrange
-from llava_fa.hub.checkpoint import Metadata, file_keys, is_codebook, read_metadata, validate
-from llava_fa.hub.shards import Entry, read_entries, write_text
-from llava_fa.hub.source import Source, quantisation, read_config, read_object, weight_files
+from llava_fa.hub.arrangement import Arrangement
+from llava_fa.hub.checkpoint import Metadata, file_keys, is_codebook
+from llava_fa.hub.shards import Entry, write_text
+from llava_fa.hub.source import Source, read_object
 
 LEDGER = "ledger.json"
 """File of a compressed folder: what became of every tensor of the original. The model does not need it."""
@@ -157,30 +156,6 @@ def _ledger(source: Source, account: Callable[[str], tuple[str, str]]) -> Ledger
         inside[one.file] += one.bytes
     headers = {file.name: file.stat().st_size - inside[file.name] for file in sorted(files)}
     return Ledger(tuple(accounts), headers, {path.name: path.stat().st_size for path in source.unread})
-
-
-def unpacked(folder: Path) -> tuple[dict[str, Entry], Arrangement]:
-    """The tensors of an original or compressed folder that are not packed, and which of the model's they are.
-
-    Raises:
-        FourierError: the folder is damaged, or of no model that transformers knows.
-    """
-    files = weight_files(folder)
-    if quantisation(read_config(folder)) != QUANT_METHOD:
-        entries = read_entries(files)
-        return entries, arrange(empty_model(folder, len(entries)), entries)
-    metadata = read_metadata(folder)
-    entries = validate(files, metadata)
-    model = empty_model(folder, len(entries))
-    for name, record in metadata.layers.items():
-        for stored in file_keys(name, record.layout).values():
-            entries.pop(stored, None)
-    return entries, arrange(model, entries, metadata.layers)
-
-
-def check_complete(folder: Path) -> None:
-    """Raise `FourierError` unless an original or compressed folder holds all that its model needs, of its shape."""
-    unpacked(folder)[1].check(str(folder))
 
 
 def write(folder: Path, ledger: Ledger) -> None:

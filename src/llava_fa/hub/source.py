@@ -17,7 +17,7 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.shards import COPY_AGAIN, Entry, read_header, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "spk_dict.pt"]
 
 
 def resolve_model(model: str | Path) -> Path:

@@ -44,6 +44,8 @@ _NOT_COPIED = (
     ".gguf",
     ".partial",
 )
+_NO_WEIGHTS = ("spk_dict.pt",)
+"""Files that look like weights and are not: Qwen2.5-Omni's voices, which transformers reads with `weights_only`."""
 _TEMPLATES = "additional_chat_templates"
 _OTHERS = ("config.json", "merged.json", ledger.LEDGER)
 
@@ -167,7 +169,9 @@ def beside(folder: Path) -> list[Path]:
     files = [
         path
         for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")])
-        if path.is_file() and path.name not in _OTHERS and not path.name.endswith(_NOT_COPIED)
+        if path.is_file()
+        and path.name not in _OTHERS
+        and (path.name in _NO_WEIGHTS or not path.name.endswith(_NOT_COPIED))
     ]
     for path in files:
         with reading(path):
