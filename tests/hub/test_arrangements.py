@@ -194,6 +194,7 @@ def test_the_ledgers_add_up(stored, tmp_path):
     for ledger, where in ((report.ledger, tmp_path / "out"), (report.source_ledger, folder)):
         file = where / "model.safetensors"
         assert ledger.nbytes == file.stat().st_size
+        assert not [account for account in ledger.tensors if account.why.startswith("no weight")]
         assert sorted(account.name for account in ledger.tensors) == sorted(load_file(file))
         values = json.loads(json.dumps(ledger.to_dict()))
         assert sum(one["bytes"] for one in values["tensors"]) + sum(values["headers"].values()) == file.stat().st_size

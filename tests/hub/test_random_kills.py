@@ -40,8 +40,14 @@ def _compress(checkpoint, out, samples, kind):
     llava_fa.compress(checkpoint, out, calibration=None if kind == "without data" else samples, **KINDS[kind])
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(KILLS, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        ("without data", 2),
+        ("on samples", 2),
+        *(pytest.param(kind, KILLS, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]) for kind in KINDS),
+    ],
+)
 def test_random_kills(checkpoint, samples, tmp_path, digest, kind, kills):
     began = time.monotonic()
     _compress(checkpoint, tmp_path / "undisturbed", samples, kind)

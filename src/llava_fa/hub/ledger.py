@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +119,7 @@ def of_source(
         parameters = converted.get(key) or (arrangement.modules.get(key, key),)
         if names := [packed[name] for name in parameters if name in packed]:
             return PACKED, ", ".join(names)
-        return KEPT, _reason(parameters[0], rest, layers)
+        return KEPT, reason_of(parameters[0], rest, layers)
 
     return _ledger(source, account)
 
@@ -134,13 +134,19 @@ def of_compressed(folder: Path, entries: Mapping[str, Entry], metadata: Metadata
     layers = set(metadata.layers)
 
     def account(key: str) -> tuple[str, str]:
-        return (PACKED, packed[key]) if key in packed else (KEPT, _reason(key, metadata.not_compressed, layers))
+        return (PACKED, packed[key]) if key in packed else (KEPT, reason_of(key, metadata.not_compressed, layers))
 
     return _ledger(Source(folder, {}, dict(entries), ""), account)
 
 
-def _reason(parameter: str, rest: Mapping[str, str], layers: set[str]) -> str:
-    """Why a parameter stays as it is: its own reason, or that of its module."""
+def reason_of(parameter: str, rest: Mapping[str, str], layers: Set[str]) -> str:
+    """Why a parameter stays as it is.
+
+    Args:
+        parameter: its name in the model.
+        rest: module or parameter → why it is not compressed.
+        layers: names of the layers that are.
+    """
     module = parameter.rpartition(".")[0]
     return rest.get(parameter) or rest.get(module) or (_BESIDE if module in layers else _BUFFER)
 

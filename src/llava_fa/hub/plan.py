@@ -12,9 +12,9 @@ from torch import nn
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub.arrangement import Arrangement, Stored, arrange
+from llava_fa.hub.arrangement import Arrangement, Conversion, Stored, arrange
 from llava_fa.hub.families import Feed, feeding_norm, final_norm
-from llava_fa.hub.ledger import Ledger, of_source
+from llava_fa.hub.ledger import Ledger, of_source, reason_of
 from llava_fa.hub.report import Skipped
 from llava_fa.hub.shards import FLOATS
 from llava_fa.hub.source import Source
@@ -108,8 +108,7 @@ class Plan:
         Those that the model has bear the parameter's name. What loading converts stays as it is stored, unless some of
         what it yields is compressed: then the rest of that is stored as the model has it.
         """
-        gone = {layer.weight.name for layer in self.all_layers} | {stored.name for stored in self.repeated}
-        opened = [c for c in self.arrangement.conversions if any(key in gone for key in c.parameters)]
+        gone, opened = self._gone, self._opened
         replaced = gone | set(self.left_out) | {entry.name for conversion in opened for entry in conversion.sources}
         modules = self.arrangement.modules
         stay: dict[str, Stored] = {
@@ -117,6 +116,21 @@ class Plan:
         }
         rest = [key for conversion in opened for key in conversion.parameters if key not in gone]
         return {**stay, **{key: self.arrangement.weights[key] for key in rest}}
+
+    @property
+    def kept_as_stored(self) -> dict[str, str]:
+        """Stored name of every tensor that loading converts and nothing compressed comes of → a parameter it yields."""
+        closed = [c for c in self.arrangement.conversions if c not in self._opened]
+        return {entry.name: conversion.parameters[0] for conversion in closed for entry in conversion.sources}
+
+    @functools.cached_property
+    def _gone(self) -> set[str]:
+        return {layer.weight.name for layer in self.all_layers} | {stored.name for stored in self.repeated}
+
+    @functools.cached_property
+    def _opened(self) -> list[Conversion]:
+        """Conversions some of whose parameters are compressed."""
+        return [c for c in self.arrangement.conversions if not self._gone.isdisjoint(c.parameters)]
 
 
 def make_plan(
@@ -172,16 +186,10 @@ def make_plan(
         rest |= dict.fromkeys(arrangement.unused, unused)
     left_out = {twin.name: f"{words[0].name} has the same numbers, and is tied to it" for twin in repeated}
     left_out |= dict.fromkeys(arrangement.unused, unused) if drop_unused else {}
-    not_compressed = tuple(Skipped(name, reason) for name, reason in rest.items())
-    return Plan(
-        source,
-        arrangement,
-        tuple(layers),
-        not_compressed,
-        embeddings=tuple(words),
-        repeated=tuple(repeated),
-        left_out=left_out,
-    )
+    plan = Plan(source, arrangement, tuple(layers), (), None, tuple(words), tuple(repeated), left_out)
+    for name, parameter in plan.kept_as_stored.items():  # under a name that is none of the model's
+        rest[name] = reason_of(parameter, rest, {layer.name for layer in plan.all_layers})
+    return dataclasses.replace(plan, not_compressed=tuple(Skipped(name, reason) for name, reason in rest.items()))
 
 
 def _same(one: Stored, other: Stored) -> bool:
