@@ -245,7 +245,7 @@ class Budget:
         if self.size is not None:
             object.__setattr__(self, "size", _size(self.size))
             return
-        if not (is_number(self.bits) and 0 < self.bits <= 16):  # type: ignore[operator]
+        if not (is_number(self.bits) and 0 < self.bits <= 64):  # type: ignore[operator]
             raise FourierError(f"a budget of {shown(self.bits)} bits per weight", remedy="Give a number such as 2.25")
 
     def to_dict(self) -> dict[str, Any]:

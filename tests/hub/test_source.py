@@ -61,6 +61,8 @@ def test_what_is_missing_is_never_filled_in(folder, tmp_path, packed, lost):
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     message = r"tensors of LlavaForConditionalGeneration are (not )?in the weight files|missing from the weight files"
     uses = [lambda: load(folder, "cpu"), lambda: inspect_model(folder)]
+    if packed:  # as for all that is loaded through this package's format
+        uses += [lambda: AutoModelForImageTextToText.from_pretrained(folder)]
     if not packed:
         uses += [lambda: llava_fa.compress(folder, tmp_path / "out", CONFIG)]
         uses += [lambda: AutoModelForImageTextToText.from_pretrained(folder, quantization_config=CONFIG)]

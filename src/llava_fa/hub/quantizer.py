@@ -19,8 +19,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llava_fa.config import QUANT_METHOD, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub.arrangement import Stored, arrange
-from llava_fa.hub.checkpoint import LayerRecord, Metadata, check_content, codebook_digest, is_codebook, validate
+from llava_fa.hub.arrangement import Arrangement, Stored, arrange
+from llava_fa.hub.checkpoint import (
+    LayerRecord,
+    Metadata,
+    check_content,
+    codebook_digest,
+    file_keys,
+    is_codebook,
+    validate,
+)
 from llava_fa.hub.families import Feed, feeding_norm
 from llava_fa.hub.shards import read_entries
 from llava_fa.kernels.layout import Layout
@@ -127,12 +135,17 @@ class FourierHfQuantizer(HfQuantizer):
             (self._expect_layers if self.pre_quantized else self._plan)(model, files)
 
     def _expect_layers(self, model: nn.Module, files: list[Path]) -> None:
+        places = {name: _find(model, name) for name in self.metadata.layers}
         if files:
-            validate(files, self.metadata)
+            entries = validate(files, self.metadata)
             self._validated = True
+            for name, record in self.metadata.layers.items():
+                for stored in file_keys(name, record.layout).values():
+                    entries.pop(stored, None)
+            _check_complete(model, arrange(model, entries, self.metadata.layers), files)
         books: dict[str, int] = {}
         for name, record in self.metadata.layers.items():
-            here = _find(model, name)
+            here = places[name]
             _exchange(model, here, _empty(model.get_submodule(here), name, record))
             for prefix, part in record.layout.parts().items():
                 self._stored.add(f"{here}.{prefix}".rstrip("."))
@@ -148,7 +161,7 @@ class FourierHfQuantizer(HfQuantizer):
         self._targets = {f"{name}.weight" for name in plan.layers}
         if files:
             arrangement = arrange(model, read_entries(files))
-            arrangement.check(str(files[0].parent))
+            _check_complete(model, arrangement, files)
             self._weights = arrangement.weights
             # transformers asks by the first of the parameters that come of one stored tensor
             together = [c.parameters for c in arrangement.conversions if self._targets & set(c.parameters)]
@@ -262,6 +275,15 @@ class _Compress(ConversionOps):
         layer = layer_from_approximation(approximation, linear.bias, weight.dtype)
         layer.output_error = None  # against a norm's γ², not against real inputs: not a measurement
         _exchange(model, name, layer)
+
+
+def _check_complete(model: nn.Module, arrangement: Arrangement, files: list[Path]) -> None:
+    """`FourierError` for a tensor that is missing, unless the model is of another class than the checkpoint.
+
+    A head that the checkpoint never had starts anew, as in transformers, which says so.
+    """
+    if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
+        arrangement.check(str(files[0].parent))
 
 
 def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = None, **metadata: Any) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from llava_fa.hub.complete import loaded_model
 from llava_fa.hub.source import resolve_model
 from llava_fa.hub.visual_tokens import FIELD
 from llava_fa.world.looking import LAYERS, looking_loss, watched
@@ -60,7 +61,7 @@ class Learner:
         """What training starts from: a random model, or the one that the recipe goes on from."""
         if self.recipe.start is None:
             return build_model(self.processor.tokenizer, self.recipe.seed)
-        return LlavaForConditionalGeneration.from_pretrained(resolve_model(self.recipe.start), dtype=torch.float32)
+        return loaded_model(resolve_model(self.recipe.start), dtype=torch.float32)  # type: ignore[no-any-return]
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         vision, matrices, rest = [], [], list(self.center_head.parameters())
