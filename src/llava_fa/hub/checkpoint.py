@@ -36,6 +36,9 @@ FORMAT_VERSION = 4
 ORIGINAL_BYTES = "llava_fa_original_bytes"
 """Key in the metadata of the weight files: bytes of all tensors of the checkpoint that was compressed."""
 
+NAMES = "llava_fa_names"
+"""Key in the metadata of the weight files: `names_digest` of all tensors that were written."""
+
 _COMPRESS_AGAIN = "Compress the model again, or copy the folder again"
 _DAMAGED = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
 """What reading a description raises that is none."""
@@ -189,6 +192,11 @@ def _version(layers: Mapping[str, LayerRecord]) -> int:
 def codebook_digest(codebook: Tensor) -> str:
     """SHA-256 of a codebook's bytes as stored (bf16 [points, 2], C order)."""
     return hashlib.sha256(tensor_bytes(codebook)).hexdigest()
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """SHA-256 of tensors' names: with it a folder is known to be whole without the model's class."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
 def is_codebook(key: str) -> bool:

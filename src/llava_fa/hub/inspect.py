@@ -10,7 +10,16 @@ from typing import Any
 from llava_fa.config import QUANT_METHOD, FourierConfig
 from llava_fa.hub import complete, ledger, provenance
 from llava_fa.hub.architecture import empty_model
-from llava_fa.hub.checkpoint import ORIGINAL_BYTES, account, file_keys, is_codebook, read_metadata, validate
+from llava_fa.hub.checkpoint import (
+    NAMES,
+    ORIGINAL_BYTES,
+    account,
+    file_keys,
+    is_codebook,
+    names_digest,
+    read_metadata,
+    validate,
+)
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.report import TRAINING, LayerReport, Report, Skipped, kind_of_codes, peak_rss_bytes
 from llava_fa.hub.shards import Entry, file_metadata
@@ -28,8 +37,11 @@ def inspect_model(model: str | Path) -> Report:
     folder = resolve_model(model)
     if not _compressed(folder):
         return _original(folder)
-    complete.check_complete(folder)
-    return describe(folder)
+    report = describe(folder)
+    written = file_metadata(weight_files(folder)[0]).get(NAMES)
+    if report.ledger is None or written != names_digest(account.name for account in report.ledger.tensors):
+        complete.check_complete(folder)  # which builds the model, seconds that a whole folder need not cost
+    return report
 
 
 def _compressed(folder: Path) -> bool:

@@ -16,7 +16,7 @@ import torch
 from llava_fa.config import FourierConfig
 from llava_fa.errors import located
 from llava_fa.hub import ledger
-from llava_fa.hub.checkpoint import ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest
+from llava_fa.hub.checkpoint import NAMES, ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest, names_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import Progress, ProgressCallback
 from llava_fa.hub.shards import Item, reading, write_file, write_text
@@ -144,7 +144,8 @@ def assemble(
     items = _items(plan, work, metadata)
     with disk_errors(work.path):
         work.result.mkdir()
-        _write_shards(work.result, items, {ORIGINAL_BYTES: str(plan.source.nbytes)})
+        note = {ORIGINAL_BYTES: str(plan.source.nbytes), NAMES: names_digest(item.name for item in items)}
+        _write_shards(work.result, items, note)
         kept = {key: value for key, value in plan.source.config.items() if key != "transformers_weights"}
         config_json = {**kept, "quantization_config": metadata.to_dict()}
         write_text(work.result / "config.json", json.dumps(config_json, indent=2) + "\n")
