@@ -97,7 +97,8 @@ class Plan:
     @property
     def ledger(self) -> Ledger:
         """What becomes of every tensor of the original."""
-        packed = {f"{layer.name}.weight": layer.name for layer in self.all_layers}
+        names = self.arrangement.modules  # a tied embedding may be stored under its twin's name
+        packed = {names.get(layer.weight.name, layer.weight.name): layer.name for layer in self.all_layers}
         rest = {skipped.name: skipped.reason for skipped in self.not_compressed}
         return of_source(self.source, self.arrangement, packed=packed, rest=rest, left_out=self.left_out)
 
