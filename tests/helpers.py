@@ -97,6 +97,24 @@ def save_llava(folder: Path, *, model=None, dtype: torch.dtype = torch.float32, 
     return Path(folder)
 
 
+def save_text_model(folder: Path) -> Path:
+    """A language model that reads text alone, random, with the same tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0,
+                         pad_token_id=0, max_position_embeddings=256)  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer = processor().tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def picture(seed: int = 0, size: int = 40) -> Image.Image:
     """A random picture."""
     pixels = torch.randint(0, 256, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)

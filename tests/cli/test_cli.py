@@ -412,6 +412,18 @@ def test_doctor_tells_what_runs_and_checks_it(monkeypatch):
         assert "WRONG: portable, rings 2, exact" in result.stdout
 
 
+def test_a_model_without_eyes_is_trained_on_the_worlds_texts(tmp_path):
+    folder = helpers.save_text_model(tmp_path / "in")
+    calibrated = ["--calibration", "world", "--samples", "2", "--device", "cpu"]
+    result = run("compress", folder, tmp_path / "out", "--bits", "2", *calibrated, "--recover", "1")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["steps"] == 1
+    result = run("report", tmp_path / "out", "--out", tmp_path / "r.html")
+    assert result.exit_code == 1
+    assert "Ask none: --limit 0" in result.stderr
+    assert run("report", tmp_path / "out", "--out", tmp_path / "r.html", "--limit", "0").exit_code == 0
+
+
 def test_train(model, small, tmp_path):
     rows = [
         {

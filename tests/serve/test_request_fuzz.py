@@ -14,6 +14,7 @@ import json
 import random
 import time
 
+import helpers
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
@@ -282,6 +283,23 @@ def text(app):
     """The answer to a plain request, by which the server is known to be well."""
     body = {"model": "tiny", "messages": valid()[3]["messages"], "temperature": 0}
     return send(app, [JSON], [json.dumps(body).encode()])
+
+
+def test_pictures_are_refused_by_a_model_that_does_not_see_them(tmp_path):
+    model, processor = load(helpers.save_text_model(tmp_path / "in"), "cpu")
+    limits = Limits(tokens=2)
+    app = guarded(chat_app("tiny", model, processor, 2), model="tiny", vocabulary=300, limits=limits)
+    buffer = io.BytesIO()
+    helpers.picture().save(buffer, format="PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    for stream in (False, True):
+        parts = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": url}}]
+        for content, expected in ((parts[:1], 200), (parts, 400)):
+            body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "stream": stream}
+            status, _, data = asyncio.run(send(app, [JSON], [json.dumps(body).encode()]))
+            assert status == expected, data
+        error = json.loads(data)["error"]
+        assert (error["code"], error["param"]) == ("unsupported_parameter", "messages[0].content[1]")
 
 
 async def _fuzz(apps, count, seed):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_fa.bounds import COUNT, MOST_PICTURES, from_environment
 from llava_fa.cli.options import refuse
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 WORLD = "world"
 LARGEST = 10**7
 """Pictures of an epoch of the world: more would only make the order of them a list that fills the memory."""
+
+TEXTS = 2000
+"""Questions of the world that a model without eyes is trained on: there are few others."""
 
 
 def check_images(source: str | None, images: Path | None) -> None:
@@ -39,8 +42,18 @@ def training_source(name: str, images: Path | None, count: int | None, settings:
 
     if name != WORLD:
         return training_data(SampleSource(name, images), settings, count)
+    from llava_fa.hub.processor import sees_pictures
+    from llava_fa.world import calibration_samples
     from llava_fa.world.packed import PackedWorld
 
     processes = from_environment("WORLD_SIZE", 1, 1, COUNT)
     samples = settings.steps * settings.batch * settings.accumulate * processes
-    return lambda processor, max_length: PackedWorld(processor, pictures=min(count or samples, samples, LARGEST))
+    pictures = min(count or samples, samples, LARGEST)
+
+    def make(processor: Any, max_length: int) -> Any:
+        if sees_pictures(processor):
+            return PackedWorld(processor, pictures=pictures)
+        drawn = calibration_samples(min(pictures, TEXTS), settings.seed)
+        return training_data(drawn, settings)(processor, max_length)
+
+    return make

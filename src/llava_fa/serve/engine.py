@@ -22,6 +22,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from llava_fa.hub.loading import context_length
+from llava_fa.hub.processor import sees_pictures
 from llava_fa.serve.errors import ApiError
 from llava_fa.serve.prompt import left_out
 from llava_fa.serve.requests import unsupported
@@ -152,6 +153,17 @@ def _in_turn(turn: Turn, fn: Any, *args: Any, **kwargs: Any) -> Any:
     return fn(*args, **kwargs)
 
 
+def _first_picture(messages: list[dict[str, Any]]) -> str | None:
+    """The first picture of a request, as the request names it."""
+    places = (
+        f"messages[{i}].content[{j}]"
+        for i, message in enumerate(messages)
+        for j, part in enumerate(message["content"])
+        if part["type"] == "image_url"
+    )
+    return next(places, None)
+
+
 class _Chat(ChatCompletionHandler):
     def __init__(self, manager: _OneModel, state: _State, tokens: int) -> None:
         super().__init__(manager, state)
@@ -172,6 +184,8 @@ class _Chat(ChatCompletionHandler):
 
     def _check_seen(self, body: dict[str, Any]) -> None:
         model, processor = self.model_manager.one
+        if not sees_pictures(processor) and (place := _first_picture(body["messages"])):
+            raise _reply(unsupported(place, "this model, which does not see pictures"))
         modality = self.model_manager.get_model_modality(model, processor=processor)
 
         def render(messages: Any, tools: Any) -> Any:

@@ -22,6 +22,7 @@ from llava_fa.eval.spectra import Originals, Spectra, spectra
 from llava_fa.hub.blocks import evenly
 from llava_fa.hub.inspect import inspect_model, spending
 from llava_fa.hub.loading import check_device, load
+from llava_fa.hub.processor import sees_pictures
 from llava_fa.hub.report import LayerReport, Report
 from llava_fa.hub.source import open_source, resolve_model
 from llava_fa.world.samples import Sample, held_out_samples
@@ -194,6 +195,12 @@ def _result(path: Path) -> tuple[Path, dict[str, Any]]:
 def _answer(run: Run, settings: Settings, tell: Tell) -> dict[str, Any]:
     tell(f"loading {run.name}", 0, 1)
     model, processor = load(run.model, settings.device)
+    if not sees_pictures(processor):
+        raise FourierError(
+            "this model does not see the pictures that the world's questions are about",
+            remedy="Ask none: --limit 0",
+            where=run.model,
+        )
     return evaluate_world(
         model,
         processor,
