@@ -7,7 +7,7 @@ import warnings
 import helpers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llava_fa
 from llava_fa import FourierConfig, FourierError
@@ -74,6 +74,51 @@ def test_it_takes_part_in_the_answers(folders):
     inputs = helpers.inputs_for(processor)
     with torch.no_grad():
         torch.testing.assert_close(ours(**inputs).logits, expected(**inputs).logits)
+
+
+def test_what_no_module_has_is_kept_when_it_is_merged(folders, tmp_path):
+    path = folders[0] / "model.safetensors"
+    save_file({**load_file(path), "mtp.weight": torch.ones(32, 48)}, path, metadata={"format": "pt"})
+    report = llava_fa.compress(folders[0], tmp_path / "out", CONFIG)
+    assert torch.equal(tensors(tmp_path / "out")["mtp.weight"], torch.ones(32, 48))
+    lines = [account.fate for account in report.source_ledger.tensors if account.name == "mtp.weight"]
+    assert lines == ["kept"]
+
+
+def test_beside_packed_weights_it_stays_in_the_models_own_layers(folders, tmp_path):
+    """So that everything that looks into a model of this class still can."""
+    from peft import PeftModel
+
+    target = tmp_path / "packed"
+    llava_fa.compress(folders[1], target, CONFIG)
+    plain, processor = load(target, "cpu", torch.float32)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(folders[0] / name, target / name)
+    model = load(target, "cpu", torch.float32)[0]
+    assert type(model) is type(plain)
+    inputs = helpers.inputs_for(processor)
+    with torch.no_grad():
+        without = plain(**inputs).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = PeftModel.from_pretrained(plain, target).eval()(**inputs).logits
+        torch.testing.assert_close(model(**inputs).logits, expected)
+    assert not torch.allclose(expected, without)
+
+
+def test_a_prompt_beside_packed_weights_is_refused(folders, tmp_path):
+    import peft
+
+    llava_fa.compress(folders[1], tmp_path / "packed", CONFIG)
+    model, _ = load(tmp_path / "packed", "cpu", torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=48, num_layers=2, num_attention_heads=4
+        )
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "packed")
+    with pytest.raises(FourierError, match="cannot be kept beside packed weights"):
+        load(tmp_path / "packed", "cpu", torch.float32)
 
 
 def test_inspect_tells_of_it(folders):

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 import llava_fa
 from llava_fa import FourierConfig, FourierError
+from llava_fa.hub.complete import carry_unused
 from llava_fa.hub.inspect import inspect_model, spending
 from llava_fa.hub.loading import load
 from llava_fa.hub.source import open_source
@@ -141,6 +142,30 @@ def test_they_are_dropped_where_that_is_asked_for(with_more, tmp_path):
     load(tmp_path / "out")
 
 
+def test_a_tied_embedding_stored_as_the_head_is_packed_in_the_ledger_too(tmp_path):
+    folder = helpers.save_llava(tmp_path / "in", model=helpers.random_llava(tied=True), dtype=torch.bfloat16)
+    head = "language_model.lm_head.weight"
+    spoil(folder, lambda tensors: tensors.update({head: tensors.pop(EMBEDDING)}))
+    report = llava_fa.compress(folder, tmp_path / "out", CONFIG, embeddings=4)
+    lines = [(account.fate, account.why) for account in report.source_ledger.tensors if account.name == head]
+    assert lines == [("packed", "model.language_model.embed_tokens")]
+
+
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+def test_what_transformers_leaves_out_is_carried_over(with_more, tmp_path, shard):
+    AutoModelForImageTextToText.from_pretrained(with_more).save_pretrained(tmp_path / "saved", max_shard_size=shard)
+    assert len(list((tmp_path / "saved").glob("*.index.json"))) == (shard == "60KB")
+    carry_unused(with_more, tmp_path / "saved")
+    before, after = open_source(with_more), open_source(tmp_path / "saved")
+    assert before.entries.keys() == after.entries.keys()
+    assert all(torch.equal(entry.read(), after.entries[name].read()) for name, entry in before.entries.items())
+    if shard == "60KB":
+        index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == after.nbytes
+    carry_unused(with_more, tmp_path / "saved")  # once is enough
+    assert open_source(tmp_path / "saved").fingerprint == after.fingerprint
+
+
 # Architectures.
 
 
@@ -154,20 +179,7 @@ def test_the_name_of_the_class_is_not_needed(folder, tmp_path, architectures):
 
 @pytest.fixture
 def text_model(tmp_path):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0,
-                         pad_token_id=0, max_position_embeddings=256)  # fmt: skip
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "in")
-    tokenizer = helpers.processor().tokenizer
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    tokenizer.save_pretrained(tmp_path / "in")
-    return tmp_path / "in"
+    return helpers.save_text_model(tmp_path / "in")
 
 
 def test_a_text_model_is_calibrated_with_text(text_model, tmp_path):

@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import warnings
 
 import helpers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 import llava_fa
@@ -97,6 +99,47 @@ def test_the_result_is_a_compressed_model(trained, compressed, original):
     assert not torch.equal(model.get_parameter(norm), start.get_parameter(norm))
     inputs = helpers.inputs_for(helpers.processor())
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
+
+
+def test_what_training_does_not_touch_is_carried_over(original, rows, tmp_path):
+    """Tensors that no module has, and the ledger of the original."""
+    folder, small, out = (tmp_path / name for name in ("in", "small", "out"))
+    shutil.copytree(original, folder)
+    tensors = {**load_file(folder / "model.safetensors"), "mtp.weight": torch.ones(4, 4)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    llava_fa.compress(folder, small, llava_fa.FourierConfig(bits=2, refine_passes=0))
+    report = recover(small, out, data(rows), changed(steps=1), teacher=folder)
+    assert torch.equal(load_file(out / "model.safetensors")["mtp.weight"], torch.ones(4, 4))
+    before, after = inspect_model(small), inspect_model(out)
+    assert after.source_ledger == before.source_ledger
+    assert after.ledger.nbytes == (out / "model.safetensors").stat().st_size
+    names, was = ({account.name for account in one.ledger.tensors} for one in (after, before))
+    assert names == was
+    assert after.compressed_bytes == report.compressed_bytes
+
+
+def test_an_adapter_beside_packed_weights_is_not_left_out(compressed, rows, tmp_path):
+    shutil.copytree(compressed, tmp_path / "in")
+    (tmp_path / "in" / "adapter_config.json").write_text("{}")
+    with pytest.raises(FourierError, match="the trained model would lose it"):
+        recover(tmp_path / "in", tmp_path / "out", data(rows), FAST)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_run_does_not_go_on_with_another_adapter(original, rows, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = tmp_path / "in"
+    shutil.copytree(original, folder)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration.from_pretrained(original)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's own, of names that transformers has given up
+            peft.get_peft_model(model, config).save_pretrained(folder)
+        expected = pytest.raises(FourierError, match="another model") if seed else pytest.raises(KilledError)
+        with expected:
+            recover(folder, tmp_path / "out", data(rows), changed(cross_entropy=1.0), report=killing(3))
 
 
 def test_a_trained_model_is_trained_on(trained, rows, tmp_path):

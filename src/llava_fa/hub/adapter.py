@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_fa.errors import FourierError, explained
-from llava_fa.hub.architecture import one_line
-from llava_fa.hub.complete import loaded_model
+from llava_fa.hub.architecture import one_line, quiet_transformers
+from llava_fa.hub.complete import carry_unused, loaded_model
 from llava_fa.hub.shards import CHUNK, reading, write_text
 from llava_fa.hub.source import open_source
 
@@ -30,6 +30,11 @@ def has_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def files(folder: Path) -> list[Path]:
+    """The adapter's files in this folder."""
+    return [path for name in _FILES if (path := folder / name).is_file()]
+
+
 @contextlib.contextmanager
 def without_adapter(folder: Path) -> Iterator[Path]:
     """The folder as it would be without its adapter: links to everything else, as long as this lasts."""
@@ -43,7 +48,7 @@ def without_adapter(folder: Path) -> Iterator[Path]:
 def attached(model: Any, folder: Path) -> Any:
     """A model that was loaded from `without_adapter`, with the adapter of ``folder``.
 
-    Dense weights take it in; beside packed codes it stays, frozen.
+    Dense weights take it in; beside packed codes it stays, frozen, in the layers of the model itself.
 
     Raises:
         FourierError: peft is not installed, or refuses it; an adapter with pickled weights.
@@ -69,17 +74,24 @@ def attached(model: Any, folder: Path) -> Any:
     ):
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, of transformers' v4
         adapted = PeftModel.from_pretrained(model, where)
-        return adapted.eval() if packed else adapted.merge_and_unload()
+        if not packed:
+            return adapted.merge_and_unload()
+        if (
+            adapted.active_peft_config.is_prompt_learning
+        ):  # it lives in peft's wrapper, which is no model of transformers
+            raise FourierError(
+                "what it puts before a prompt cannot be kept beside packed weights", remedy=remedy, where=where
+            )
+        return adapted.base_model.model.eval()  # with the layers that peft exchanged
 
 
 def identity(folder: Path) -> str:
     """SHA-256 of what a merged folder depends on: the checkpoint's headers and the adapter's bytes."""
     digest = hashlib.sha256(open_source(folder).fingerprint.encode())
-    for path in (folder / name for name in _FILES):
-        if path.is_file():
-            with reading(path), path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
+    for path in files(folder):
+        with reading(path), path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -101,7 +113,10 @@ def merged(folder: Path, to: Path) -> Path:
     temporary = to.with_name(to.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with without_adapter(folder) as plain:
-        attached(loaded_model(plain, dtype="auto"), folder).save_pretrained(temporary)
+        model = attached(loaded_model(plain, dtype="auto"), folder)
+        with quiet_transformers():
+            model.save_pretrained(temporary)
+        carry_unused(plain, temporary)
         for path in plain.iterdir():
             if not (temporary / path.name).exists() and path.is_file() and not path.name.endswith(_WEIGHTS):
                 shutil.copyfile(path, temporary / path.name)

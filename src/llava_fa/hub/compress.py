@@ -36,7 +36,7 @@ from llava_fa.hub.request import CompressionRequest
 from llava_fa.hub.source import Source, open_source, resolve_model
 from llava_fa.hub.streaming import Job, assemble, beside, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
-from llava_fa.hub.work_folder import WorkFolder, check_space, refuse_existing
+from llava_fa.hub.work_folder import WorkFolder, check_space, disk_errors, refuse_existing
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
 
@@ -188,7 +188,8 @@ def _source(request: CompressionRequest, out: Path, tell: ProgressCallback) -> S
     source = open_source(folder)
     if has_adapter(folder):
         tell(Progress("merging the adapter", "", 0, 0, 0, 0, 0))
-        source = dataclasses.replace(open_source(merged(folder, _merged(out))), fingerprint=identity(folder))
+        with disk_errors(_merged(out)):
+            source = dataclasses.replace(open_source(merged(folder, _merged(out))), fingerprint=identity(folder))
     if request.visual_tokens is not None:
         source = with_visual_tokens(source, request.visual_tokens)
     return source

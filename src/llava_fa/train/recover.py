@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -16,15 +17,19 @@ import torch
 from torch import nn
 
 from llava_fa.bounds import COUNT, from_environment
+from llava_fa.config import QUANT_METHOD
 from llava_fa.errors import FourierError
+from llava_fa.hub import adapter
 from llava_fa.hub.architecture import quiet_transformers
+from llava_fa.hub.complete import carry_unused
 from llava_fa.hub.inspect import describe
+from llava_fa.hub.ledger import LEDGER
 from llava_fa.hub.loading import context_length, load
 from llava_fa.hub.processor import load_processor
 from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
 from llava_fa.hub.report import TRAINING, peak_rss_bytes
-from llava_fa.hub.shards import CHUNK, write_text
-from llava_fa.hub.source import read_config, resolve_model, weight_files
+from llava_fa.hub.shards import CHUNK, reading, write_text
+from llava_fa.hub.source import quantisation, read_config, resolve_model, weight_files
 from llava_fa.hub.work_folder import WorkFolder, disk_errors
 from llava_fa.maths.metrics import weight_error
 from llava_fa.nn.factored_linear import packed_layers
@@ -119,6 +124,12 @@ def recover(
     start, settings = time.monotonic(), settings or TrainingSettings()
     out = Path(out).expanduser().absolute()
     folder = resolve_model(model)
+    if adapter.has_adapter(folder) and quantisation(read_config(folder)) == QUANT_METHOD:
+        raise FourierError(
+            "an adapter lies beside packed weights, and the trained model would lose it",
+            remedy=f"Train the adapter itself with peft, or take {adapter.CONFIG} away, to train the model without it",
+            where=str(folder),
+        )
     identity = _identity(folder)
     manifest = {
         "llava_fa": version("llava-fa"),
@@ -285,6 +296,9 @@ def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport
         work.result.mkdir(exist_ok=True)
         model.save_pretrained(work.result)
         run.processor.save_pretrained(work.result)
+        carry_unused(run.folder, work.result)
+        if (run.folder / LEDGER).is_file():
+            shutil.copyfile(run.folder / LEDGER, work.result / LEDGER)
         if run.before is not None:
             size = describe(work.result)
             outcome = dataclasses.replace(
@@ -296,10 +310,10 @@ def _save(model: nn.Module, run: _Run, work: WorkFolder, outcome: TrainingReport
 
 
 def _identity(folder: Path) -> str:
-    """SHA-256 over config.json and every byte of the weights."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
-        with path.open("rb") as file:
+    """SHA-256 over config.json and every byte of the weights, an adapter's too."""
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *weight_files(folder), *adapter.files(folder)):
+        with reading(path), path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
