@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import llava_fa
 from llava_fa import FourierConfig, FourierError
 from llava_fa.hub import source as sources
+from llava_fa.hub.loading import load
 
 VICTIM = "language_model.model.layers.1.mlp.up_proj.weight"  # as saved; the module is model.language_model.layers…
 NAME = "model.language_model.layers.1.mlp.up_proj"
@@ -184,7 +185,9 @@ def test_a_weight_of_another_shape(folder, tmp_path):
 
 def test_a_weight_of_integers(folder, tmp_path):
     spoil(folder, lambda tensors: tensors.update({VICTIM: torch.zeros(96, 48, dtype=torch.int8)}))
-    fails(folder, tmp_path, rf"{NAME}: its weight is I8\. Give a float16, bfloat16 or float32")
+    fails(folder, tmp_path, rf"{NAME}\.weight: what is stored is I8.*Give a float16, bfloat16 or float32")
+    with pytest.raises(FourierError, match="what is stored is I8"):  # and not taken for weights
+        load(folder)
 
 
 @pytest.mark.parametrize(

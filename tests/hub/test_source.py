@@ -248,8 +248,15 @@ def test_however_a_model_says_that_it_is_quantised(folder, tmp_path, value, said
     configure(folder, **({inside: {**config[inside], **changed}} if inside else changed))
     with pytest.raises(FourierError, match=rf"already quantised \(.*{said}.*\)\. Give the original float checkpoint"):
         llava_fa.compress(folder, tmp_path / "out", CONFIG)
-    with pytest.raises(FourierError, match="already quantised"):
-        inspect_model(folder)
+    for use in (inspect_model, load):
+        with pytest.raises(FourierError, match="already quantised"):
+            use(folder)
+
+
+def test_a_configuration_that_is_wrong_is_not_the_processors_fault(folder):
+    configure(folder, dtype="float99")
+    with pytest.raises(FourierError, match=r"cannot read config\.json"):
+        load(folder)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes in folders there")

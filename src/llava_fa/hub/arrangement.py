@@ -23,6 +23,9 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.shards import DTYPE_NAMES, Entry, tensor_bytes
 
 _SHOWN = 3
+_OTHERS = "Weights and config.json belong to different models"
+_WHOLE = ("I", "U", "BOOL")
+"""How the format's names of dtypes begin whose values are no floats: loading would take codes for weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Arrangement:
         whole: stored tensors that are converted to more or less than the parameters of the model → one of these; they
             can only stay as they are.
         missing: parameters and buffers that nothing stored gives, and nothing that they are tied to.
-        wrong: parameter → why what is stored for it cannot be it.
+        wrong: parameter → why what is stored for it cannot be it, as an error.
         total: number of parameters and buffers of the model.
     """
 
@@ -109,7 +112,7 @@ class Arrangement:
     unused: dict[str, Entry]
     whole: dict[str, str]
     missing: tuple[str, ...]
-    wrong: dict[str, str]
+    wrong: dict[str, FourierError]
     total: int
 
     @functools.cached_property
@@ -120,11 +123,9 @@ class Arrangement:
     def check(self, where: str) -> None:
         """Raise `FourierError` unless the stored tensors are all that the model needs, each of its shape."""
         refuse_missing(self.missing, self.total, self.model, where)
-        for name, what in self.wrong.items():
+        for name, error in self.wrong.items():
             more = f" ({len(self.wrong)} tensors do not fit)" if len(self.wrong) > 1 else ""
-            raise FourierError(
-                what + more, remedy="Weights and config.json belong to different models", where=f"{where}: {name}"
-            )
+            raise FourierError(error.what + more, remedy=error.remedy, where=f"{where}: {name}")
 
 
 def refuse_missing(missing: Iterable[str], total: int, model: str, where: str) -> None:
@@ -158,7 +159,7 @@ def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str
     weights: dict[str, Stored] = {**alone}
     conversions: list[Conversion] = []
     whole: dict[str, str] = {}
-    wrong: dict[str, str] = {}
+    wrong: dict[str, FourierError] = {}
     given = {*weights, *(f"{name}.weight" for name in packed)}
     for name, (rule, group) in groups.items():
         conversion = _conversion(model, rule, name, group)
@@ -168,7 +169,8 @@ def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str
         except FourierError:
             raise
         except Exception as error:  # rules are code of many authors
-            wrong[name] = f"transformers cannot convert what is stored ({type(error).__name__}: {error})"
+            what = f"transformers cannot convert what is stored ({type(error).__name__}: {error})"
+            wrong[name] = FourierError(what, remedy=_OTHERS)
             given |= {name.replace(rule.target_patterns[0], target) for target in rule.target_patterns}
             continue
         given |= set(made)
@@ -179,7 +181,11 @@ def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str
             weights.update(made)
     for name, stored in weights.items():
         if stored.shape != (shape := tuple(state[name].shape)):
-            wrong[name] = f"what is stored is {list(stored.shape)}, and config.json makes it {list(shape)}"
+            what = f"what is stored is {list(stored.shape)}, and config.json makes it {list(shape)}"
+            wrong[name] = FourierError(what, remedy=_OTHERS)
+        elif state[name].is_floating_point() and stored.dtype.startswith(_WHOLE):
+            what = f"what is stored is {stored.dtype}, and the model computes with floats"
+            wrong[name] = FourierError(what, remedy="Give a float16, bfloat16 or float32 checkpoint")
     missing = _missing(model, state, given)
     return Arrangement(
         type(model).__name__, weights, tuple(conversions), unused, whole, missing, wrong, total=len(state)

@@ -10,9 +10,10 @@ import torch
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
 from llava_fa.errors import FourierError
 from llava_fa.hub.adapter import attached, has_adapter, without_adapter
+from llava_fa.hub.architecture import model_class
 from llava_fa.hub.complete import loaded_model
 from llava_fa.hub.processor import load_processor
-from llava_fa.hub.source import read_config, resolve_model, weight_files
+from llava_fa.hub.source import read_config, refuse_quantised, resolve_model, weight_files
 from llava_fa.hub.visual_tokens import set_visual_tokens
 
 
@@ -32,8 +33,9 @@ def load(
     """
     folder = resolve_model(model)
     place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    read_config(folder)
-    weight_files(folder)  # a folder that is none has its own error
+    refuse_quantised(read_config(folder), folder)
+    weight_files(folder)
+    model_class(folder)  # what is wrong with these has its own error, and is not the processor's fault
     processor = load_processor(folder)
     if has_adapter(folder):
         with without_adapter(folder) as plain:

@@ -104,18 +104,13 @@ def open_source(folder: Path) -> Source:
         FourierError: not a model folder, already quantised, no safetensors, a file missing or cut short.
     """
     config = read_config(folder)
-    if (method := quantisation(config)) == QUANT_METHOD:
+    if quantisation(config) == QUANT_METHOD:
         raise FourierError(
             "this model is already compressed by llava-fa",
             remedy="Give the original; `llava-fa inspect` shows what this one is",
             where=str(folder),
         )
-    if method is not None:
-        raise FourierError(
-            f"this model is already quantised ({method})",
-            remedy="Give the original float checkpoint",
-            where=str(folder),
-        )
+    refuse_quantised(config, folder)
     entries: dict[str, Entry] = {}
     shadowed: list[Entry] = []
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -137,6 +132,16 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
             method = values.get("quant_method") if isinstance(values, Mapping) else values
             return str(method or "unknown method")
     return None
+
+
+def refuse_quantised(config: Mapping[str, Any], folder: Path) -> None:
+    """`FourierError` for a model that something else has quantised."""
+    if (method := quantisation(config)) not in (None, QUANT_METHOD):
+        raise FourierError(
+            f"this model is already quantised ({method})",
+            remedy="Give the original float checkpoint",
+            where=str(folder),
+        )
 
 
 def read_object(path: Path) -> dict[str, Any]:
