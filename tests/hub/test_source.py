@@ -195,6 +195,14 @@ def test_a_text_model_is_calibrated_with_text(text_model, tmp_path):
         answer(model, processor, [(helpers.picture(), "hello?")], max_new_tokens=2)
 
 
+def test_a_text_model_whose_tokenizer_names_a_processor(text_model):
+    """As that of a language model taken out of a vision-language model does."""
+    path = text_model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processor_class": "LlavaProcessor"}))
+    processor = load(text_model)[1]
+    assert processor(text=["hello"])["input_ids"]
+
+
 def test_layers_without_end_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     configure(folder, vision_config={**config["vision_config"], "num_hidden_layers": 10**9})

@@ -59,6 +59,14 @@ def model_class(folder: Path) -> tuple[Any, Any]:
     )
 
 
+def reads_text_alone(config: Any) -> bool:
+    """Whether a model of this configuration has no part but a language model."""
+    from transformers.models.auto import modeling_auto
+
+    others: list[Any] = [getattr(modeling_auto, name) for name in AUTO[:-1] if hasattr(modeling_auto, name)]
+    return not config.sub_configs and all(type(config) not in mapping for mapping in others)
+
+
 def empty_model(folder: Path, tensors: int) -> nn.Module:
     """The model on the meta device: every module and name, no memory.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_fa.errors import FourierError, explained
-from llava_fa.hub.architecture import one_line, quiet_transformers
+from llava_fa.hub.architecture import one_line, quiet_transformers, reads_text_alone
 
 
 class TextProcessor:
@@ -79,12 +79,14 @@ def pictures_for(processor: Any, pictures: Sequence[Any]) -> list[Any] | None:
 
 def load_processor(folder: Path) -> Any:
     """The model's processor, tokenizer, image processor and chat template in one; of a text model a `TextProcessor`."""
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
     remedy = "The folder needs the tokenizer and preprocessor files of the model"
     loading = explained("its processor cannot be loaded", remedy=remedy, where=str(folder), words=one_line)
     with quiet_transformers(), loading:
-        processor = AutoProcessor.from_pretrained(folder)
+        # the tokenizer of a language model that was part of another may still name the processor of the whole
+        alone = reads_text_alone(AutoConfig.from_pretrained(folder))
+        processor = (AutoTokenizer if alone else AutoProcessor).from_pretrained(folder)
     if sees_pictures(processor):
         return processor
     tokenizer = getattr(processor, "tokenizer", processor)
