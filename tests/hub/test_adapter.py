@@ -69,6 +69,15 @@ def test_a_killed_run_goes_on_with_what_was_merged(folders, tmp_path):
     ).read_bytes()[-100_000:]
 
 
+def test_a_folder_of_the_users_is_in_the_way_and_stays(folders, tmp_path):
+    (tmp_path / "out.merged").mkdir()
+    (tmp_path / "out.merged" / "mine.txt").write_text("precious")
+    with pytest.raises(FourierError, match="in the way of merging"):
+        llava_fa.compress(folders[0], tmp_path / "out", CONFIG)
+    llava_fa.compress(folders[1], tmp_path / "out", CONFIG)  # nothing to be merged
+    assert (tmp_path / "out.merged" / "mine.txt").read_text() == "precious"
+
+
 def test_it_takes_part_in_the_answers(folders):
     (ours, processor), (expected, _) = (load(folder, "cpu", torch.float32) for folder in folders)
     inputs = helpers.inputs_for(processor)

@@ -105,7 +105,7 @@ def merged(folder: Path, to: Path) -> Path:
     """
     made = json.dumps({"made_of": identity(folder)})
     if to.exists():
-        if not (to / _IDENTITY).is_file():
+        if not _is_merged(to):
             raise FourierError("it is in the way of merging an adapter", remedy="Remove or rename it", where=str(to))
         if (to / _IDENTITY).read_text(encoding="utf-8") == made:
             return to
@@ -123,3 +123,13 @@ def merged(folder: Path, to: Path) -> Path:
     write_text(temporary / _IDENTITY, made)
     temporary.rename(to)
     return to
+
+
+def remove_merged(to: Path) -> None:
+    """Remove what `merged` made there, and nothing else of that name."""
+    if _is_merged(to):
+        shutil.rmtree(to, ignore_errors=True)
+
+
+def _is_merged(folder: Path) -> bool:
+    return (folder / _IDENTITY).is_file()

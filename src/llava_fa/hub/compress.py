@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +18,7 @@ from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
 from llava_fa.data.samples import Sample
 from llava_fa.errors import explained
 from llava_fa.hub import allocation, attention_density, proofread, provenance
-from llava_fa.hub.adapter import has_adapter, identity, merged
+from llava_fa.hub.adapter import has_adapter, identity, merged, remove_merged
 from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.blocks import evenly
 from llava_fa.hub.calibrated import compress_calibrated
@@ -175,7 +174,7 @@ def carry_out(
         job.tell("writing")
         assemble(job.plan, request.config, work, density)
         job.tell("done")
-    shutil.rmtree(_merged(out), ignore_errors=True)
+    remove_merged(_merged(out))
     if request.command is not None:
         provenance.record(out, request.command)
     report = describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
