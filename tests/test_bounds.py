@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llava_fa.bounds import from_environment, is_number, real, shown, whole
+from llava_fa.bounds import from_environment, is_number, real, whole
 from llava_fa.errors import FourierError
 
 HUGE = pytest.param(10**5000, id="huge")  # its digits are more than Python writes
@@ -34,13 +34,6 @@ def test_a_remedy_of_its_own_is_given():
         whole("rank", -1, 0, 9, "Give 0 for none")
     with pytest.raises(FourierError, match=r"rank is 'x'\. Give a whole number from 0 to 9"):
         whole("rank", "x", 0, 9, "Give 0 for none")
-
-
-@pytest.mark.parametrize("value", [0, "a", "é" * 50, 10**90])
-def test_values_are_shown_as_they_are_unless_they_are_long(value):
-    assert shown(value) == repr(value)
-    assert len(shown([value] * 1000)) < 100
-    assert shown(10**5000) == "a number of thousands of digits"
 
 
 @pytest.mark.parametrize("text", ["", " ", "x", "-1", "10", "1.5", "nan", "²", "٣", "1_0", "9" * 5000])

@@ -90,7 +90,7 @@ def test_paper_shares_its_bits_and_the_phase_takes_the_odd_one():
         ({"method": "paper", "bits": float("nan")}, "bits is nan"),
         ({"method": "paper", "bits": 0.5}, "bits is 0.5. Give 1 to 8"),
         ({"method": "paper", "bits": 9}, "bits is 9. Give 1 to 8"),
-        ({"bits": 10**400}, "bits is 1000000000.*401 characters"),
+        ({"bits": 10**400}, r"bits is 1000000000.*\.\.\.0000"),
         ({"bits": 10**5000}, "bits is a number of thousands of digits"),
         ({"method": "paper", "bits": 10**400}, "bits is 1000"),
         ({"rank": -1}, "rank is -1"),

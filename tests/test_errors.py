@@ -29,6 +29,10 @@ def test_an_explanation_and_other_kinds_pass():
         ("short", "'short'"),
         (0, "0"),
         (None, "None"),
+        (True, "True"),
+        (10**70, repr(10**70)),
+        pytest.param(10**5000, "a number of thousands of digits", id="huge"),
+        ([10**5000], "[a number of thousands of digits]"),
         (b"\x89PNG" * 5000, "20000 bytes"),
         ({"from": "human", "value": {"bytes": b"12345"}}, "{'from': 'human', 'value': {'bytes': 5 bytes}}"),
     ],
@@ -41,8 +45,16 @@ def test_nothing_long_is_quoted_whole():
     deep = []
     for _ in range(10_000):
         deep = [deep]
-    for value in ("x" * 10**6, ["y" * 1000] * 10**5, dict.fromkeys(range(10**5), "z" * 1000), deep, range(10**9)):
+    for value in (
+        "x" * 10**6,
+        ["y" * 1000] * 10**5,
+        dict.fromkeys(range(10**5), "z" * 1000),
+        deep,
+        10**90,
+        range(10**9),
+    ):
         assert len(shown(value)) <= 80
+    assert len(shown(10**90)) <= 80
     assert len(shown(["y" * 100] * 100, most=30)) == 30
 
 

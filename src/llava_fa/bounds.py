@@ -9,7 +9,7 @@ import math
 import os
 from typing import Any
 
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, shown
 
 COUNT = 10**9
 """Most of anything that is counted (steps, samples, tokens): more is a slip, and what is below torch overflows."""
@@ -95,15 +95,6 @@ def is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def shown(value: Any) -> str:
-    """``repr``, shortened; Python refuses to write integers of more than 4300 digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a number of thousands of digits"
-    return text if len(text) <= 100 else f"{text[:40]}… ({len(text)} characters)"
 
 
 def _wrong(name: str, value: Any, remedy: str) -> FourierError:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
-from llava_fa.bounds import COUNT, is_number, real, shown, whole
-from llava_fa.errors import FourierError, explained
+from llava_fa.bounds import COUNT, is_number, real, whole
+from llava_fa.errors import FourierError, explained, shown
 
 Method = Literal["best", "paper"]
 Calibration = Literal["auto", "none", "diagonal", "feedback"]

@@ -47,9 +47,15 @@ class _Short(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxstring = self.maxother = 80
+        self.maxstring = self.maxother = self.maxlong = 80
         self.maxdict = self.maxlist = self.maxtuple = 8
         self.maxlevel = 3
+
+    def repr_int(self, value: int, level: int) -> str:
+        try:
+            return super().repr_int(value, level)
+        except ValueError:  # Python writes no integers of more than 4300 digits
+            return "a number of thousands of digits"
 
     def repr_bytes(self, value: bytes, level: int) -> str:
         return f"{len(value)} bytes"

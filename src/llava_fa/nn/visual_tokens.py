@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llava_fa.bounds import shown
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, shown
 
 KINDS = ("fmvr", "pooling")
 """FMVR, and pooling alone (M3)."""
