@@ -8,9 +8,11 @@ import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import llava_fa
 from llava_fa import FourierConfig, FourierError
+from llava_fa.cli.main import app
 from llava_fa.hub.inspect import inspect_model
 from llava_fa.hub.loading import load
 
@@ -130,8 +132,14 @@ def test_a_prompt_beside_packed_weights_is_refused(folders, tmp_path):
         load(tmp_path / "packed", "cpu", torch.float32)
 
 
-def test_inspect_tells_of_it(folders):
-    assert list(inspect_model(folders[0]).ledger.unread) == ["adapter_model.safetensors"]
+def test_inspect_tells_of_it(folders, tmp_path):
+    llava_fa.compress(folders[1], tmp_path / "packed", CONFIG)
+    shutil.copyfile(folders[0] / "adapter_model.safetensors", tmp_path / "packed" / "adapter_model.safetensors")
+    for folder in (folders[0], tmp_path / "packed"):
+        assert list(inspect_model(folder).ledger.unread) == ["adapter_model.safetensors"]
+    shown = CliRunner().invoke(app, ["inspect", str(folder)]).stdout
+    assert "beside the weights: adapter_model.safetensors" in shown
+    assert "(an adapter: it takes part in answers)" in shown
 
 
 def test_without_peft_it_is_refused(tmp_path, monkeypatch):

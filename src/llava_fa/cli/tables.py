@@ -71,6 +71,8 @@ def _list(console: Any, title: str, names: list[str]) -> None:
 
 def show_report(report: Report, *, all_layers: bool = False) -> None:
     """The report as tables on stdout."""
+    from llava_fa.hub.adapter import WEIGHTS as ADAPTER
+
     console = output.stdout()
     console.print(f"[bold]{escape(report.path)}[/]", soft_wrap=True)
     console.print(
@@ -96,8 +98,8 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
             if line.why:
                 console.print(f"{line.fate}: {line} ({line.why})", markup=False, soft_wrap=True)
         for name, size in report.ledger.unread.items():
-            text = f"not read: {name}, {format_size(size)} (no part of the checkpoint)"
-            console.print(text, markup=False, soft_wrap=True)
+            what = "an adapter: it takes part in answers" if name == ADAPTER else "no part of the checkpoint, not read"
+            console.print(f"beside the weights: {name}, {format_size(size)} ({what})", markup=False, soft_wrap=True)
     if report.source_ledger is not None:
         for line in report.source_ledger.summary():
             if line.fate == "dropped":

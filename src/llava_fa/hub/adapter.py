@@ -18,9 +18,10 @@ from llava_fa.hub.complete import carry_unused, loaded_model
 from llava_fa.hub.shards import CHUNK, reading, write_text
 from llava_fa.hub.source import open_source
 
-CONFIG = "adapter_config.json"
-_FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin")
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FILES = (CONFIG, WEIGHTS, "adapter_model.bin")
+_ENDINGS = (".safetensors", ".safetensors.index.json")
+"""Of files with weights, or that name them."""
 _IDENTITY = "merged.json"
 """File of a merged folder that says what it was made of."""
 
@@ -60,9 +61,9 @@ def attached(model: Any, folder: Path) -> Any:
     what = "an adapter lies beside the weights, and the package peft, which merges it, is not here"
     with explained(what, remedy=remedy, where=where, kinds=(ImportError,), words=None):
         from peft import PeftModel
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / WEIGHTS).is_file():
         raise FourierError(
-            "the adapter beside the weights has no adapter_model.safetensors",
+            f"the adapter beside the weights has no {WEIGHTS}",
             remedy=f"Convert or copy it, or take {CONFIG} away",
             where=where,
         )
@@ -118,7 +119,7 @@ def merged(folder: Path, to: Path) -> Path:
             model.save_pretrained(temporary)
         carry_unused(plain, temporary)
         for path in plain.iterdir():
-            if not (temporary / path.name).exists() and path.is_file() and not path.name.endswith(_WEIGHTS):
+            if not (temporary / path.name).exists() and path.is_file() and not path.name.endswith(_ENDINGS):
                 shutil.copyfile(path, temporary / path.name)
     write_text(temporary / _IDENTITY, made)
     temporary.rename(to)

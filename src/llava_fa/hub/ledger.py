@@ -16,7 +16,7 @@ from llava_fa.errors import FourierError, located
 from llava_fa.hub.arrangement import Arrangement
 from llava_fa.hub.checkpoint import Metadata, file_keys, is_codebook
 from llava_fa.hub.shards import Entry, write_text
-from llava_fa.hub.source import Source, read_object
+from llava_fa.hub.source import Source, read_object, unread
 
 LEDGER = "ledger.json"
 """File of a compressed folder: what became of every tensor of the original. The model does not need it."""
@@ -136,7 +136,8 @@ def of_compressed(folder: Path, entries: Mapping[str, Entry], metadata: Metadata
     def account(key: str) -> tuple[str, str]:
         return (PACKED, packed[key]) if key in packed else (KEPT, reason_of(key, metadata.not_compressed, layers))
 
-    return _ledger(Source(folder, {}, dict(entries), ""), account)
+    others = unread(folder, {entry.file for entry in entries.values()})
+    return _ledger(Source(folder, {}, dict(entries), "", unread=others), account)
 
 
 def reason_of(parameter: str, rest: Mapping[str, str], layers: Set[str]) -> str:

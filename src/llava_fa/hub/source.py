@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,12 @@ def open_source(folder: Path) -> Source:
         shadowed += [entries[name] for name in tensors if name in entries]
         entries.update(tensors)
         digest.update(f"{path.name}:{path.stat().st_size}:{header}".encode())
-    unread = tuple(sorted(set(folder.glob("*.safetensors")) - set(files)))
-    return Source(folder, config, entries, digest.hexdigest(), tuple(shadowed), unread)
+    return Source(folder, config, entries, digest.hexdigest(), tuple(shadowed), unread(folder, files))
+
+
+def unread(folder: Path, files: Iterable[Path]) -> tuple[Path, ...]:
+    """Weight files in the folder that are none of these: no part of the checkpoint."""
+    return tuple(sorted(set(folder.glob("*.safetensors")) - set(files)))
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
