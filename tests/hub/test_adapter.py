@@ -154,6 +154,16 @@ def test_without_peft_it_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_missing_is_said_of_the_folder_itself(folders, tmp_path):
+    path = folders[0] / "model.safetensors"
+    kept = {key: value for key, value in load_file(path).items() if "linear_1.weight" not in key}
+    save_file(kept, path, metadata={"format": "pt"})
+    for use in (lambda: llava_fa.compress(folders[0], tmp_path / "out", CONFIG), lambda: load(folders[0])):
+        with pytest.raises(FourierError, match="1 of 70 tensors") as missing:
+            use()
+        assert missing.value.where == str(folders[0])
+
+
 def test_an_adapter_alone_is_no_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FourierError, match="this is a LoRA adapter, not a model"):

@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_fa.errors import FourierError, explained
 from llava_fa.hub.architecture import one_line, quiet_transformers
-from llava_fa.hub.complete import carry_unused, loaded_model
+from llava_fa.hub.complete import carry_unused, check_complete, loaded_model
 from llava_fa.hub.shards import CHUNK, reading, write_text
 from llava_fa.hub.source import open_source
 
@@ -36,8 +36,21 @@ def files(folder: Path) -> list[Path]:
     return [path for name in _FILES if (path := folder / name).is_file()]
 
 
+def loaded_with_adapter(folder: Path, **options: Any) -> Any:
+    """The model of this folder (`complete.loaded_model`), with the adapter that lies beside its weights.
+
+    Dense weights take it in; beside packed codes it stays, frozen, in the layers of the model itself.
+
+    Raises:
+        FourierError: as `loaded_model`; peft is not installed, or refuses it; an adapter with pickled weights.
+    """
+    check_complete(folder)  # here, for the errors of what follows name a folder of links
+    with _without_adapter(folder) as plain:
+        return _attached(loaded_model(plain, **options), folder)
+
+
 @contextlib.contextmanager
-def without_adapter(folder: Path) -> Iterator[Path]:
+def _without_adapter(folder: Path) -> Iterator[Path]:
     """The folder as it would be without its adapter: links to everything else, as long as this lasts."""
     with tempfile.TemporaryDirectory() as place:
         for path in folder.iterdir():
@@ -46,14 +59,7 @@ def without_adapter(folder: Path) -> Iterator[Path]:
         yield Path(place)
 
 
-def attached(model: Any, folder: Path) -> Any:
-    """A model that was loaded from `without_adapter`, with the adapter of ``folder``.
-
-    Dense weights take it in; beside packed codes it stays, frozen, in the layers of the model itself.
-
-    Raises:
-        FourierError: peft is not installed, or refuses it; an adapter with pickled weights.
-    """
+def _attached(model: Any, folder: Path) -> Any:
     where = str(folder)
     remedy = (
         f"`pip install peft`; or merge it yourself and give the result; or take {CONFIG} away, to use the weights alone"
@@ -77,12 +83,9 @@ def attached(model: Any, folder: Path) -> Any:
         adapted = PeftModel.from_pretrained(model, where)
         if not packed:
             return adapted.merge_and_unload()
-        if (
-            adapted.active_peft_config.is_prompt_learning
-        ):  # it lives in peft's wrapper, which is no model of transformers
-            raise FourierError(
-                "what it puts before a prompt cannot be kept beside packed weights", remedy=remedy, where=where
-            )
+        if adapted.active_peft_config.is_prompt_learning:  # it lives in peft's wrapper, no model of transformers
+            what = "what it puts before a prompt cannot be kept beside packed weights"
+            raise FourierError(what, remedy=f"Take {CONFIG} away", where=where)
         return adapted.base_model.model.eval()  # with the layers that peft exchanged
 
 
@@ -102,7 +105,7 @@ def merged(folder: Path, to: Path) -> Path:
     The whole model is in memory, as it is stored.
 
     Raises:
-        FourierError: as `attached`; ``to`` is there and holds something else.
+        FourierError: as `loaded_with_adapter`; ``to`` is there and holds something else.
     """
     made = json.dumps({"made_of": identity(folder)})
     if to.exists():
@@ -113,14 +116,13 @@ def merged(folder: Path, to: Path) -> Path:
         shutil.rmtree(to)
     temporary = to.with_name(to.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with without_adapter(folder) as plain:
-        model = attached(loaded_model(plain, dtype="auto"), folder)
-        with quiet_transformers():
-            model.save_pretrained(temporary)
-        carry_unused(plain, temporary)
-        for path in plain.iterdir():
-            if not (temporary / path.name).exists() and path.is_file() and not path.name.endswith(_ENDINGS):
-                shutil.copyfile(path, temporary / path.name)
+    model = loaded_with_adapter(folder, dtype="auto")
+    with quiet_transformers():
+        model.save_pretrained(temporary)
+    carry_unused(folder, temporary)
+    for path in set(folder.iterdir()) - set(files(folder)):
+        if not (temporary / path.name).exists() and path.is_file() and not path.name.endswith(_ENDINGS):
+            shutil.copyfile(path, temporary / path.name)
     write_text(temporary / _IDENTITY, made)
     temporary.rename(to)
     return to

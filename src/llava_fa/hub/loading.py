@@ -9,7 +9,7 @@ import torch
 
 import llava_fa.hub.quantizer  # noqa: F401  registers the format with transformers
 from llava_fa.errors import FourierError
-from llava_fa.hub.adapter import attached, has_adapter, without_adapter
+from llava_fa.hub.adapter import has_adapter, loaded_with_adapter
 from llava_fa.hub.architecture import model_class
 from llava_fa.hub.complete import loaded_model
 from llava_fa.hub.processor import load_processor
@@ -37,11 +37,7 @@ def load(
     weight_files(folder)
     model_class(folder)  # what is wrong with these has its own error, and is not the processor's fault
     processor = load_processor(folder)
-    if has_adapter(folder):
-        with without_adapter(folder) as plain:
-            loaded = attached(loaded_model(plain, dtype=dtype or fast_dtype(place)), folder)
-    else:
-        loaded = loaded_model(folder, dtype=dtype or fast_dtype(place))
+    loaded = (loaded_with_adapter if has_adapter(folder) else loaded_model)(folder, dtype=dtype or fast_dtype(place))
     if visual_tokens is not None:
         set_visual_tokens(loaded, visual_tokens, processor)
     return loaded.to(place), processor
