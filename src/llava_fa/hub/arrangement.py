@@ -23,6 +23,11 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.shards import DTYPE_NAMES, Entry, tensor_bytes
 
 _SHOWN = 3
+_AGAIN = "Copy the folder again, or compress the model again"
+_FILL_IN = (
+    "Copy or download it again. If this model never uses them, load and save it once with transformers, which fills "
+    "them with random numbers, and give the new folder"
+)
 _OTHERS = "Weights and config.json belong to different models"
 _WHOLE = ("I", "U", "BOOL")
 """How the format's names of dtypes begin whose values are no floats: loading would take codes for weights."""
@@ -104,6 +109,7 @@ class Arrangement:
         missing: parameters and buffers that nothing stored gives, and nothing that they are tied to.
         wrong: parameter → why what is stored for it cannot be it, as an error.
         total: number of parameters and buffers of the model.
+        compressed: whether other weights of the model are stored packed.
     """
 
     model: str
@@ -114,6 +120,7 @@ class Arrangement:
     missing: tuple[str, ...]
     wrong: dict[str, FourierError]
     total: int
+    compressed: bool
 
     @functools.cached_property
     def modules(self) -> dict[str, str]:
@@ -122,30 +129,25 @@ class Arrangement:
 
     def check(self, where: str) -> None:
         """Raise `FourierError` unless the stored tensors are all that the model needs, each of its shape."""
-        refuse_missing(self.missing, self.total, self.model, where)
+        self._refuse_missing(where)
         for name, error in self.wrong.items():
             more = f" ({len(self.wrong)} tensors do not fit)" if len(self.wrong) > 1 else ""
             raise FourierError(error.what + more, remedy=error.remedy, where=f"{where}: {name}")
 
-
-def refuse_missing(missing: Iterable[str], total: int, model: str, where: str) -> None:
-    """`FourierError` that names the tensors of a model that a checkpoint lacks, if there are any."""
-    names = sorted(missing)
-    if not names:
-        return
-    if 2 * len(names) > total:
-        raise FourierError(
-            f"only {total - len(names)} of {total} tensors of {model} are in the weight files",
-            remedy="Check that config.json and the weights belong together",
-            where=where,
-        )
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    raise FourierError(
-        f"{len(names)} of {total} tensors of {model} are not in the weight files: {', '.join(names[:_SHOWN])}{more}",
-        remedy="Copy or download it again. If this model never uses them, load and save it once with transformers, "
-        "which fills them with random numbers, and give the new folder",
-        where=where,
-    )
+    def _refuse_missing(self, where: str) -> None:
+        names, remedy = sorted(self.missing), _AGAIN if self.compressed else _FILL_IN
+        if not names:
+            return
+        if 2 * len(names) > self.total:
+            raise FourierError(
+                f"only {self.total - len(names)} of {self.total} tensors of {self.model} are in the weight files",
+                remedy="Check that config.json and the weights belong together",
+                where=where,
+            )
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        some = ", ".join(names[:_SHOWN])
+        what = f"{len(names)} of {self.total} tensors of {self.model} are not in the weight files: {some}{more}"
+        raise FourierError(what, remedy=remedy, where=where)
 
 
 def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str] = ()) -> Arrangement:
@@ -160,7 +162,8 @@ def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str
     conversions: list[Conversion] = []
     whole: dict[str, str] = {}
     wrong: dict[str, FourierError] = {}
-    given = {*weights, *(f"{name}.weight" for name in packed)}
+    elsewhere = {f"{name}.weight" for name in packed}
+    given = {*weights, *elsewhere}
     for name, (rule, group) in groups.items():
         conversion = _conversion(model, rule, name, group)
         try:
@@ -188,7 +191,7 @@ def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str
             wrong[name] = FourierError(what, remedy="Give a float16, bfloat16 or float32 checkpoint")
     missing = _missing(model, state, given)
     return Arrangement(
-        type(model).__name__, weights, tuple(conversions), unused, whole, missing, wrong, total=len(state)
+        type(model).__name__, weights, tuple(conversions), unused, whole, missing, wrong, len(state), bool(elsewhere)
     )
 
 
