@@ -38,9 +38,11 @@ def write_spreadsheet(path: Path, columns: Sequence[str], rows: Sequence[Sequenc
         "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{_MAIN}"><sheetData>{"".join(lines)}</sheetData></worksheet>',
     }
     fresh = path.with_name(path.name + ".new")
-    with zipfile.ZipFile(fresh, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(fresh, "w") as archive:
         for name, text in parts.items():
-            archive.writestr(name, _HEAD + text)
+            info = zipfile.ZipInfo(name)  # of no date: the same answers make the same file
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, _HEAD + text)
     fresh.replace(path)
     return path
 
