@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llava_fa.errors import FourierError, explained
+from llava_fa.nn.experts import unfuse
 
 AUTO = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")
 """What transformers can build that writes text, in the order in which they are asked."""
@@ -87,7 +88,9 @@ def empty_model(folder: Path, tensors: int) -> nn.Module:
     what = f"transformers cannot build {kind.__name__} from config.json"
     remedy = "Check the folder with transformers alone first"
     with quiet_transformers(), explained(what, remedy=remedy, where=str(folder)), torch.device("meta"):
-        return kind(config).eval()  # type: ignore[no-any-return]
+        model: nn.Module = kind(config).eval()
+        unfuse(model)
+        return model
 
 
 def _most_layers(values: Any) -> int:

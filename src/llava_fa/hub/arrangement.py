@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.shards import DTYPE_NAMES, Entry, tensor_bytes
+from llava_fa.nn.experts import Stack, fused_copy, stacks
 
 _SHOWN = 3
 _AGAIN = "Copy the folder again, or compress the model again"
@@ -39,13 +40,17 @@ class Conversion:
 
     Attributes:
         sources: the stored tensors, in the order in which loading takes them.
-        parameters: what loading makes of them, by name.
-        run: their values, in this order → the parameters' by name; values may be on the meta device.
+        patterns: for each the place that it has in the rule.
+        run: some sources, by number, with their values → the parameters by name; values may be on the meta device.
+        parameters: what loading makes of all of them, by name.
+        together: module whose tensors are all stored as they were, or none; of the experts of a block.
     """
 
     sources: tuple[Entry, ...]
-    run: Callable[[list[Tensor]], dict[str, Tensor]] = dataclasses.field(repr=False, compare=False)
+    patterns: tuple[str, ...]
+    run: Callable[[dict[int, Tensor]], dict[str, Tensor]] = dataclasses.field(repr=False, compare=False)
     parameters: tuple[str, ...] = ()
+    together: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -54,18 +59,22 @@ class Conversion:
 
     def read(self) -> dict[str, Tensor]:
         """The parameters by name, in memory."""
-        return self.run([entry.read() for entry in self.sources])
+        return self.run({i: entry.read() for i, entry in enumerate(self.sources)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """One parameter that a `Conversion` yields; it is read as an `Entry` is."""
+    """One parameter that a `Conversion` yields; it is read as an `Entry` is.
+
+    ``alone`` reads it without what else comes of the conversion, where that can be.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     conversion: Conversion
+    alone: Callable[[], Tensor] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def file(self) -> Path:
@@ -84,7 +93,8 @@ class Converted:
 
     def read(self) -> Tensor:
         """The parameter, in memory of its own."""
-        return self.conversion.read()[self.name].contiguous()
+        value = self.conversion.read()[self.name] if self.alone is None else self.alone()
+        return value.contiguous()
 
     def chunks(self) -> list[bytes]:
         """The parameter's bytes."""
@@ -156,8 +166,11 @@ def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str
     Args:
         packed: layers whose weights are stored packed, not among ``entries``.
     """
-    state = model.state_dict()
-    alone, groups, unused = _matched(model, state, entries)
+    packed = tuple(packed)
+    stacked = {stack.parameter: stack for stack in stacks(model) if stack.module not in _modules_of(packed)}
+    state = _stacked_state(model, stacked)
+    plain = fused_copy(model) if stacked else model
+    alone, groups, unused = _matched(plain, state, entries)
     weights: dict[str, Stored] = {**alone}
     conversions: list[Conversion] = []
     whole: dict[str, str] = {}
@@ -165,7 +178,7 @@ def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str
     elsewhere = {f"{name}.weight" for name in packed}
     given = {*weights, *elsewhere}
     for name, (rule, group) in groups.items():
-        conversion = _conversion(model, rule, name, group)
+        conversion = _conversion(plain, rule, name, group)
         try:
             made = _yields(conversion)
             conversion = next(iter(made.values())).conversion
@@ -190,9 +203,89 @@ def arrange(model: nn.Module, entries: Mapping[str, Entry], packed: Iterable[str
             what = f"what is stored is {stored.dtype}, and the model computes with floats"
             wrong[name] = FourierError(what, remedy="Give a float16, bfloat16 or float32 checkpoint")
     missing = _missing(model, state, given)
+    for key, stack in stacked.items():
+        if key in weights and key not in wrong:
+            _take_apart(weights, conversions, stack)
     return Arrangement(
         type(model).__name__, weights, tuple(conversions), unused, whole, missing, wrong, len(state), bool(elsewhere)
     )
+
+
+def _modules_of(packed: Iterable[str]) -> set[str]:
+    """Modules whose experts are stored one by one: those of ``module.gate_up.7``."""
+    return {name.rpartition(".")[0].rpartition(".")[0] for name in packed if name.rpartition(".")[2].isdecimal()}
+
+
+def _stacked_state(model: nn.Module, stacked: Mapping[str, Stack]) -> dict[str, Tensor]:
+    """The model's state as transformers has it: the matrices of experts as one tensor."""
+    state = dict(model.state_dict())
+    for key, stack in stacked.items():
+        parts = [state.pop(name) for name in stack.parts]
+        shape = (len(parts), *(parts[0].shape[::-1] if stack.transposed else parts[0].shape))
+        state[key] = torch.empty(shape, dtype=parts[0].dtype, device="meta")
+    return state
+
+
+def _take_apart(weights: dict[str, Stored], conversions: list[Conversion], stack: Stack) -> None:
+    """Exchange a stacked tensor for its parts, each of which is read alone where the way it is stored allows it."""
+    stored = weights.pop(stack.parameter)
+
+    def part(value: Tensor) -> Tensor:
+        return value.T if stack.transposed else value
+
+    if isinstance(stored, Entry):
+        whole = Conversion((stored,), ("",), lambda values: {stack.parameter: values[0]}, (stack.parameter,))
+    else:
+        whole = stored.conversion
+        conversions.remove(whole)
+
+    def split(values: dict[int, Tensor]) -> dict[str, Tensor]:
+        made = whole.run(values)
+        parts = made.pop(stack.parameter)
+        return {**made, **{name: part(value) for name, value in zip(stack.parts, parts, strict=False)}}
+
+    names = tuple(name for name in whole.parameters if name != stack.parameter) + stack.parts
+    conversion = dataclasses.replace(whole, run=split, parameters=names, together=stack.module)
+    conversions.append(conversion)
+    for name in names[: -len(stack.parts)]:
+        weights[name] = dataclasses.replace(weights[name], conversion=conversion)
+    separable = _separable(whole, stack, stored.shape)
+    shape = stored.shape[:0:-1] if stack.transposed else stored.shape[1:]
+    for index, name in enumerate(stack.parts):
+        alone = functools.partial(_read_part, whole, stack, index) if separable else None
+        weights[name] = Converted(name, stored.dtype, shape, stored.nbytes // len(stack.parts), conversion, alone)
+
+
+def _read_part(whole: Conversion, stack: Stack, index: int) -> Tensor:
+    value = whole.run({i: entry.read() for i, entry in _sources_of(whole, stack, index).items()})[stack.parameter][0]
+    return value.T if stack.transposed else value
+
+
+def _sources_of(whole: Conversion, stack: Stack, index: int) -> dict[int, Entry]:
+    """What of a conversion's sources one part comes of: the tensor of each place with its number, or its slice."""
+    count = len(stack.parts)
+    places: dict[str, list[int]] = {}
+    for i, pattern in enumerate(whole.patterns):
+        places.setdefault(pattern, []).append(i)
+    if all(len(own) == count for own in places.values()):
+        return {own[index]: whole.sources[own[index]] for own in places.values()}
+    if all(len(own) == 1 and whole.sources[own[0]].shape[:1] == (count,) for own in places.values()):
+        return {own[0]: whole.sources[own[0]].slice(index) for own in places.values()}
+    return {}
+
+
+def _separable(whole: Conversion, stack: Stack, shape: tuple[int, ...]) -> bool:
+    """Whether a part's own sources make the part: tried out on shapes."""
+    sources = _sources_of(whole, stack, 0)
+    if not sources:
+        return False
+    try:
+        made = whole.run(
+            {i: torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta") for i, entry in sources.items()}
+        )
+    except Exception:  # rules are code of many authors
+        return False
+    return tuple(made[stack.parameter].shape) == (1, *shape[1:])
 
 
 _Groups = dict[str, tuple[Any, list[tuple[str, Entry]]]]
@@ -229,21 +322,22 @@ def _matched(
 
 
 def _conversion(model: nn.Module, rule: Any, name: str, group: list[tuple[str, Entry]]) -> Conversion:
-    def run(values: list[Tensor]) -> dict[str, Tensor]:
+    def run(values: dict[int, Tensor]) -> dict[str, Tensor]:
         applied = copy.deepcopy(rule)
-        for (pattern, entry), value in zip(group, values, strict=True):
+        for i, value in values.items():
+            pattern, entry = group[i]
             applied.add_tensor(name, entry.name, pattern, value)
         made = applied.convert(name, model=model, config=model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
-    return Conversion(tuple(entry for _, entry in group), run)
+    return Conversion(tuple(entry for _, entry in group), tuple(pattern for pattern, _ in group), run)
 
 
 def _yields(conversion: Conversion) -> dict[str, Converted]:
     """The parameters that a conversion gives: from shapes alone, or, where the rule asks for values, from these."""
     shapes = [torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta") for entry in conversion.sources]
     try:
-        made = conversion.run(shapes)
+        made = conversion.run(dict(enumerate(shapes)))
     except (RuntimeError, NotImplementedError):  # what torch says of values on meta
         made = conversion.read()
     conversion = dataclasses.replace(conversion, parameters=tuple(made))

@@ -38,6 +38,7 @@ from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
 from llava_fa.hub.work_folder import WorkFolder, check_space, disk_errors, refuse_existing
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
+from llava_fa.nn.experts import unfuse
 
 _DTYPE_FILE = "dtype.json"
 """Of the work folder."""
@@ -299,4 +300,6 @@ def _load(folder: Path, dtype: str, device: torch.device) -> torch.nn.Module:
         words=str,
     )
     with loading:
-        return loaded_model(folder, dtype=dtype).to(device)  # type: ignore[no-any-return]
+        model: torch.nn.Module = loaded_model(folder, dtype=dtype).to(device)
+        unfuse(model)
+        return model

@@ -22,6 +22,7 @@ LEDGER = "ledger.json"
 """File of a compressed folder: what became of every tensor of the original. The model does not need it."""
 
 PACKED, KEPT, DROPPED = "packed", "kept", "dropped"
+_NAMED = 4
 _BESIDE = "beside packed codes: bias or buffer of its layer"
 _BUFFER = "no weight: a buffer of its module"
 
@@ -118,7 +119,7 @@ def of_source(
             return DROPPED, left_out[key]
         parameters = converted.get(key) or (arrangement.modules.get(key, key),)
         if names := [packed[name] for name in parameters if name in packed]:
-            return PACKED, ", ".join(names)
+            return PACKED, ", ".join(names) if len(names) <= _NAMED else f"{names[0]} and {len(names) - 1} more"
         return KEPT, reason_of(parameters[0], rest, layers)
 
     return _ledger(source, account)

@@ -130,8 +130,10 @@ class Plan:
 
     @functools.cached_property
     def _opened(self) -> list[Conversion]:
-        """Conversions some of whose parameters are compressed."""
-        return [c for c in self.arrangement.conversions if not self._gone.isdisjoint(c.parameters)]
+        """Conversions some of whose parameters are compressed, or others of the same experts."""
+        opened = [c for c in self.arrangement.conversions if not self._gone.isdisjoint(c.parameters)]
+        modules = {conversion.together for conversion in opened} - {""}
+        return [c for c in self.arrangement.conversions if c in opened or c.together in modules]
 
 
 def make_plan(

@@ -33,6 +33,7 @@ from llava_fa.hub.families import Feed, feeding_norm
 from llava_fa.hub.shards import read_entries
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, attach, share_codebooks
+from llava_fa.nn.experts import fuse, unfuse
 from llava_fa.nn.factored_linear import empty_layer, layer_from_approximation, packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead, tie_head, untie_head
 from llava_fa.nn.packed_linear import Codebooks, PackedLinear
@@ -135,6 +136,7 @@ class FourierHfQuantizer(HfQuantizer):
             (self._expect_layers if self.pre_quantized else self._plan)(model, files)
 
     def _expect_layers(self, model: nn.Module, files: list[Path]) -> None:
+        unfuse(model, lambda name: any(_within(layer, name) for layer in self.metadata.layers))
         places = {name: _find(model, name) for name in self.metadata.layers}
         if files:
             entries = validate(files, self.metadata)
@@ -221,6 +223,7 @@ class FourierHfQuantizer(HfQuantizer):
                     untie_head(model, head, plain)
             else:
                 _exchange(model, name, layer.to_linear())
+        fuse(model)
         if hasattr(model, MODULE):
             delattr(model, MODULE)
         model._weight_conversions = None  # saved names are again those of the plain format
@@ -275,6 +278,12 @@ class _Compress(ConversionOps):
         layer = layer_from_approximation(approximation, linear.bias, weight.dtype)
         layer.output_error = None  # against a norm's γ², not against real inputs: not a measurement
         _exchange(model, name, layer)
+
+
+def _within(layer: str, module: str) -> bool:
+    """Whether a layer of the checkpoint is inside of a module of the model, which may be its base model."""
+    parent = layer.rpartition(".")[0].rpartition(".")[0]
+    return parent == module or parent.endswith(f".{module}") or module.endswith(f".{parent}")
 
 
 def _check_complete(model: nn.Module, arrangement: Arrangement, files: list[Path]) -> None:

@@ -66,6 +66,11 @@ class Entry:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def slice(self, index: int) -> Entry:
+        """The element ``index`` along the first axis, which stays: an entry of its own, [1, …]."""
+        size = self.nbytes // self.shape[0]
+        return dataclasses.replace(self, shape=(1, *self.shape[1:]), start=self.start + index * size, nbytes=size)
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of its elements.
