@@ -327,10 +327,25 @@ def _conversion(model: nn.Module, rule: Any, name: str, group: list[tuple[str, E
         for i, value in values.items():
             pattern, entry = group[i]
             applied.add_tensor(name, entry.name, pattern, value)
-        made = applied.convert(name, model=model, config=model.config)
+        alone = len(values) < len(group) or any(value.shape != group[i][1].shape for i, value in values.items())
+        made = applied.convert(name, model=_OfOne(model) if alone else model, config=model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     return Conversion(tuple(entry for _, entry in group), tuple(pattern for pattern, _ in group), run)
+
+
+class _OfOne:
+    """A model whose experts are one: for rules that look at a parameter's shape to know how it is stored."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def get_parameter(self, name: str) -> Tensor:
+        shape = self._model.get_parameter(name).shape
+        return torch.empty((1, *shape[1:]), device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def _yields(conversion: Conversion) -> dict[str, Converted]:

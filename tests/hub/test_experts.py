@@ -1,0 +1,219 @@
+"""Mixtures of experts: every expert's matrix is a layer, in whatever arrangement it is stored."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import llava_fa
+from llava_fa import Budget, FourierConfig
+from llava_fa.hub.architecture import empty_model
+from llava_fa.hub.arrangement import Converted
+from llava_fa.hub.calibrated import compress_calibrated
+from llava_fa.hub.plan import make_plan
+from llava_fa.hub.source import open_source
+from llava_fa.hub.streaming import Job, assemble
+from llava_fa.hub.work_folder import WorkFolder
+from llava_fa.nn.experts import Experts, fuse, is_fused_experts, unfuse
+from llava_fa.nn.factored_linear import packed_layers
+
+CONFIG = FourierConfig(bits=4, refine_passes=0)
+IMAGE = 1
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+VISION = {"num_heads": 2, "depth": 2, "patch_size": 7, "hidden_size": 32, "intermediate_size": 48}
+
+
+def qwen3_vl_moe():
+    """[experts, m, n]; transposed on the hub."""
+    config = transformers.Qwen3VLMoeConfig(
+        vision_config={**VISION, "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        text_config={
+            **TEXT,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10_000.0},
+        },
+        image_token_id=IMAGE,
+        video_token_id=2,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )
+    return transformers.Qwen3VLMoeForConditionalGeneration(config), 2 * 2 * 4
+
+
+def square():
+    """The same with matrices that would fit both ways."""
+    model, count = qwen3_vl_moe()
+    config = model.config
+    config.text_config.moe_intermediate_size = config.text_config.hidden_size // 2
+    return transformers.Qwen3VLMoeForConditionalGeneration(config), count
+
+
+def mixtral():
+    """One tensor for each expert and matrix on the hub."""
+    config = transformers.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config), 2 * 2 * 4
+
+
+def gpt_oss():
+    """Transposed, up and gate in turns, with biases."""
+    config = transformers.GptOssConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.GptOssForCausalLM(config), 2 * 2 * 4
+
+
+def llama4():
+    """Transposed, every expert given its tokens in order, a shared expert beside them."""
+    text = {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1, "moe_layers": [1]}
+    config = transformers.Llama4TextConfig(**text, attention_chunk_size=16, layer_types=["full_attention"] * 2)
+    return transformers.Llama4ForCausalLM(config), 2 * 4
+
+
+@pytest.fixture(params=[qwen3_vl_moe, square, mixtral, gpt_oss, llama4])
+def subject(request, tmp_path):
+    """(folder, model in float32, matrices of experts)."""
+    torch.manual_seed(0)
+    model, count = request.param()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "in")
+    return tmp_path / "in", load(tmp_path / "in", type(model)), count
+
+
+def load(folder, kind, **options):
+    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    ids = torch.arange(5, 25)[None]
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def test_they_compute_as_transformers_do(subject):
+    _, model, count = subject
+    before, state = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
+    names = unfuse(model)
+    assert names
+    assert (
+        sum(isinstance(module, torch.nn.Linear) for name, module in model.named_modules() if ".experts." in name)
+        == count
+    )
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    fuse(model)
+    assert not any(isinstance(module, Experts) for module in model.modules())
+    after = model.state_dict()
+    assert state.keys() == after.keys()
+    assert all(torch.equal(state[key], after[key]) for key in state)
+
+
+def test_their_matrices_are_views(subject):
+    _, model, _ = subject
+    fused = {name: module for name, module in model.named_modules() if is_fused_experts(module)}
+    places = {name: {p.untyped_storage().data_ptr() for p in module.parameters()} for name, module in fused.items()}
+    unfuse(model)
+    for name, held in places.items():
+        assert {p.untyped_storage().data_ptr() for p in model.get_submodule(name).parameters()} <= held
+
+
+@pytest.mark.usefixtures("exact_activations")
+def test_each_is_a_layer_of_its_own(subject, tmp_path):
+    folder, model, count = subject
+    report = llava_fa.compress(folder, tmp_path / "out", CONFIG)
+    experts = [layer for layer in report.layers if ".experts." in layer.name]
+    assert len(experts) == count
+    assert report.source_ledger.nbytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert report.ledger.nbytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    small = load(tmp_path / "out", type(model))
+    unfuse(model)
+    expected, packed = dict(model.named_parameters()), dict(packed_layers(small))
+    for name, layer in packed.items():
+        weight = expected.pop(f"{name}.weight")
+        assert (layer.dequantize() - weight).norm() < 0.15 * weight.norm(), name
+    rest = dict(small.named_parameters())
+    assert all(torch.equal(rest[name], parameter) for name, parameter in expected.items())
+    ours = logits(small)
+    small.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(load(tmp_path / "again", type(model))), ours)
+    plain = small.dequantize()
+    torch.testing.assert_close(logits(plain), ours, rtol=1e-4, atol=1e-4)
+    plain.save_pretrained(tmp_path / "plain")
+    assert load_file(tmp_path / "plain" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+
+
+def test_one_is_read_alone(subject):
+    """Memory holds one expert, however they are stored."""
+    folder, model, count = subject
+    source = open_source(folder)
+    plan = make_plan(empty_model(folder, len(source.entries)), source, CONFIG)
+    experts = [layer for layer in plan.layers if ".experts." in layer.name]
+    unfuse(model)
+    assert len(experts) == count
+    for layer in experts:
+        assert isinstance(layer.weight, Converted)
+        assert layer.weight.alone is not None
+        assert torch.equal(layer.weight.read().float(), model.get_submodule(layer.name).weight)
+
+
+@pytest.mark.parametrize("pattern", ["*.experts.down.*", "*.experts.gate_up.1", "*.experts.*"])
+def test_some_may_stay(subject, tmp_path, pattern):
+    folder, model, count = subject
+    report = llava_fa.compress(folder, tmp_path / "out", CONFIG.replace(skip=(pattern,)))
+    assert sum(".experts." in layer.name for layer in report.layers) < count
+    small = load(tmp_path / "out", type(model))
+    unfuse(model)
+    unfuse(small)
+    skipped = [
+        name for name, module in small.named_modules() if ".experts." in name and type(module) is torch.nn.Linear
+    ]
+    assert skipped
+    for name in skipped:
+        assert torch.equal(small.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def test_a_budget_knows_them(subject, tmp_path):
+    folder, model, _ = subject
+    report = llava_fa.compress(folder, tmp_path / "out", CONFIG, budget=Budget(bits=6))
+    assert report.bits_per_weight <= 6
+    load(tmp_path / "out", type(model))
+
+
+def test_one_that_received_no_token_is_fitted_without_data(subject, tmp_path):
+    """The others on the tokens that the router sent them."""
+    folder, model, count = subject
+    source = open_source(folder)
+    plan = make_plan(empty_model(folder, len(source.entries)), source, CONFIG)
+    inputs = [{"input_ids": torch.tensor([[5]])}]  # a token chooses two of four experts at most
+    with WorkFolder(tmp_path / "out", {}) as work:
+        job = Job(plan, work, lambda _: None)
+        unfuse(model)
+        compress_calibrated(job, model, inputs)
+        notes = {layer.name: work.measurement(layer.name) for layer in plan.layers if ".experts." in layer.name}
+        assemble(plan, CONFIG, work)
+    unseen = [name for name, measured in notes.items() if measured.output_error is None]
+    assert 0 < len(unseen) < count
+    assert all(
+        "no calibration input reached it" in measured.notes[0] for name, measured in notes.items() if name in unseen
+    )
+    load(tmp_path / "out", type(model))
+
+
+def test_generation_and_gradients(subject, tmp_path):
+    folder, model, _ = subject
+    llava_fa.compress(folder, tmp_path / "out", CONFIG)
+    small = load(tmp_path / "out", type(model))
+    ids = torch.arange(5, 25)[None]
+    assert small.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] > 20
+    x = small.get_input_embeddings()(ids).detach().requires_grad_()
+    small(inputs_embeds=x, use_cache=False).logits.sum().backward()
+    assert x.grad.abs().sum() > 0
