@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import llava_fa
 from llava_fa import Budget, FourierConfig
+from llava_fa.hub import blocks
 from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.arrangement import Converted
 from llava_fa.hub.calibrated import compress_calibrated
@@ -217,3 +218,28 @@ def test_generation_and_gradients(subject, tmp_path):
     x = small.get_input_embeddings()(ids).detach().requires_grad_()
     small(inputs_embeds=x, use_cache=False).logits.sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+def test_the_same_matrices_of_all_experts_are_one_stage(subject, monkeypatch):
+    """The block runs twice for them, not twice an expert; or in portions, with the same result."""
+    folder, model, _ = subject
+    source = open_source(folder)
+    plan = make_plan(empty_model(folder, len(source.entries)), source, CONFIG)
+    unfuse(model)
+    inputs = [{"input_ids": torch.arange(5, 25)[None]}]
+    units = blocks.find_units(model, plan.layers)
+    mixed = next(unit for unit in units if any(".experts." in layer.name for layer in unit.layers))
+    calls, hidden = blocks.capture([mixed], model, inputs)
+
+    def stages():
+        found = blocks.stages(mixed, calls[0], hidden)
+        names = [sorted({layer.name for group in stage for layer in group}) for stage in found]
+        return [stage for stage in names if ".experts." in stage[0]]
+
+    whole = stages()
+    assert len(whole) == 2
+    assert all(".gate_up." in name for name in whole[0])
+    assert all(".down." in name for name in whole[1])
+    monkeypatch.setattr(blocks, "_STAGE_BYTES", 16 * 32**2 * 2)
+    assert len(stages()) > 2
+    assert {name for stage in stages() for name in stage} == {name for stage in whole for name in stage}

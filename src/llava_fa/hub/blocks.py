@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.plan import PlannedLayer
+from llava_fa.nn.experts import Experts
 from llava_fa.solver.statistics import SecondMoment
 
 Inputs = Sequence[Mapping[str, Tensor]]
+_STAGE_BYTES = 2 << 30
+"""Most that the statistics of one stage of experts take."""
 _PROBED = 8
 """Samples tried until every unit has been seen at work."""
 
@@ -171,7 +174,11 @@ def _called_once(unit: Unit, model: nn.Module, sample: Mapping[str, Tensor]) -> 
 
 
 def stages(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> list[list[list[PlannedLayer]]]:
-    """Stages in order of execution, each a list of groups, each the layers given the very same input."""
+    """Stages in order of execution, each a list of groups, each the layers given the very same input.
+
+    Of a mixture's experts the same matrices are one stage, reached or not, or several where their statistics would take
+    more than `_STAGE_BYTES`: the unit runs once a stage, and what one expert becomes changes no other's input.
+    """
     groups: list[tuple[Tensor, list[PlannedLayer]]] = []
     by_name = {layer.name: layer for layer in unit.layers}
 
@@ -186,10 +193,27 @@ def stages(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> list[list[lis
 
     with _shown(unit, unit.layers, note):
         _run(unit, calls[0], hidden[0])
-    stages = [[members] for _, members in groups]
-    if by_name:  # not reached
-        stages.append([[layer] for layer in by_name.values()])
-    return stages
+    stages: dict[Any, list[list[PlannedLayer]]] = {}
+    experts = {
+        f"{unit.path}.{path}.{own}"
+        for path, module in unit.module.named_modules()
+        if isinstance(module, Experts)
+        for own, _ in module.named_children()
+    }
+    for members in [*(members for _, members in groups), *([layer] for layer in by_name.values())]:
+        name = members[0].name
+        together = name.rpartition(".")[0]
+        key = together if together in experts else "" if name in by_name else name
+        stages.setdefault(key, []).append(members)
+    unreached = stages.pop("", None)
+    return [*(part for stage in stages.values() for part in _portions(stage)), *([unreached] if unreached else [])]
+
+
+def _portions(stage: list[list[PlannedLayer]]) -> Iterator[list[list[PlannedLayer]]]:
+    """A stage in parts whose second moments and drifts, float64 [n, n] a group, fit in `_STAGE_BYTES`."""
+    most = max(1, _STAGE_BYTES // (16 * stage[0][0].shape[1] ** 2))
+    for begin in range(0, len(stage), most):
+        yield stage[begin : begin + most]
 
 
 def replay(
