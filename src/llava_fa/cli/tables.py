@@ -39,6 +39,9 @@ def show_plan(plan: Plan) -> None:
     elif (share := _words(plan) / max(1, plan.output_bytes)) > _NOTABLE:
         text = f"the word embeddings stay as they are, {share:.0%} of the result: --embeddings compresses them"
         console.print(text)
+    if plan.unseen:
+        text = f"{len(plan.unseen)} layers could not be seen at work: without samples nothing is known of their inputs"
+        console.print(f"{text} ({plan.unseen[0]}, …)", markup=False)
     for line in plan.ledger.summary():
         if line.fate == "dropped":
             console.print(f"left out: {line} ({line.why})", markup=False)

@@ -13,7 +13,7 @@ from torch import nn
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub.arrangement import Arrangement, Conversion, Stored, arrange
-from llava_fa.hub.families import Feed, feeding_norm, final_norm
+from llava_fa.hub.feeds import Feed, observe
 from llava_fa.hub.ledger import Ledger, of_source, reason_of
 from llava_fa.hub.report import Skipped
 from llava_fa.hub.shards import FLOATS
@@ -73,6 +73,9 @@ class Plan:
     """Tensors of tied output embeddings that repeat one of ``embeddings``; the new checkpoint leaves them out."""
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     """Stored name of every tensor that the new checkpoint leaves out → why."""
+    unseen: tuple[str, ...] = ()
+    """Of ``layers`` those that could not be seen at work (`feeds.observe`): without data nothing is known of their
+    inputs."""
 
     @property
     def all_layers(self) -> tuple[PlannedLayer, ...]:
@@ -158,6 +161,7 @@ def make_plan(
     weights = arrangement.weights
     choice = classify(model, config.skip, config.only, embeddings=embeddings is not None)
     rest = dict(choice.not_compressed)
+    feeds = observe(model)
     layers, words, repeated = [], [], []
     for name in choice.layers + choice.embeddings:
         stored = [weights[key] for key in (f"{name}.weight", *tied_to(model, name)) if key in weights]
@@ -166,11 +170,11 @@ def make_plan(
             continue
         weight, *twins = stored
         if name in choice.layers:
-            layers.append(_planned(model, name, weight, config, feeding_norm(model, name)))
+            layers.append(_planned(model, name, weight, config, feeds.of(name)))
         elif all(_same(weight, twin) for twin in twins):
             repeated += twins
             packed = config.replace(method="best", bits=embeddings, rank=0, inner_rank=0)
-            words.append(_planned(model, name, weight, packed, final_norm(model, name)))
+            words.append(_planned(model, name, weight, packed, feeds.of_embedding(model, name)))
         else:
             rest[name] = f"config.json ties it to {twins[0].name}, which is another one in the checkpoint"
     if not layers:
@@ -189,7 +193,8 @@ def make_plan(
         rest |= dict.fromkeys(arrangement.unused, unused)
     left_out = {twin.name: f"{words[0].name} has the same numbers, and is tied to it" for twin in repeated}
     left_out |= dict.fromkeys(arrangement.unused, unused) if drop_unused else {}
-    plan = Plan(source, arrangement, tuple(layers), (), None, tuple(words), tuple(repeated), left_out)
+    unseen = tuple(layer.name for layer in layers if layer.name in feeds.unseen)
+    plan = Plan(source, arrangement, tuple(layers), (), None, tuple(words), tuple(repeated), left_out, unseen)
     for name, parameter in plan.kept_as_stored.items():  # under a name that is none of the model's
         rest[name] = reason_of(parameter, rest, {layer.name for layer in plan.all_layers})
     return dataclasses.replace(plan, not_compressed=tuple(Skipped(name, reason) for name, reason in rest.items()))

@@ -29,7 +29,7 @@ from llava_fa.hub.checkpoint import (
     is_codebook,
     validate,
 )
-from llava_fa.hub.families import Feed, feeding_norm
+from llava_fa.hub.feeds import Feed, observe
 from llava_fa.hub.shards import read_entries
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, attach, share_codebooks
@@ -169,7 +169,8 @@ class FourierHfQuantizer(HfQuantizer):
             together = [c.parameters for c in arrangement.conversions if self._targets & set(c.parameters)]
             self._carriers = {name for parameters in together for name in parameters}
         if config.calibration != "none" and files:
-            self._feeds = {name: feeding_norm(model, name) for name in plan.layers}
+            feeds = observe(model)
+            self._feeds = {name: feeds.of(name) for name in plan.layers}
         self.quantization_config = FourierQuantizationConfig(Metadata(config, {}, plan.not_compressed, {}))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
