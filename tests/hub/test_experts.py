@@ -152,6 +152,16 @@ def test_each_is_a_layer_of_its_own(subject, tmp_path):
     assert load_file(tmp_path / "plain" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 
 
+def test_all_have_the_norm_in_front_of_those_that_were_seen(subject):
+    folder, _, count = subject
+    source = open_source(folder)
+    plan = make_plan(empty_model(folder, len(source.entries)), source, CONFIG)
+    first = [layer for layer in plan.layers if ".experts.gate_up." in layer.name]
+    assert len(first) == count // 2
+    assert all(layer.feed is not None and layer.feed.norm.endswith("post_attention_layernorm") for layer in first)
+    assert not plan.unseen
+
+
 def test_one_is_read_alone(subject):
     """Memory holds one expert, however they are stored."""
     folder, model, count = subject

@@ -25,6 +25,7 @@ from llava_fa.errors import FourierError
 from llava_fa.hub import dry_run, made_up
 from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.arrangement import Stored
+from llava_fa.nn.experts import Experts
 
 _ROWS = 64
 """Of a layer's input at most about so many tokens are looked at, evenly spaced."""
@@ -105,7 +106,20 @@ def observe(model: nn.Module) -> Feeds:
         with mode.paused():
             watch = _Watch(double, norms, mode)
         watch.run(double, "", ())
-    return Feeds(watch.seen, tuple(watch.unseen(double, "")))
+    seen = {**_siblings(model, watch.seen), **watch.seen}
+    return Feeds(seen, tuple(name for name in watch.unseen(double, "") if name not in seen))
+
+
+def _siblings(model: nn.Module, seen: Mapping[str, Feed | None]) -> dict[str, Feed | None]:
+    """What experts are given that no made-up token chose: the same as those beside them."""
+    found: dict[str, Feed | None] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            for own, linears in module.named_children():
+                names = [f"{path}.{own}.{index}" for index in range(len(linears))]  # type: ignore[arg-type]
+                known = [seen[name] for name in names if name in seen]
+                found |= dict.fromkeys(names, known[0]) if known else {}
+    return found
 
 
 class _Watch:
