@@ -14,6 +14,7 @@ from llava_fa.config import format_size
 
 if TYPE_CHECKING:
     from llava_fa.hub.plan import Plan
+    from llava_fa.hub.preview import Preview
     from llava_fa.hub.report import Report
 
 _NOTABLE = 0.2
@@ -109,6 +110,30 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
                 console.print(f"dropped: {line} ({line.why})", markup=False, soft_wrap=True)
     if report.rows_left_out:
         console.print(f"left out: {', '.join(report.rows_left_out)}", markup=False, soft_wrap=True)
+
+
+def show_preview(preview: Preview) -> None:
+    """What compressing would come to, on stdout, and how far each number can be trusted."""
+    console = output.stdout()
+    words = f", embeddings at {preview.embeddings:g}" if preview.embeddings is not None else ""
+    size, before = format_size(preview.compressed_bytes), format_size(preview.original_bytes)
+    for line in (
+        f"{preview.path}: {preview.model}, {preview.parameters / 1e6:,.1f} M parameters",
+        f"at {preview.bits:g} bits{words}: {size}, now {before}: {preview.compression_ratio:.2f}x smaller",
+        f"packed: {preview.share:.1%} of all parameters, "
+        f"{preview.packed_linear / max(1, preview.linear):.1%} of those in linear layers and experts",
+        f"memory: about {format_size(preview.memory_bytes)} to compress without data (its largest layer at work); to "
+        f"answer, {size} and what the conversation takes",
+        f"time: about {output.duration(preview.seconds)} to compress without data on two cores, at the rate of "
+        "docs/results.md (Speed of compression); with calibration several times as long",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
+    for one in preview.staying:
+        more = f" and {one.count - 1} more" if one.count > 1 else ""
+        text = f"kept: {one.first}{more}, {format_size(one.bytes)} ({one.reason})"
+        console.print(text, markup=False, soft_wrap=True)
+    text = "from config.json alone: tensors that this class does not have (such as mtp.*) are not counted"
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _training(training: dict[str, Any]) -> str:

@@ -145,19 +145,22 @@ def make_plan(
     config: FourierConfig,
     embeddings: float | None = None,
     drop_unused: bool = False,
+    arrangement: Arrangement | None = None,
 ) -> Plan:
     """Match the model's linear layers (``model`` may be on the meta device) with the checkpoint's tensors.
 
     Args:
         embeddings: bits of the word embedding, and of an output embedding of its own; None: they stay as they are.
         drop_unused: whether tensors that no module has are left out of the new checkpoint.
+        arrangement: which stored tensor is which parameter, where that is known; by default it is found.
 
     Raises:
         FourierError: tensors of the model are missing, a pattern that matches nothing, nothing left to compress, a rank
             that is too large for a layer (named), a weight whose shape or dtype is not what the model has (named).
     """
-    arrangement = arrange(model, source.entries)
-    arrangement.check(str(source.folder))
+    if arrangement is None:
+        arrangement = arrange(model, source.entries)
+        arrangement.check(str(source.folder))
     weights = arrangement.weights
     choice = classify(model, config.skip, config.only, embeddings=embeddings is not None)
     rest = dict(choice.not_compressed)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "spk_dict.pt"]
 
 
-def resolve_model(model: str | Path) -> Path:
-    """The folder of a model: ``"tiny"`` (the embedded one), a folder, or a hub id (downloaded)."""
+def resolve_model(model: str | Path, patterns: Sequence[str] = _DOWNLOAD) -> Path:
+    """The folder of a model: ``"tiny"`` (the embedded one), a folder, or a hub id (such files of it downloaded)."""
     if not isinstance(model, (str, Path)):
         raise FourierError(
             f"the model is a {type(model).__name__}",
@@ -47,15 +47,22 @@ def resolve_model(model: str | Path) -> Path:
             remedy="Give `tiny`, a model folder, or a hub id such as llava-hf/llava-1.5-7b-hf",
             where=str(model),
         )
-    return _download(str(model))
+    return _download(str(model), patterns)
 
 
-def _download(repository: str) -> Path:
+def resolve_config(model: str | Path) -> Path:
+    """The folder of a model's config.json: as `resolve_model`, or that file; of a hub id nothing else is downloaded."""
+    if isinstance(model, (str, Path)) and (path := Path(model).expanduser()).name == "config.json" and path.is_file():
+        return path.parent
+    return resolve_model(model, ("config.json",))
+
+
+def _download(repository: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_DOWNLOAD))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except GatedRepoError:
         what, remedy = (
             "access to this hub model is restricted",

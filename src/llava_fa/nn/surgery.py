@@ -144,12 +144,17 @@ def _other(name: str, module: nn.Module) -> dict[str, str]:
     reasons = {}
     for key, parameter in own.items():
         full = f"{name}.{key}" if name else key
-        if parameter.ndim == 3 and any(word in f"{full} {kind}".lower() for word in ("expert", "moe")):
+        if parameter.ndim == 3 and is_stack_of_experts(f"{full} {kind}"):
             shape = "×".join(map(str, parameter.shape))
             reasons[full] = f"fused experts: one parameter of shape {shape} in {kind}"
         else:
             reasons[full] = f"a parameter of {kind}, not of a linear layer"
     return reasons
+
+
+def is_stack_of_experts(text: str) -> bool:
+    """Whether a parameter's name and its module's kind say that its slices are experts' weights."""
+    return any(word in text.lower() for word in ("expert", "moe"))
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
