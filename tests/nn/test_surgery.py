@@ -154,3 +154,17 @@ def test_replace_module():
     new = nn.Identity()
     replace_module(model, "0.0", new)
     assert model[0][0] is new
+
+
+def test_a_model_that_has_no_answer_about_its_embeddings_has_one_error():
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.layer = nn.Embedding(64, 32), nn.Linear(32, 32)
+
+        def get_input_embeddings(self):
+            raise NotImplementedError("not auto-handled")
+
+    assert classify(Silent()).layers == ("layer",)
+    with pytest.raises(FourierError, match="no embedding of this model can be compressed"):
+        classify(Silent(), embeddings=True)

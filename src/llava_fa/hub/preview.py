@@ -20,7 +20,7 @@ from llava_fa.hub.plan import Plan, PlannedLayer, make_plan
 from llava_fa.hub.report import kind_of_codes
 from llava_fa.hub.shards import DTYPE_NAMES, FLOATS, Entry
 from llava_fa.hub.source import SINGLE, Source, quantisation, read_config, resolve_config
-from llava_fa.nn.surgery import is_stack_of_experts
+from llava_fa.nn.surgery import is_output_embedding, is_stack_of_experts
 
 WEIGHTS_PER_SECOND = {"rings": 25e6, "trellis": 5.5e6}
 """Data-free, on two cores: the lower of the rates that benchmarks/compress_speed.py gives for its two shapes."""
@@ -160,8 +160,7 @@ def _is_linear(model: nn.Module, name: str) -> bool:
     module, _, own = name.rpartition(".")
     holder = model.get_submodule(module)
     if isinstance(holder, nn.Linear):
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        return own == "weight" and holder is not head and module.rpartition(".")[2] != "lm_head"
+        return own == "weight" and not is_output_embedding(model, module)
     parameter = dict(holder.named_parameters(recurse=False)).get(own)
     return parameter is not None and parameter.ndim == 3 and is_stack_of_experts(f"{name} {type(holder).__name__}")
 

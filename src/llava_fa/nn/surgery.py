@@ -80,7 +80,7 @@ def classify(
 
 def _word_embeddings(model: nn.Module, rest: dict[str, str], skipped: dict[str, str]) -> tuple[str, ...]:
     """Which embeddings of the language model can be compressed; corrects the reasons of the others."""
-    first, head, tied = model.get_input_embeddings(), _output_embedding(model), _tied(model)  # type: ignore[operator]
+    first, head, tied = _given(model, "get_input_embeddings"), _output_embedding(model), _tied(model)
     names = []
     for name, module in model.named_modules():
         if module is not first and (module is not head or f"{name}.weight" in tied):
@@ -157,9 +157,21 @@ def is_stack_of_experts(text: str) -> bool:
     return any(word in text.lower() for word in ("expert", "moe"))
 
 
+def is_output_embedding(model: nn.Module, name: str) -> bool:
+    """Whether a linear module writes the model's logits."""
+    return model.get_submodule(name) is _output_embedding(model) or name.rpartition(".")[2] == "lm_head"
+
+
 def _output_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+    return _given(model, "get_output_embeddings")
+
+
+def _given(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a model gives when it is asked; None where it has no answer (transformers raises for several families)."""
+    try:
+        return getattr(model, getter)()  # type: ignore[no-any-return]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _tied(model: nn.Module) -> set[str]:
