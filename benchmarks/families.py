@@ -152,11 +152,13 @@ def calibrated_too(work: Path, model: Any, inputs: list[Any]) -> Row:
     from llava_fa.hub.source import open_source
     from llava_fa.hub.streaming import Job, assemble
     from llava_fa.hub.work_folder import WorkFolder
+    from llava_fa.nn.experts import unfuse
 
     if model is not answering(model):
         return {"calibrated": None}
     source, config = open_source(work / "in"), FourierConfig(bits=4)
     plan = make_plan(empty_model(source.folder, len(source.entries)), source, config)
+    unfuse(model)
     with WorkFolder(work / "data", {}) as folder:
         compress_calibrated(Job(plan, folder, lambda _: None), model, inputs)
         assemble(plan, config, folder)
@@ -241,9 +243,11 @@ def shape(family: str) -> Row:
 
     from llava_fa import FourierConfig, FourierError
     from llava_fa.hub.preview import preview_of
+    from llava_fa.nn.experts import unfuse
 
     with torch.device("meta"):
         model = getattr(transformers, mapping()[family])(default_config(family))
+    unfuse(model)
     try:
         made = preview_of(model, ROOT, FourierConfig(bits=4), embeddings=4)
     except FourierError as error:

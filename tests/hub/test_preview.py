@@ -13,6 +13,7 @@ import llava_fa
 from llava_fa import FourierConfig, FourierError
 from llava_fa.cli.main import app
 from llava_fa.hub.preview import preview, preview_of
+from llava_fa.nn.experts import unfuse
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +37,19 @@ def test_sizes_and_shares_are_those_of_the_compression(folders, tmp_path, bits, 
     assert made.packed_linear <= made.linear < made.parameters
 
 
-def test_a_stack_of_experts_counts_as_linear_and_stays():
+def test_experts_are_packed_as_linear_layers_are():
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "moe_intermediate_size": 32}
     text |= {"num_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "head_dim": 16}
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": []})
     with torch.device("meta"):
         model = transformers.Qwen3VLMoeForConditionalGeneration(config)
-    made = preview_of(model, Path("here"), FourierConfig())
     experts = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name)
     plain = {id(m.weight): m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear}
     assert experts > 0
+    unfuse(model)
+    made = preview_of(model, Path("here"), FourierConfig())
+    assert made.packed_linear >= experts
     assert made.linear == experts + sum(plain.values()) - model.lm_head.weight.numel()
 
 

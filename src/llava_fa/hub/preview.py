@@ -115,7 +115,9 @@ def preview_of(model: nn.Module, folder: Path, config: FourierConfig, embeddings
         FourierError: nothing in it can be compressed, or no embedding where they are asked for.
     """
     entries = _entries(model, folder)
-    arrangement = Arrangement(type(model).__name__, dict(entries), (), {}, {}, (), {}, total=len(entries))
+    arrangement = Arrangement(
+        type(model).__name__, dict(entries), (), {}, {}, (), {}, total=len(entries), compressed=False
+    )
     source = Source(folder, {}, entries, "")
     plan = make_plan(model, source, config, embeddings, arrangement=arrangement)
     loose = sum(entry.numel for name, entry in plan.kept.items() if _is_linear(model, name))
