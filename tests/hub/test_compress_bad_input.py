@@ -12,6 +12,7 @@ import llava_fa
 from llava_fa import FourierConfig, FourierError
 from llava_fa.hub import source as sources
 from llava_fa.hub.loading import load
+from llava_fa.hub.processor import load_processor
 
 VICTIM = "language_model.model.layers.1.mlp.up_proj.weight"  # as saved; the module is model.language_model.layers…
 NAME = "model.language_model.layers.1.mlp.up_proj"
@@ -91,6 +92,23 @@ def test_a_model_type_that_transformers_does_not_know(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava_qwen"}))
     fails(folder, tmp_path, r"transformers [\d.]+ cannot read config.json .*llava_qwen.*llava-hf")
+
+
+def test_the_code_of_a_checkpoint_is_never_offered(folder, tmp_path, monkeypatch):
+    """Not even asked for: who types y would run it."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(_) or "n")
+    config = json.loads((folder / "config.json").read_text())
+    code = {"auto_map": {"AutoConfig": "code.Config", "AutoProcessor": "code.Processor"}}
+    (folder / "code.py").write_text("raise RuntimeError('it ran')")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "of_its_own", **code}))
+    fails(folder, tmp_path, r"transformers [\d.]+ cannot read config.json .*contains custom code")
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({**processor, "processor_class": "Its", **code}))
+    with pytest.raises(FourierError, match=r"its processor cannot be loaded .*contains custom code"):
+        load_processor(folder)
+    assert not asked
 
 
 def test_a_config_transformers_cannot_use(folder, tmp_path):

@@ -95,7 +95,45 @@ def qwen3_vl():
     return model, pixels, tokens, [*segments, *([name] for name in LANGUAGE)]
 
 
-@pytest.mark.parametrize("family", [llava_next, qwen2_vl, qwen3_vl])
+def llava():
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    segments = [["vision_tower.encoder.layers.0", "vision_tower.encoder.layers.1"], ["multi_modal_projector"], LANGUAGE]
+    return model, {"pixel_values": torch.randn(1, 3, 28, 28)}, 16, segments
+
+
+def vip_llava():
+    """The projector takes what several layers of the tower give, each normalised on its own."""
+    config = transformers.VipLlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layers=[-1, -2, 0],
+    )
+    model = transformers.VipLlavaForConditionalGeneration(config).eval()
+    vision = ["vision_tower.encoder.layers.0", "vision_tower.encoder.layers.1"]
+    return model, {"pixel_values": torch.randn(1, 3, 28, 28)}, 16, [vision, ["multi_modal_projector"], LANGUAGE]
+
+
+def video_llava():
+    """One tower for pictures and one for clips; both end in the same projector."""
+    config = transformers.VideoLlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=2,
+    )
+    model = transformers.VideoLlavaForConditionalGeneration(config).eval()
+    inputs = {"pixel_values_images": torch.randn(1, 3, 28, 28)}
+    vision = ["image_tower.encoder.layers.0", "image_tower.encoder.layers.1"]
+    return model, inputs, 16, [vision, ["multi_modal_projector"], LANGUAGE]
+
+
+@pytest.mark.parametrize("family", [llava, vip_llava, video_llava, llava_next, qwen2_vl, qwen3_vl])
 @torch.no_grad()
 def test_family(family, tmp_path):
     torch.manual_seed(0)
@@ -121,10 +159,12 @@ def test_family(family, tmp_path):
     units = blockwise.find_units(model, plan.layers)
     segments, idle = blockwise.segments(model, units, [inputs])
     assert [[unit.path.removeprefix("model.") for unit in segment] for segment in segments] == expected
-    assert idle == []
+    assert all("video_tower" in unit.path for unit in idle), "a picture goes past what is for clips alone"
     with WorkFolder(tmp_path / "data", {}) as work:
         job = Job(plan, work, lambda _: None)
         loaded = kind.from_pretrained(tmp_path / "in")
         calibrated.compress_calibrated(job, loaded, [inputs])
         assemble(plan, config, work)
     assert error(tmp_path / "data") < 0.8 * error(tmp_path / "free")
+    again = kind.from_pretrained(tmp_path / "data").generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    assert again.shape[1] == ids.shape[1] + 3

@@ -9,8 +9,8 @@ import llava_fa
 from llava_fa import Budget, FourierConfig
 from llava_fa.hub import blocks
 from llava_fa.hub.architecture import empty_model
-from llava_fa.hub.arrangement import Converted
 from llava_fa.hub.calibrated import compress_calibrated
+from llava_fa.hub.conversion import Converted
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.source import open_source
 from llava_fa.hub.streaming import Job, assemble

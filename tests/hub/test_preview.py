@@ -95,3 +95,12 @@ def test_what_cannot_be_previewed(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(FourierError, match=r"quantised already \(gptq\).*config.json of the original"):
         preview(tmp_path, FourierConfig())
+
+
+@pytest.mark.parametrize("named", ["LlavaLlamaForCausalLM", "InternLM2ForCausalLM"])
+def test_a_config_that_transformers_does_not_read(tmp_path, named):
+    """Of LLaVA's first format transformers would build a model of its own default sizes."""
+    values = {"architectures": [named], "model_type": "llava", "hidden_size": 64, "mm_vision_tower": "tower"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(FourierError, match=r"does not read.*Compress the folder"):
+        preview(tmp_path, FourierConfig())

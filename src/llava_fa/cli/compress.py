@@ -95,6 +95,14 @@ def compress(
         int | None,
         options.count("Tokens per picture that the new model starts with: trained sets, or plain pooling."),
     ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|ID",
+            help="The vision tower of a model in LLaVA's first format, where it is neither among the weights nor where "
+            "`mm_vision_tower` of config.json says.",
+        ),
+    ] = None,
     drop_unused: Annotated[
         bool,
         typer.Option(
@@ -148,6 +156,7 @@ def compress(
             casp=Casp(keep=Casp.keep if casp_keep is None else casp_keep) if casp else None,
             embeddings=embeddings,
             visual_tokens=visual_tokens,
+            vision_tower=vision_tower,
             drop_unused=drop_unused,
             device=device,
             skip_bad_rows=skip_bad_rows,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_fa.errors import FourierError
-from llava_fa.hub.architecture import empty_model
+from llava_fa.hub.architecture import model_of
 from llava_fa.hub.arrangement import arrange
 from llava_fa.hub.checkpoint import read_layer
 from llava_fa.hub.source import Source
@@ -57,7 +57,7 @@ class Originals:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.weights = arrange(empty_model(source.folder, len(source.entries)), source.entries).weights
+        self.weights = arrange(model_of(source), source.entries, translation=source.translation).weights
 
     def __call__(self, layer: str) -> Tensor:
         """float32 [m, n].

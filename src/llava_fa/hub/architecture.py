@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llava_fa.errors import FourierError, explained
+from llava_fa.hub.source import Source
 from llava_fa.nn.experts import unfuse
 
 AUTO = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")
@@ -25,11 +26,15 @@ _LONGEST = 200
 """Characters of what transformers says that are repeated."""
 
 
-def model_class(folder: Path) -> tuple[Any, Any]:
+def model_class(folder: Path, where: str = "") -> tuple[Any, Any]:
     """(the class that loads this folder, its configuration).
 
     It is the one that config.json names, or, where it names none or one without a head, the one that transformers'
     Auto classes take for such a configuration: image-text-to-text, multimodal, causal.
+
+    Args:
+        folder: with config.json.
+        where: what errors call it.
 
     Raises:
         FourierError: transformers does not know the model, or it does not write text.
@@ -37,13 +42,13 @@ def model_class(folder: Path) -> tuple[Any, Any]:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    where = str(folder)
+    where = where or str(folder)
     with transformers_errors(
         f"transformers {transformers.__version__} cannot read config.json",
         remedy="Give a checkpoint in the Hugging Face format, such as llava-hf/llava-1.5-7b-hf",
         where=where,
     ):
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     mappings: list[Any] = [getattr(modeling_auto, name) for name in AUTO if hasattr(modeling_auto, name)]
     fitting = [kind for mapping in mappings if (kind := mapping.get(type(config), None)) is not None]
     known = {kind.__name__: kind for one in fitting for kind in (one if isinstance(one, tuple) else (one,))}
@@ -68,26 +73,33 @@ def reads_text_alone(config: Any) -> bool:
     return not config.sub_configs and all(type(config) not in mapping for mapping in others)
 
 
-def empty_model(folder: Path, tensors: int) -> nn.Module:
+def model_of(source: Source) -> nn.Module:
+    """`empty_model` of a checkpoint, in whatever format it is."""
+    return empty_model(source.home, len(source.entries), str(source.folder))
+
+
+def empty_model(folder: Path, tensors: int, where: str = "") -> nn.Module:
     """The model on the meta device: every module and name, no memory.
 
     Args:
         folder: of the model.
         tensors: how many its weight files hold; a configuration with more layers would be built without end.
+        where: what errors call the folder.
 
     Raises:
         FourierError: as `model_class`, or the configuration makes no model, or one that is not this.
     """
-    kind, config = model_class(folder)
+    where = where or str(folder)
+    kind, config = model_class(folder, where)
     if (layers := _most_layers(config.to_dict())) > max(tensors, _MANY):
         raise FourierError(
             f"config.json makes {layers} layers, and there are {tensors} tensors in the weight files",
             remedy="Check that config.json and the weights belong together",
-            where=str(folder),
+            where=where,
         )
     what = f"transformers cannot build {kind.__name__} from config.json"
     remedy = "Check the folder with transformers alone first"
-    with quiet_transformers(), explained(what, remedy=remedy, where=str(folder)), torch.device("meta"):
+    with quiet_transformers(), explained(what, remedy=remedy, where=where), torch.device("meta"):
         model: nn.Module = kind(config).eval()
         unfuse(model)
         return model

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from llava_fa.config import QUANT_METHOD
-from llava_fa.hub.architecture import empty_model, model_class, transformers_errors
+from llava_fa.hub.architecture import empty_model, model_class, model_of, transformers_errors
 from llava_fa.hub.arrangement import Arrangement, arrange
 from llava_fa.hub.checkpoint import file_keys, read_metadata, validate
+from llava_fa.hub.original import opened, recognise
 from llava_fa.hub.shards import Entry, Item, file_metadata, read_entries, write_file, write_text
-from llava_fa.hub.source import INDEX, SINGLE, quantisation, read_config, read_object, weight_files
+from llava_fa.hub.source import INDEX, SINGLE, Source, quantisation, read_config, read_object, weight_files
 
 _UNUSED = "model-unused.safetensors"
 
@@ -24,8 +26,8 @@ def unpacked(folder: Path) -> tuple[dict[str, Entry], Arrangement]:
     """
     files = weight_files(folder)
     if quantisation(read_config(folder)) != QUANT_METHOD:
-        entries = read_entries(files)
-        return entries, arrange(empty_model(folder, len(entries)), entries)
+        with opened(folder) as source:
+            return source.entries, arranged(source)
     metadata = read_metadata(folder)
     entries = validate(files, metadata)
     model = empty_model(folder, len(entries))
@@ -33,6 +35,11 @@ def unpacked(folder: Path) -> tuple[dict[str, Entry], Arrangement]:
         for stored in file_keys(name, record.layout).values():
             entries.pop(stored, None)
     return entries, arrange(model, entries, metadata.layers)
+
+
+def arranged(source: Source) -> Arrangement:
+    """Which of the model's parameters the tensors of an original are, in whatever format."""
+    return arrange(model_of(source), source.entries, translation=source.translation)
 
 
 def check_complete(folder: Path) -> None:
@@ -50,10 +57,34 @@ def loaded_model(folder: Path, **options: Any) -> Any:
     Raises:
         FourierError: as `check_complete`, before memory is asked for, or it does not load.
     """
+    if recognise(read_config(folder)) is not None:
+        with opened(folder) as source:
+            return loaded_source(source, **options)
     check_complete(folder)
-    remedy = "Check the folder with transformers alone first"
-    with transformers_errors("it does not load", remedy=remedy, where=str(folder)):
+    with _loading(folder):
         return model_class(folder)[0].from_pretrained(folder, **options).eval()
+
+
+def loaded_source(source: Source, **options: Any) -> Any:
+    """`loaded_model` of an opened checkpoint: of a translated one from the tensors that the translation makes.
+
+    Those are in memory beside the model until it is loaded.
+    """
+    if source.prepared is None:
+        return loaded_model(source.folder, **options)
+    from transformers import GenerationConfig
+
+    arrangement = arranged(source)
+    arrangement.check(str(source.folder))
+    kind, config = model_class(source.home, str(source.folder))
+    state = {name: stored.read() for name, stored in arrangement.weights.items() if isinstance(stored, Entry)}
+    for conversion in arrangement.conversions:
+        state |= conversion.read()
+    with _loading(source.folder):
+        model = kind.from_pretrained(None, config=config, state_dict=state, **options).eval()
+        if (source.home / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source.home)
+    return model
 
 
 def carry_unused(folder: Path, to: Path) -> None:
@@ -82,3 +113,8 @@ def carry_unused(folder: Path, to: Path) -> None:
     index["weight_map"] |= dict.fromkeys(unused, _UNUSED)
     index["metadata"]["total_size"] += sum(entry.nbytes for entry in unused.values())
     write_text(to / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _loading(folder: Path) -> AbstractContextManager[None]:
+    remedy = "Check the folder with transformers alone first"
+    return transformers_errors("it does not load", remedy=remedy, where=str(folder))

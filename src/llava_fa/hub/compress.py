@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -19,21 +20,22 @@ from llava_fa.data.samples import Sample
 from llava_fa.errors import explained
 from llava_fa.hub import allocation, attention_density, proofread, provenance
 from llava_fa.hub.adapter import has_adapter, identity, merged, remove_merged
-from llava_fa.hub.architecture import empty_model
+from llava_fa.hub.architecture import model_of
 from llava_fa.hub.blocks import evenly
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.calibration_data import answer_start, fingerprint, prepare_all
 from llava_fa.hub.checkpoint import codebook_digest
-from llava_fa.hub.complete import loaded_model
+from llava_fa.hub.complete import loaded_source
 from llava_fa.hub.inspect import describe
 from llava_fa.hub.loading import check_device, context_length, fast_dtype
 from llava_fa.hub.model_sensitivity import SAMPLES
+from llava_fa.hub.original import opened
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.processor import load_processor
 from llava_fa.hub.report import Progress, ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
-from llava_fa.hub.source import Source, open_source, resolve_model
-from llava_fa.hub.streaming import Job, assemble, beside, compress_streaming
+from llava_fa.hub.source import Source, beside, open_source, resolve_model
+from llava_fa.hub.streaming import Job, assemble, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
 from llava_fa.hub.work_folder import WorkFolder, check_space, disk_errors, refuse_existing
 from llava_fa.maths.polar import ring_codebook
@@ -58,6 +60,7 @@ def compress(
     casp: Casp | None = None,
     embeddings: float | None = None,
     visual_tokens: int | None = None,
+    vision_tower: str | Path | None = None,
     drop_unused: bool = False,
     device: str | torch.device = "cpu",
     skip_bad_rows: bool = False,
@@ -87,6 +90,8 @@ def compress(
             bits. None: both stay as they are.
         visual_tokens: how many tokens the new model is told a picture in (and is calibrated with): what is trained into
             it (`llava-fa train --matryoshka`), or plain pooling; whoever loads it can choose another number.
+        vision_tower: folder or hub id of the vision tower of a model in LLaVA's first format, where it is neither among
+            the weights nor where ``mm_vision_tower`` of config.json says.
         drop_unused: leave out tensors that no module of transformers' model has (such as a head that predicts several
             tokens, ``mtp.*``); by default they are copied as they are, for programs that know them.
         device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
@@ -113,6 +118,7 @@ def compress(
         casp=casp,
         embeddings=embeddings,
         visual_tokens=visual_tokens,
+        vision_tower=vision_tower,
         drop_unused=drop_unused,
         device=device,
         skip_bad_rows=skip_bad_rows,
@@ -129,13 +135,25 @@ def carry_out(
     on_plan: Callable[[Plan], None] | None = None,
 ) -> Report:
     """`compress` as a request says it; the other arguments, the result and the errors are the same."""
-    start = time.monotonic()
     out = Path(out).expanduser().absolute()
     refuse_existing(out)
-    device, show = check_device(request.device), on_plan or (lambda _: None)
+    device = check_device(request.device)
     show_progress: ProgressCallback = progress or (lambda _: None)
-    source = _source(request, out, show_progress)
-    empty = empty_model(source.folder, len(source.entries))
+    with _source(request, out, show_progress) as source:
+        return _compressed(request, source, out, device, fresh, show_progress, on_plan or (lambda _: None))
+
+
+def _compressed(
+    request: CompressionRequest,
+    source: Source,
+    out: Path,
+    device: torch.device,
+    fresh: bool,
+    show_progress: ProgressCallback,
+    show: Callable[[Plan], None],
+) -> Report:
+    start = time.monotonic()
+    empty = model_of(source)
     plan = make_plan(empty, source, request.config, request.embeddings, request.drop_unused)
     if request.casp is not None:
         allocation.check_casp(plan)
@@ -143,7 +161,7 @@ def carry_out(
             most = request.config.replace(bits=MAX_BITS)
             request = dataclasses.replace(request, config=most, budget=allocation.same_bytes(plan))
     show(plan)
-    beside(source.folder)  # said now, not when all the work is done
+    beside(source.home)  # said now, not when all the work is done
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
     data = None if request.calibration is None else _Calibration.of(source, request, context_length(empty))
     with WorkFolder(out, _manifest(request, source, data), fresh) as work, _memory_errors(device):
@@ -151,7 +169,7 @@ def carry_out(
         model = None
         if data is not None and (job.done < job.total or not proofread.settle(work)):
             job.tell("loading the model")
-            model = _load(source.folder, _running_dtype(plan, device, work), device)
+            model = _load(source, _running_dtype(plan, device, work), device)
             if request.visual_tokens is not None:
                 set_visual_tokens(model, request.visual_tokens)
         if request.budget is not None:
@@ -182,17 +200,18 @@ def carry_out(
     return report if data is None else dataclasses.replace(report, rows_left_out=tuple(data.left_out))
 
 
-def _source(request: CompressionRequest, out: Path, tell: ProgressCallback) -> Source:
+@contextlib.contextmanager
+def _source(request: CompressionRequest, out: Path, tell: ProgressCallback) -> Iterator[Source]:
     """The checkpoint: an adapter beside its weights is merged into a folder that lasts as long as the work."""
     folder = resolve_model(request.model)
-    source = open_source(folder)
-    if has_adapter(folder):
-        tell(Progress("merging the adapter", "", 0, 0, 0, 0, 0))
-        with disk_errors(_merged(out)):
-            source = dataclasses.replace(open_source(merged(folder, _merged(out))), fingerprint=identity(folder))
-    if request.visual_tokens is not None:
-        source = with_visual_tokens(source, request.visual_tokens)
-    return source
+    with opened(folder, request.vision_tower) as source:
+        if has_adapter(folder):
+            tell(Progress("merging the adapter", "", 0, 0, 0, 0, 0))
+            with disk_errors(_merged(out)):
+                source = dataclasses.replace(open_source(merged(folder, _merged(out))), fingerprint=identity(folder))
+        if request.visual_tokens is not None:
+            source = with_visual_tokens(source, request.visual_tokens)
+        yield source
 
 
 def _merged(out: Path) -> Path:
@@ -258,7 +277,7 @@ class _Calibration:
     @classmethod
     def of(cls, source: Source, request: CompressionRequest, most: int) -> _Calibration:
         """Read and prepared for the model of this checkpoint, which takes so many tokens."""
-        processor = load_processor(source.folder)
+        processor = load_processor(source.home, str(source.folder))
         for key, value in source.processor.items():
             setattr(processor, key, value)
         found = prepare_all(request.calibration or (), processor, most, skip_bad_rows=request.skip_bad_rows)
@@ -291,15 +310,15 @@ def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> str:
     return name
 
 
-def _load(folder: Path, dtype: str, device: torch.device) -> torch.nn.Module:
+def _load(source: Source, dtype: str, device: torch.device) -> torch.nn.Module:
     loading = explained(
         f"the model cannot be loaded to {device}",
         remedy="Choose another --device, or compress without calibration, which streams",
-        where=str(folder),
+        where=str(source.folder),
         kinds=(RuntimeError, AssertionError),  # torch says a missing or full device in both ways
         words=str,
     )
     with loading:
-        model: torch.nn.Module = loaded_model(folder, dtype=dtype).to(device)
+        model: torch.nn.Module = loaded_source(source, dtype=dtype).to(device)
         unfuse(model)
         return model

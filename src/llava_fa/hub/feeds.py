@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from llava_fa.errors import FourierError
 from llava_fa.hub import dry_run, made_up
 from llava_fa.hub.architecture import quiet_transformers
-from llava_fa.hub.arrangement import Stored
+from llava_fa.hub.conversion import Stored
 from llava_fa.nn.experts import Experts
 
 _ROWS = 64

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from llava_fa.errors import FourierError, explained
 from llava_fa.hub.architecture import transformers_errors
+from llava_fa.hub.original import opened, recognise
 from llava_fa.hub.source import read_config, resolve_model
 from llava_fa.hub.visual_tokens import FIELD, grid_of
 from llava_fa.nn.visual_tokens import VisualTokens
@@ -92,7 +93,10 @@ def read_model_config(model: str | Path) -> Any:
         remedy="Give `tiny`, a folder with a config.json, or a hub id",
         where=str(model),
     ):
-        return AutoConfig.from_pretrained(folder)
+        if local and recognise(read_config(Path(folder))) is not None:
+            with opened(Path(folder)) as source:  # which takes weights: they tell where the vision tower is
+                return AutoConfig.from_pretrained(source.home, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _vision_tower(config: Any, patches: int, classes: int) -> int:

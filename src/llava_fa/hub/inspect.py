@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_fa.config import QUANT_METHOD, FourierConfig
 from llava_fa.hub import complete, ledger, provenance
-from llava_fa.hub.architecture import empty_model
+from llava_fa.hub.architecture import model_of
 from llava_fa.hub.checkpoint import (
     NAMES,
     ORIGINAL_BYTES,
@@ -20,10 +20,11 @@ from llava_fa.hub.checkpoint import (
     read_metadata,
     validate,
 )
+from llava_fa.hub.original import opened
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.report import TRAINING, LayerReport, Report, Skipped, kind_of_codes, peak_rss_bytes
 from llava_fa.hub.shards import Entry, file_metadata
-from llava_fa.hub.source import open_source, quantisation, read_config, read_object, resolve_model, weight_files
+from llava_fa.hub.source import Source, quantisation, read_config, read_object, resolve_model, weight_files
 
 
 def inspect_model(model: str | Path) -> Report:
@@ -133,8 +134,9 @@ def spending(model: str | Path) -> dict[str, int]:
                     spent[_purpose(key)] += entry.nbytes
     entries, arrangement = complete.unpacked(folder)
     for key, entry in entries.items():
-        unused = key in arrangement.unused
-        spent["unused" if unused else _kind(arrangement.modules.get(key, key), entry)] += entry.nbytes
+        if key not in arrangement.left_out:
+            unused = key in arrangement.unused
+            spent["unused" if unused else _kind(arrangement.parameters.get(key, (key,))[0], entry)] += entry.nbytes
     return dict(spent)
 
 
@@ -158,9 +160,13 @@ def _kind(name: str, entry: Entry) -> str:
 
 
 def _original(folder: Path) -> Report:
+    with opened(folder) as source:
+        return _of_source(source)
+
+
+def _of_source(source: Source) -> Report:
     start = time.monotonic()
-    source = open_source(folder)
-    plan = make_plan(empty_model(folder, len(source.entries)), source, FourierConfig())
+    plan = make_plan(model_of(source), source, FourierConfig())
     layers = tuple(
         LayerReport(layer.name, layer.shape, 8 * layer.weight.nbytes / layer.numel, 0.0, None, 0)
         for layer in plan.layers
@@ -169,7 +175,7 @@ def _original(folder: Path) -> Report:
     rest = {skipped.name: skipped.reason for skipped in plan.not_compressed}
     linear = dict.fromkeys((layer.name for layer in plan.layers), "a linear layer: it can be packed")
     return Report(
-        path=str(folder),
+        path=str(source.folder),
         method=None,
         bits=None,
         rank=None,
@@ -179,7 +185,7 @@ def _original(folder: Path) -> Report:
         compressed_bytes=source.nbytes,
         layers=layers,
         not_compressed=plan.not_compressed,
-        ledger=ledger.of_source(source, plan.arrangement, rest={**linear, **rest}),
+        ledger=ledger.of_source(source, plan.arrangement, rest={**linear, **rest}, left_out=plan.left_out),
         seconds=time.monotonic() - start,
         peak_rss_bytes=peak_rss_bytes(),
     )

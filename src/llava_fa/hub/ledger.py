@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,7 @@ from llava_fa.errors import FourierError, located
 from llava_fa.hub.arrangement import Arrangement
 from llava_fa.hub.checkpoint import Metadata, file_keys, is_codebook
 from llava_fa.hub.shards import Entry, write_text
-from llava_fa.hub.source import Source, read_object, unread
-
-LEDGER = "ledger.json"
-"""File of a compressed folder: what became of every tensor of the original. The model does not need it."""
+from llava_fa.hub.source import LEDGER, Source, read_object, unread
 
 PACKED, KEPT, DROPPED = "packed", "kept", "dropped"
 _NAMED = 4
@@ -112,12 +110,11 @@ def of_source(
     """
     packed, rest, left_out = packed or {}, rest or {}, left_out or {}
     layers = set(packed.values())
-    converted = {entry.name: c.parameters for c in arrangement.conversions for entry in c.sources}
 
     def account(key: str) -> tuple[str, str]:
         if key in left_out:
             return DROPPED, left_out[key]
-        parameters = converted.get(key) or (arrangement.modules.get(key, key),)
+        parameters = arrangement.parameters.get(key, (key,))
         if names := [packed[name] for name in parameters if name in packed]:
             return PACKED, ", ".join(names) if len(names) <= _NAMED else f"{names[0]} and {len(names) - 1} more"
         return KEPT, reason_of(parameters[0], rest, layers)
@@ -155,15 +152,22 @@ def reason_of(parameter: str, rest: Mapping[str, str], layers: Set[str]) -> str:
 
 def _ledger(source: Source, account: Callable[[str], tuple[str, str]]) -> Ledger:
     shadow = "the last file that has a tensor of this name is the one that counts"
-    accounts = [Account(e.name, e.file.name, e.nbytes, DROPPED, shadow) for e in source.shadowed]
-    accounts += [Account(key, e.file.name, e.nbytes, *account(key)) for key, e in source.entries.items()]
+    files = sorted({entry.file for entry in (*source.entries.values(), *source.shadowed)})
+    label = _labels(files)
+    accounts = [Account(e.name, label[e.file], e.nbytes, DROPPED, shadow) for e in source.shadowed]
+    accounts += [Account(key, label[e.file], e.nbytes, *account(key)) for key, e in source.entries.items()]
     accounts.sort(key=lambda one: (one.file, one.name))
-    files = {entry.file for entry in (*source.entries.values(), *source.shadowed)}
-    inside: dict[str, int] = dict.fromkeys((file.name for file in files), 0)
+    inside: dict[str, int] = dict.fromkeys(label.values(), 0)
     for one in accounts:
         inside[one.file] += one.bytes
-    headers = {file.name: file.stat().st_size - inside[file.name] for file in sorted(files)}
+    headers = {label[file]: file.stat().st_size - inside[label[file]] for file in files}
     return Ledger(tuple(accounts), headers, {path.name: path.stat().st_size for path in source.unread})
+
+
+def _labels(files: list[Path]) -> dict[Path, str]:
+    """Weight file → what it is called: its path from the innermost folder that has them all."""
+    common = os.path.commonpath([file.parent for file in files]) if files else ""
+    return {file: file.relative_to(common).as_posix() for file in files}
 
 
 def write(folder: Path, ledger: Ledger) -> None:

@@ -11,7 +11,8 @@ import llava_fa.hub.quantizer  # noqa: F401  registers the format with transform
 from llava_fa.errors import FourierError
 from llava_fa.hub.adapter import has_adapter, loaded_with_adapter
 from llava_fa.hub.architecture import model_class
-from llava_fa.hub.complete import loaded_model
+from llava_fa.hub.complete import loaded_model, loaded_source
+from llava_fa.hub.original import opened, recognise
 from llava_fa.hub.processor import load_processor
 from llava_fa.hub.source import read_config, refuse_quantised, resolve_model, weight_files
 from llava_fa.hub.visual_tokens import set_visual_tokens
@@ -33,14 +34,33 @@ def load(
     """
     folder = resolve_model(model)
     place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    refuse_quantised(read_config(folder), folder)
+    refuse_quantised(config := read_config(folder), folder)
     weight_files(folder)
-    model_class(folder)  # what is wrong with these has its own error, and is not the processor's fault
-    processor = load_processor(folder)
-    loaded = (loaded_with_adapter if has_adapter(folder) else loaded_model)(folder, dtype=dtype or fast_dtype(place))
+    dtype = dtype or fast_dtype(place)
+    if recognise(config) is not None:
+        with opened(folder) as source:
+            processor = load_processor(source.home, str(folder))
+            loaded = loaded_source(source, dtype=dtype)
+    else:
+        model_class(folder)  # what is wrong with these has its own error, and is not the processor's fault
+        processor = load_processor(folder)
+        loaded = (loaded_with_adapter if has_adapter(folder) else loaded_model)(folder, dtype=dtype)
     if visual_tokens is not None:
         set_visual_tokens(loaded, visual_tokens, processor)
     return loaded.to(place), processor
+
+
+def processor_of(model: str | Path) -> Any:
+    """The processor that `load` gives, without the model.
+
+    Raises:
+        FourierError: as `load`.
+    """
+    folder = resolve_model(model)
+    if recognise(read_config(folder)) is None:
+        return load_processor(folder)
+    with opened(folder) as source:
+        return load_processor(source.home, str(folder))
 
 
 def context_length(model: Any) -> int:

@@ -12,7 +12,8 @@ from torch import nn
 
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub.arrangement import Arrangement, Conversion, Stored, arrange
+from llava_fa.hub.arrangement import Arrangement, arrange
+from llava_fa.hub.conversion import Conversion, Converted, Stored
 from llava_fa.hub.feeds import Feed, observe
 from llava_fa.hub.ledger import Ledger, of_source, reason_of
 from llava_fa.hub.report import Skipped
@@ -22,6 +23,7 @@ from llava_fa.kernels.layout import FactoredLayout, Layout, layout_of
 from llava_fa.nn.surgery import classify, tied_to
 
 _STUCK = "it is stored in one tensor with numbers that the model does not have"
+_MADE = "nothing of it is stored: the model's class needs it beside what is"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,8 @@ class Plan:
         """Name in the new checkpoint → tensor that goes there as it is.
 
         Those that the model has bear the parameter's name. What loading converts stays as it is stored, unless some of
-        what it yields is compressed: then the rest of that is stored as the model has it.
+        what it yields is compressed: then the rest of that is stored as the model has it. So is all that a translation
+        converts, which loading cannot.
         """
         gone, opened = self._gone, self._opened
         replaced = gone | set(self.left_out) | {entry.name for conversion in opened for entry in conversion.sources}
@@ -133,8 +136,8 @@ class Plan:
 
     @functools.cached_property
     def _opened(self) -> list[Conversion]:
-        """Conversions some of whose parameters are compressed, or others of the same experts."""
-        opened = [c for c in self.arrangement.conversions if not self._gone.isdisjoint(c.parameters)]
+        """Conversions that loading does not do, some of whose parameters are compressed, or others of such experts."""
+        opened = [c for c in self.arrangement.conversions if c.ours or not self._gone.isdisjoint(c.parameters)]
         modules = {conversion.together for conversion in opened} - {""}
         return [c for c in self.arrangement.conversions if c in opened or c.together in modules]
 
@@ -159,7 +162,7 @@ def make_plan(
             that is too large for a layer (named), a weight whose shape or dtype is not what the model has (named).
     """
     if arrangement is None:
-        arrangement = arrange(model, source.entries)
+        arrangement = arrange(model, source.entries, translation=source.translation)
         arrangement.check(str(source.folder))
     weights = arrangement.weights
     choice = classify(model, config.skip, config.only, embeddings=embeddings is not None)
@@ -172,6 +175,9 @@ def make_plan(
             rest[name] = _STUCK
             continue
         weight, *twins = stored
+        if isinstance(weight, Converted) and weight.name in weight.conversion.made:
+            rest[name] = _MADE
+            continue
         if name in choice.layers:
             layers.append(_planned(model, name, weight, config, feeds.of(name)))
         elif all(_same(weight, twin) for twin in twins):
@@ -195,7 +201,7 @@ def make_plan(
     if not drop_unused:
         rest |= dict.fromkeys(arrangement.unused, unused)
     left_out = {twin.name: f"{words[0].name} has the same numbers, and is tied to it" for twin in repeated}
-    left_out |= dict.fromkeys(arrangement.unused, unused) if drop_unused else {}
+    left_out |= arrangement.left_out | (dict.fromkeys(arrangement.unused, unused) if drop_unused else {})
     unseen = tuple(layer.name for layer in layers if layer.name in feeds.unseen)
     plan = Plan(source, arrangement, tuple(layers), (), None, tuple(words), tuple(repeated), left_out, unseen)
     for name, parameter in plan.kept_as_stored.items():  # under a name that is none of the model's

@@ -14,8 +14,10 @@ from torch import nn
 from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub.architecture import empty_model
-from llava_fa.hub.arrangement import Arrangement, Stored
+from llava_fa.hub.arrangement import Arrangement
+from llava_fa.hub.conversion import Stored
 from llava_fa.hub.ledger import reason_of
+from llava_fa.hub.original import recognise
 from llava_fa.hub.plan import Plan, PlannedLayer, make_plan
 from llava_fa.hub.report import kind_of_codes
 from llava_fa.hub.shards import DTYPE_NAMES, FLOATS, Entry
@@ -95,7 +97,7 @@ def preview(model: str | Path, config: FourierConfig, embeddings: float | None =
 
     Raises:
         FourierError: there is no config.json, or one of a model that is quantised already, that transformers cannot
-            build, or in which nothing can be compressed.
+            read or build, or in which nothing can be compressed.
     """
     folder = resolve_config(model)
     values = read_config(folder)
@@ -103,6 +105,12 @@ def preview(model: str | Path, config: FourierConfig, embeddings: float | None =
         raise FourierError(
             f"this model is quantised already ({method})",
             remedy="Give the config.json of the original, or leave bits out to see what this one is",
+            where=str(folder),
+        )
+    if recognise(values) is not None:
+        raise FourierError(
+            "a config.json that transformers does not read: the vision tower, or the names of tensors, are not in it",
+            remedy="Compress the folder; leave bits out to see what it is",
             where=str(folder),
         )
     return preview_of(empty_model(folder, 0), folder, config, embeddings)
@@ -116,7 +124,7 @@ def preview_of(model: nn.Module, folder: Path, config: FourierConfig, embeddings
     """
     entries = _entries(model, folder)
     arrangement = Arrangement(
-        type(model).__name__, dict(entries), (), {}, {}, (), {}, total=len(entries), compressed=False
+        type(model).__name__, dict(entries), (), {}, {}, {}, (), {}, total=len(entries), compressed=False
     )
     source = Source(folder, {}, entries, "")
     plan = make_plan(model, source, config, embeddings, arrangement=arrangement)

@@ -77,21 +77,27 @@ def pictures_for(processor: Any, pictures: Sequence[Any]) -> list[Any] | None:
     return list(pictures) or None if sees_pictures(processor) else None
 
 
-def load_processor(folder: Path) -> Any:
-    """The model's processor, tokenizer, image processor and chat template in one; of a text model a `TextProcessor`."""
+def load_processor(folder: Path, where: str = "") -> Any:
+    """The model's processor, tokenizer, image processor and chat template in one; of a text model a `TextProcessor`.
+
+    Args:
+        folder: that holds its files.
+        where: what errors call it.
+    """
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+    where = where or str(folder)
     remedy = "The folder needs the tokenizer and preprocessor files of the model"
-    loading = explained("its processor cannot be loaded", remedy=remedy, where=str(folder), words=one_line)
+    loading = explained("its processor cannot be loaded", remedy=remedy, where=where, words=one_line)
     with quiet_transformers(), loading:
         # the tokenizer of a language model that was part of another may still name the processor of the whole
-        alone = reads_text_alone(AutoConfig.from_pretrained(folder))
-        processor = (AutoTokenizer if alone else AutoProcessor).from_pretrained(folder)
+        alone = reads_text_alone(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        processor = (AutoTokenizer if alone else AutoProcessor).from_pretrained(folder, trust_remote_code=False)
     if sees_pictures(processor):
         return processor
     tokenizer = getattr(processor, "tokenizer", processor)
     if not callable(getattr(tokenizer, "apply_chat_template", None)):
-        raise FourierError("it has no tokenizer", remedy=remedy, where=str(folder))
+        raise FourierError("it has no tokenizer", remedy=remedy, where=where)
     return TextProcessor(tokenizer, getattr(processor, "chat_template", None))
 
 

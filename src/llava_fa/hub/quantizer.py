@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llava_fa.config import QUANT_METHOD, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub.arrangement import Arrangement, Stored, arrange
+from llava_fa.hub.arrangement import Arrangement, arrange
 from llava_fa.hub.checkpoint import (
     LayerRecord,
     Metadata,
@@ -29,6 +29,7 @@ from llava_fa.hub.checkpoint import (
     is_codebook,
     validate,
 )
+from llava_fa.hub.conversion import Stored
 from llava_fa.hub.feeds import Feed, observe
 from llava_fa.hub.shards import read_entries
 from llava_fa.kernels.layout import Layout

@@ -22,8 +22,8 @@ class CompressionRequest:
     """What `llava_fa.compress` is asked for; the command and the Python API build it, `hub.compress` carries it out.
 
     Args:
-        model, config, calibration, budget, casp, embeddings, visual_tokens, drop_unused, device: as for
-            `llava_fa.compress`. ``calibration`` is read once, when it is needed (`data.rows.SampleSource` names a
+        model, config, calibration, budget, casp, embeddings, visual_tokens, vision_tower, drop_unused, device: as
+            for `llava_fa.compress`. ``calibration`` is read once, when it is needed (`data.rows.SampleSource` names a
             file).
         skip_bad_rows: a calibration sample that cannot be used gives its place to the next, and is listed in the
             report; otherwise it is an error.
@@ -40,6 +40,7 @@ class CompressionRequest:
     casp: Casp | None = None
     embeddings: float | None = None
     visual_tokens: int | None = None
+    vision_tower: str | Path | None = None
     drop_unused: bool = False
     device: str | torch.device = "cpu"
     skip_bad_rows: bool = False

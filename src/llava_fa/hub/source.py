@@ -14,10 +14,30 @@ import llava_fa
 from llava_fa.config import QUANT_METHOD
 from llava_fa.data import textfiles
 from llava_fa.errors import FourierError
+from llava_fa.hub.conversion import Translation
 from llava_fa.hub.shards import COPY_AGAIN, Entry, read_header, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LEDGER = "ledger.json"
+"""File of a compressed folder: what became of every tensor of the original. The model does not need it."""
 _DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "spk_dict.pt"]
+_NOT_COPIED = (
+    ".index.json",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".partial",
+)
+_NO_WEIGHTS = ("spk_dict.pt",)
+"""Files that look like weights and are not: Qwen2.5-Omni's voices, which transformers reads with `weights_only`."""
+_TEMPLATES = "additional_chat_templates"
+_OTHERS = ("config.json", "merged.json", LEDGER)
 
 
 def resolve_model(model: str | Path, patterns: Sequence[str] = _DOWNLOAD) -> Path:
@@ -88,6 +108,9 @@ class Source:
         shadowed: tensors that another file has under the same name; the last file counts, as in transformers.
         unread: weight files in the folder that are no part of the checkpoint.
         processor: fields of processor_config.json that a copy of this checkpoint has to change.
+        prepared: where ``folder`` is of a format that transformers does not read: a folder with config.json, tokenizer
+            and processor as it reads them, and without weights.
+        translation: the tensors of such a checkpoint.
     """
 
     folder: Path
@@ -97,11 +120,18 @@ class Source:
     shadowed: tuple[Entry, ...] = ()
     unread: tuple[Path, ...] = ()
     processor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prepared: Path | None = None
+    translation: Translation = dataclasses.field(default_factory=Translation)
+
+    @property
+    def home(self) -> Path:
+        """The folder whose config.json and processor transformers reads."""
+        return self.prepared or self.folder
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.entries.values())
+        """Bytes of all tensors, those aside that a translation leaves out."""
+        return sum(entry.nbytes for key, entry in self.entries.items() if key not in self.translation.left_out)
 
 
 def open_source(folder: Path) -> Source:
@@ -241,7 +271,9 @@ def _no_weights(folder: Path) -> FourierError:
         return FourierError(
             f"it has only pickled weights ({pickled[0]}{more}), which can run code",
             remedy="If you trust them, convert to safetensors once: "
-            "`AutoModelForImageTextToText.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)`",
+            "`AutoModelForImageTextToText.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)`; or, where transformers "
+            "does not read the folder, each file by `save_file(torch.load(FILE, weights_only=True), NEW_FILE)`, and an "
+            "index, if there is one, with the new names",
             where=str(folder),
         )
     return FourierError(
@@ -249,3 +281,22 @@ def _no_weights(folder: Path) -> FourierError:
         remedy="Copy or download the model again",
         where=str(folder),
     )
+
+
+def beside(folder: Path) -> list[Path]:
+    """The files beside the weights that a new checkpoint takes over: processor, tokenizer, templates, whatever else.
+
+    Raises:
+        FourierError: one of them cannot be read.
+    """
+    files = [
+        path
+        for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")])
+        if path.is_file()
+        and path.name not in _OTHERS
+        and (path.name in _NO_WEIGHTS or not path.name.endswith(_NOT_COPIED))
+    ]
+    for path in files:
+        with reading(path):
+            path.open("rb").close()
+    return files

@@ -19,8 +19,8 @@ from llava_fa.hub import ledger
 from llava_fa.hub.checkpoint import NAMES, ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest, names_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import Progress, ProgressCallback
-from llava_fa.hub.shards import Item, reading, write_file, write_text
-from llava_fa.hub.source import INDEX, SINGLE, read_object
+from llava_fa.hub.shards import Item, write_file, write_text
+from llava_fa.hub.source import INDEX, SINGLE, beside, read_object
 from llava_fa.hub.work_folder import Measurement, WorkFolder, disk_errors
 from llava_fa.maths import metrics
 from llava_fa.nn.codebooks import codebook_key
@@ -30,24 +30,6 @@ from llava_fa.solver.drift import corrected_weight
 
 SHARD_BYTES = 4_000_000_000
 """Largest weight file written (as far as one tensor allows)."""
-
-_NOT_COPIED = (
-    ".index.json",
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".partial",
-)
-_NO_WEIGHTS = ("spk_dict.pt",)
-"""Files that look like weights and are not: Qwen2.5-Omni's voices, which transformers reads with `weights_only`."""
-_TEMPLATES = "additional_chat_templates"
-_OTHERS = ("config.json", "merged.json", ledger.LEDGER)
 
 
 class Job:
@@ -150,8 +132,8 @@ def assemble(
         config_json = {**kept, "quantization_config": metadata.to_dict()}
         write_text(work.result / "config.json", json.dumps(config_json, indent=2) + "\n")
         ledger.write(work.result, plan.ledger)
-        for path in beside(plan.source.folder):
-            target = work.result / path.relative_to(plan.source.folder)
+        for path in beside(plan.source.home):
+            target = work.result / path.relative_to(plan.source.home)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
         if plan.source.processor:
@@ -159,25 +141,6 @@ def assemble(
             fields = read_object(path) if path.is_file() else {}
             write_text(path, json.dumps({**fields, **plan.source.processor}, indent=2) + "\n")
     work.finish()
-
-
-def beside(folder: Path) -> list[Path]:
-    """The files beside the weights that a new checkpoint takes over: processor, tokenizer, templates, whatever else.
-
-    Raises:
-        FourierError: one of them cannot be read.
-    """
-    files = [
-        path
-        for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")])
-        if path.is_file()
-        and path.name not in _OTHERS
-        and (path.name in _NO_WEIGHTS or not path.name.endswith(_NOT_COPIED))
-    ]
-    for path in files:
-        with reading(path):
-            path.open("rb").close()
-    return files
 
 
 def _items(plan: Plan, work: WorkFolder, metadata: Metadata) -> list[Item]:

@@ -228,7 +228,7 @@ def with_visual_tokens(source: Source, tokens: int) -> Source:
         FourierError: another model, or a number that the grid cannot give.
     """
     with quiet_transformers():
-        config = AutoConfig.from_pretrained(source.folder)
+        config = AutoConfig.from_pretrained(source.home, trust_remote_code=False)
     kind = (getattr(config, FIELD, None) or {"kind": "pooling"})["kind"]
     module = VisualTokens(grid_of(config), 1, "pooling", tokens)
     setattr(config, FIELD, {"kind": kind, "tokens": module.tokens})

@@ -79,6 +79,11 @@ def compress_first(
     """The first half of `compress_and_recover`: the compressed model, beside ``out`` and named by the request."""
     folder = Path(out).expanduser().absolute()
     refuse_existing(folder)
+    if request.vision_tower is not None:
+        raise FourierError(
+            "the original teaches what is trained back, and its vision tower is looked for where config.json says",
+            remedy=f"Put the tower, or a link to it, at mm_vision_tower below {request.model}, and leave it out here",
+        )
     identity = [str(request.model), request.to_dict(), _identity(_samples(request))]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     compressed = folder.with_name(f"{folder.name}.compressed-{digest[:8]}")

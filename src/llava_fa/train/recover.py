@@ -24,7 +24,7 @@ from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.complete import carry_unused
 from llava_fa.hub.inspect import describe
 from llava_fa.hub.ledger import LEDGER
-from llava_fa.hub.loading import context_length, load
+from llava_fa.hub.loading import context_length, load, processor_of
 from llava_fa.hub.processor import load_processor
 from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
 from llava_fa.hub.report import TRAINING, peak_rss_bytes
@@ -197,7 +197,7 @@ class _Run:
         self.processor = load_processor(folder)
         self.teacher: nn.Module | None = None
         if teacher is not None:
-            check_tokenizers(self.processor, load_processor(resolve_model(teacher)), str(teacher))
+            check_tokenizers(self.processor, processor_of(teacher), str(teacher))
             self.teacher = load(teacher, str(device))[0]
         self.model = self._load(device)
         quantised = getattr(self.model.config, "quantization_config", None)

@@ -99,10 +99,14 @@ def train(
 def _keep_processor(folder: Path, start: str | None) -> LlavaProcessor:
     if not folder.exists():
         fresh = folder.with_suffix(".new")
-        processor = build_processor() if start is None else AutoProcessor.from_pretrained(resolve_model(start))
+        processor = (
+            build_processor()
+            if start is None
+            else AutoProcessor.from_pretrained(resolve_model(start), trust_remote_code=False)
+        )
         processor.save_pretrained(fresh)
         os.replace(fresh, folder)
-    return AutoProcessor.from_pretrained(folder)  # type: ignore[no-any-return]
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-any-return]
 
 
 def save_pretrained(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:

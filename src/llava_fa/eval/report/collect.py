@@ -22,9 +22,10 @@ from llava_fa.eval.spectra import Originals, Spectra, spectra
 from llava_fa.hub.blocks import evenly
 from llava_fa.hub.inspect import inspect_model, spending
 from llava_fa.hub.loading import check_device, load
+from llava_fa.hub.original import opened
 from llava_fa.hub.processor import sees_pictures
 from llava_fa.hub.report import LayerReport, Report
-from llava_fa.hub.source import open_source, resolve_model
+from llava_fa.hub.source import resolve_model
 from llava_fa.world.samples import Sample, held_out_samples
 
 Tell = Callable[[str, int, int], None]
@@ -315,7 +316,11 @@ def chosen_layers(report: Report, wanted: Sequence[str]) -> list[str]:
 
 
 def _spectra(first: Run, runs: list[Run], settings: Settings, cache: Cache, tell: Tell) -> None:
-    originals = Originals(open_source(resolve_model(first.model)))
+    with opened(resolve_model(first.model)) as source:
+        _compared(Originals(source), first, runs, settings, cache, tell)
+
+
+def _compared(originals: Originals, first: Run, runs: list[Run], settings: Settings, cache: Cache, tell: Tell) -> None:
     todo = [(run, name) for run in runs if run.report for name in chosen_layers(run.report, settings.layers)]
     for done, (run, name) in enumerate(todo):
         tell(f"spectrum of {name}", done, len(todo))
