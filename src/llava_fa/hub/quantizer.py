@@ -34,7 +34,7 @@ from llava_fa.hub.feeds import Feed, observe
 from llava_fa.hub.shards import read_entries
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, attach, share_codebooks
-from llava_fa.nn.experts import fuse, unfuse
+from llava_fa.nn.experts import fuse, unfuse, within
 from llava_fa.nn.factored_linear import empty_layer, layer_from_approximation, packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead, tie_head, untie_head
 from llava_fa.nn.packed_linear import Codebooks, PackedLinear
@@ -137,7 +137,8 @@ class FourierHfQuantizer(HfQuantizer):
             (self._expect_layers if self.pre_quantized else self._plan)(model, files)
 
     def _expect_layers(self, model: nn.Module, files: list[Path]) -> None:
-        unfuse(model, lambda name: any(_within(layer, name) for layer in self.metadata.layers))
+        for name in unfuse(model, lambda name: any(within(layer, name) for layer in self.metadata.layers)):
+            _keep_parent(model, name)
         places = {name: _find(model, name) for name in self.metadata.layers}
         if files:
             entries = validate(files, self.metadata)
@@ -282,12 +283,6 @@ class _Compress(ConversionOps):
         _exchange(model, name, layer)
 
 
-def _within(layer: str, module: str) -> bool:
-    """Whether a layer of the checkpoint is inside of a module of the model, which may be its base model."""
-    parent = layer.rpartition(".")[0].rpartition(".")[0]
-    return parent == module or parent.endswith(f".{module}") or module.endswith(f".{parent}")
-
-
 def _check_complete(model: nn.Module, arrangement: Arrangement, files: list[Path]) -> None:
     """`FourierError` for a tensor that is missing, unless the model is of another class than the checkpoint.
 
@@ -394,6 +389,10 @@ def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
     initialisation: its children are visited one by one.
     """
     replace_module(model, name, module)
+    _keep_parent(model, name)
+
+
+def _keep_parent(model: nn.Module, name: str) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
     if not parent._parameters and not parent._buffers:
         parent._is_hf_initialized = True

@@ -66,8 +66,7 @@ class Experts(nn.Module):
             y = _gated(shell, y)
         else:
             y = shell.act_fn(y)
-        y = last[index](y)
-        return shell.post_expert_norm(y) if getattr(shell, "has_post_expert_norm", False) else y
+        return last[index](y)  # type: ignore[no-any-return]
 
     def forward(self, hidden_states: Tensor, top_k_index: Any = None, top_k_weights: Any = None) -> Tensor:
         """The chosen experts' outputs, weighed and summed."""
@@ -112,6 +111,10 @@ def is_fused_experts(module: nn.Module) -> bool:
     up = [name for name in _UP if name in parameters]
     known = {*up, _DOWN, *(f"{name}_bias" for name in (*up, _DOWN))}
     if "expert" not in type(module).__name__.lower() or len(up) != 1 or _DOWN not in parameters:
+        return False
+    if any(
+        True for child in module.children() for _ in child.parameters()
+    ):  # a norm behind the experts: not known here
         return False
     if set(parameters) - known or parameters[up[0]].dim() != 3 or parameters[_DOWN].dim() != 3:
         return False
@@ -166,6 +169,12 @@ def stacks(model: nn.Module) -> Iterator[Stack]:
                 yield Stack(name, f"{name}.{key}", weights, module.transposed)
                 if linears[0].bias is not None:
                     yield Stack(name, f"{name}.{key}_bias", biases, False)
+
+
+def within(layer: str, module: str) -> bool:
+    """Whether a layer of a checkpoint is an expert of this module of the model, which may be its base model."""
+    parent = layer.rpartition(".")[0].rpartition(".")[0]
+    return parent == module or parent.endswith(f".{module}") or module.endswith(f".{parent}")
 
 
 def _takes(module: nn.Module) -> tuple[str, ...]:
