@@ -8,9 +8,11 @@ says where the file stops being UTF-8: what a byte means in the others cannot be
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_CHECK = "Check its permissions, and the disk"
 _MEND = "Mend the file"
 _CUT_SHORT = "It seems to be cut short: fetch or write it again"
 _CONVERT = "Convert it to UTF-8: iconv -f ENCODING -t UTF-8"
@@ -34,13 +37,20 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         FourierError: there is no such file, or it may not be read; names it.
     """
-    try:
+    with reading(path):
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the operating system says about a file or folder that is read becomes an error that names it."""
+    try:
+        yield
     except FileNotFoundError:
         raise FourierError("no such file", remedy="Check the path", where=str(path)) from None
     except OSError as error:
-        remedy = "Give a file, not a folder" if path.is_dir() else "Check its permissions, and the disk"
-        raise FourierError(f"it cannot be read ({error.strerror})", remedy=remedy, where=str(path)) from None
+        remedy = "Give a file, not a folder" if isinstance(error, IsADirectoryError) else _CHECK
+        raise FourierError(f"it cannot be read ({error.strerror or error})", remedy=remedy, where=str(path)) from error
 
 
 def decoded(data: bytes, where: str) -> str:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_fa.data.textfiles import reading
 from llava_fa.errors import FourierError, explained
 from llava_fa.hub.architecture import one_line, quiet_transformers
 from llava_fa.hub.complete import carry_unused, check_complete, loaded_model
-from llava_fa.hub.shards import CHUNK, reading, write_text
+from llava_fa.hub.shards import CHUNK, write_text
 from llava_fa.hub.source import open_source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -7,7 +7,6 @@ needs every tensor at once. The format is simple enough to do better: 8 bytes of
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 
+from llava_fa.data.textfiles import reading
 from llava_fa.errors import FourierError, explained
 
 CHUNK = 16 << 20
@@ -153,19 +153,6 @@ def _entry(
     if dtype not in _BITS or not all(type(value) is int and value >= 0 for value in (*shape, start, end - start)):
         raise ValueError(name)
     return Entry(path, name, dtype, tuple(shape), origin + start, end - start)
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What the operating system says about a file or folder that is read becomes an error that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise FourierError(
-            f"it cannot be read ({error.strerror or error})",
-            remedy="Check that it is whole, and that you may read it",
-            where=str(path),
-        ) from error
 
 
 def read_entries(paths: Iterable[Path]) -> dict[str, Entry]:

@@ -13,9 +13,10 @@ from typing import Any
 import llava_fa
 from llava_fa.config import QUANT_METHOD
 from llava_fa.data import textfiles
+from llava_fa.data.textfiles import reading
 from llava_fa.errors import FourierError
 from llava_fa.hub.conversion import Translation
-from llava_fa.hub.shards import COPY_AGAIN, Entry, read_header, reading
+from llava_fa.hub.shards import COPY_AGAIN, Entry, read_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LEDGER = "ledger.json"
