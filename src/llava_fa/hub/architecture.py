@@ -22,8 +22,6 @@ _COUNTS = re.compile(r"(layers|depth|blocks)$")
 """Fields of a configuration that say how often something with tensors of its own is repeated."""
 _MANY = 2000
 """Layers that any configuration may make without being asked whether it has the tensors for them."""
-_LONGEST = 200
-"""Characters of what transformers says that are repeated."""
 
 
 def model_class(folder: Path, where: str = "") -> tuple[Any, Any]:
@@ -137,8 +135,8 @@ def transformers_errors(what: str, *, remedy: str, where: str) -> Iterator[None]
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, as one line that is not too long."""
+    """What an exception says, as one line; `explained` cuts what is too long."""
     said = " ".join(str(error).split())
     if not said or isinstance(error, KeyError):  # which says the key alone
         said = f"{type(error).__name__} {said}".strip()
-    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} …"
+    return said
