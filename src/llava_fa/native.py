@@ -15,7 +15,7 @@ import os
 import re
 import struct
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ LEVELS = ("portable", "avx2", "avx512")
 """Instruction sets, narrowest first; a CPU that has one has those before it."""
 SWITCH = "LLAVA_FA_NATIVE"
 # As in csrc/library.cpp: raised whenever an exported function or a struct changes.
-_ABI = 6
+_ABI = 7
 
 
 @cache
@@ -182,7 +182,8 @@ def _declare(library: ctypes.CDLL) -> None:
         function.argtypes, function.restype = [integer, integer, job], integer
     library.llava_fa_interleave.argtypes = [job]
     library.llava_fa_linear_name.restype = ctypes.c_char_p
-    library.llava_fa_linear.argtypes, library.llava_fa_linear.restype = [integer, integer, address, job], integer
+    library.llava_fa_linear.argtypes = [integer, integer, address, job, integer]
+    library.llava_fa_linear.restype = integer
     library.llava_fa_linear_adds.argtypes = [integer, address, integer, integer]
     library.llava_fa_linear_adds.restype = integer
 
@@ -250,13 +251,15 @@ def adds(kernel: LayerKernel, codebook: Tensor, code_bits: int, state_bits: int)
     return bool(_loaded().llava_fa_linear_adds(kernel.level, codebook.data_ptr(), code_bits, state_bits))
 
 
-def linear(kernel: LayerKernel, *fields: int) -> None:
-    """Run it on torch's threads; the fields are those of `Layer`.
+def linear(kernel: LayerKernel, layers: Sequence[tuple[int, ...]]) -> None:
+    """Run it on torch's threads, on all layers at once; each is given by the fields of `Layer`.
 
     Raises:
         MemoryError: there was none left for its working space.
     """
-    if kernel.function(kernel.level, torch.get_num_threads(), 0 if _forked else openmp()[0], _pack_layer(*fields)):
+    packed = _pack_layer(*layers[0]) if len(layers) == 1 else b"".join([_pack_layer(*fields) for fields in layers])
+    parallel = 0 if _forked else openmp()[0]
+    if kernel.function(kernel.level, torch.get_num_threads(), parallel, packed, len(layers)):
         raise MemoryError("no memory for the working space of a packed layer")
 
 

@@ -1,12 +1,17 @@
 """Mixtures of experts: every expert's matrix is a layer, in whatever arrangement it is stored."""
 
+import copy
+import types
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.models.longcat_flash import modeling_longcat_flash
+from transformers.models.muse_spark import modeling_muse_spark
 
 import llava_fa
-from llava_fa import Budget, FourierConfig
+from llava_fa import Budget, FourierConfig, FourierError, FourierLinear
 from llava_fa.hub import blocks
 from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.calibrated import compress_calibrated
@@ -17,6 +22,7 @@ from llava_fa.hub.streaming import Job, assemble
 from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.nn.experts import Experts, fuse, is_fused_experts, unfuse
 from llava_fa.nn.factored_linear import packed_layers
+from llava_fa.nn.surgery import replace_module
 
 CONFIG = FourierConfig(bits=4, refine_passes=0)
 IMAGE = 1
@@ -253,3 +259,116 @@ def test_the_same_matrices_of_all_experts_are_one_stage(subject, monkeypatch):
     monkeypatch.setattr(blocks, "_STAGE_BYTES", 16 * 32**2 * 2)
     assert len(stages()) > 2
     assert {name for stage in stages() for name in stage} == {name for stage in whole for name in stage}
+
+
+@pytest.fixture
+def packed(subject, tmp_path):
+    """A model with packed experts, in float32, and its `Experts`."""
+    folder, model, _ = subject
+    llava_fa.compress(folder, tmp_path / "out", CONFIG)
+    small = load(tmp_path / "out", type(model))
+    return small, [module for module in small.modules() if isinstance(module, Experts)]
+
+
+def given(module, tokens):
+    """Arguments of its forward: a token that no expert has among them, and one that has one twice."""
+    width = module.lists["down_proj"][0].out_features
+    if module.ordered:
+        x = torch.randn(module.count, tokens, width)
+        x[torch.rand(x.shape[:2]) < 0.7] = 0
+        return (x.view(-1, width),)
+    index = torch.randint(0, module.count, (tokens, 2))
+    index[1:2] = module.count
+    return torch.randn(tokens, width), index, torch.rand(tokens, 2)
+
+
+@torch.no_grad()
+def test_in_one_call_as_one_by_one(packed):
+    for module in packed[1]:
+        for tokens in (1, 7):
+            arguments = given(module, tokens)
+            together = module(*arguments)
+            heard = []
+            for layer in [layer for linears in module.lists.values() for layer in linears]:
+                layer.register_forward_hook(lambda *_, heard=heard: heard.append(1))
+            torch.testing.assert_close(module(*arguments), together, rtol=1e-6, atol=1e-6)
+            assert heard or (module.ordered and not arguments[0].any())
+
+
+@torch.no_grad()
+def test_a_long_prompt_goes_in_parts(packed, monkeypatch):
+    for module in packed[1]:
+        arguments = given(module, 50)
+        whole = module(*arguments)
+        monkeypatch.setattr("llava_fa.nn.experts._PAIRS", 20)
+        torch.testing.assert_close(module(*arguments), whole)
+
+
+@torch.no_grad()
+def test_one_graph_whichever_are_chosen(packed):
+    torch._dynamo.reset()
+    model, modules = packed
+    for module in modules:
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        for tokens in (1, 5, 9):
+            arguments = given(module, tokens)
+            assert torch.equal(compiled(*arguments), module(*arguments))
+    arguments, twin = given(modules[0], 5), copy.deepcopy(modules[0])
+    expected = twin(*arguments)
+    del modules, module, compiled, model
+    packed[1].clear()
+    assert torch.equal(torch.compile(twin, fullgraph=True, backend="eager")(*arguments), expected)
+
+
+def muse_spark_config():
+    sizes = {"num_local_experts": 4, "moe_hidden_size": 32, "moe_intermediate_size": 24}
+    return types.SimpleNamespace(**sizes, hidden_act="silu", post_norm_eps=1e-5, _experts_implementation="eager")
+
+
+def muse_spark():
+    """A norm behind every expert."""
+    return modeling_muse_spark.MuseSparkExperts(muse_spark_config()), 2 * 4, 4
+
+
+def longcat_flash():
+    """Experts that give back what they are given."""
+    config = types.SimpleNamespace(
+        expert_ffn_hidden_size=24, hidden_size=32, n_routed_experts=4, zero_expert_num=2, hidden_act="silu"
+    )
+    return modeling_longcat_flash.LongcatFlashExperts(config), 6 + 4, 6
+
+
+@pytest.mark.parametrize("make", [muse_spark, longcat_flash])
+def test_modules_of_their_own_keep_their_forward(make):
+    torch.manual_seed(0)
+    fused, count, choices = make()
+    for parameter in fused.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, index, weights = torch.randn(9, 32), torch.randint(0, choices, (9, 2)), torch.rand(9, 2)
+    expected, state = fused(x, index, weights), {key: value.clone() for key, value in fused.state_dict().items()}
+    model = torch.nn.ModuleDict({"experts": fused})
+    assert unfuse(model) == ["experts"]
+    module = model["experts"]
+    torch.testing.assert_close(copy.deepcopy(module)(x, index, weights), expected)
+    assert sum(isinstance(layer, torch.nn.Linear) for layer in module.modules()) == count
+    for name, linear in [pair for pair in module.named_modules() if isinstance(pair[1], torch.nn.Linear)]:
+        replace_module(module, name, FourierLinear.from_linear(linear, FourierConfig(bits=4)))
+    assert module(x, index, weights).sub(expected).norm() < 0.3 * expected.norm()
+    for name, layer in packed_layers(module):
+        replace_module(module, name, layer.to_linear())
+    fuse(model)
+    after = model["experts"].state_dict()
+    assert after.keys() == state.keys()
+    assert all((after[key] - state[key]).norm() <= 0.15 * state[key].norm() for key in state)
+    torch.testing.assert_close(model["experts"](x, index, weights), module(x, index, weights))
+
+
+def test_a_forward_that_does_something_else_with_a_matrix_says_so():
+    class OddExperts(modeling_muse_spark.MuseSparkExperts):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return hidden_states @ self.gate_up_proj[0]
+
+    odd = torch.nn.ModuleDict({"experts": OddExperts(muse_spark_config())})
+    unfuse(odd)
+    with pytest.raises(FourierError, match="Leave them out with --skip"):
+        odd["experts"](torch.randn(2, 32), None, None)

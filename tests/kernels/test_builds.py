@@ -124,7 +124,7 @@ DRIVER = """
 #include "linear.h"
 #include "threads.h"
 using namespace llava_fa;
-extern "C" int64_t llava_fa_linear(int64_t, int64_t, Parallel, const Layer*);
+extern "C" int64_t llava_fa_linear(int64_t, int64_t, Parallel, const Layer*, int64_t);
 int main() {
   int64_t dtype, batch, rank, m, n, code_bits, state_bits, bytes;
   while (std::scanf("%ld %ld %ld %ld %ld %ld %ld", &dtype, &batch, &rank, &m, &n, &code_bits, &state_bits) == 7) {
@@ -142,7 +142,7 @@ int main() {
     const Layer layer{at(0),   out.data(), batch,   Dtype(dtype), byte(1), half(2), half(3),     byte(4), half(5),
                       at(6),   at(7),      half(8), half(9),      rank,    nullptr, Dtype::bf16, m,       n,
                       code_bits, state_bits, 0};
-    if (llava_fa_linear(0, 2, nullptr, &layer)) return 4;
+    if (llava_fa_linear(0, 2, nullptr, &layer, 1)) return 4;
     std::fwrite(out.data(), 1, out.size(), stdout);
   }
 }

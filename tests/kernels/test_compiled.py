@@ -439,7 +439,9 @@ def test_the_choice_says_why():
 def test_the_struct_of_a_call_gets_every_field_in_its_place(layout, monkeypatch):
     weight = packed_weight(layout, random_tensors(layout)).arranged("interleaved")
     x, bias, calls = torch.randn(3, layout.in_features), torch.ones(24).bfloat16(), []
-    monkeypatch.setattr(native, "linear", lambda kernel, *fields: calls.append(native.Layer(*fields)))
+    monkeypatch.setattr(
+        native, "linear", lambda kernel, layers: calls.extend(native.Layer(*fields) for fields in layers)
+    )
     out = compiled.linear(x, weight, bias, exact=True)
     (call,) = calls
     assert (call.x, call.out, call.bias) == (x.data_ptr(), out.data_ptr(), bias.data_ptr())
@@ -459,3 +461,38 @@ def test_the_struct_of_a_call_gets_every_field_in_its_place(layout, monkeypatch)
     assert (call.batch, call.m, call.n, call.rank) == (3, 24, layout.in_features, layout.rank)
     assert (call.code_bits, call.state_bits, call.exact) == (layout.code_bits, layout.state_bits, True)
     assert (call.dtype, call.bias_dtype) == (compiled._DTYPES[torch.float32], compiled._DTYPES[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_several_layers_at_once_are_each_by_itself(level, dtype):
+    layouts = [
+        best(40, 66, 4),
+        best(40, 66, 2, rank=3),
+        trellis(40, 66, 3),
+        best(40, 66, 8, rank=2, factor_dtype="bf16"),
+    ]
+    weights = [packed_weight(layout, random_tensors(layout, i)) for i, layout in enumerate(layouts)]
+    biases = [torch.randn(40), None, torch.randn(40).bfloat16(), torch.randn(40).half()]
+    for counts in ([1, 1, 1, 1], [3, 0, 500, 2], [0, 600, 511, 1]):
+        x = torch.randn(sum(counts), 66).to(dtype)
+        parts = zip(x.split(counts), weights, biases, strict=True)
+        expected = torch.cat([compiled.linear(part, weight, bias) for part, weight, bias in parts])
+        assert torch.equal(compiled.linears(x, counts, weights, biases), expected)
+        assert torch.equal(door.linears(x, counts, weights, biases), expected)
+
+
+def test_several_layers_where_no_kernel_serves():
+    layouts = [best(24, 32, 4), best(24, 32, 3)]
+    weights = [packed_weight(layout, random_tensors(layout, i)) for i, layout in enumerate(layouts)]
+    x, bias = torch.randn(5, 32, requires_grad=True), torch.randn(24, requires_grad=True)
+    y = door.linears(x, [2, 3], weights, [None, bias])
+    y.sum().backward()
+    assert x.grad is not None
+    assert bias.grad is not None
+    torch.testing.assert_close(y[2:], door.linear(x[2:], weights[1], bias))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert door.linears(x, [2, 3], weights, [None, bias]).dtype == torch.bfloat16
+    with torch.no_grad(), native.using("off"):
+        torch.testing.assert_close(door.linears(x, [2, 3], weights, [None, bias]), y, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FourierError, match="a packed layer got"):
+        door.linears(x[:, :30], [2, 3], weights, [None, None])

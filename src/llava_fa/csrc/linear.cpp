@@ -126,23 +126,27 @@ int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dt
 
 // Some columns of a layer's input, and what the threads share while they multiply them.
 struct Call {
-  const Layer& layer;
+  Layer layer;  // x, out and batch of these columns
   const LinearKernels* kernels;
-  const Dft* dft;
+  std::shared_ptr<const Dft> dft;
   bool exact;
   Dtype factor_dtype;
   Linear job{};
   float step = 1;
-  const char* x = nullptr;  // of these columns
-  char* out = nullptr;
   int64_t batch = 0;
+  // What the rows are looked up in, where that is not kept elsewhere.
+  alignas(64) uint8_t tables[TABLES];
+  std::shared_ptr<const Windows> windows;
   // Working memory.
+  std::vector<int8_t> int8s;
+  std::vector<float> floats;
+  std::vector<int32_t> int32s;
   int8_t* x_int8 = nullptr;
   float *x_scale = nullptr, *x_float = nullptr, *x_wide = nullptr, *inner = nullptr;
   int32_t* x_bias = nullptr;
-  std::atomic<int64_t> next{0}, done{0}, arrived{0};
+  std::atomic<int64_t> next{0}, done{0};
   std::atomic<bool> failed{false};
-  Part* parts = nullptr;  // of each thread
+  std::vector<Part> parts;  // of each thread
   int64_t threads = 1, at_once = 1;
 
   // Rows of R that one task takes.
@@ -156,7 +160,7 @@ struct Call {
     const int64_t half = dft->half;
     float* re = reinterpret_cast<float*>(scratch);
     float *im = re + half + 64, *rest = im + half + 64;
-    const char* from = x + column * layer.n * bytes_of(layer.dtype);
+    const char* from = layer.x + column * layer.n * bytes_of(layer.dtype);
     kernels->dft(*dft, from, layer.dtype, layer.n, layer.input_scale, layer.signs, re, im, rest);
     if (!exact) {
       kernels->quantise(job, column, re, im, half, x_int8, x_scale, x_bias);
@@ -198,7 +202,7 @@ struct Call {
             values[i] += kernels->dot(factor, factor_dtype, inner + c * rank, rank);
           }
         for (int64_t i = 0; i < some; i++) values[i] += added[i];
-        kernels->round(values, some, out + (c * m + row) * bytes_of(layer.dtype), layer.dtype);
+        kernels->round(values, some, layer.out + (c * m + row) * bytes_of(layer.dtype), layer.dtype);
       }
     }
   }
@@ -212,13 +216,9 @@ struct Call {
     return {0, 0};
   }
 
-  // What every thread does: transforms and the small product first; when all of them are done, blocks of rows.
-  void work() try {
-    const int64_t thread = arrived.fetch_add(1);
-    const size_t transform_bytes = (2 * (static_cast<size_t>(dft->half) + 64) + kernels->dft_scratch(*dft)) * sizeof(float);
-    const size_t y_bytes = static_cast<size_t>(at_once * batch * ROWS) * sizeof(float);
-    const size_t block_bytes = y_bytes + static_cast<size_t>(at_once) * kernels->scratch;
-    char* scratch = workspace(transform_bytes > block_bytes ? transform_bytes : block_bytes);
+  // Transforms and the small product: what every thread does first.
+  void first() try {
+    char* scratch = workspace((2 * (static_cast<size_t>(dft->half) + 64) + kernels->dft_scratch(*dft)) * sizeof(float));
     const int64_t tasks = first_tasks();
     for (int64_t task; (task = next.fetch_add(1)) < tasks; done.fetch_add(1)) {
       if (task < batch)
@@ -226,11 +226,20 @@ struct Call {
       else
         times_right(task - batch);
     }
+  } catch (const std::bad_alloc&) {
+    failed = true;
+  }
+
+  // Blocks of rows, when all threads have done those.
+  void then(int64_t thread) try {
+    const size_t y_bytes = static_cast<size_t>(at_once * batch * ROWS) * sizeof(float);
+    char* scratch = workspace(y_bytes + static_cast<size_t>(at_once) * kernels->scratch);
     // While another transforms x, the codes that this thread begins with come into its cache.
     auto [first, count] = take(thread);
     const uint8_t* codes = job.codes + first * block_codes();
     int64_t fetched = 0;
-    const int64_t wanted = std::min(AHEAD, (count + parts[thread].left()) * block_codes());
+    const int64_t wanted = std::min(AHEAD, (count + parts[static_cast<size_t>(thread)].left()) * block_codes());
+    const int64_t tasks = first_tasks();
     for (int64_t spins = 0; done.load(std::memory_order_acquire) < tasks; spins++) {
       if (failed) return;
       if (fetched < wanted)
@@ -246,52 +255,102 @@ struct Call {
   } catch (const std::bad_alloc&) {
     failed = true;
   }
+
+  // A layer, columns first … first + count - 1 of its input.
+  Call(const Layer& whole, int64_t first, int64_t count, const LinearKernels* kernels, int64_t threads)
+      : layer(whole), kernels(kernels), threads(threads) {
+    const int64_t size = layer.n + layer.n % 2, half = size / 2;
+    layer.x += first * layer.n * bytes_of(layer.dtype);
+    layer.out += first * layer.m * bytes_of(layer.dtype);
+    batch = layer.batch = job.batch = count;
+    dft = plan_of(kernels, size);
+    factor_dtype = layer.left_scale ? Dtype::int8 : Dtype::bf16;
+    exact = layer.exact || !kernels->int8;
+    job.codes = layer.codes;
+    job.blocks = (layer.m + ROWS - 1) / ROWS;
+    job.units = (half + UNIT - 1) / UNIT;
+    job.groups = (job.units + GROUP - 1) / GROUP;
+    job.code_bits = layer.code_bits;
+    job.state_bits = layer.state_bits;
+    job.words = trellis_words(half, layer.code_bits, layer.state_bits);
+    look_up();
+    allocate();
+    share();
+  }
+
+ private:
+  // What codes are looked up in.
+  void look_up() {
+    job.tables = tables;
+    if (layer.state_bits && exact) {
+      job.tables = reinterpret_cast<const uint8_t*>(layer.codebook);
+    } else if (layer.state_bits) {
+      windows = windows_of(kernels, layer.codebook, layer.code_bits, layer.state_bits);
+      step = windows->step;
+      job.tables = windows->tables.data();
+      job.addends = windows->added ? windows->parts : nullptr;
+    } else if (exact) {
+      const size_t bytes = size_t{4} << layer.code_bits;
+      for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, layer.codebook, bytes);
+    } else {
+      step = kernels->tables(layer.codebook, layer.code_bits, tables);
+      job.quadrant = layer.code_bits == 8 && is_quadrant(layer.codebook);
+    }
+  }
+
+  void allocate() {
+    const size_t columns = static_cast<size_t>(batch), groups = static_cast<size_t>(job.groups);
+    const size_t wide = layer.rank ? columns * static_cast<size_t>(layer.n + layer.rank) : 0;
+    if (exact) {
+      floats.resize(columns * static_cast<size_t>(job.units * UNIT * 2) + wide);
+      x_float = floats.data();
+      x_wide = floats.data() + columns * static_cast<size_t>(job.units * UNIT * 2);
+    } else {
+      int8s.resize(columns * groups * GROUP * UNIT * 2);
+      int32s.resize(columns * groups);
+      floats.resize(columns * groups + wide);
+      x_int8 = int8s.data();
+      x_bias = int32s.data();
+      x_scale = floats.data();
+      x_wide = floats.data() + columns * groups;
+    }
+    if (layer.rank) {
+      inner = x_wide + columns * static_cast<size_t>(layer.n);
+      kernels->widen(layer.x, layer.dtype, batch * layer.n, x_wide);
+    }
+    job.x = x_int8;
+    job.x_scale = x_scale;
+    job.x_bias = x_bias;
+    job.x_float = x_float;
+  }
+
+  // Blocks at a time: few enough that all threads have some, and about 64 KB of codes for a thread to read on in.
+  void share() {
+    const int64_t bytes = block_codes();
+    at_once = bytes > 1 << 16 ? 1 : (1 << 16) / bytes;
+    if (batch > 1 && at_once < 4) at_once = 4;  // where points are kept, x goes through the cache once for all of them
+    if (at_once > 16) at_once = 16;
+    while (at_once > 1 && at_once * 4 * threads > job.blocks) at_once /= 2;
+    parts = std::vector<Part>(static_cast<size_t>(threads));
+    for (int64_t i = 0; i < threads; i++)
+      parts[static_cast<size_t>(i)].set(static_cast<uint32_t>(job.blocks * i / threads),
+                                        static_cast<uint32_t>(job.blocks * (i + 1) / threads));
+  }
 };
 
-int64_t run(Call& call, int64_t threads, Parallel parallel) {
-  const Linear& job = call.job;
-  const size_t columns = static_cast<size_t>(call.batch), groups = static_cast<size_t>(job.groups);
-  std::vector<int8_t> x_int8;
-  std::vector<float> floats;
-  std::vector<int32_t> x_bias;
-  const size_t wide = call.layer.rank ? columns * static_cast<size_t>(call.layer.n + call.layer.rank) : 0;
-  if (call.exact) {
-    floats.resize(columns * static_cast<size_t>(job.units * UNIT * 2) + wide);
-    call.x_float = floats.data();
-    call.x_wide = floats.data() + columns * static_cast<size_t>(job.units * UNIT * 2);
-  } else {
-    x_int8.resize(columns * groups * GROUP * UNIT * 2);
-    x_bias.resize(columns * groups);
-    floats.resize(columns * groups + wide);
-    call.x_int8 = x_int8.data();
-    call.x_bias = x_bias.data();
-    call.x_scale = floats.data();
-    call.x_wide = floats.data() + columns * groups;
-  }
-  if (call.layer.rank) {
-    call.inner = call.x_wide + columns * static_cast<size_t>(call.layer.n);
-    call.kernels->widen(call.x, call.layer.dtype, call.batch * call.layer.n, call.x_wide);
-  }
-  call.job.x = call.x_int8;
-  call.job.x_scale = call.x_scale;
-  call.job.x_bias = call.x_bias;
-  call.job.x_float = call.x_float;
-  // Blocks at a time: few enough that all threads have some, and about 64 KB of codes for a thread to read on in.
-  const int64_t bytes = call.block_codes();
-  int64_t at_once = bytes > 1 << 16 ? 1 : (1 << 16) / bytes;
-  if (call.batch > 1 && at_once < 4) at_once = 4;  // where points are kept, x goes through the cache once for all of them
-  if (at_once > 16) at_once = 16;
-  while (at_once > 1 && at_once * 4 * threads > job.blocks) at_once /= 2;
-  call.at_once = at_once;
-  call.threads = threads = std::max<int64_t>(threads, 1);
-  std::vector<Part> parts(static_cast<size_t>(threads));
-  for (int64_t i = 0; i < threads; i++)
-    parts[static_cast<size_t>(i)].set(static_cast<uint32_t>(job.blocks * i / threads),
-                                      static_cast<uint32_t>(job.blocks * (i + 1) / threads));
-  call.parts = parts.data();
-  auto body = [&] { call.work(); };
+// Columns that are multiplied at a time, of one layer or of several: working memory is made for so many.
+constexpr int64_t COLUMNS = 512;
+
+// All calls' transforms, then all calls' rows: no thread waits for another but between the two.
+bool run(std::vector<std::unique_ptr<Call>>& calls, int64_t threads, Parallel parallel) {
+  std::atomic<int64_t> arrived{0};
+  auto body = [&] {
+    const int64_t thread = arrived.fetch_add(1);
+    for (auto& call : calls) call->first();
+    for (auto& call : calls) call->then(thread);
+  };
   on_threads(threads, parallel, body);
-  return call.failed ? 1 : 0;
+  return std::none_of(calls.begin(), calls.end(), [](const auto& call) { return call->failed.load(); });
 }
 
 }  // namespace
@@ -310,47 +369,24 @@ EXPORT int64_t llava_fa_linear_adds(int64_t level, const uint16_t* codebook, int
   return 0;
 }
 
-// out = x through a packed layer. Columns go by at most 512 at a time.
-EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel, const Layer* given) try {
-  const Layer& layer = *given;
+// out = x through each of `count` packed layers, which share nothing but the threads.
+EXPORT int64_t llava_fa_linear(int64_t level, int64_t threads, Parallel parallel, const Layer* layers, int64_t count) try {
   const LinearKernels* kernels = linear_kernels(level);
-  const int64_t size = layer.n + layer.n % 2, count = size / 2;
-  const std::shared_ptr<const Dft> dft = plan_of(kernels, size);
-  const Dtype factor_dtype = layer.left_scale ? Dtype::int8 : Dtype::bf16;
-  Call call{layer, kernels, dft.get(), layer.exact || !kernels->int8, factor_dtype};
-  Linear& job = call.job;
-  job.codes = layer.codes;
-  job.blocks = (layer.m + ROWS - 1) / ROWS;
-  job.units = (count + UNIT - 1) / UNIT;
-  job.groups = (job.units + GROUP - 1) / GROUP;
-  job.code_bits = layer.code_bits;
-  job.state_bits = layer.state_bits;
-  job.words = trellis_words(count, layer.code_bits, layer.state_bits);
-  alignas(64) uint8_t tables[TABLES];
-  std::shared_ptr<const Windows> windows;
-  job.tables = tables;
-  if (layer.state_bits && call.exact) {
-    job.tables = reinterpret_cast<const uint8_t*>(layer.codebook);
-  } else if (layer.state_bits) {
-    windows = windows_of(kernels, layer.codebook, layer.code_bits, layer.state_bits);
-    call.step = windows->step;
-    job.tables = windows->tables.data();
-    job.addends = windows->added ? windows->parts : nullptr;
-  } else if (call.exact) {
-    const size_t bytes = size_t{4} << layer.code_bits;
-    for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, layer.codebook, bytes);
-  } else {
-    call.step = kernels->tables(layer.codebook, layer.code_bits, tables);
-    job.quadrant = layer.code_bits == 8 && is_quadrant(layer.codebook);
-  }
-  for (int64_t first = 0; first < layer.batch; first += 512) {
-    call.x = layer.x + first * layer.n * bytes_of(layer.dtype);
-    call.out = layer.out + first * layer.m * bytes_of(layer.dtype);
-    call.batch = job.batch = std::min<int64_t>(512, layer.batch - first);
-    call.next = call.done = call.arrived = 0;
-    if (run(call, threads, parallel)) return 1;
-  }
-  return 0;
+  threads = std::max<int64_t>(threads, 1);
+  std::vector<std::unique_ptr<Call>> calls;
+  int64_t columns = 0;
+  for (const Layer* layer = layers; layer < layers + count; layer++)
+    for (int64_t first = 0; first < layer->batch;) {
+      const int64_t some = std::min(COLUMNS - columns, layer->batch - first);
+      calls.push_back(std::make_unique<Call>(*layer, first, some, kernels, threads));
+      first += some;
+      columns += some;
+      if (columns < COLUMNS) continue;
+      if (!run(calls, threads, parallel)) return 1;
+      calls.clear();
+      columns = 0;
+    }
+  return calls.empty() || run(calls, threads, parallel) ? 0 : 1;
 } catch (const std::bad_alloc&) {
   return 1;
 }

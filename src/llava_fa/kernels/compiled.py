@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -68,25 +69,56 @@ def linear(
         [..., m] in x's dtype. With int8, T (x / s) is rounded to 1/127 of the largest of its group of 256, and the
         codebook to 1/127 of its largest number. Source: docs/method.md, "Kernels".
     """
-    weight = weight.arranged("interleaved")
-    layout, codes, row_scale, input_scale, signs, codebook, left, right, left_scale, right_scale, _ = weight
-    out = x.new_empty(*x.shape[:-1], layout.out_features)
-    batch = out.numel() // layout.out_features
+    return linears(x, None, (weight,), (bias,), exact, kernel)
+
+
+def linears(
+    x: Tensor,
+    counts: Sequence[int] | None,
+    weights: Sequence[BestWeight],
+    biases: Sequence[Tensor | None],
+    exact: bool | None = None,
+    kernel: native.LayerKernel | None = None,
+) -> Tensor:
+    """Several layers of one shape at once, each on its own rows of x, one after the other.
+
+    Args:
+        x: [rows, n]; [..., n] where there is one layer.
+        counts: how many rows each has; None where there is one layer, which has them all.
+        weights, biases: of each.
+
+    Returns:
+        [rows, m]: what `linear` gives each of them on its rows, to the last bit.
+    """
+    weights = [weight.arranged("interleaved") for weight in weights]
+    m, n = weights[0].layout.out_features, weights[0].layout.in_features
+    out = x.new_empty(*x.shape[:-1], m)
+    batch = out.numel() // m
     if batch == 0:
         return out
     half = x.dtype == torch.float16
     given = (x.to(torch.float32) if half else x).contiguous()
     made = out.to(torch.float32) if half else out
-    if bias is not None:
-        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).contiguous()
     kernel = kernel or native.layer_kernel()
     assert kernel is not None
-    native.linear(
-        kernel,
-        given.data_ptr(),
-        made.data_ptr(),
-        batch,
-        _DTYPES[given.dtype],
+    at, to, dtype, size = given.data_ptr(), made.data_ptr(), _DTYPES[given.dtype], given.element_size()
+    exact = exact_activations(kernel) if exact is None else exact
+    kept = []  # what only its address is given of must outlive the call
+    layers = []
+    for count, weight, bias in zip((batch,) if counts is None else counts, weights, biases, strict=True):
+        if bias is not None:
+            bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).contiguous()
+        kept.append(bias)
+        layers.append((at, to, count, dtype, *_addresses(weight, bias), exact))
+        at, to = at + count * n * size, to + count * m * size
+    native.linear(kernel, layers)
+    return out.copy_(made) if half else out
+
+
+def _addresses(weight: BestWeight, bias: Tensor | None) -> tuple[int, ...]:
+    """The fields of `native.Layer` that say what a layer is: ``codes`` to ``state_bits``."""
+    layout, codes, row_scale, input_scale, signs, codebook, left, right, left_scale, right_scale, _ = weight
+    return (
         codes.data_ptr(),
         row_scale.data_ptr(),
         input_scale.data_ptr(),
@@ -103,6 +135,4 @@ def linear(
         layout.in_features,
         layout.code_bits,
         layout.state_bits,
-        exact_activations(kernel) if exact is None else exact,
     )
-    return out.copy_(made) if half else out

@@ -6,7 +6,7 @@ that reads the codes (`registry.choose`), and the short cut past torch's dispatc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -51,6 +51,25 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, train
         weight = weight.arranged(registry.choose("best_linear", x).order)
     result: Tensor = torch.ops.llava_fa.best_linear(x, *weight.flat(), bias)
     return result
+
+
+def linears(x: Tensor, counts: Sequence[int], weights: Sequence[BestWeight], biases: Sequence[Tensor | None]) -> Tensor:
+    """Several layers of one shape, each on its own rows of x, one after the other: [rows, n] → [rows, m].
+
+    One call of the compiled kernels where they serve, else one layer after the other.
+
+    Args:
+        counts: how many rows each layer has; their sum is that of x.
+        weights, biases: of each, as `linear` takes them.
+
+    Raises:
+        FourierError: as `linear`.
+    """
+    kernel = _direct(x) if x.shape[-1] == weights[0].layout.in_features and not _autocasts(x) else None
+    if kernel is None or any(_gradient(x, bias) for bias in biases):
+        parts = zip(torch.split(x, list(counts)), weights, biases, strict=True)
+        return torch.cat([linear(part, weight, bias) for part, weight, bias in parts])
+    return compiled.linears(x, counts, weights, biases, None, kernel)
 
 
 def rows(ids: Tensor, weight: BestWeight) -> Tensor:
@@ -118,11 +137,13 @@ def _gradient(x: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
+def _autocasts(x: Tensor) -> bool:
+    if x.is_cpu and not torch.is_autocast_enabled("cpu"):  # felt once a token and layer
+        return False
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+
+
 def _autocast(x: Tensor) -> Tensor:
     """x as `torch.nn.functional.linear` would take it under autocast."""
-    if x.is_cpu and not torch.is_autocast_enabled("cpu"):  # felt once a token and layer
-        return x
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) else x

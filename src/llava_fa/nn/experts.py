@@ -2,25 +2,33 @@
 
 transformers holds a block's experts as parameters with an axis more, [experts, m, n] or transposed. `unfuse` exchanges
 the module that holds them for an `Experts` with the same outputs, whose matrices are modules of their own
-(``experts.gate_up.7``): what works on linear layers works on them. It computes only what the router chose.
+(``experts.gate_up.7``): what works on linear layers works on them. It computes only what the router chose: tokens are
+sorted by expert, and the packed matrices of one kind run in one call (`kernels.run.linears`).
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from llava_fa.errors import FourierError
+from llava_fa.kernels import run
+from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.packed_linear import PackedLinear
 
 _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _OWN = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
 """Parameter of transformers' → list of matrices here; by other names, since rules that convert go by names."""
 _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+_PAIRS = 1 << 15
+"""Pairs of a token and an expert of its own that are computed at a time: what bounds the memory of a long prompt."""
 
 
 class Experts(nn.Module):
@@ -28,7 +36,8 @@ class Experts(nn.Module):
 
     Args:
         fused: transformers' module. Its matrices become views of its parameters: nothing is copied. It stays as what
-            says how up and gate make one, without its parameters.
+            says how up and gate make one, without its parameters. One with modules of its own beside the activation (a
+            norm behind every expert) runs its own forward, in which a matrix is whatever layer has taken its place.
 
     Shapes: hidden_states [tokens, n]; top_k_index int [tokens, k], those beyond the last expert choose none;
     top_k_weights [tokens, k]. Experts that are given their tokens in order (Llama 4) take [experts · tokens, n] alone.
@@ -38,27 +47,82 @@ class Experts(nn.Module):
         super().__init__()
         names = [name for name in (*_UP, _DOWN) if name in fused._parameters]
         self.transposed = _is_transposed(fused)
+        shell = copy.copy(fused)
+        shell._parameters = {}
         for name in names:
             stack, bias = fused._parameters[name], fused._parameters.get(f"{name}_bias")
             assert stack is not None
-            self.add_module(_OWN[name], nn.ModuleList(_linears(stack, bias, self.transposed)))
+            linears = nn.ModuleList(_linears(stack, bias, self.transposed))
+            self.add_module(_OWN[name], linears)
+            shell.__dict__[name] = _Matrices(linears)
+        for name, child in _further(fused):
+            self.add_module(name, child)
         self.gated = names[0] == "gate_up_proj"
         self.count = len(self.lists[_DOWN])
         self.ordered = not _routed(fused)
-        shell = copy.copy(fused)
-        shell._parameters = dict.fromkeys(fused._parameters)
+        self.own_forward = any(True for _ in _further(fused))
         object.__setattr__(self, "shell", shell)  # no submodule: it owns nothing
+        self._register()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._register()
+
+    def _register(self) -> None:
+        self.number = next(_numbers)
+        _modules[self.number] = self
 
     @property
     def lists(self) -> dict[str, nn.ModuleList]:
         """Parameter of transformers' → the matrices that it holds, first those that come first."""
         return {name: getattr(self, own) for name, own in _OWN.items() if own in self._modules}
 
-    def expert(self, index: int, x: Tensor) -> Tensor:
-        """One expert's output on its tokens, [tokens, n] → [tokens, n]."""
+    def forward(self, hidden_states: Tensor, top_k_index: Any = None, top_k_weights: Any = None) -> Tensor:
+        """The chosen experts' outputs, weighed and summed."""
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            number: Any = self.number
+            result: Tensor = torch.ops.llava_fa.experts(hidden_states, top_k_index, top_k_weights, number)
+            return result
+        return self.run(hidden_states, top_k_index, top_k_weights)
+
+    def run(self, hidden_states: Tensor, top_k_index: Any = None, top_k_weights: Any = None) -> Tensor:
+        """`forward`, as which experts are chosen decides: nothing that a graph can be made of."""
+        if self.own_forward:
+            shell: Any = self.shell
+            given = (hidden_states,) if self.ordered else (hidden_states, top_k_index, top_k_weights)
+            return inspect.unwrap(type(shell).forward)(shell, *given)  # type: ignore[no-any-return]
+        if self.ordered:
+            return self._in_order(hidden_states)
+        tokens, chosen = top_k_index.shape
+        if tokens * chosen <= _PAIRS:
+            return self._by_expert(hidden_states, top_k_index, top_k_weights)
+        some = max(1, _PAIRS // chosen)
+        parts = zip(*(each.split(some) for each in (hidden_states, top_k_index, top_k_weights)), strict=True)
+        return torch.cat([self._by_expert(*part) for part in parts])
+
+    def _by_expert(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        tokens, chosen = top_k_index.shape
+        index = top_k_index.reshape(-1)
+        index = torch.where((index >= 0) & (index < self.count), index, self.count)
+        counts = torch.bincount(index, minlength=self.count + 1).tolist()[: self.count]
+        pairs = index.argsort(stable=True)[: sum(counts)]  # by expert; those that chose none are the last
+        y = self._chosen(hidden_states[pairs // chosen], counts)
+        y = y * top_k_weights.reshape(-1)[pairs, None]
+        out = y.new_zeros(tokens * chosen, y.shape[-1]).index_copy(0, pairs, y)
+        return out.view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+
+    def _in_order(self, hidden_states: Tensor) -> Tensor:
+        """Tokens come once for each expert, those that are not its own as zeros, of which every expert makes zeros."""
+        own = hidden_states.view(self.count, -1, hidden_states.shape[-1]).any(dim=-1)
+        rows = own.view(-1).nonzero()[:, 0]
+        y = self._chosen(hidden_states[rows], own.sum(1).tolist())
+        return torch.zeros_like(hidden_states).index_copy(0, rows, y.to(hidden_states.dtype))
+
+    def _chosen(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Every expert's output on its rows of x, one expert's after the other's: [rows, n] → [rows, n]."""
         shell: Any = self.shell
         first, last = self.lists.values()
-        y = first[index](x)
+        y = _each(first, x, counts)
         if self.ordered:
             gate, up = y.chunk(2, dim=-1)
             y = up * shell.act_fn(gate)
@@ -66,36 +130,14 @@ class Experts(nn.Module):
             y = _gated(shell, y)
         else:
             y = shell.act_fn(y)
-        return last[index](y)  # type: ignore[no-any-return]
-
-    def forward(self, hidden_states: Tensor, top_k_index: Any = None, top_k_weights: Any = None) -> Tensor:
-        """The chosen experts' outputs, weighed and summed."""
-        if self.ordered:
-            return self._in_order(hidden_states)
-        out = torch.zeros_like(hidden_states)
-        for index in top_k_index.unique().tolist():
-            if not 0 <= index < self.count:
-                continue
-            tokens, place = torch.where(top_k_index == index)
-            y = self.expert(index, hidden_states[tokens]) * top_k_weights[tokens, place, None]
-            out.index_add_(0, tokens, y.to(out.dtype))
-        return out
-
-    def _in_order(self, hidden_states: Tensor) -> Tensor:
-        """Tokens come once for each expert, those that are not its own as zeros, of which every expert makes zeros."""
-        stacked = hidden_states.view(self.count, -1, hidden_states.shape[-1])
-        out = torch.zeros_like(stacked)
-        for index, own in enumerate(stacked):
-            tokens = own.any(dim=-1).nonzero()[:, 0]
-            if len(tokens):
-                out[index, tokens] = self.expert(index, own[tokens]).to(out.dtype)
-        return out.view(hidden_states.shape)
+        return _each(last, y, counts)
 
     def fuse(self) -> nn.Module:
         """transformers' module again, its parameters stacked; every matrix must be a plain `torch.nn.Linear`."""
         fused = copy.copy(self.shell)
-        fused._parameters = dict(fused._parameters)  # type: ignore[union-attr]
+        fused._parameters = {}  # type: ignore[union-attr]
         for name, linears in self.lists.items():
+            del fused.__dict__[name]  # type: ignore[union-attr]
             stack = torch.stack([linear.weight.detach() for linear in linears])
             stack = stack.transpose(1, 2).contiguous() if self.transposed else stack
             fused._parameters[name] = nn.Parameter(stack)  # type: ignore[index]
@@ -105,16 +147,76 @@ class Experts(nn.Module):
         return fused  # type: ignore[return-value]
 
 
+_numbers = itertools.count()
+_modules: weakref.WeakValueDictionary[int, Experts] = weakref.WeakValueDictionary()
+# One node of a graph: which matrices run is not known when it is made, and they are too many to be its inputs.
+torch.library.define("llava_fa::experts", "(Tensor x, Tensor? index, Tensor? weights, SymInt module) -> Tensor")
+
+
+@torch.library.impl("llava_fa::experts", "default")
+def _run(x: Tensor, index: Tensor | None, weights: Tensor | None, module: int) -> Tensor:
+    return _modules[int(module)].run(x, index, weights)
+
+
+@torch.library.register_fake("llava_fa::experts")
+def _shape(x: Tensor, index: Tensor | None, weights: Tensor | None, module: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _each(linears: nn.ModuleList, x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Each layer on its rows of x: those of packed matrices in one call, unless something listens to a layer."""
+    layers: list[Any] = [linears[index] for index, count in enumerate(counts) if count]
+    counts = [count for count in counts if count]
+    if not layers:
+        return x.new_empty(0, linears[0].out_features)
+    if all(_is_plain(layer) for layer in layers):
+        weights = [layer.packed_weight() for layer in layers]
+        return run.linears(x, counts, weights, [layer.bias for layer in layers])
+    return torch.cat([layer(part) for layer, part in zip(layers, x.split(counts), strict=True)])
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling it is `run.linear` and nothing else, by method ``best``."""
+    return (
+        type(layer) is FourierLinear
+        and layer.layout.method == "best"
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and "forward" not in layer.__dict__  # how accelerate hooks in
+    )
+
+
+class _Matrices:
+    """What stands for a parameter [experts, m, n] in the forward of transformers' own module."""
+
+    def __init__(self, linears: nn.ModuleList) -> None:
+        self.linears = linears
+
+    def __getitem__(self, index: Any) -> _Matrix:
+        return _Matrix(self.linears[int(index)])
+
+
+class _Matrix:
+    """One of them: `torch.nn.functional.linear` with it is the layer that has taken its place."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear and len(args) == 2 and isinstance(args[1], cls):
+            return args[1].layer(args[0])
+        raise FourierError(
+            f"experts whose matrices go through {getattr(function, '__name__', function)} are not known",
+            remedy="Leave them out with --skip",
+        )
+
+
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether this is one of transformers' modules of experts that `Experts` can take the place of."""
     parameters = {name: value for name, value in module._parameters.items() if value is not None}
     up = [name for name in _UP if name in parameters]
     known = {*up, _DOWN, *(f"{name}_bias" for name in (*up, _DOWN))}
     if "expert" not in type(module).__name__.lower() or len(up) != 1 or _DOWN not in parameters:
-        return False
-    if any(
-        True for child in module.children() for _ in child.parameters()
-    ):  # a norm behind the experts: not known here
         return False
     if set(parameters) - known or parameters[up[0]].dim() != 3 or parameters[_DOWN].dim() != 3:
         return False
@@ -175,6 +277,11 @@ def within(layer: str, module: str) -> bool:
     """Whether a layer of a checkpoint is an expert of this module of the model, which may be its base model."""
     parent = layer.rpartition(".")[0].rpartition(".")[0]
     return parent == module or parent.endswith(f".{module}") or module.endswith(f".{parent}")
+
+
+def _further(fused: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of its own beside the activation."""
+    return ((name, child) for name, child in fused.named_children() if name != "act_fn")
 
 
 def _takes(module: nn.Module) -> tuple[str, ...]:
