@@ -212,14 +212,18 @@ def compile_all(architectures: list[int]) -> Iterator[dict[str, Any]]:
         pointers = dict.fromkeys(("input_scale", "right_scale", "left_scale"), "*bf16") | {"right": "*i8"}
         pointers |= dict.fromkeys(("first", "second", "twiddle", "z", "low"), "*fp32") | {"x": "*bf16", "signs": "*u8"}
         numbers = {"n": n, "N1": first, "N2": second, "blocks": 1, "rank": 1, "batch": 1}
+        pointers |= {"chosen": "*i32", "table": "*i64"}
         constants = {"CODES": 4, "TERMS": 1, "SCALED": True, **triton.transform_tile(second)}
         warps = constants.pop("num_warps")
-        yield from build(f"transform {n}", kernels.transform_kernel, pointers, numbers, constants, warps)
+        for name, grouped in ((f"transform {n}", False), (f"transform {n}, grouped", True)):
+            constants["GROUPED"] = grouped
+            yield from build(name, kernels.transform_kernel, pointers, numbers, constants, warps)
     for bits, state in [(2, 0), (3, 0), (4, 0), (6, 0), (7, 0), (8, 0), (4, 12), (5, 12)]:
-        cases = [(1, torch.bfloat16), (16, torch.bfloat16)]
+        cases = [(1, torch.bfloat16, False), (16, torch.bfloat16, False)]
         if (bits, state) in ((3, 0), (8, 0), (4, 12)):
-            cases += [(16, torch.float32), (512, torch.bfloat16), (512, torch.float16)]
-        for batch, dtype in cases:
+            cases += [(16, torch.float32, False), (512, torch.bfloat16, False), (512, torch.float16, False)]
+            cases += [(1, torch.bfloat16, True)]
+        for batch, dtype, grouped in cases:
             units = words.units(best_layout(18944, 3584, bits, state))
             tile = triton.tiles(18944, batch, units, dtype)
             exact = batch == 1 or dtype == torch.float32
@@ -230,11 +234,16 @@ def compile_all(architectures: list[int]) -> Iterator[dict[str, Any]]:
             constants = {"BITS": bits, "WINDOW": state or bits, "CODES": codes, "WORDS": count, "LOW_RANK": True}
             constants |= {"HAS_BIAS": True, "BLOCK_M": tile.rows, "BLOCK_U": tile.units, "BLOCK_R": 16}
             function = kernels.vector_kernel
-            if batch > 1:
+            if batch == 1:
+                pointers |= {"chosen": "*i32", "table": "*i64"}
+                numbers["numbers"] = units * 2 * codes
+                constants["GROUPED"] = grouped
+            else:
                 function = kernels.matrix_kernel
                 numbers |= {"batch": batch, "blocks": 1}
                 constants |= {"TERMS": 1 if exact else triton._TERMS[dtype], "BLOCK_B": tile.inputs}
             kind = f"{bits}-bit {'trellis' if state else 'rings'}, batch {batch}, {str(dtype)[6:]}"
+            kind += ", grouped" if grouped else ""
             yield from build(kind, function, pointers, numbers, constants, tile.warps)
 
 

@@ -178,3 +178,51 @@ def test_the_switch(monkeypatch):
         triton.refusal(torch.zeros(1))
     monkeypatch.delenv(triton.SWITCH)
     assert "not in torch.float64" in triton.refusal(torch.zeros(1).double())
+
+
+@pytest.mark.parametrize("layout", [best(40, 66, 8), best(24, 130, 3, rank=5), trellis(40, 62, 4)], ids=layout_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_each_choose_a_weight(layout, dtype):
+    other = best(layout.out_features, layout.in_features, 4)
+    weights = [packed_weight(layout, random_tensors(layout, seed)) for seed in range(3)]
+    shared = weights[0].codebook  # as in a model
+    weights = [*(weight._replace(codebook=shared) for weight in weights), packed_weight(other, random_tensors(other))]
+    biases = [torch.randn(layout.out_features).to(dtype) for _ in weights]
+    x, chosen = torch.randn(7, layout.in_features).to(dtype), torch.tensor([2, 0, 4, 2, -1, 1, 3])
+    for some in (biases, [None] * 4):
+        y = triton.linears(x, chosen, triton.Group(weights, some))
+        assert not y[[2, 4]].any()
+        for row, which in ((0, 2), (1, 0), (3, 2), (5, 1), (6, 3)):
+            wanted = triton.linear(x[row : row + 1], weights[which], some[which])
+            assert torch.equal(y[row : row + 1], wanted)
+    assert triton.linears(x[:0], chosen[:0], triton.Group(weights, biases)).shape == (0, layout.out_features)
+
+
+def test_experts_that_nobody_waits_for():
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    from llava_fa.nn.experts import Experts
+    from llava_fa.nn.surgery import replace_module
+
+    config = Qwen3MoeConfig(hidden_size=66, moe_intermediate_size=24, num_experts=5)
+    config._experts_implementation = "eager"
+    fused = Qwen3MoeExperts(config)
+    for parameter in fused.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    module = Experts(fused)
+    for index, (name, linear) in enumerate([p for p in module.named_modules() if isinstance(p[1], nn.Linear)]):
+        layout = best(linear.out_features, linear.in_features, 8 if index % 3 else 4)
+        replace_module(module, name, FourierLinear.from_tensors(layout, random_tensors(layout, index)))
+    x, index, weights = torch.randn(3, 66), torch.tensor([[0, 4], [5, 2], [2, 3]]), torch.rand(3, 2)
+    with torch.no_grad():
+        with registry.use("pytorch"):
+            wanted = module(x, index, weights)
+        with registry.use("triton"):
+            ours = module(x, index, weights)
+            assert order_of(module.gate_up[0].codes) == "words"
+            assert module._grouped[1] is not None
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+            module.state_dict()  # codes as stored again
+            assert torch.equal(module(x, index, weights), ours)
+            assert order_of(module.gate_up[0].codes) == "words"

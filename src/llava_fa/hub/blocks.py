@@ -198,7 +198,7 @@ def stages(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> list[list[lis
         f"{unit.path}.{path}.{own}"
         for path, module in unit.module.named_modules()
         if isinstance(module, Experts)
-        for own, _ in module.named_children()
+        for own in module.own
     }
     for members in [*(members for _, members in groups), *([layer] for layer in by_name.values())]:
         name = members[0].name

@@ -115,8 +115,8 @@ def _siblings(model: nn.Module, seen: Mapping[str, Feed | None]) -> dict[str, Fe
     found: dict[str, Feed | None] = {}
     for path, module in model.named_modules():
         if isinstance(module, Experts):
-            for own, linears in module.named_children():
-                names = [f"{path}.{own}.{index}" for index in range(len(linears))]  # type: ignore[arg-type]
+            for own, linears in module.own.items():
+                names = [f"{path}.{own}.{index}" for index in range(len(linears))]
                 known = [seen[name] for name in names if name in seen]
                 found |= dict.fromkeys(names, known[0]) if known else {}
     return found

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from llava_fa import native
 from llava_fa.errors import FourierError
-from llava_fa.kernels import compiled, pytorch, registry, trainable
+from llava_fa.kernels import compiled, pytorch, registry, trainable, triton
 from llava_fa.kernels.layout import FactoredLayout, Layout
 from llava_fa.kernels.packed import BestWeight, PackedWeight, packed_weight
 
@@ -70,6 +70,25 @@ def linears(x: Tensor, counts: Sequence[int], weights: Sequence[BestWeight], bia
         parts = zip(torch.split(x, list(counts)), weights, biases, strict=True)
         return torch.cat([linear(part, weight, bias) for part, weight, bias in parts])
     return compiled.linears(x, counts, weights, biases, None, kernel)
+
+
+Group = triton.Group
+"""Weights of one shape, as `by_choice` takes them."""
+
+
+def group(x: Tensor, weights: Sequence[BestWeight], biases: Sequence[Tensor | None]) -> Group | None:
+    """Weights of one shape for `by_choice` with inputs like x; None where only `linears` serves."""
+    if registry.choose("best_linear", x).name != "triton" or not triton.takes(weights):
+        return None
+    return Group(weights, biases)
+
+
+def by_choice(x: Tensor, chosen: Tensor, weights: Group) -> Tensor:
+    """Row b of y is row b of x through weight chosen[b], on a GPU that need not say which: [rows, n] → [rows, m].
+
+    For few rows, each of which reads its weight; without gradients. Zero where chosen[b] is no weight's number.
+    """
+    return triton.linears(_autocast(x), chosen, weights)
 
 
 def rows(ids: Tensor, weight: BestWeight) -> Tensor:

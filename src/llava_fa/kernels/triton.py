@@ -13,9 +13,10 @@ import dataclasses
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,7 +175,14 @@ def linear(x: Tensor, weight: BestWeight, bias: Tensor | None = None, tile: Tile
     return out
 
 
-def _transform(x: Tensor, weight: BestWeight, z: Tensor, low: Tensor, lengths: tuple[int, int]) -> None:
+def _transform(
+    x: Tensor,
+    weight: BestWeight,
+    z: Tensor,
+    low: Tensor,
+    lengths: tuple[int, int],
+    of_group: tuple[Tensor, Tensor] | None = None,
+) -> None:
     from llava_fa.kernels.triton_kernels import transform_kernel
 
     right, right_scale, left_scale, none = weight.right, weight.right_scale, weight.left_scale, weight.input_scale
@@ -190,6 +198,7 @@ def _transform(x: Tensor, weight: BestWeight, z: Tensor, low: Tensor, lengths: t
         none if right_scale is None else right_scale,
         none if left_scale is None else left_scale,
         low,
+        *(of_group or (none, none)),
         x.shape[1],
         first,
         second,
@@ -199,9 +208,95 @@ def _transform(x: Tensor, weight: BestWeight, z: Tensor, low: Tensor, lengths: t
         CODES=z.shape[3],
         TERMS=z.shape[0],
         SCALED=right_scale is not None,
+        GROUPED=of_group is not None,
         **transform_tile(second),
         **OPTIONS,
     )
+
+
+class Part(NamedTuple):
+    """Weights of a group that one launch has in common.
+
+    Attributes:
+        first: one of them. bias: its bias.
+        table: int64 [weights, 9], addresses (`triton_kernels.address`).
+        place: int32 [weights of the group + 1], which row of it each has; -1 of others, and of none, the last.
+    """
+
+    first: BestWeight
+    bias: Tensor | None
+    table: Tensor
+    place: Tensor
+
+
+class Group:
+    """Weights of one shape that are run together, each on rows of its own: the kernels find them by address.
+
+    Args:
+        weights: on a GPU. Their codes are put in words, and kept so by their buffers.
+        biases: of each, or None.
+    """
+
+    def __init__(self, weights: Sequence[BestWeight], biases: Sequence[Tensor | None]) -> None:
+        self.weights, self.biases = [weight.arranged("words") for weight in weights], list(biases)
+        kinds: dict[Any, list[int]] = {}
+        for index, (weight, bias) in enumerate(zip(self.weights, biases, strict=True)):
+            dtypes = tuple(
+                None if tensor is None else tensor.dtype for tensor in (weight.left, weight.left_scale, bias)
+            )
+            rank = 0 if weight.left is None else weight.left.shape[1]
+            kinds.setdefault((weight.layout, rank, dtypes, weight.codebook.data_ptr()), []).append(index)
+        self.parts = [self._part(members) for members in kinds.values()]
+
+    def _part(self, members: list[int]) -> Part:
+        device = self.weights[0].codes.device
+        place = torch.full((len(self.weights) + 1,), -1, dtype=torch.int32)
+        place[members] = torch.arange(len(members), dtype=torch.int32)
+        rows = []
+        for index in members:
+            w = self.weights[index]
+            factors = (w.left, w.right, w.left_scale, w.right_scale)
+            tensors = (w.codes, w.row_scale, w.input_scale, w.signs, *factors, self.biases[index])
+            rows.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+        table = torch.tensor(rows, dtype=torch.int64, device=device)
+        return Part(self.weights[members[0]], self.biases[members[0]], table, place.to(device))
+
+
+def takes(weights: Sequence[BestWeight]) -> bool:
+    """Whether `linears` serves weights of this shape: not where torch.fft transforms."""
+    return split(padded(weights[0].layout.in_features)) is not None
+
+
+def linears(x: Tensor, chosen: Tensor, group: Group) -> Tensor:
+    """Row b of y is `linear` of row b of x with weight chosen[b], or zero where that is no weight's number.
+
+    Nothing is asked of the GPU meanwhile: which weights are chosen is known to the kernels alone. Every row reads its
+    weight, so this is for few rows.
+
+    Args:
+        x: [rows, n]. chosen: int [rows].
+
+    Returns:
+        [rows, m] in x's dtype.
+    """
+    layout, count = group.weights[0].layout, len(group.weights)
+    out, x = x.new_zeros(len(x), layout.out_features), x.contiguous()
+    if not len(x):
+        return out
+    chosen = torch.where((chosen >= 0) & (chosen < count), chosen, count)
+    lengths = split(padded(layout.in_features))
+    assert lengths is not None
+    guard: Any = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        for part in group.parts:
+            weight, right = part.first, part.first.right
+            of_group = part.place[chosen], part.table
+            units, codes = weight.codes.shape[2], words.unit(weight.layout.code_bits)[0]
+            low = x.new_empty((0,) if right is None else (len(x), right.shape[0]), dtype=torch.float32)
+            z = x.new_empty(1, len(x), -(-units // 16), codes, 2, 16, dtype=torch.float32)
+            _transform(x, weight, z, low, lengths, of_group)
+            _multiply(out, weight, z, low, part.bias, tiles(layout.out_features, 1, units, x.dtype), of_group)
+    return out
 
 
 def _transform_by_fft(x: Tensor, weight: BestWeight, z: Tensor) -> None:
@@ -216,7 +311,15 @@ def _transform_by_fft(x: Tensor, weight: BestWeight, z: Tensor) -> None:
             spectrum = spectrum - z[term]
 
 
-def _multiply(out: Tensor, weight: BestWeight, z: Tensor, low: Tensor, bias: Tensor | None, tile: Tiles) -> None:
+def _multiply(
+    out: Tensor,
+    weight: BestWeight,
+    z: Tensor,
+    low: Tensor,
+    bias: Tensor | None,
+    tile: Tiles,
+    of_group: tuple[Tensor, Tensor] | None = None,
+) -> None:
     from llava_fa.kernels.triton_kernels import matrix_kernel, vector_kernel
 
     layout, none = weight.layout, weight.row_scale
@@ -246,8 +349,9 @@ def _multiply(out: Tensor, weight: BestWeight, z: Tensor, low: Tensor, bias: Ten
     }
     quads = weight.codes.shape[2] // 4
     grid = (-(-m // tile.rows), -(-batch // tile.inputs))
-    if batch == 1:
-        vector_kernel[grid[:1]](*tensors, m, quads, rank, **numbers)
+    if batch == 1 or of_group:
+        chosen = of_group or (none, none)
+        vector_kernel[grid](*tensors, *chosen, m, quads, rank, z[0, 0].numel(), GROUPED=of_group is not None, **numbers)
     else:
         matrix_kernel[grid](
             *tensors, m, quads, rank, batch, z.shape[2], TERMS=z.shape[0], BLOCK_B=tile.inputs, **numbers

@@ -16,6 +16,12 @@ import triton.language as tl
 
 
 @triton.jit
+def address(table, which, FIELD: tl.constexpr, like):
+    """A tensor of weight `which` of a group (`kernels.triton.Group`); `like` is of its dtype."""
+    return tl.multiple_of(tl.load(table + which * 9 + FIELD).to(like.dtype), 16)
+
+
+@triton.jit
 def place(unit, CODES: tl.constexpr):
     """Where code 0 of a unit has its real part, within z of one term and input."""
     return unit // 16 * (32 * CODES) + unit % 16
@@ -60,6 +66,8 @@ def transform_kernel(
     right_scale,
     left_scale,
     low,
+    chosen,
+    table,
     n,
     N1,
     N2,
@@ -69,6 +77,7 @@ def transform_kernel(
     CODES: tl.constexpr,
     TERMS: tl.constexpr,
     SCALED: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK1: tl.constexpr,
     BLOCK2: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -79,9 +88,19 @@ def transform_kernel(
         Y[n2] = Σ_n1 (σ x / s)[n1 N2 + n2] w1[k1, n1],     X[k1 + N1 k2] = Σ_n2 Y[n2] twiddle[k1, n2] w2[n2, k2]
 
     written as packed coefficients into z. Programs k1 ≥ N1: entry k1 - N1 of (scales · right x), into low.
+    GROUPED: row b is for weight chosen[b] of a group, or for none if that is -1.
     """
     k1 = tl.program_id(0)
     row = tl.program_id(1)
+    if GROUPED:
+        which = tl.load(chosen + row)
+        if which < 0:
+            return
+        input_scale = address(table, which, 2, input_scale)
+        signs = address(table, which, 3, signs)
+        right = address(table, which, 5, right)
+        left_scale = address(table, which, 6, left_scale)
+        right_scale = address(table, which, 7, right_scale)
     if k1 < N1:
         size = N1 * N2
         half = size // 2
@@ -188,20 +207,39 @@ def vector_kernel(
     left,
     low,
     bias,
+    chosen,
+    table,
     m,
     quads,
     rank,
+    numbers,
     BITS: tl.constexpr,
     WINDOW: tl.constexpr,
     CODES: tl.constexpr,
     WORDS: tl.constexpr,
     LOW_RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y = row_scale · (points[codes] z) + left low + bias of BLOCK_M rows, for one x; z float32, sums in float32."""
+    """y = row_scale · (points[codes] z) + left low + bias of BLOCK_M rows, for one x; z float32, sums in float32.
+
+    GROUPED: program (tile, b) is for row b of x, so many numbers in z, and weight chosen[b], or nothing if that is -1.
+    """
+    if GROUPED:
+        row = tl.program_id(1)
+        which = tl.load(chosen + row)
+        if which < 0:
+            return
+        codes = address(table, which, 0, codes)
+        row_scale = address(table, which, 1, row_scale)
+        left = address(table, which, 4, left)
+        bias = address(table, which, 8, bias)
+        y += row * m
+        z += row * numbers
+        low += row * rank
     units = quads * 4
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     u = tl.arange(0, BLOCK_U)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
-from llava_fa.kernels import run
+from llava_fa.kernels import registry, run
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.packed_linear import PackedLinear
 
@@ -27,8 +27,10 @@ _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _OWN = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
 """Parameter of transformers' → list of matrices here; by other names, since rules that convert go by names."""
 _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+_FEW = 64
+"""Pairs of a token and an expert of its own up to which a GPU is not asked which they are."""
 _PAIRS = 1 << 15
-"""Pairs of a token and an expert of its own that are computed at a time: what bounds the memory of a long prompt."""
+"""Such pairs that are computed at a time: what bounds the memory of a long prompt."""
 
 
 class Experts(nn.Module):
@@ -71,6 +73,17 @@ class Experts(nn.Module):
     def _register(self) -> None:
         self.number = next(_numbers)
         _modules[self.number] = self
+        self.__dict__["_grouped"] = [], None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        self.__dict__["_grouped"] = [], None  # which would keep what is moved
+        super()._apply(fn, recurse)
+        return self
+
+    @property
+    def own(self) -> dict[str, nn.ModuleList]:
+        """The matrices by their names here, ``gate_up``, ``down``."""
+        return {own: getattr(self, own) for own in _OWN.values() if own in self._modules}
 
     @property
     def lists(self) -> dict[str, nn.ModuleList]:
@@ -94,6 +107,9 @@ class Experts(nn.Module):
         if self.ordered:
             return self._in_order(hidden_states)
         tokens, chosen = top_k_index.shape
+        groups = self._groups(hidden_states) if tokens * chosen <= _FEW else None
+        if groups:
+            return self._by_choice(hidden_states, top_k_index, top_k_weights, groups)
         if tokens * chosen <= _PAIRS:
             return self._by_expert(hidden_states, top_k_index, top_k_weights)
         some = max(1, _PAIRS // chosen)
@@ -101,6 +117,7 @@ class Experts(nn.Module):
         return torch.cat([self._by_expert(*part) for part in parts])
 
     def _by_expert(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Pairs of a token and its expert, sorted by expert."""
         tokens, chosen = top_k_index.shape
         index = top_k_index.reshape(-1)
         index = torch.where((index >= 0) & (index < self.count), index, self.count)
@@ -111,6 +128,34 @@ class Experts(nn.Module):
         out = y.new_zeros(tokens * chosen, y.shape[-1]).index_copy(0, pairs, y)
         return out.view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
 
+    def _by_choice(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, groups: Sequence[run.Group]
+    ) -> Tensor:
+        """The same where the GPU alone knows what was chosen, and is not waited for."""
+        tokens, chosen = top_k_index.shape
+        index, (first, last) = top_k_index.reshape(-1), groups
+        y = run.by_choice(hidden_states.repeat_interleave(chosen, 0), index, first)
+        y = run.by_choice(self._between(y), index, last)
+        y = y.view(tokens, chosen, -1) * top_k_weights.view(tokens, chosen, 1)
+        return y.sum(1).to(hidden_states.dtype)
+
+    def _groups(self, x: Tensor) -> Sequence[run.Group] | None:
+        """Matrices for `_by_choice`, made anew when one is no longer what it was; None where that does not serve."""
+        if not x.is_cuda and not registry.forced:
+            return None
+        layers: list[Any] = [layer for linears in self.lists.values() for layer in linears]
+        if torch.is_grad_enabled() or not all(_is_plain(layer) for layer in layers):
+            return None
+        codes, groups = self._grouped
+        if len(codes) != len(layers) or any(old is not layer.codes for old, layer in zip(codes, layers, strict=True)):
+            made = []
+            for linears in self.lists.values():
+                own: list[Any] = list(linears)
+                made.append(run.group(x, [layer.packed_weight() for layer in own], [layer.bias for layer in own]))
+            groups = None if None in made else made
+            self.__dict__["_grouped"] = [layer.codes for layer in layers], groups
+        return groups  # type: ignore[no-any-return]
+
     def _in_order(self, hidden_states: Tensor) -> Tensor:
         """Tokens come once for each expert, those that are not its own as zeros, of which every expert makes zeros."""
         own = hidden_states.view(self.count, -1, hidden_states.shape[-1]).any(dim=-1)
@@ -120,17 +165,16 @@ class Experts(nn.Module):
 
     def _chosen(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Every expert's output on its rows of x, one expert's after the other's: [rows, n] → [rows, n]."""
-        shell: Any = self.shell
         first, last = self.lists.values()
-        y = _each(first, x, counts)
+        return _each(last, self._between(_each(first, x, counts)), counts)
+
+    def _between(self, y: Tensor) -> Tensor:
+        """What the second matrix is given, of what the first one gives."""
+        shell: Any = self.shell
         if self.ordered:
             gate, up = y.chunk(2, dim=-1)
-            y = up * shell.act_fn(gate)
-        elif self.gated:
-            y = _gated(shell, y)
-        else:
-            y = shell.act_fn(y)
-        return _each(last, y, counts)
+            return up * shell.act_fn(gate)  # type: ignore[no-any-return]
+        return _gated(shell, y) if self.gated else shell.act_fn(y)  # type: ignore[no-any-return]
 
     def fuse(self) -> nn.Module:
         """transformers' module again, its parameters stacked; every matrix must be a plain `torch.nn.Linear`."""
