@@ -23,6 +23,7 @@ from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.nn.experts import Experts, fuse, is_fused_experts, unfuse
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.surgery import replace_module
+from llava_fa.nn.trainable import make_packed, make_trainable
 
 CONFIG = FourierConfig(bits=4, refine_passes=0)
 IMAGE = 1
@@ -372,3 +373,20 @@ def test_a_forward_that_does_something_else_with_a_matrix_says_so():
     unfuse(odd)
     with pytest.raises(FourierError, match="Leave them out with --skip"):
         odd["experts"](torch.randn(2, 32), None, None)
+
+
+def test_scales_of_the_chosen_are_trained(packed):
+    small, modules = packed
+    make_trainable(small)
+    ids = torch.arange(5, 25)[None]
+    optimizer = torch.optim.SGD([p for name, p in small.named_parameters() if name.endswith("_gain")], lr=1.0)
+    before = small(input_ids=ids, labels=ids, use_cache=False).loss
+    before.backward()
+    gains = [layer.row_gain.grad for module in modules for linears in module.own.values() for layer in linears]
+    assert any(gain is not None and gain.abs().sum() > 0 for gain in gains)
+    optimizer.step()
+    after = small(input_ids=ids, labels=ids, use_cache=False).loss
+    assert after < before
+    make_packed(small)
+    stored = small(input_ids=ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(stored, after, rtol=0.02, atol=0.02)

@@ -48,10 +48,11 @@ class _BestMatmul(torch.autograd.Function):
         ctx.save_for_backward(x, row_scale, input_scale, left, right)
         ctx.weight = weight
         flat = x.reshape(-1, x.shape[-1])
-        out = x.new_empty(len(flat), weight.layout.out_features)
+        out = x.new_empty(*x.shape[:-1], weight.layout.out_features)
+        y = out.view(len(flat), out.shape[-1])  # what is returned is no view: models add to it in place
         for rows, _, panel in _panels(weight, working_dtype(x)):
-            out[:, rows] = flat @ panel.to(x.dtype).T
-        return out.view(*x.shape[:-1], out.shape[1])
+            y[:, rows] = flat @ panel.to(x.dtype).T
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
