@@ -390,3 +390,21 @@ def test_scales_of_the_chosen_are_trained(packed):
     make_packed(small)
     stored = small(input_ids=ids, labels=ids, use_cache=False).loss
     torch.testing.assert_close(stored, after, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("exact_activations")
+def test_compressed_while_they_are_loaded(subject, tmp_path):
+    folder, model, count = subject
+    config = FourierConfig(bits=4, calibration="none", refine_passes=0, skip=["*.experts.down.1"])
+    llava_fa.compress(folder, tmp_path / "out", config)
+    other, ours = load(tmp_path / "out", type(model)), load(folder, type(model), quantization_config=config)
+    packed, expected = dict(packed_layers(ours)), dict(packed_layers(other))
+    assert packed.keys() == expected.keys()
+    assert sum(".experts." in name for name in packed) == count * 7 // 8
+    for name, layer in packed.items():
+        assert torch.equal(layer.dequantize(), expected[name].dequantize()), name
+    assert torch.equal(logits(ours), logits(other))
+    ours.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved", type(model))), logits(other))
+    small = FourierConfig(bits=3, only=["*.self_attn.*"])
+    assert not any(isinstance(m, Experts) for m in load(folder, type(model), quantization_config=small).modules())

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llava_fa.config import QUANT_METHOD, FourierConfig
 from llava_fa.errors import FourierError
-from llava_fa.hub.arrangement import Arrangement, arrange
+from llava_fa.hub.arrangement import arrange
 from llava_fa.hub.checkpoint import (
     LayerRecord,
     Metadata,
@@ -29,17 +29,14 @@ from llava_fa.hub.checkpoint import (
     is_codebook,
     validate,
 )
-from llava_fa.hub.conversion import Stored
-from llava_fa.hub.feeds import Feed, observe
-from llava_fa.hub.shards import read_entries
+from llava_fa.hub.on_load import Compress, Loading, check_complete, exchange, keep_parent
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, attach, share_codebooks
 from llava_fa.nn.experts import fuse, unfuse, within
-from llava_fa.nn.factored_linear import empty_layer, layer_from_approximation, packed_layers
+from llava_fa.nn.factored_linear import empty_layer, packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead, tie_head, untie_head
 from llava_fa.nn.packed_linear import Codebooks, PackedLinear
-from llava_fa.nn.surgery import classify, replace_module, tied_to
-from llava_fa.solver.approximate import approximate
+from llava_fa.nn.surgery import tied_to
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -86,13 +83,9 @@ class FourierHfQuantizer(HfQuantizer):
                 Metadata.from_dict(quantization_config.to_dict())  # a folder that says no format version: its error
             quantization_config = FourierQuantizationConfig(Metadata(quantization_config))
         super().__init__(quantization_config, **kwargs)
-        self.failures: list[FourierError] = []
-        self._targets: set[str] = set()
-        self._carriers: set[str] = set()
+        self._loading: Loading | None = None
         self._stored: set[str] = {MODULE}
         self._validated = False
-        self._feeds: dict[str, Feed | None] = {}
-        self._weights: dict[str, Stored] = {}
 
     @property
     def metadata(self) -> Metadata:
@@ -117,11 +110,12 @@ class FourierHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether this weight is to be compressed while it is loaded."""
-        return param_name in self._targets or param_name in self._carriers
+        return self._loading is not None and self._loading.wants(param_name)
 
     def get_quantize_ops(self) -> ConversionOps:
         """What is done to such a weight."""
-        return _Compress(self)
+        assert self._loading is not None
+        return Compress(self._loading)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Packed tensors keep their stored dtype, whatever is asked for or kept in float32."""
@@ -138,7 +132,7 @@ class FourierHfQuantizer(HfQuantizer):
 
     def _expect_layers(self, model: nn.Module, files: list[Path]) -> None:
         for name in unfuse(model, lambda name: any(within(layer, name) for layer in self.metadata.layers)):
-            _keep_parent(model, name)
+            keep_parent(model, name)
         places = {name: _find(model, name) for name in self.metadata.layers}
         if files:
             entries = validate(files, self.metadata)
@@ -146,11 +140,11 @@ class FourierHfQuantizer(HfQuantizer):
             for name, record in self.metadata.layers.items():
                 for stored in file_keys(name, record.layout).values():
                     entries.pop(stored, None)
-            _check_complete(model, arrange(model, entries, self.metadata.layers), files)
+            check_complete(model, arrange(model, entries, self.metadata.layers), files)
         books: dict[str, int] = {}
         for name, record in self.metadata.layers.items():
             here = places[name]
-            _exchange(model, here, _empty(model.get_submodule(here), name, record))
+            exchange(model, here, _empty(model.get_submodule(here), name, record))
             for prefix, part in record.layout.parts().items():
                 self._stored.add(f"{here}.{prefix}".rstrip("."))
                 if part.method == "best":
@@ -160,35 +154,19 @@ class FourierHfQuantizer(HfQuantizer):
             attach(model, Codebooks(books, device="meta"))
 
     def _plan(self, model: nn.Module, files: list[Path]) -> None:
-        config = self.metadata.config
-        plan = classify(model, config.skip, config.only)
-        self._targets = {f"{name}.weight" for name in plan.layers}
-        if files:
-            arrangement = arrange(model, read_entries(files))
-            _check_complete(model, arrangement, files)
-            self._weights = arrangement.weights
-            # transformers asks by the first of the parameters that come of one stored tensor
-            together = [c.parameters for c in arrangement.conversions if self._targets & set(c.parameters)]
-            self._carriers = {name for parameters in together for name in parameters}
-        if config.calibration != "none" and files:
-            feeds = observe(model)
-            self._feeds = {name: feeds.of(name) for name in plan.layers}
-        self.quantization_config = FourierQuantizationConfig(Metadata(config, {}, plan.not_compressed, {}))
+        self._loading = Loading(model, self.metadata.config, files)
+        self.quantization_config = FourierQuantizationConfig(
+            Metadata(self.metadata.config, {}, self._loading.not_compressed, {})
+        )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self.failures:
-            first = self.failures[0]
-            more = f" ({len(self.failures)} layers failed)" if len(self.failures) > 1 else ""
-            raise FourierError(first.what + more, remedy=first.remedy, where=first.where)
         if self.pre_quantized:
             self._check_loaded(model)
             model._weight_conversions = []  # the format's names are the module names, whatever else was read
             self._rename(model)
             return model
-        for target in sorted(self._targets):
-            name = target.removesuffix(".weight")
-            if not isinstance(model.get_submodule(name), PackedLinear):
-                self.metadata.not_compressed[name] = "its weight is not in the checkpoint"
+        assert self._loading is not None
+        self._loading.finish(model)
         mark_compressed(model, self)
         return model
 
@@ -221,11 +199,11 @@ class FourierHfQuantizer(HfQuantizer):
         for name, layer in layers:
             layer.to(dtype)
             if isinstance(layer, FourierEmbedding):
-                _exchange(model, name, plain := layer.to_embedding())
+                exchange(model, name, plain := layer.to_embedding())
                 for head in [at for at, module in model.named_modules() if isinstance(module, TiedHead)]:
                     untie_head(model, head, plain)
             else:
-                _exchange(model, name, layer.to_linear())
+                exchange(model, name, layer.to_linear())
         fuse(model)
         if hasattr(model, MODULE):
             delattr(model, MODULE)
@@ -234,62 +212,6 @@ class FourierHfQuantizer(HfQuantizer):
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 del module.config._is_quantized
         return model
-
-
-class _Compress(ConversionOps):
-    """Takes one dense weight, leaves a `FourierLinear` in the model."""
-
-    def __init__(self, quantizer: FourierHfQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        *,
-        model: nn.Module,
-        full_layer_name: str,
-        missing_keys: set[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Compress what is to be compressed among the tensors for ``full_layer_name``; hand the rest on."""
-        rest = {}
-        for key, value in input_dict.items():
-            if key not in self.quantizer._targets:
-                rest[key] = value
-                continue
-            if missing_keys is not None:
-                missing_keys.discard(key)
-            name = key.removesuffix(".weight")
-            try:
-                self._compress(model, name, value[0] if isinstance(value, list) else value)
-            except FourierError as error:
-                # transformers logs what is raised here and goes on; the quantizer raises after loading
-                self.quantizer.failures.append(error.at(name))
-        return rest
-
-    def _compress(self, model: nn.Module, name: str, weight: Tensor) -> None:
-        linear = model.get_submodule(name)
-        if weight.shape != linear.weight.shape:
-            raise FourierError(
-                f"the checkpoint has {list(weight.shape)}, the model {list(linear.weight.shape)}",
-                remedy="config.json does not belong to these weights",
-            )
-        feed = self.quantizer._feeds.get(name)
-        moment = None if feed is None else feed.read_second_moment(self.quantizer._weights.get, weight.shape[1])
-        moment = None if moment is None else moment.to(weight.device)
-        approximation = approximate(weight, self.quantizer.metadata.config, moment)
-        layer = layer_from_approximation(approximation, linear.bias, weight.dtype)
-        layer.output_error = None  # against a norm's γ², not against real inputs: not a measurement
-        _exchange(model, name, layer)
-
-
-def _check_complete(model: nn.Module, arrangement: Arrangement, files: list[Path]) -> None:
-    """`FourierError` for a tensor that is missing, unless the model is of another class than the checkpoint.
-
-    A head that the checkpoint never had starts anew, as in transformers, which says so.
-    """
-    if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
-        arrangement.check(str(files[0].parent))
 
 
 def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = None, **metadata: Any) -> None:
@@ -380,19 +302,3 @@ def _renamed(metadata: Metadata, model: nn.Module) -> Metadata:
     density = metadata.attention_density and renamed(metadata.attention_density)
     rest = renamed(metadata.not_compressed)
     return dataclasses.replace(metadata, layers=layers, not_compressed=rest, attention_density=density)
-
-
-def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace a module; keep transformers from initialising it anew through its parent.
-
-    Some parents initialise ``self.q_proj.weight`` themselves. A parent without tensors of its own needs no
-    initialisation: its children are visited one by one.
-    """
-    replace_module(model, name, module)
-    _keep_parent(model, name)
-
-
-def _keep_parent(model: nn.Module, name: str) -> None:
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if not parent._parameters and not parent._buffers:
-        parent._is_hf_initialized = True
