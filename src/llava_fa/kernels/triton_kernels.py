@@ -126,7 +126,6 @@ def transform_kernel(
         turned_re = (re * turn_re - im * turn_im)[:, None]
         turned_im = (re * turn_im + im * turn_re)[:, None]
         numbers = blocks * (32 * CODES)
-        step = batch * numbers
         for start in range(0, N2 // 2 + 1, BLOCK_K):
             k2 = start + tl.arange(0, BLOCK_K)
             root = second + n2[:, None] * N2 + k2[None, :]
@@ -141,14 +140,14 @@ def transform_kernel(
             out_re = tl.where(edge, out_re * 0.7071067811865476, out_re)
             p = tl.where(f == half, 0, f)
             at = row * numbers + place(p // CODES, CODES) + p % CODES * 32
-            store_terms(z, at + tl.where(f == half, 16, 0), out_re, (k2 < N2) & (f <= half), step, TERMS)
-            store_terms(z, at + 16, out_im, (k2 < N2) & (f < half) & (f > 0), step, TERMS)
+            store_terms(z, at + tl.where(f == half, 16, 0), out_re, (k2 < N2) & (f <= half), batch * numbers, TERMS)
+            store_terms(z, at + 16, out_im, (k2 < N2) & (f < half) & (f > 0), batch * numbers, TERMS)
         if k1 == 0:  # what pads the last blocks, less than two of them, 16 units of 32 codes each at most
             after = half + tl.arange(0, 1024)
             there = row * numbers + place(after // CODES, CODES) + after % CODES * 32
             nothing = tl.zeros([1024], tl.float32)
-            store_terms(z, there, nothing, after < blocks * (16 * CODES), step, TERMS)
-            store_terms(z, there + 16, nothing, after < blocks * (16 * CODES), step, TERMS)
+            store_terms(z, there, nothing, after < blocks * (16 * CODES), batch * numbers, TERMS)
+            store_terms(z, there + 16, nothing, after < blocks * (16 * CODES), batch * numbers, TERMS)
     else:
         times_right(x, right, right_scale, left_scale, low, n, row, k1 - N1, rank, SCALED, BLOCK_N)
 
