@@ -84,7 +84,7 @@ def units(model: nn.Module, names: list[str], inputs: list[Any]) -> Walk:
         calls, hidden = blocks.capture(segment, model, inputs)
         for index, unit in enumerate(segment):
             original = Original(unit.copy(), origin)
-            yield unit, calls[index], hidden, original
+            yield unit, *blocks.running(calls[index], hidden), original
             if index + 1 < len(segment):
                 blocks.advance(unit, calls[index], hidden)
                 blocks.advance(original.unit, calls[index], origin)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_fa
-from llava_fa import FourierConfig, FourierLinear
+from llava_fa import FourierConfig, FourierError, FourierLinear
 from llava_fa.hub import blocks as blockwise
 from llava_fa.hub import calibrated as calibrated_blocks
 from llava_fa.hub.calibration_data import prepare
@@ -199,6 +199,49 @@ def test_several_calls_of_a_block_per_sample(samples):
         calls, hidden = blockwise.capture(units, model, inputs)
     assert [len(of) for of in calls] == [6, 6]
     assert torch.equal(torch.stack(hidden), torch.cat([sample["x"] for sample in inputs]))
+
+
+class Passing(nn.Module):
+    """Three layers, of which a sample passes by those that it names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, without=(), twice=None, use_cache=False):
+        for index, layer in enumerate(self.layers):
+            for _ in range(0 if index in without else 2 if index == twice else 1):
+                x = layer(x)
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("passed_by", [0, 1, 2])
+def test_a_block_that_some_samples_pass_by(passed_by):
+    """As layers that attend to pictures are passed by where there is text alone: the blocks around still meet."""
+    model = Passing()
+    x = torch.randn(3, 2, 4)
+    inputs = [{"x": x[0]}, {"x": x[1], "without": torch.tensor([passed_by])}, {"x": x[2]}]
+    units = [blockwise.Unit(f"layers.{i}", model.layers[i], []) for i in range(3)]
+    calls, hidden = blockwise.capture(units, model, inputs)
+    assert [[call is not None for call in of] for of in calls] == [
+        [index != 1 or unit != passed_by for index in range(3)] for unit in range(3)
+    ]
+    for index, unit in enumerate(units):
+        _, met = blockwise.running(calls[index], hidden)
+        assert len(met) == (2 if index == passed_by else 3)
+        blockwise.advance(unit, calls[index], hidden)
+    for got, sample in zip(hidden, inputs, strict=True):
+        assert torch.equal(got, model(**sample))
+
+
+def test_a_block_that_a_sample_runs_more_often_than_others_is_named():
+    model = Passing()
+    units = [blockwise.Unit(f"layers.{i}", layer, []) for i, layer in enumerate(model.layers)]
+    inputs = [{"x": torch.randn(2, 4)}, {"x": torch.randn(2, 4), "twice": torch.tensor(1)}]
+    with torch.no_grad(), pytest.raises(FourierError, match="runs 1 times on it") as error:
+        blockwise.capture(units, model, inputs)
+    assert "sample 1" in str(error.value)
 
 
 def test_the_loaded_model_does_not_leak_into_the_weights(checkpoint, calibrated, quick, samples, tmp_path):

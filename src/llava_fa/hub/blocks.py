@@ -136,34 +136,62 @@ def _same(output: Tensor, following: Tensor) -> bool:
     return output.shape == following.shape and torch.equal(output, following)
 
 
-def advance(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> None:
-    """Replace the hidden states of all samples by what the unit makes of them."""
+def advance(unit: Unit, calls: Sequence[Call | None], hidden: list[Tensor]) -> None:
+    """Replace the hidden states of all samples by what the unit makes of them; they stay where it does not run."""
     for i, call in enumerate(calls):
-        hidden[i] = _run(unit, call, hidden[i]).cpu()
+        if call is not None:
+            hidden[i] = _run(unit, call, hidden[i]).cpu()
 
 
-def capture(units: list[Unit], model: nn.Module, inputs: Inputs) -> tuple[list[list[Call]], list[Tensor]]:
-    """Run the samples up to the last unit: calls by unit, and the first unit's hidden states on the CPU."""
-    calls: list[list[Call]] = [[] for _ in units]
+def capture(units: list[Unit], model: nn.Module, inputs: Inputs) -> tuple[list[list[Call | None]], list[Tensor]]:
+    """Run the samples up to the last unit: calls by unit, and the hidden states that enter the units, on the CPU.
+
+    Returns:
+        (calls, hidden), calls of every unit as long as hidden: None where the unit is passed by, as layers that attend
+        to pictures are by a text alone. Hidden states are those of the first unit that runs; a sample that reaches none
+        of them is left out.
+
+    Raises:
+        FourierError: the model fails on a sample, or runs one unit more often than another (named).
+    """
+    calls: list[list[Call | None]] = [[] for _ in units]
     hidden: list[Tensor] = []
     # After the output, not the input: a unit may be called several times per sample (image tiles) before
     # the model goes on, and then the whole forward has to run.
     last = {"": units[-1].module} if _called_once(units[-1], model, inputs[0]) else {}
+    ran: dict[int, list[Call]] = {}
 
     def note(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call.of(args, kwargs)
-        if index == 0:
+        if index == next(iter(ran), index):  # the first that runs
             hidden.append(call.hidden.cpu().clone())
-        calls[index].append(dataclasses.replace(call, hidden=torch.empty(0)))
+        ran.setdefault(index, []).append(dataclasses.replace(call, hidden=torch.empty(0)))
 
     def stop(*_: Any) -> None:
         raise _Stop
 
     modules = {index: unit.module for index, unit in enumerate(units)}
     with hooked(modules, note, before=True, with_kwargs=True), hooked(last, stop):
-        for index, sample in enumerate(inputs):
-            forward(model, sample, index)
+        for number, sample in enumerate(inputs):
+            ran.clear()
+            forward(model, sample, number)
+            times = max(map(len, ran.values()), default=0)
+            for index, unit in enumerate(units):
+                own: Sequence[Call | None] = ran.get(index, [None] * times)
+                if len(own) != times:
+                    raise FourierError(
+                        f"{unit.path} runs {len(own)} times on it, and another block of the same list {times} times",
+                        remedy="Leave the sample out, or this part of the model with skip",
+                        where=f"calibration sample {number}",
+                    )
+                calls[index] += own
     return calls, hidden
+
+
+def running(calls: Sequence[Call | None], hidden: Sequence[Tensor]) -> tuple[list[Call], list[Tensor]]:
+    """The calls that a unit does run in, and their hidden states."""
+    pairs = [(call, x) for call, x in zip(calls, hidden, strict=True) if call is not None]
+    return [call for call, _ in pairs], [x for _, x in pairs]
 
 
 def _called_once(unit: Unit, model: nn.Module, sample: Mapping[str, Tensor]) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from llava_fa.hub.blocks import Call, Inputs, Unit, advance, capture, find_units, replay, segments, stages
+from llava_fa.hub.blocks import Call, Inputs, Unit, advance, capture, find_units, replay, running, segments, stages
 from llava_fa.hub.plan import PlannedLayer
 from llava_fa.hub.streaming import Job
 from llava_fa.nn.factored_linear import layer_from_tensors
@@ -61,7 +61,7 @@ def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs) -> None:
     chains, idle = segments(model, find_units(model, job.plan.layers), inputs)
     # Before the first layer is compressed; where the first segment starts nothing ever drifts.
     origins = [
-        capture(segment[:1], model, inputs)[1]
+        capture(_active(job, segment), model, inputs)[1]
         if index and job.missing(_layers(segment)) and _follows(segment)
         else None
         for index, segment in enumerate(chains)
@@ -80,6 +80,12 @@ def _layers(units: Sequence[Unit]) -> list[PlannedLayer]:
     return [layer for unit in units for layer in unit.layers]
 
 
+def _active(job: Job, segment: list[Unit]) -> list[Unit]:
+    """The units of a segment up to the last in which anything is left to compress."""
+    last = max((index for index, unit in enumerate(segment) if job.missing(unit.layers)), default=-1)
+    return segment[: last + 1]
+
+
 def _follows(units: Sequence[Unit]) -> bool:
     return any(layer.config.follows_outputs for layer in _layers(units))
 
@@ -88,20 +94,20 @@ def _compress_segment(
     job: Job, segment: list[Unit], model: nn.Module, inputs: Inputs, origin: list[Tensor] | None
 ) -> None:
     """Compress a segment; ``origin`` is what the original model gives it, None where that is what it gets."""
-    last = max((index for index, unit in enumerate(segment) if job.missing(unit.layers)), default=-1)
-    active = segment[: last + 1]
+    active = _active(job, segment)
     calls, hidden = capture(active, model, inputs) if active else ([], [])
     if origin is None and _follows(segment):
         origin = list(hidden)
     for index, unit in enumerate(active):
         original = None if origin is None else Original(unit.copy(), origin)
-        _compress_unit(job, unit, calls[index], hidden, original)
-        if index < last:
+        before = None if original is None else Original(original.unit, running(calls[index], original.hidden)[1])
+        _compress_unit(job, unit, *running(calls[index], hidden), before)
+        if index + 1 < len(active):
             advance(unit, calls[index], hidden)
             if original is not None:
                 advance(original.unit, calls[index], original.hidden)
         calls[index] = []
-    for unit in segment[last + 1 :]:
+    for unit in segment[len(active) :]:
         for layer in unit.layers:
             _use_part(job, layer, unit.linear(layer))
 

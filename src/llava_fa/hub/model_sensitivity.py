@@ -117,8 +117,9 @@ def output_powers(
     for segment in chains:
         calls, hidden = blocks.capture(segment, model, inputs)
         for index, unit in enumerate(segment):
-            for stage in blocks.stages(unit, calls[index], hidden):
-                groups = gather(unit, stage, calls[index], hidden)
+            met = blocks.running(calls[index], hidden)
+            for stage in blocks.stages(unit, *met):
+                groups = gather(unit, stage, *met)
                 for group, statistics in zip(stage, groups, strict=True):
                     for layer in group if statistics is not None else ():
                         tell(layer.name)
