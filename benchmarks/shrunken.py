@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import tempfile
 import zlib
 from typing import Any
 
@@ -50,6 +51,8 @@ SIZES: tuple[tuple[str, int], ...] = (
 
 def shrink(config: Any) -> Any:
     """A configuration, and those within it, with small sizes; returned for convenience."""
+    if "_heterogeneity_spec" in vars(config):  # layers of sizes of their own: of layers that are no longer there
+        config.per_layer_config = None
     whole_head, whole_rotary = (vars(config).get(key) or 0 for key in ("head_dim", "qk_rope_head_dim"))
     for key, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
@@ -150,6 +153,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "fun_asr_nano": ("a quarter of the text's width", {"adaptor_config.intermediate_size": 16}),
     "cosmos3_edge": _sections(2, 3, 3),
     "cosmos3_omni": _sections(2, 3, 3),
+    "dots3_note": (
+        "layers of sizes of their own; sound is joined to the text's width",
+        {
+            "text_config.per_layer_config": {
+                1: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "kv_lora_rank": 48}
+            },
+            "vision_config.per_layer_config": {1: {"num_local_experts": 2}},
+            "vision_config.adapter_in_dim": 64,
+            "vision_config.adapter_out_dim": 64,
+            "audio_config.adapter_input_size": 64,
+            "audio_config.adapter_out_dim": 64,
+            "audio_config.downsample_hidden_size": 16,
+        },
+    ),
+    "nemo_speechlm": (
+        "queries, keys and values are stored as one, of three equal parts",
+        {
+            "audio_config.asr_config.num_key_value_heads": 4,
+            "audio_config.diarization_config.audio_config.num_key_value_heads": 4,
+            "word_timestamp_config.num_key_value_heads": 4,
+        },
+    ),
     "minimax_m3_vl": ("four patches are joined", {"merged_hidden_size": 256}),
     "mistral_large4": (
         "a value for every layer",
@@ -259,8 +284,11 @@ def default_config(name: str) -> Any:
 
 
 def small_config(name: str) -> Any:
-    """The same, small."""
-    return _set(shrink(copy.deepcopy(default_config(name))), FAMILIES.get(name))
+    """The same, small, as it is once saved and loaded: what a class computes from other fields it computes again."""
+    config = _set(shrink(copy.deepcopy(default_config(name))), FAMILIES.get(name))
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return type(config).from_pretrained(folder)
 
 
 def _set(config: Any, mends: tuple[str, dict[str, Any]] | None) -> Any:
