@@ -38,6 +38,7 @@ import transformers.modeling_utils  # noqa: E402
 sys.path.append(str(HERE))
 import torch  # noqa: E402
 from common import Row, arguments, write_json  # noqa: E402
+from likeness import Broken, output_errors, unlike  # noqa: E402
 
 ROOT = HERE.parent
 CACHE, PAGE = ROOT / "runs" / "families", ROOT / "docs" / "models.md"
@@ -47,7 +48,7 @@ SECONDS = 300
 MTP = "mtp.layers.0.input_proj.weight"
 """A tensor that no class of transformers has, named as checkpoints name it."""
 WORST_ERROR = 0.2
-"""Of a packed weight at 4 bits, ‖W-Ŵ‖/‖W‖; a mistaken layer has 1 and more."""
+"""At 4 bits, of a packed weight ‖W-Ŵ‖/‖W‖, of a calibrated layer `output_errors`; a mistaken layer has 1 and more."""
 TOLERANCE = 1e-4
 """Of float32 logits, relative to the largest: orders of summation differ; a mistaken layer changes a tenth and more."""
 
@@ -58,10 +59,6 @@ def mapping() -> dict[str, str]:
 
     names = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
     return {family: kind for name in names for family, kind in getattr(modeling_auto, name).items()}
-
-
-class Broken(Exception):  # noqa: N818  what a family's row says
-    """Something came out other than it should."""
 
 
 def check(family: str, work: Path) -> Row:
@@ -165,12 +162,15 @@ def calibrated_too(work: Path, model: Any, inputs: list[Any]) -> Row:
     seen = [layer for layer in describe(work / "data").layers if layer.output_error is not None]
     if not seen:
         raise Broken("no layer saw the samples")
-    compared(work / "in", work / "data", inputs)
-    return {"calibrated": len(seen)}
+    row = compared(work / "in", work / "data", inputs, calibrated=True)
+    return {"calibrated": len(seen), "calibrated_error": row["error"]}
 
 
-def compared(before: Path, after: Path, inputs: list[Any]) -> Row:
+def compared(before: Path, after: Path, inputs: list[Any], *, calibrated: bool = False) -> Row:
     """A compressed folder loaded by an Auto class, against the original and against itself decoded.
+
+    Args:
+        calibrated: whether it was compressed on these inputs, so that packed layers are to be near on them.
 
     Raises:
         Broken: what differs.
@@ -182,7 +182,7 @@ def compared(before: Path, after: Path, inputs: list[Any]) -> Row:
     if type(packed) is not type(original):
         raise Broken(f"loaded as {type(packed).__name__}, was {type(original).__name__}")
     decoded.dequantize()
-    worst = _parameters(original, packed, decoded)
+    errors = unlike(original, packed, decoded)
     apart = 0.0
     for one in inputs:
         x, y = logits(answering(packed), one).double(), logits(answering(decoded), one).double()
@@ -190,7 +190,12 @@ def compared(before: Path, after: Path, inputs: list[Any]) -> Row:
     if not apart <= TOLERANCE:
         raise Broken(f"logits differ by {apart:.2g} from those of the decoded model")
     made = packed.generate(**inputs[0], max_new_tokens=4, do_sample=False, **starting(packed))
-    return {"error": worst, "logits": apart, "tokens": int(made.shape[-1])}
+    if calibrated:
+        errors |= output_errors(answering(original), answering(decoded), inputs)
+    for name, error in errors.items():
+        if not error <= WORST_ERROR:
+            raise Broken(f"{name} is packed with an error of {error:.2g}")
+    return {"error": max(errors.values()), "logits": apart, "tokens": int(made.shape[-1])}
 
 
 def load(folder: Path) -> Any:
@@ -210,31 +215,6 @@ def starting(model: Any) -> Row:
     """Of those with a decoder whose configuration does not say with which token it starts: one that does."""
     start = getattr(model.generation_config, "decoder_start_token_id", None)
     return {"decoder_start_token_id": 1} if model.config.is_encoder_decoder and start is None else {}
-
-
-def _parameters(original: Any, packed: Any, decoded: Any) -> float:
-    """The largest error of a packed weight.
-
-    Raises:
-        Broken: a tensor is lost, or one that is not packed has changed.
-    """
-    before, after = original.state_dict(), decoded.state_dict()
-    if before.keys() != after.keys():
-        raise Broken(f"tensors are not those of the original: {sorted(before.keys() ^ after.keys())[:3]}")
-    same = packed.state_dict().keys() & before.keys()
-    worst = 0.0
-    for name, value in before.items():
-        if value.shape != after[name].shape:
-            raise Broken(f"{name} has another shape")
-        if torch.equal(value, after[name]):
-            continue
-        error = float((after[name] - value).norm() / value.norm())
-        if name in same and name not in getattr(original, "all_tied_weights_keys", {}):
-            raise Broken(f"{name} is not packed, and has changed")
-        if not error <= WORST_ERROR:
-            raise Broken(f"{name} is packed with an error of {error:.2g}")
-        worst = max(worst, error)
-    return worst
 
 
 def shape(family: str) -> Row:
@@ -313,12 +293,12 @@ image-text-to-text and multimodal mappings; {through} of them come through.
 
 **Through** (a small random model, biases and norms shaken): saved, compressed without data and calibrated, loaded
 by an Auto class. Every tensor that is not packed is the original's to the last bit, packed weights are
-within an error of {worst} at 4 bits, float32 logits differ by at most {tolerance:g} of the largest from those of
-the model with its layers decoded, and it generates. A tensor of a head that predicts several tokens (`mtp.*`),
-which transformers' classes do not have, was put beside every model's weights; it is still there afterwards, and
-told. *picture*: whether a picture's tensors could be made up without the family's processor; else the inputs were
-text alone (what listens was given no sound). *seen*: layers that the samples reached, of all that are packed
-(embeddings included, which are fitted without data).
+within an error of {worst} at 4 bits (of calibrated layers: their outputs on the samples), float32 logits differ by at
+most {tolerance:g} of the largest from those of the model with its layers decoded, and it generates. A tensor of a head
+that predicts several tokens (`mtp.*`), which transformers' classes do not have, was put beside every model's weights;
+it is still there afterwards, and told. *picture*: whether a picture's tensors could be made up without the family's
+processor; else the inputs were text alone (what listens was given no sound). *seen*: layers that the samples reached,
+of all that are packed (embeddings included, which are fitted without data).
 
 **At 4 bits** (transformers' default configuration on the meta device, embeddings packed at 4 bits where they can
 be; the same as `llava-fa inspect CONFIG --bits 4 --embeddings 4`): *packed*, of all parameters; *linear*, of the
