@@ -77,8 +77,10 @@ def check(family: str, work: Path) -> Row:
     model.to(torch.bfloat16).save_pretrained(work / "in")
     add_head(work / "in")
     if family == "qwen2_5_omni":  # the voices, without which its class does not load
-        torch.save({}, work / "in" / "spk_dict.pt")
-    model = kind.from_pretrained(work / "in", dtype=torch.float32).eval()
+        torch.save({"Chelsie": {}}, work / "in" / "spk_dict.pt")
+    saved, model = model.state_dict(), kind.from_pretrained(work / "in", dtype=torch.float32).eval()
+    if lost := [name for name, value in model.state_dict().items() if not torch.equal(value, saved[name].to(value))]:
+        raise Broken(f"transformers loads {len(lost)} tensors other than it has saved them, such as {lost[0]}")
     asked = answering(model)
     text = words(asked)
     pictured = with_picture(asked)
@@ -189,7 +191,7 @@ def compared(before: Path, after: Path, inputs: list[Any], *, calibrated: bool =
         apart = max(apart, float((x - y).abs().max() / y.abs().max()))
     if not apart <= TOLERANCE:
         raise Broken(f"logits differ by {apart:.2g} from those of the decoded model")
-    made = packed.generate(**inputs[0], max_new_tokens=4, do_sample=False, **starting(packed))
+    made = packed.generate(**starting(packed, inputs[0]), max_new_tokens=4, do_sample=False)
     if calibrated:
         errors |= output_errors(answering(original), answering(decoded), inputs)
     for name, error in errors.items():
@@ -199,22 +201,41 @@ def compared(before: Path, after: Path, inputs: list[Any], *, calibrated: bool =
 
 
 def load(folder: Path) -> Any:
-    """By the Auto class that is for nearly all of them, or the one that is for the rest, in float32."""
+    """By the Auto class that is for nearly all of them, or the one that is for the rest, in float32.
+
+    By the class that config.json names where no Auto class takes the configuration that is in its own list.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
 
     from llava_fa.hub.architecture import quiet_transformers
 
     with quiet_transformers():
-        known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_MULTIMODAL_LM_MAPPING
-        auto = AutoModelForMultimodalLM if known else AutoModelForImageTextToText
+        config = AutoConfig.from_pretrained(folder)
+        auto = AutoModelForImageTextToText
+        if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+            auto = AutoModelForMultimodalLM
+        elif type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # Evolla, whose configuration has two names
+            auto = getattr(transformers, config.architectures[0])
         return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def starting(model: Any) -> Row:
-    """Of those with a decoder whose configuration does not say with which token it starts: one that does."""
-    start = getattr(model.generation_config, "decoder_start_token_id", None)
-    return {"decoder_start_token_id": 1} if model.config.is_encoder_decoder and start is None else {}
+def starting(model: Any, inputs: Any) -> Row:
+    """What a model is asked to go on from: its inputs, as its `generate` takes them, and what beside them it needs."""
+    asked: Row = dict(inputs)
+    if model is not answering(model):  # in text, not in sound
+        asked |= {"generation_mode": "text", "thinker_max_new_tokens": 4}
+    if model.config.is_encoder_decoder:
+        if getattr(model.generation_config, "decoder_start_token_id", None) is None:
+            asked["decoder_start_token_id"] = 1
+        if model.main_input_name != "input_ids":  # a text is what it writes
+            asked.pop("input_ids", None)
+    if (codec := getattr(model.config, "codec_config", None)) is not None:  # it writes down what it hears meanwhile
+        asked = {"input_values": torch.randn(1, 1, 8 * codec.frame_size)}
+    return asked
 
 
 def shape(family: str) -> Row:

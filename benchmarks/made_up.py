@@ -32,7 +32,8 @@ def words(model: Any, seed: int = 0, length: int = 12) -> Inputs:
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, FIRST_SPECIAL - 50, (1, length), generator=random)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "bbox": torch.zeros(1, length, 4)}
-    inputs |= {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+    inputs |= {f"{other}_input_ids": ids for other in ("qformer", "protein")}
+    inputs |= {f"{other}_attention_mask": torch.ones_like(ids) for other in ("qformer", "protein")}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :6]
     if codebooks := getattr(model.config, "num_codebooks", 0):  # a text's token, and the sound's of that moment

@@ -192,6 +192,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "muse_glimmer": ("four patches are joined", {"out_hidden_size": 256}),
     "diffusion_gemma": _WIDER,
+    "gemma3n": (
+        "a value for every layer",
+        {"text_config.intermediate_size": [96, 96], "text_config.activation_sparsity_pattern": [0.95, 0.0]},
+    ),
     "gemma4": _WIDER,
     "gemma4_unified": _WIDER,
     "muse_spark": (
@@ -209,7 +213,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "kyutai_speech_to_text": (
         "groups of the codec are its width",
-        {"codec_config.upsample_groups": 64, "codec_config.codebook_dim": 64},
+        {
+            "codec_config.upsample_groups": 64,
+            "codec_config.codebook_dim": 64,
+            "codec_config.vector_quantization_hidden_dimension": 64,
+        },
     ),
     "florence2": (
         "four stages, each of a width",

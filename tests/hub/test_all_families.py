@@ -23,16 +23,7 @@ CANNOT = {
 }
 """Family → the package that transformers wants for it, and we do not have."""
 
-NOT_YET = (
-    *(
-        "diffusion_gemma",
-        "evolla",
-        "pi0",
-        "pp_formulanet",
-    ),
-    *("shieldgemma2", "kyutai_speech_to_text", "qwen2_5_omni"),
-    *("qwen3_omni_moe", "voxtral_realtime"),
-)
+NOT_YET = ("diffusion_gemma", "pi0", "shieldgemma2", "voxtral_realtime")
 """Families that do not come through; docs/models.md says where each fails. One that does must leave this list."""
 
 
