@@ -67,7 +67,7 @@ def check(family: str, work: Path) -> Row:
     Raises:
         Broken: what came out wrong; and whatever building, compressing or loading raises.
     """
-    from made_up import with_picture, words
+    from made_up import with_picture, with_sound, words
     from shrunken import shake, small_config
 
     torch.manual_seed(0)
@@ -82,10 +82,11 @@ def check(family: str, work: Path) -> Row:
     if lost := [name for name, value in model.state_dict().items() if not torch.equal(value, saved[name].to(value))]:
         raise Broken(f"transformers loads {len(lost)} tensors other than it has saved them, such as {lost[0]}")
     asked = answering(model)
-    text = words(asked)
-    pictured = with_picture(asked)
-    row: Row = {"parameters": sum(p.numel() for p in model.parameters()), "picture": pictured is not None}
-    inputs = [one for one in (pictured, with_picture(asked, seed=1) if pictured else None, text) if takes(asked, one)]
+    pictured, sounding = with_picture(asked), with_sound(asked)
+    row: Row = {"parameters": sum(p.numel() for p in model.parameters())}
+    row |= {"picture": pictured is not None, "sound": sounding is not None}
+    inputs = [pictured, with_picture(asked, seed=1) if pictured else None, words(asked), sounding]
+    inputs = [one for one in inputs if takes(asked, one)]
     if not inputs:
         raise Broken("no inputs could be made up that it takes")
     row |= free(work, inputs)
@@ -191,7 +192,10 @@ def compared(before: Path, after: Path, inputs: list[Any], *, calibrated: bool =
         apart = max(apart, float((x - y).abs().max() / y.abs().max()))
     if not apart <= TOLERANCE:
         raise Broken(f"logits differ by {apart:.2g} from those of the decoded model")
-    made = packed.generate(**starting(packed, inputs[0]), max_new_tokens=4, do_sample=False)
+    if hasattr(packed, "generate"):
+        made = packed.generate(**starting(packed, inputs[0]), max_new_tokens=4, do_sample=False)
+    else:  # it moves
+        made = packed.sample_actions(**{key: x for key, x in inputs[0].items() if key != "timestep"}, num_steps=2)
     if calibrated:
         errors |= output_errors(answering(original), answering(decoded), inputs)
     for name, error in errors.items():
@@ -235,6 +239,8 @@ def starting(model: Any, inputs: Any) -> Row:
             asked.pop("input_ids", None)
     if (codec := getattr(model.config, "codec_config", None)) is not None:  # it writes down what it hears meanwhile
         asked = {"input_values": torch.randn(1, 1, 8 * codec.frame_size)}
+    if getattr(model.config, "audio_length_per_tok", None):  # a token for each moment of the sound: of some it is to write
+        asked |= {key: asked[key][:, :-4] for key in ("input_ids", "attention_mask")}
     return asked
 
 
@@ -317,8 +323,8 @@ by an Auto class. Every tensor that is not packed is the original's to the last 
 within an error of {worst} at 4 bits (of calibrated layers: their outputs on the samples), float32 logits differ by at
 most {tolerance:g} of the largest from those of the model with its layers decoded, and it generates. A tensor of a head
 that predicts several tokens (`mtp.*`), which transformers' classes do not have, was put beside every model's weights;
-it is still there afterwards, and told. *picture*: whether a picture's tensors could be made up without the family's
-processor; else the inputs were text alone (what listens was given no sound). *seen*: layers that the samples reached,
+it is still there afterwards, and told. *samples*: beside a text, the picture and the sound whose tensors could be made
+up without the family's processor. *seen*: layers that the samples reached,
 of all that are packed (embeddings included, which are fitted without data).
 
 **At 4 bits** (transformers' default configuration on the meta device, embeddings packed at 4 bits where they can
@@ -327,7 +333,7 @@ weights of linear layers and experts, output embeddings aside; *with experts*, w
 experts that stay were packed too; *ratio*, bytes of the original over those of the result; what stays, largest
 first, from one in a hundred parameters on. Default configurations are often not those of a published model.
 
-| family | through | picture | seen | M parameters | packed | linear | with experts | ratio | what stays |
+| family | through | samples | seen | M parameters | packed | linear | with experts | ratio | what stays |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -351,7 +357,7 @@ def _line(row: Row) -> str:
     cells = [row["family"], "yes" if small else "no"]
     if small:
         seen = "by voice" if small["calibrated"] is None else f"{small['calibrated']} of {small['layers']}"
-        cells += ["yes" if small["picture"] else "text alone", seen]
+        cells += [", ".join(kind for kind in ("picture", "sound") if small[kind]) or "text alone", seen]
     else:
         cells += ["", ""]
     if default:

@@ -1,13 +1,14 @@
-"""Inputs for a model of any family, without its processor: a few words, with a random picture among them.
+"""Inputs for a model of any family, without its processor: a few words, with a random picture or sound among them.
 
-What a family's processor would give is not listed but found: every usual form of a picture's tensors (`_forms`) is
-tried with every number of marks in the text, until the model takes it and its answer depends on the picture.
+What a family's processor would give is not listed but found: every usual form of a picture's tensors (`_pictures`), or
+of a sound's (`_sounds`), is tried with every number of marks in the text, until the model takes it and its answer
+depends on it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,11 +44,20 @@ def words(model: Any, seed: int = 0, length: int = 12) -> Inputs:
 
 def with_picture(model: Any, seed: int = 0) -> Inputs | None:
     """Random text with a random picture in it; None where no form of picture that we know is taken."""
+    return _with(model, seed, _pictures(model, seed), "get_image_features")
+
+
+def with_sound(model: Any, seed: int = 0) -> Inputs | None:
+    """Random text with noise in it; None where no form of sound that we know is taken."""
+    return _with(model, seed, _sounds(model, seed), "get_audio_features")
+
+
+def _with(model: Any, seed: int, forms: Iterable[Inputs], counted: str) -> Inputs | None:
     text = words(model, seed)
-    for pixels in _forms(model, seed):
-        for marks in _marks(model, pixels):
-            inputs = _together(model, text, pixels, marks)
-            other = {**inputs, **{key: x.flip(-1) for key, x in pixels.items() if x.is_floating_point()}}
+    for form in forms:
+        for marks in _marks(model, form, counted):
+            inputs = _together(model, text, form, marks)
+            other = {**inputs, **{key: x.flip(-1) for key, x in form.items() if x.is_floating_point()}}
             try:
                 one, two = logits(model, inputs), logits(model, other)
             except Exception:  # whatever a model says of inputs that are not its own
@@ -57,20 +67,20 @@ def with_picture(model: Any, seed: int = 0) -> Inputs | None:
     return None
 
 
-def _marks(model: Any, pixels: Inputs) -> Iterator[int]:
+def _marks(model: Any, form: Inputs, counted: str) -> Iterator[int]:
     """Numbers of marks to try: as many as there are features, then all."""
-    if (count := _features(model, pixels)) is not None:
+    if (count := _features(model, form, counted)) is not None:
         yield count
     yield from range(_MOST_MARKS)
 
 
-def _features(model: Any, pixels: Inputs) -> int | None:
-    features = getattr(model, "get_image_features", None)
+def _features(model: Any, form: Inputs, counted: str) -> int | None:
+    features = getattr(model, counted, None)
     if features is None:
         return None
     try:
         with torch.no_grad():
-            found = features(**pixels)
+            found = features(**form)
     except Exception:  # as above
         return None
     found = getattr(found, "pooler_output", found)
@@ -80,13 +90,17 @@ def _features(model: Any, pixels: Inputs) -> int | None:
     return sum(part.numel() // part.shape[-1] for part in parts)
 
 
-def _together(model: Any, text: Inputs, pixels: Inputs, marks: int) -> Inputs:
+def _together(model: Any, text: Inputs, form: Inputs, marks: int) -> Inputs:
     named = inspect.signature(model.forward).parameters
     if "input_ids" not in text:
-        return {**text, **pixels}
-    begin = _token(model, "vision_start_token_id", "boi_token_id")
-    end = _token(model, "vision_end_token_id", "eoi_token_id")
-    mark = _token(model, "image_token_id", "image_token_index", "image_patch_id", "video_token_index")
+        return {**text, **form}
+    if any(key.startswith("input_") for key in form):
+        begin, end = _token(model, "audio_start_token_id"), _token(model, "audio_end_token_id")
+        mark = _token(model, "audio_token_id", "audio_token_index")
+    else:
+        begin = _token(model, "vision_start_token_id", "boi_token_id")
+        end = _token(model, "vision_end_token_id", "eoi_token_id")
+        mark = _token(model, "image_token_id", "image_token_index", "image_patch_id", "video_token_index")
     if mark is None and "image_embeds_position_mask" in named:
         mark = FIRST_SPECIAL  # the mask says where the picture is, any id will do
     ids = text["input_ids"]
@@ -102,11 +116,11 @@ def _together(model: Any, text: Inputs, pixels: Inputs, marks: int) -> Inputs:
         "image_attention_mask": torch.ones(*ids.shape, 1, dtype=torch.long),
         "bbox": torch.zeros(*ids.shape, 4),
     }
-    return _accepted(model, {**text, "input_ids": ids, **more, **pixels})
+    return _accepted(model, {**text, "input_ids": ids, **more, **form})
 
 
 def _token(model: Any, *names: str) -> int | None:
-    configs = [model.config, getattr(model.config, "thinker_config", None)]
+    configs = [model.config, *(getattr(model.config, key, None) for key in ("thinker_config", "vlm_config"))]
     values = [getattr(config, name, None) for config in configs if config is not None for name in names]
     return next((value for value in values if isinstance(value, int)), None)
 
@@ -117,7 +131,7 @@ def _accepted(model: Any, inputs: Inputs) -> Inputs:
     return {key: value for key, value in inputs.items() if key in named}
 
 
-def _forms(model: Any, seed: int) -> Iterator[Inputs]:
+def _pictures(model: Any, seed: int) -> Iterator[Inputs]:
     """The usual forms of one picture's tensors, those first that the model names most of."""
     named = set(inspect.signature(model.forward).parameters)
     vision = _vision(model.config)
@@ -134,7 +148,7 @@ def _forms(model: Any, seed: int) -> Iterator[Inputs]:
     grid = torch.tensor([[1, 2 * merge, 2 * merge]])
     flat = noise(4 * merge * merge, channels * frames * patch * patch)
     tile = noise(1, channels, side, side)
-    for key in ("image_grid_thw", "grid_thw", "image_grid_hws", "grid_hws"):
+    for key in ("image_grid_thw", "grid_thw", "image_grid_hws", "grid_hws", "image_grid_hw"):
         if key in named:
             yield {"pixel_values": flat, key: grid if key.endswith("thw") else grid[:, 1:]}
             cut = flat.reshape(len(flat), channels, -1, patch, patch)
@@ -147,6 +161,15 @@ def _forms(model: Any, seed: int) -> Iterator[Inputs]:
             "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
             "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
             "cross_attention_mask": torch.ones(1, 12, 1, tiles, dtype=torch.long),
+        }
+    if "state" in named:  # a robot's, and the noise that its next movements come of
+        config = model.config
+        yield {
+            "pixel_values": tile[None],
+            "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
+            "state": noise(1, config.max_state_dim),
+            "noise": noise(1, config.chunk_size, config.max_action_dim),
+            "timestep": torch.tensor([0.5]),
         }
     if "image_token_pooling" in named:
         yield {
@@ -180,13 +203,44 @@ def _forms(model: Any, seed: int) -> Iterator[Inputs]:
     if "pixel_values" in named:
         yield {"pixel_values": tile}
         yield {"pixel_values": tile[None]}
+        yield {"pixel_values": noise(1, 16, channels * patch * patch)}
     if "high_res_pixel_values" in named:
         high = _number(model.config.high_res_vision_config, "image_size", default=side)
         yield {"pixel_values": tile, "high_res_pixel_values": noise(1, channels, high, high)}
 
 
+def _sounds(model: Any, seed: int) -> Iterator[Inputs]:
+    """The usual forms of one sound's tensors: a spectrogram of a second, or of all that an encoder hears; a wave."""
+    named = set(inspect.signature(model.forward).parameters)
+    random = torch.Generator().manual_seed(seed)
+    heard = max(_all(model.config, "max_source_positions"), default=48)
+    bands = set(_all(model.config, "num_mel_bins", "feature_size", "input_dim"))
+    bands |= {many * one for many in _all(model.config, "num_stacked_frames") for one in bands}
+    if "input_features" in named:
+        for frames in dict.fromkeys((96, 200, 2 * heard)):
+            mask = torch.ones(1, frames, dtype=torch.long)
+            beside = {"feature_attention_mask": mask, "input_features_mask": mask}
+            beside |= {"chunk_sample_lengths": torch.tensor([160 * frames])}
+            beside = {key: value for key, value in beside.items() if key in named}
+            for shape in (shape for many in sorted(bands) for shape in ((1, many, frames), (1, frames, many))):
+                yield {"input_features": torch.randn(shape, generator=random), **beside}
+                yield {"input_features": torch.randn(shape, generator=random)}
+    if "input_values" in named:
+        for shape in ((1, 19_200), (1, 1, 19_200)):
+            yield {"input_values": torch.randn(shape, generator=random)}
+
+
+def _all(config: Any, *names: str) -> Iterator[int]:
+    """The values of these fields in a configuration and those within it."""
+    for key, value in vars(config).items():
+        if key in names and isinstance(value, int):
+            yield value
+        elif hasattr(value, "to_dict"):
+            yield from _all(value, *names)
+
+
 def _vision(config: Any) -> Any:
-    for part in (config, getattr(config, "thinker_config", None)):
+    for part in (config, *(getattr(config, key, None) for key in ("thinker_config", "vlm_config"))):
         for key in ("vision_config", "vit_config", "vq_config", "encoder"):
             if (found := getattr(part, key, None)) is not None:
                 return found

@@ -41,6 +41,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"n_group|topk_group|n_shared_experts|moe_num_shared_experts|first_k_dense_replace", 1),
     (r"kv_lora_rank|q_lora_rank", 32),
     (r"max_position_embeddings|num_position_embeddings|position_embedding_size", 256),
+    (r"max_source_positions", 48),
     (r"image_size|img_size", 56),
     (r"patch_size", 14),
     (r"sliding_window|attention_chunk_size|window_size", 64),
@@ -150,6 +151,10 @@ def _sections(*sizes: int, where: str = "text_config") -> tuple[str, dict[str, A
 
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite_speech": ("sound is as wide as the projector takes it", {"encoder_config.hidden_dim": 64}),
+    "granite_speech_plus": ("sound is as wide as the projector takes it", {"encoder_config.hidden_dim": 64}),
+    "nemotron_h_omni": ("there is no mark for pictures", {"image_token_id": 309}),
+    "voxtral": ("there is no mark for sounds", {"audio_token_id": 310}),
     "fun_asr_nano": ("a quarter of the text's width", {"adaptor_config.intermediate_size": 16}),
     "cosmos3_edge": _sections(2, 3, 3),
     "cosmos3_omni": _sections(2, 3, 3),
@@ -165,6 +170,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "audio_config.adapter_input_size": 64,
             "audio_config.adapter_out_dim": 64,
             "audio_config.downsample_hidden_size": 16,
+            "audio_config.conv_output_size": 256,
         },
     ),
     "nemo_speechlm": (
