@@ -239,7 +239,9 @@ def starting(model: Any, inputs: Any) -> Row:
             asked.pop("input_ids", None)
     if (codec := getattr(model.config, "codec_config", None)) is not None:  # it writes down what it hears meanwhile
         asked = {"input_values": torch.randn(1, 1, 8 * codec.frame_size)}
-    if getattr(model.config, "audio_length_per_tok", None):  # a token for each moment of the sound: of some it is to write
+    if getattr(
+        model.config, "audio_length_per_tok", None
+    ):  # a token for each moment of the sound: of some it is to write
         asked |= {key: asked[key][:, :-4] for key in ("input_ids", "attention_mask")}
     return asked
 

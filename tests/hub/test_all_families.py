@@ -23,7 +23,7 @@ CANNOT = {
 }
 """Family → the package that transformers wants for it, and we do not have."""
 
-NOT_YET = ("diffusion_gemma", "pi0", "shieldgemma2", "voxtral_realtime")
+NOT_YET = ("diffusion_gemma", "shieldgemma2")
 """Families that do not come through; docs/models.md says where each fails. One that does must leave this list."""
 
 

@@ -7,7 +7,7 @@ import helpers
 import pytest
 import torch
 from torch import nn
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
 import llava_fa
 from llava_fa import FourierConfig, FourierError, FourierLinear
@@ -242,6 +242,54 @@ def test_a_block_that_a_sample_runs_more_often_than_others_is_named():
     with torch.no_grad(), pytest.raises(FourierError, match="runs 1 times on it") as error:
         blockwise.capture(units, model, inputs)
     assert "sample 1" in str(error.value)
+
+
+class Attending(nn.Module):
+    """A layer that attends to what the cache holds for it, and adds itself."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.layer_idx, self.linear = index, nn.Linear(4, 4)
+
+    def forward(self, x, past_key_values=None):
+        key = self.linear(x)[None, None]
+        keys = key if past_key_values is None else past_key_values.update(key, key, self.layer_idx)[0]
+        return x + keys.sum((0, 1, 2))
+
+
+class ThenActing(nn.Module):
+    """Two layers that read, and two with the same places in the cache that act on what these have read."""
+
+    def __init__(self):
+        super().__init__()
+        self.reading, self.acting = (nn.ModuleList(Attending(i) for i in range(2)) for _ in range(2))
+
+    def forward(self, x, actions, use_cache=False):
+        cache = DynamicCache()
+        for layer in self.reading:
+            x = layer(x, past_key_values=cache)
+        for layer in self.acting:
+            actions = layer(actions, past_key_values=cache)
+        return actions
+
+
+@torch.no_grad()
+def test_a_block_that_attends_to_what_others_left_in_the_cache():
+    """As an action expert does to the language model: however often it runs, what was there before it runs stays."""
+    model = ThenActing()
+    inputs = [{"x": torch.randn(3, 4), "actions": torch.randn(2, 4)} for _ in range(2)]
+    units = [blockwise.Unit(f"acting.{i}", model.acting[i], []) for i in range(2)]
+    calls, hidden = blockwise.capture(units, model, inputs)
+    alone = [blockwise.Unit(f"reading.{i}", model.reading[i], []) for i in range(2)]
+    assert all(
+        call.kwargs["past_key_values"] is None for of in blockwise.capture(alone, model, inputs)[0] for call in of
+    )
+    for _ in range(2):  # a block runs once a stage
+        again = list(hidden)
+        for unit, own in zip(units, calls, strict=True):
+            blockwise.advance(unit, own, again)
+        for got, sample in zip(again, inputs, strict=True):
+            assert torch.equal(got, model(**sample))
 
 
 def test_the_loaded_model_does_not_leak_into_the_weights(checkpoint, calibrated, quick, samples, tmp_path):

@@ -28,6 +28,7 @@ _STAGE_BYTES = 2 << 30
 """Most that the statistics of one stage of experts take."""
 _PROBED = 8
 """Samples tried until every unit has been seen at work."""
+_CACHE = "past_key_values"
 
 
 @dataclasses.dataclass
@@ -58,9 +59,12 @@ class Call:
     """Name of the hidden states' parameter, None when they came first by position."""
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """From what a forward hook is given; a cache is left out, since a block is run more than once."""
-        kwargs = {key: None if key == "past_key_values" else value for key, value in kwargs.items()}
+    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """From what a forward hook is given; of a cache only what `_prefix` says, since a block is run more than once.
+
+        The hook runs before the module, so that its own entries in the cache are not there yet.
+        """
+        kwargs = {key: _prefix(module, value) if key == _CACHE else value for key, value in kwargs.items()}
         if args and isinstance(args[0], Tensor):
             return cls(args[0], args[1:], kwargs, None)
         keyword = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
@@ -68,9 +72,31 @@ class Call:
 
     def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
         """The same call with other hidden states."""
+        kwargs = {key: copy.deepcopy(value) if key == _CACHE else value for key, value in self.kwargs.items()}
         if self.keyword is None:
-            return _first(module(hidden, *self.args, **self.kwargs))
-        return _first(module(*self.args, **{self.keyword: hidden}, **self.kwargs))
+            return _first(module(hidden, *self.args, **kwargs))
+        return _first(module(*self.args, **{self.keyword: hidden}, **kwargs))
+
+
+def _prefix(module: nn.Module, cache: Any) -> Any:
+    """What another part of the model has left in a cache for this module's layers to attend to; None where nothing is.
+
+    So an action expert attends to what the language model has made of picture and text (PI0). All else that the cache
+    holds is left out.
+    """
+    layers = getattr(cache, "layers", None) or []
+    own = {part.layer_idx for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int)}
+    if not any(_filled(layers[index]) for index in own if index < len(layers)):
+        return None
+    kept = copy.copy(cache)
+    kept.layers = [copy.deepcopy(layer) if index in own else None for index, layer in enumerate(layers)]
+    return kept
+
+
+def _filled(layer: Any) -> bool:
+    """Whether a cache holds anything for a layer: of attention tokens, of linear attention and the like a state."""
+    length = getattr(layer, "get_seq_length", None)
+    return bool(length() if length is not None else getattr(layer, "has_previous_state", False))
 
 
 class _Stop(Exception):  # noqa: N818  no error: it is how a pass ends
@@ -108,9 +134,9 @@ def segments(model: nn.Module, units: list[Unit], inputs: Inputs) -> tuple[list[
     for index, sample in enumerate(inputs[:_PROBED]):
         seen: dict[str, tuple[Unit, Tensor, Tensor]] = {}
 
-        def note(path: str, _: nn.Module, args: Any, kwargs: Any, output: Any, seen: Any = seen) -> None:
+        def note(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any, seen: Any = seen) -> None:
             if path not in seen:
-                seen[path] = by_path[path], Call.of(args, kwargs).hidden.clone(), _first(output).clone()
+                seen[path] = by_path[path], Call.of(module, args, kwargs).hidden.clone(), _first(output).clone()
 
         with hooked({unit.path: unit.module for unit in units}, note, with_kwargs=True):
             forward(model, sample, index)
@@ -161,8 +187,8 @@ def capture(units: list[Unit], model: nn.Module, inputs: Inputs) -> tuple[list[l
     last = {"": units[-1].module} if _called_once(units[-1], model, inputs[0]) else {}
     ran: dict[int, list[Call]] = {}
 
-    def note(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call.of(args, kwargs)
+    def note(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call.of(module, args, kwargs)
         if index == next(iter(ran), index):  # the first that runs
             hidden.append(call.hidden.cpu().clone())
         ran.setdefault(index, []).append(dataclasses.replace(call, hidden=torch.empty(0)))
