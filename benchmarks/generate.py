@@ -44,7 +44,7 @@ from llava_fa.kernels.layout import best_layout
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import STATE_BITS, trellis_points
 from llava_fa.nn.codebooks import share_codebooks
-from llava_fa.nn.fourier_embedding import FourierEmbedding, tie_head
+from llava_fa.nn.fourier_embedding import FourierEmbedding, tie
 from llava_fa.nn.surgery import classify, replace_module
 
 KEPT = ", words kept"
@@ -125,7 +125,7 @@ def materialise(model: nn.Module, code_bits: int, state_bits: int, words: bool) 
             replace_module(model, name, packed_layer(model.get_submodule(name), code_bits, state_bits))
         for name in chosen.embeddings:
             replace_module(model, name, packed := packed_layer(model.get_submodule(name), 2 * WORD_BITS))
-            tie_head(model, "lm_head", packed)
+            tie(model, "lm_head", packed)
         share_codebooks(model)
     noise = torch.randn(1 << 20).bfloat16()
     for module in model.modules():

@@ -156,7 +156,7 @@ def test_replace_module():
     assert model[0][0] is new
 
 
-def test_a_model_that_has_no_answer_about_its_embeddings_has_one_error():
+def test_a_model_that_has_no_answer_about_its_embeddings():
     class Silent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -166,5 +166,6 @@ def test_a_model_that_has_no_answer_about_its_embeddings_has_one_error():
             raise NotImplementedError("not auto-handled")
 
     assert classify(Silent()).layers == ("layer",)
+    assert classify(Silent(), embeddings=True).embeddings == ("words",)
     with pytest.raises(FourierError, match="no embedding of this model can be compressed"):
-        classify(Silent(), embeddings=True)
+        classify(nn.Sequential(nn.Linear(32, 32)), embeddings=True)

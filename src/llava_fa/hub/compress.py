@@ -85,9 +85,9 @@ def compress(
             one) that make the predicted loss least (docs/method.md), and ``config.bits`` is the most it may get.
         casp: query and key projections as two narrow factors (arXiv 2503.05936); bits are then chosen under ``budget``,
             or, without one, within the very bytes that ``config`` would take without ``casp``.
-        embeddings: bits (1 to 4) of the word embedding, which a tied output embedding shares, and of an output
-            embedding of its own: half of a small model's bytes at 2 bits. Fitted without data, outside of a budget in
-            bits. None: both stay as they are.
+        embeddings: bits (1 to 4) of the word embedding, which whatever is tied to it shares, of an output embedding of
+            its own, and of other large tables: half of a small model's bytes at 2 bits. Fitted without data, outside of
+            a budget in bits. None: they stay as they are.
         visual_tokens: how many tokens the new model is told a picture in (and is calibrated with): what is trained into
             it (`llava-fa train --matryoshka`), or plain pooling; whoever loads it can choose another number.
         vision_tower: folder or hub id of the vision tower of a model in LLaVA's first format, where it is neither among

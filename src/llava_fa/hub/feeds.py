@@ -26,6 +26,7 @@ from llava_fa.hub import dry_run, made_up
 from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.conversion import Stored
 from llava_fa.nn.experts import Experts
+from llava_fa.nn.surgery import tied_to
 
 _ROWS = 64
 """Of a layer's input at most about so many tokens are looked at, evenly spaced."""
@@ -86,11 +87,8 @@ class Feeds:
 
         None for a word embedding that is only looked up.
         """
-        module, head = model.get_submodule(name), model.get_output_embeddings()  # type: ignore[operator]
-        tied = f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}).values()
-        if head is None or (module is not head and getattr(head, "weight", None) is not module.weight and not tied):
-            return None
-        return self.of(next(place for place, other in model.named_modules() if other is head))
+        places = [name, *(key.rpartition(".")[0] for key in tied_to(model, name))]
+        return next((self.of(place) for place in places if isinstance(model.get_submodule(place), nn.Linear)), None)
 
 
 def observe(model: nn.Module) -> Feeds:

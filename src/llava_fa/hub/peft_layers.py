@@ -20,13 +20,15 @@ from torch import nn
 
 from llava_fa.errors import FourierError
 from llava_fa.nn.factored_linear import packed_layers
-from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead
+from llava_fa.nn.fourier_embedding import FourierEmbedding, Tied, TiedEmbedding, TiedHead
 from llava_fa.nn.packed_linear import PackedLinear
 
 _INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Beginnings of A and B that leave the weight below them as it is."""
 _VARIANTS = ("use_dora", "alora_invocation_tokens")
 """Variants that ask the layer below for its output, or read its weight and never write it."""
+_TABLES = (FourierEmbedding, TiedEmbedding)
+"""What is looked up, and takes no adapter."""
 _INSIDE = ".base_layer"
 """Where peft puts the layer that an adapter is laid on."""
 
@@ -44,7 +46,7 @@ class LoraPackedLinear(lora.Linear):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         """Where the adapter goes, and as what; peft would decode the weight to see."""
-        layer = base_layer.embedding if isinstance(base_layer, TiedHead) else base_layer
+        layer = base_layer.embedding if isinstance(base_layer, Tied) else base_layer
         return layer.qweight.device, layer.dtype
 
     def merge(self, *_: Any, **__: Any) -> None:
@@ -103,16 +105,16 @@ def prepare(tuner: BaseTuner, config: PeftConfig, model: nn.Module) -> None:
     if found:
         _check_kind(config, found[0])
     for name in found:
-        if isinstance(layers[name], FourierEmbedding):
+        if isinstance(layers[name], _TABLES):
             raise FourierError(
                 "a packed word embedding takes no adapter", remedy="Leave it out of target_modules", where=name
             )
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Packed layers, and output embeddings tied to a packed one, by the name that an adapter has or will have."""
-    heads = [(name, module) for name, module in model.named_modules() if isinstance(module, TiedHead)]
-    return {name.removesuffix(_INSIDE): layer for name, layer in [*packed_layers(model), *heads]}
+    """Packed layers, and what is tied to a packed embedding, by the name that an adapter has or will have."""
+    tied = [(name, module) for name, module in model.named_modules() if isinstance(module, Tied)]
+    return {name.removesuffix(_INSIDE): layer for name, layer in [*packed_layers(model), *tied]}
 
 
 def _all_linear(config: Any, model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
@@ -121,7 +123,7 @@ def _all_linear(config: Any, model: nn.Module, layers: dict[str, nn.Module]) -> 
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
     own = {name for name, layer in layers.items() if isinstance(layer, PackedLinear) and layer is not head}
-    own -= {name for name, layer in layers.items() if isinstance(layer, FourierEmbedding)}
+    own -= {name for name, layer in layers.items() if isinstance(layer, _TABLES)}
     dense: set[str] = set(_maybe_include_all_linear_layers(config, model).target_modules)
     return dense | own
 
@@ -160,10 +162,10 @@ def _check_saved(config: Any, layers: dict[str, nn.Module]) -> None:
             if any(part.endswith(asked) for part in _places(name)):
                 raise FourierError(
                     f"modules_to_save has {asked!r}, and codes cannot be trained",
-                    remedy="Give it to target_modules" if not isinstance(layer, FourierEmbedding) else "Leave it out",
+                    remedy="Give it to target_modules" if not isinstance(layer, _TABLES) else "Leave it out",
                     where=name,
                 )
-    words = [name for name, layer in layers.items() if isinstance(layer, FourierEmbedding)]
+    words = [name for name, layer in layers.items() if isinstance(layer, _TABLES)]
     if words and getattr(config, "trainable_token_indices", None):
         raise FourierError(
             "trainable_token_indices needs a word embedding that is not packed",

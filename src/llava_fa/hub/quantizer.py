@@ -34,7 +34,7 @@ from llava_fa.kernels.layout import Layout
 from llava_fa.nn.codebooks import MODULE, attach, share_codebooks
 from llava_fa.nn.experts import fuse, unfuse, within
 from llava_fa.nn.factored_linear import empty_layer, packed_layers
-from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead, tie_head, untie_head
+from llava_fa.nn.fourier_embedding import FourierEmbedding, packed_embedding, tie, untie
 from llava_fa.nn.packed_linear import Codebooks, PackedLinear
 from llava_fa.nn.surgery import tied_to
 
@@ -84,7 +84,7 @@ class FourierHfQuantizer(HfQuantizer):
             quantization_config = FourierQuantizationConfig(Metadata(quantization_config))
         super().__init__(quantization_config, **kwargs)
         self._loading: Loading | None = None
-        self._stored: set[str] = {MODULE}
+        self._stored: dict[str, frozenset[str]] = {}  # module → those of its tensors that keep their stored dtype
         self._validated = False
 
     @property
@@ -120,7 +120,7 @@ class FourierHfQuantizer(HfQuantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Packed tensors keep their stored dtype, whatever is asked for or kept in float32."""
         layer, _, name = str(converter.target_patterns[0]).rpartition(".")
-        stored = layer in self._stored and name != "bias"
+        stored = name in self._stored.get(layer, ())
         return None if stored else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(
@@ -146,10 +146,11 @@ class FourierHfQuantizer(HfQuantizer):
             here = places[name]
             exchange(model, here, _empty(model.get_submodule(here), name, record))
             for prefix, part in record.layout.parts().items():
-                self._stored.add(f"{here}.{prefix}".rstrip("."))
+                self._stored[f"{here}.{prefix}".rstrip(".")] = frozenset(part.tensors())
                 if part.method == "best":
                     books[part.codebook] = part.points
-        _tie_heads(model)
+        _tie(model)
+        self._stored[MODULE] = frozenset(books)
         if books:
             attach(model, Codebooks(books, device="meta"))
 
@@ -196,14 +197,14 @@ class FourierHfQuantizer(HfQuantizer):
         for name, layer in layers:  # before the first is exchanged
             if layer.qweight.is_meta:
                 raise FourierError("it is offloaded", remedy="Load the model without offloading", where=name)
+        plain: dict[FourierEmbedding, nn.Embedding] = {}
         for name, layer in layers:
             layer.to(dtype)
             if isinstance(layer, FourierEmbedding):
-                exchange(model, name, plain := layer.to_embedding())
-                for head in [at for at, module in model.named_modules() if isinstance(module, TiedHead)]:
-                    untie_head(model, head, plain)
+                exchange(model, name, plain.setdefault(layer, layer.to_embedding()))
             else:
                 exchange(model, name, layer.to_linear())
+        untie(model, plain)
         fuse(model)
         if hasattr(model, MODULE):
             delattr(model, MODULE)
@@ -257,19 +258,20 @@ def _empty(module: nn.Module, name: str, record: LayerRecord) -> PackedLinear:
             where=name,
         )
     if isinstance(module, nn.Embedding) and isinstance(layout, Layout):
-        empty = FourierEmbedding(layout, dtype=module.weight.dtype, device="meta")
+        table = FourierEmbedding(layout, dtype=module.weight.dtype, device="meta")
+        empty: PackedLinear = packed_embedding(module, table)
     else:
         empty = empty_layer(layout, bias=module.bias is not None, dtype=module.weight.dtype, device="meta")
     empty.weight_error, empty.output_error = record.weight_error, record.output_error
     return empty
 
 
-def _tie_heads(model: nn.Module) -> None:
-    """Give an output embedding that is tied to a packed one its tensors."""
+def _tie(model: nn.Module) -> None:
+    """Give embeddings and output embeddings that are tied to a packed one its tensors."""
     words = [(name, module) for name, module in model.named_modules() if isinstance(module, FourierEmbedding)]
     for name, embedding in words:
         for key in tied_to(model, name):
-            tie_head(model, key.removesuffix(".weight"), embedding)
+            tie(model, key.removesuffix(".weight"), embedding)
 
 
 def _find(model: nn.Module, name: str) -> str:

@@ -32,11 +32,11 @@ class FactoredLinear(PackedLinear):
         parts = {"left.": self.left, "right.": self.right}
         return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.packed().items()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """L (R x) + bias: [..., n] → [..., m]."""
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """L (R x) + bias, with any bias: [..., n] → [..., m]."""
         y: Tensor = self.left(self.right(x.to(working_dtype(x)) if x.is_floating_point() else x))
         dtype = y.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return (y if self.bias is None else y + self.bias).to(dtype)
+        return (y if bias is None else y + bias).to(dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -1,6 +1,9 @@
-"""`FourierEmbedding`: a word embedding that holds packed tensors, and the output embedding that is tied to it."""
+"""`FourierEmbedding`: an embedding that holds packed tensors, and the embeddings and output embeddings tied to it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,11 @@ from llava_fa.errors import FourierError
 from llava_fa.kernels import run
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.own_forward import packed_as, plain_again
 from llava_fa.nn.surgery import replace_module
+
+_ROWS = 1 << 24
+"""Weights of a table that are decoded at once, about."""
 
 
 class FourierEmbedding(FourierLinear):
@@ -40,46 +47,72 @@ class FourierEmbedding(FourierLinear):
         Raises:
             IndexError: an id outside of the vocabulary.
         """
+        return self.look_up(ids)
+
+    def look_up(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """W[ids], whatever else the module's class does to it; further arguments of torch's concern gradients of W."""
         return run.rows(ids, self.packed_weight()).to(self.dtype)
 
-    def project(self, x: Tensor) -> Tensor:
-        """W x: [..., n] → [..., m], the product of a tied output embedding; x may come from another device."""
+    def project(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W x + bias: [..., n] → [..., m], the product of a tied output embedding."""
+        return self.at_home(lambda x: self.multiply(x, None if bias is None else bias.to(x.device)), x)
+
+    def at_home(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``compute(x)`` with the packed tensors, for modules that share them: x may come from another device."""
         hook = getattr(self, "_hf_hook", None)  # accelerate's: it brings back what is offloaded, for `forward` alone
         if hook is not None:
             hook.pre_forward(self)
         here = self.codes.device
-        y = super().forward(x) if x.device == here else super().forward(x.to(here)).to(x.device)
+        y = compute(x) if x.device == here else compute(x.to(here)).to(x.device)
         if hook is not None:
             hook.post_forward(self, ())
         return y
 
+    def _answers(self) -> dict[Any, Callable[..., Tensor]]:
+        return {**super()._answers(), nn.functional.embedding: self.look_up}
+
+    def _dense(self) -> Tensor:
+        """All rows in the layer's dtype, a portion at a time: a table may be larger than all layers together."""
+        weight = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.qweight.device)
+        for rows in self._portions():
+            weight[rows] = self.look_up(rows)
+        return weight
+
+    def _portions(self) -> Iterator[Tensor]:
+        every = torch.arange(self.num_embeddings, device=self.qweight.device)
+        return iter(every.split(max(1, _ROWS // self.embedding_dim)))
+
     def to_embedding(self) -> nn.Embedding:
-        """A plain `torch.nn.Embedding` with the dequantised weight, in the layer's dtype."""
+        """A plain embedding of the original's class with the dequantised weight, in the layer's dtype."""
+        if isinstance(self, nn.Embedding):
+            return plain_again(self, self._dense())  # type: ignore[return-value]
         embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
-        embedding.weight = nn.Parameter(self.dequantize().to(self.dtype))
+        embedding.weight = nn.Parameter(self._dense())
         return embedding
 
 
-class TiedHead(nn.Module):
-    """y = W x with the W of a `FourierEmbedding`, which alone holds the tensors.
+class _OfItsClass(FourierEmbedding, nn.Embedding):  # type: ignore[misc]  # `weight` is no parameter
+    """What stands between an embedding class with a forward of its own and `torch.nn.Embedding`."""
 
-    Shapes: x [..., n] → [..., m] in x's dtype.
-    """
+
+def packed_embedding(module: nn.Embedding, packed: FourierEmbedding) -> FourierEmbedding:
+    """``packed`` in the place of this embedding, whose class may have a forward of its own (`only_looks_up`)."""
+    return packed if type(module) is nn.Embedding else packed_as(module, packed, _OfItsClass)  # type: ignore[no-any-return]
+
+
+class Tied(nn.Module):
+    """What uses the W of a `FourierEmbedding`, which alone holds the tensors."""
+
+    embedding: FourierEmbedding
 
     def __init__(self, embedding: FourierEmbedding) -> None:
         super().__init__()
         object.__setattr__(self, "embedding", embedding)  # not a submodule: it has one place, and one name
         self.in_features, self.out_features = embedding.in_features, embedding.out_features
 
-    embedding: FourierEmbedding
-
-    def forward(self, x: Tensor) -> Tensor:
-        """W x: [..., n] → [..., m]."""
-        return self.embedding.project(x)
-
     @property
     def weight(self) -> Tensor:
-        """That of the embedding, decoded anew on every access: for code that reads weights."""
+        """That of the embedding (see `PackedLinear.weight`)."""
         return self.embedding.weight
 
     @property
@@ -89,29 +122,80 @@ class TiedHead(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, tied to the input embedding"
+        return f"in_features={self.in_features}, out_features={self.out_features}, tied to another embedding"
 
 
-def tie_head(model: nn.Module, name: str, embedding: FourierEmbedding) -> None:
-    """Let the output embedding ``name`` of a transformers model use ``embedding``, and end the tie of their weights.
+class TiedHead(Tied):
+    """y = W x + bias, an output embedding.
+
+    Args:
+        bias: [m] or None, its own.
+
+    Shapes: x [..., n] → [..., m] in x's dtype.
+    """
+
+    def __init__(self, embedding: FourierEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__(embedding)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + bias: [..., n] → [..., m]."""
+        return self.embedding.project(x, self.bias)
+
+    def to_plain(self, weight: nn.Parameter) -> nn.Module:
+        """A linear layer with the dequantised weight of the embedding."""
+        head = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        head.weight, head.bias = weight, self.bias
+        return head
+
+
+class TiedEmbedding(Tied):
+    """y = W[ids]: a second embedding of a model, as of an encoder and a decoder with the same words."""
+
+    def __init__(self, embedding: FourierEmbedding) -> None:
+        super().__init__(embedding)
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """W[ids]: int [...] → [..., n]."""
+        return self.embedding.at_home(self.embedding.look_up, ids)
+
+    def to_plain(self, weight: nn.Parameter) -> nn.Module:
+        """An embedding of the original's class with the dequantised weight of the other one."""
+        if isinstance(self, nn.Embedding):
+            return plain_again(self, weight)
+        module = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        module.weight = weight
+        return module
+
+
+class _TiedOfItsClass(TiedEmbedding, nn.Embedding):  # type: ignore[misc]  # `weight` is no parameter
+    """As `_OfItsClass`."""
+
+
+def tie(model: nn.Module, name: str, embedding: FourierEmbedding) -> None:
+    """Let the embedding or output embedding ``name`` of a transformers model use ``embedding``; end the tie of weights.
 
     transformers ties parameters by name whenever it pleases (`tie_weights`); here there are none.
     """
-    replace_module(model, name, TiedHead(embedding))
-    for place, module in model.named_modules():  # the rule may be that of a model within the model
+    module = model.get_submodule(name)
+    tied: nn.Module = TiedHead(embedding, getattr(module, "bias", None))
+    if isinstance(module, nn.Embedding):
+        tied = TiedEmbedding(embedding)
+        tied = tied if type(module) is nn.Embedding else packed_as(module, tied, _TiedOfItsClass)
+    replace_module(model, name, tied)
+    for place, part in model.named_modules():  # the rule may be that of a model within the model
         inside = f"{place}." if place else ""
-        rules = getattr(module, "all_tied_weights_keys", None)
+        rules = getattr(part, "all_tied_weights_keys", None)
         if isinstance(rules, dict) and any(inside + key == f"{name}.weight" for key in rules):
             rules = {key: of for key, of in rules.items() if inside + key != f"{name}.weight"}
-            module.all_tied_weights_keys = module._tied_weights_keys = rules  # type: ignore[assignment]
+            part.all_tied_weights_keys = part._tied_weights_keys = rules  # type: ignore[assignment]
 
 
-def untie_head(model: nn.Module, name: str, embedding: nn.Embedding) -> None:
-    """The inverse of `tie_head` for a dequantised embedding: a plain linear layer that shares its weight."""
-    words, width = embedding.weight.shape
-    head = nn.Linear(width, words, bias=False, device="meta")
-    head.weight = embedding.weight
-    replace_module(model, name, head)
+def untie(model: nn.Module, plain: Mapping[FourierEmbedding, nn.Embedding]) -> None:
+    """The inverse of every `tie`, where embeddings have been dequantised: plain modules that share their weights."""
+    for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, Tied)]:
+        replace_module(model, name, module.to_plain(plain[module.embedding].weight))  # type: ignore[operator]
     changed = [module for module in model.modules() if "_tied_weights_keys" in vars(module)]
     for module in changed:
         del module._tied_weights_keys  # the class has its own

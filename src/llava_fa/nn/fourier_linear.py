@@ -119,9 +119,9 @@ class FourierLinear(PackedLinear):
             for each in getattr(hook, "hooks", (hook,))
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """W x + bias: [..., n] → [..., m]."""
-        return run.linear(x, self.packed_weight(), self.bias)
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W x + bias, with any bias: [..., n] → [..., m]."""
+        return run.linear(x, self.packed_weight(), bias)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.codes = as_stored(self.codes, self.layout)  # not a copy: who asks may hook up what he has got

@@ -13,17 +13,23 @@ from torch import Tensor, nn
 
 from llava_fa.kernels.layout import FactoredLayout, Layout, bits_per_weight
 from llava_fa.kernels.run import dequantize
+from llava_fa.nn.decoded_weight import DecodedWeight
 
 
 class Stored(nn.Module):
     """A module whose buffers have the dtypes of the file format: casts move them and never round them."""
+
+    beside: frozenset[str] = frozenset()
+    """Buffers that are no part of the format, and are cast as any: of a class with a forward of its own."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
         stored = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
+            if name in self.beside or before is None or after is None:
+                continue
+            if after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
 
@@ -118,10 +124,31 @@ class PackedLinear(Stored):
 
     @property
     def weight(self) -> Tensor:
-        """`dequantize` in the layer's dtype, decoded anew on every access: for code that reads weights."""
-        weight = self.dequantize().to(self.dtype)
+        """`dequantize` in the layer's dtype, for code that reads weights: a `DecodedWeight`, new on every access.
+
+        Numbers are decoded when they are needed, and `torch.nn.functional.linear` needs none.
+        """
+        if torch.compiler.is_compiling():  # then what is not used costs nothing
+            return self.dequantize().to(self.dtype)
+        shape = (self.out_features, self.in_features)
+        weight = DecodedWeight(self._dense, shape, self.dtype, self.qweight.device, self._answers())
         weight._is_hf_initialized = True  # transformers' init functions then pass it by
         return weight
+
+    def _dense(self) -> Tensor:
+        return self.dequantize().to(self.dtype)
+
+    def _answers(self) -> dict[Any, Callable[..., Tensor]]:
+        """What can be had of the weight without decoding it (see `DecodedWeight`)."""
+        return {nn.functional.linear: self.multiply}
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W x + bias, with any bias: [..., n] → [..., m]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + bias: [..., n] → [..., m]."""
+        return self.multiply(x, self.bias)
 
     @property
     def qweight(self) -> Tensor:

@@ -11,10 +11,14 @@ from torch import nn
 
 from llava_fa.errors import FourierError
 from llava_fa.nn.factored_linear import FactoredLinear
+from llava_fa.nn.own_forward import only_looks_up
 from llava_fa.nn.packed_linear import PackedLinear
 
 SMALLEST_SIDE = 16
 """Layers with fewer rows or columns stay as they are: scales alone would cost a bit a weight per side."""
+
+SMALLEST_SHARE = 0.01
+"""Of the model's parameters: smaller tables that are not of its words (positions, mostly) stay as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Classified:
     Attributes:
         layers: names of the linear modules to compress, in the model's order.
         not_compressed: name of a module (or of a parameter its module owns) → reason.
-        embeddings: names of the word embedding and of an output embedding of its own, where they are to be compressed.
+        embeddings: names of the embeddings, and of output embeddings of their own, where they are to be compressed.
     """
 
     layers: tuple[str, ...]
@@ -42,7 +46,8 @@ def classify(
 
     Args:
         skip, only: patterns, see `resolve`; ``only`` is about linear layers.
-        embeddings: whether the word embedding, and the output embedding, are compressed too.
+        embeddings: whether embeddings of words, output embeddings, and whatever other tables have `SMALLEST_SHARE` of
+            the model's parameters, are compressed too.
 
     Raises:
         FourierError: a pattern that matches no module, or patterns that leave nothing to compress.
@@ -74,26 +79,34 @@ def classify(
     if not layers:
         what = "no layer is left to compress" if skip or only else "the model has no layer that can be compressed"
         raise FourierError(what, remedy="Check skip and only" if skip or only else "Give a model with linear layers")
-    wordy = _word_embeddings(model, rest, skipped) if embeddings else ()
+    wordy = _tables(model, rest, skipped) if embeddings else ()
     return Classified(tuple(layers), {name: reason for name, reason in rest.items() if name not in wordy}, wordy)
 
 
-def _word_embeddings(model: nn.Module, rest: dict[str, str], skipped: dict[str, str]) -> tuple[str, ...]:
-    """Which embeddings of the language model can be compressed; corrects the reasons of the others."""
-    first, head, tied = _given(model, "get_input_embeddings"), _output_embedding(model), _tied(model)
+def _tables(model: nn.Module, rest: dict[str, str], skipped: dict[str, str]) -> tuple[str, ...]:
+    """Which embeddings and output embeddings can be compressed; corrects the reasons of the others."""
+    first, rules = _given(model, "get_input_embeddings"), _rules(model)
+    least = SMALLEST_SHARE * sum(parameter.numel() for parameter in model.parameters())
+    owners: dict[int, str] = {}
     names = []
     for name, module in model.named_modules():
-        if module is not first and (module is not head or f"{name}.weight" in tied):
+        head = isinstance(module, nn.Linear) and is_output_embedding(model, name)
+        if not (head or isinstance(module, nn.Embedding)) or f"{name}.weight" in rules:
             continue
-        shape = getattr(getattr(module, "weight", None), "shape", (0,))
+        twins, weight = tied_to(model, name), module.weight
         if name in skipped:
             rest[name] = f"skipped by pattern {skipped[name]!r}"
-        elif type(module) not in (nn.Embedding, nn.Linear):
-            rest[name] = f"{type(module).__name__} is an embedding with a forward of its own"
-        elif min(shape) < SMALLEST_SIDE:
+        elif not (head or module is first or weight.numel() >= least):
+            rest[name] = f"{rest[name]}, under {SMALLEST_SHARE:.0%} of the model"
+        elif not _packable_table(module):
+            kind = "a linear layer" if head else "an embedding"
+            rest[name] = f"{type(module).__name__} is {kind} with a forward of its own"
+        elif min(weight.shape) < SMALLEST_SIDE:
             rest[name] = f"too small: one side is under {SMALLEST_SIDE}"
-        elif odd := [key for key in tied_to(model, name) if not _plain_head(model, key)]:
-            rest[name] = f"tied to {odd[0]}, which is no plain output embedding without bias"
+        elif odd := [key for key in twins if head or not _follows(model, key)]:
+            rest[name] = f"tied to {odd[0]}, which is no plain output embedding and no embedding"
+        elif owners.setdefault(id(weight), name) != name or set(_sharing(model, weight)) - {f"{name}.weight", *twins}:
+            rest[name] = "tied to another weight"
         else:
             names.append(name)
     if not names:
@@ -101,16 +114,29 @@ def _word_embeddings(model: nn.Module, rest: dict[str, str], skipped: dict[str, 
     return tuple(names)
 
 
+def _packable_table(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or (isinstance(module, nn.Embedding) and only_looks_up(module))
+
+
+def _follows(model: nn.Module, key: str) -> bool:
+    """Whether the module of this parameter can use the packed tensors of an embedding that it is tied to."""
+    name, _, own = key.rpartition(".")
+    return own == "weight" and _packable_table(model.get_submodule(name))
+
+
+def _sharing(model: nn.Module, weight: nn.Parameter) -> list[str]:
+    return [name for name, other in model.named_parameters(remove_duplicate=False) if other is weight]
+
+
 def tied_to(model: nn.Module, name: str) -> list[str]:
     """Parameters that transformers' rules tie to the weight of the module ``name``."""
+    return [key for key, of in _rules(model).items() if of == f"{name}.weight"]
+
+
+def _rules(model: nn.Module) -> dict[str, str]:
+    """Parameter → the one that transformers ties it to."""
     rules = getattr(model, "all_tied_weights_keys", None)
-    return [key for key, of in rules.items() if of == f"{name}.weight"] if isinstance(rules, dict) else []
-
-
-def _plain_head(model: nn.Module, key: str) -> bool:
-    module, _, own = key.rpartition(".")
-    head = model.get_submodule(module)
-    return own == "weight" and type(head) is nn.Linear and head.bias is None
+    return rules if isinstance(rules, dict) else {}
 
 
 def _why_not(
@@ -176,8 +202,7 @@ def _given(model: nn.Module, getter: str) -> nn.Module | None:
 
 def _tied(model: nn.Module) -> set[str]:
     """Names of parameters that share their tensor with another, by transformers' rules or in fact."""
-    rules = getattr(model, "all_tied_weights_keys", None)
-    tied = {*rules.keys(), *rules.values()} if isinstance(rules, dict) else set()
+    tied = {*_rules(model), *_rules(model).values()}
     seen: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = seen.setdefault(id(parameter), name)

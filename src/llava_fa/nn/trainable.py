@@ -66,9 +66,9 @@ class TrainableLinear(FourierLinear):
         gains = {"row_scale": self.row_gain, "input_scale": self.input_gain}
         return {name: getattr(self, name).to(gain.dtype) * gain.exp() for name, gain in gains.items()}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """W x + bias: [..., n] → [..., m], differentiable to x and to every parameter."""
-        return run.linear(x, self.packed_weight(), self.bias, trained=True)
+        return run.linear(x, self.packed_weight(), bias, trained=True)
 
     def packed_weight(self) -> PackedWeight:
         """The weight with scales and factors as they are now, unrounded: what gradients reach."""
