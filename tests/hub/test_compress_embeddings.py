@@ -337,3 +337,27 @@ def test_embeddings_with_a_forward_of_their_own(make, tmp_path, quick):
         plain = type(model).from_pretrained(tmp_path / "plain")
         torch.testing.assert_close(plain(**kwargs).logits, logits, rtol=1e-3, atol=1e-4)
     assert {name for name, _ in plain.named_parameters()} == {name for name, _ in model.named_parameters()}
+
+
+def test_a_large_table_is_fitted_in_portions(tmp_path, checkpoint, quick, digest, monkeypatch):
+    """The same bytes, whatever the portions; the table is never in memory as a whole."""
+    from llava_fa.hub.shards import Entry
+    from llava_fa.solver import portions
+
+    llava_fa.compress(checkpoint, tmp_path / "whole", quick, embeddings=4)
+    before = preview(checkpoint, quick, 4).memory_bytes
+    read, most = Entry.read, []
+
+    def reading(entry):
+        most.append(entry.numel)
+        return read(entry)
+
+    with monkeypatch.context() as small:
+        small.setattr(portions, "PORTION", 64 * 48)
+        small.setattr(Entry, "read", reading)
+        llava_fa.compress(checkpoint, tmp_path / "portions", quick, embeddings=4)
+        assert preview(checkpoint, quick, 4).memory_bytes < before
+    found, whole = digest(tmp_path / "portions"), digest(tmp_path / "whole")
+    assert found.keys() == whole.keys()
+    assert {name for name in found if found[name] != whole[name]} <= {"config.json"}  # the last digit of an error
+    assert max(most) < 300 * 48 <= helpers.random_llava().get_input_embeddings().weight.numel()

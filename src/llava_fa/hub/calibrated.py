@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from llava_fa.hub.blocks import Call, Inputs, Unit, advance, capture, find_units, replay, running, segments, stages
 from llava_fa.hub.plan import PlannedLayer
 from llava_fa.hub.streaming import Job
+from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.packed import packed_weight
 from llava_fa.nn.factored_linear import layer_from_tensors
+from llava_fa.nn.fourier_embedding import write_rows
 from llava_fa.solver.statistics import Drift, SecondMoment
 
 _ROWS = 4096
@@ -179,4 +182,8 @@ def gather(
 
 def _use_part(job: Job, layer: PlannedLayer, module: nn.Module) -> None:
     """From here on the model computes with the compressed weight, exactly as it is stored."""
-    module.weight.copy_(layer_from_tensors(layer.layout, job.work.load(layer.name)).dequantize())
+    packed, weight = job.work.load(layer.name), module.weight
+    if layer.embedding and isinstance(layer.layout, Layout):
+        write_rows(packed_weight(layer.layout, packed), weight)
+    else:
+        weight.copy_(layer_from_tensors(layer.layout, packed).dequantize())

@@ -21,6 +21,7 @@ from llava_fa.hub.shards import FLOATS
 from llava_fa.hub.source import Source
 from llava_fa.kernels.layout import FactoredLayout, Layout, layout_of
 from llava_fa.nn.surgery import classify, tied_to
+from llava_fa.solver import portions
 
 _STUCK = "it is stored in one tensor with numbers that the model does not have"
 _MADE = "nothing of it is stored: the model's class needs it beside what is"
@@ -51,6 +52,11 @@ class PlannedLayer:
     def numel(self) -> int:
         """Number of weights."""
         return self.weight.numel
+
+    @property
+    def at_once(self) -> int:
+        """Of how many weights float32 copies are held while the layer is fitted without data."""
+        return min(self.numel, portions.PORTION) if portions.separable(self.config, None) else self.numel
 
     @property
     def packed_bytes(self) -> int:

@@ -142,9 +142,14 @@ def preview_of(model: nn.Module, folder: Path, config: FourierConfig, embeddings
         original_bytes=source.nbytes,
         compressed_bytes=_bytes(plan),
         staying=_staying(plan),
-        memory_bytes=_PROCESS + int(_SIZES * 4 * max(layer.numel for layer in plan.all_layers)),
+        memory_bytes=_PROCESS + max(map(_working_bytes, plan.all_layers)),
         seconds=sum(layer.numel / WEIGHTS_PER_SECOND[_codes(layer)] for layer in plan.all_layers),
     )
+
+
+def _working_bytes(layer: PlannedLayer) -> int:
+    """That fitting a layer takes: copies of what is at work, and, in portions, what is finished of it."""
+    return int(_SIZES * 4 * layer.at_once) + (layer.packed_bytes if layer.at_once < layer.numel else 0)
 
 
 def _entries(model: nn.Module, folder: Path) -> dict[str, Entry]:

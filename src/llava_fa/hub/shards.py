@@ -68,8 +68,13 @@ class Entry:
 
     def slice(self, index: int) -> Entry:
         """The element ``index`` along the first axis, which stays: an entry of its own, [1, …]."""
-        size = self.nbytes // self.shape[0]
-        return dataclasses.replace(self, shape=(1, *self.shape[1:]), start=self.start + index * size, nbytes=size)
+        return self.rows(index, index + 1)
+
+    def rows(self, start: int, end: int) -> Entry:
+        """Elements along the first axis from one to before another: an entry of its own."""
+        size, count = self.nbytes // self.shape[0], end - start
+        shape = (count, *self.shape[1:])
+        return dataclasses.replace(self, shape=shape, start=self.start + start * size, nbytes=count * size)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -209,7 +214,7 @@ class Item:
     def of(cls, name: str, tensor: torch.Tensor) -> Item:
         """A tensor in memory."""
         nbytes = tensor.numel() * tensor.element_size()
-        return cls(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), nbytes, lambda: [tensor_bytes(tensor)])
+        return cls(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), nbytes, lambda: tensor_chunks(tensor))
 
     @property
     def width(self) -> int:
@@ -219,8 +224,14 @@ class Item:
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor in C order."""
+    return b"".join(tensor_chunks(tensor))
+
+
+def tensor_chunks(tensor: torch.Tensor) -> Iterator[bytes]:
+    """The bytes of a tensor in C order, a few MB at a time."""
     flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    for part in flat.view(torch.uint8).split(CHUNK) if flat.numel() else ():
+        yield part.numpy().tobytes()
 
 
 def write_file(path: Path, items: Iterable[Item], metadata: Mapping[str, str] | None = None) -> None:

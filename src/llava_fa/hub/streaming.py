@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -17,9 +17,10 @@ from llava_fa.config import FourierConfig
 from llava_fa.errors import located
 from llava_fa.hub import ledger
 from llava_fa.hub.checkpoint import NAMES, ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest, names_digest
+from llava_fa.hub.conversion import Stored
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import Progress, ProgressCallback
-from llava_fa.hub.shards import Item, write_file, write_text
+from llava_fa.hub.shards import Entry, Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE, beside, read_object
 from llava_fa.hub.work_folder import Measurement, WorkFolder, disk_errors
 from llava_fa.maths import metrics
@@ -27,6 +28,7 @@ from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.approximate import approximate
 from llava_fa.solver.approximation import Approximation
 from llava_fa.solver.drift import corrected_weight
+from llava_fa.solver.portions import approximate_portions
 
 SHARD_BYTES = 4_000_000_000
 """Largest weight file written (as far as one tensor allows)."""
@@ -84,6 +86,14 @@ def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
     return layer.feed.read_second_moment(plan.arrangement.weights.get, layer.shape[1])
 
 
+def _reader(stored: Stored) -> Callable[[int, int], torch.Tensor]:
+    """Some rows of a stored matrix at a time; one that is computed from others is computed once, and held."""
+    if isinstance(stored, Entry):
+        return lambda start, end: stored.rows(start, end).read()
+    whole = stored.read()
+    return lambda start, end: whole[start:end]
+
+
 def approximated(
     layer: PlannedLayer,
     plan: Plan,
@@ -103,6 +113,9 @@ def approximated(
     with located(layer.name):
         if not measured and layer.config.calibration != "none":
             second_moment = norm_moment(layer, plan)
+        if layer.at_once < layer.numel and not measured:
+            result = approximate_portions(_reader(layer.weight), layer.shape, layer.config, second_moment)
+            return result, Measurement(result.weight_error, None, notes + result.notes)
         target = layer.weight.read()
         if drift is not None:
             target = corrected_weight(target, second_moment, drift)

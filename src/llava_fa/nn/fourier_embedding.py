@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from llava_fa.errors import FourierError
 from llava_fa.kernels import run
 from llava_fa.kernels.layout import Layout
+from llava_fa.kernels.packed import PackedWeight
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.own_forward import packed_as, plain_again
 from llava_fa.nn.surgery import replace_module
 
-_ROWS = 1 << 24
+_DECODED = 1 << 24
 """Weights of a table that are decoded at once, about."""
 
 
@@ -72,15 +73,9 @@ class FourierEmbedding(FourierLinear):
         return {**super()._answers(), nn.functional.embedding: self.look_up}
 
     def _dense(self) -> Tensor:
-        """All rows in the layer's dtype, a portion at a time: a table may be larger than all layers together."""
         weight = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.qweight.device)
-        for rows in self._portions():
-            weight[rows] = self.look_up(rows)
+        write_rows(self.packed_weight(), weight)
         return weight
-
-    def _portions(self) -> Iterator[Tensor]:
-        every = torch.arange(self.num_embeddings, device=self.qweight.device)
-        return iter(every.split(max(1, _ROWS // self.embedding_dim)))
 
     def to_embedding(self) -> nn.Embedding:
         """A plain embedding of the original's class with the dequantised weight, in the layer's dtype."""
@@ -89,6 +84,13 @@ class FourierEmbedding(FourierLinear):
         embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
         embedding.weight = nn.Parameter(self._dense())
         return embedding
+
+
+def write_rows(packed: PackedWeight, weight: Tensor) -> None:
+    """Decode W into a tensor [m, n], some rows at a time: a table may be larger than all layers together."""
+    every = torch.arange(packed.layout.out_features, device=packed.codes.device)
+    for ids in every.split(max(1, _DECODED // packed.layout.in_features)):
+        weight[int(ids[0]) : int(ids[-1]) + 1] = run.rows(ids, packed).to(weight.device, weight.dtype)
 
 
 class _OfItsClass(FourierEmbedding, nn.Embedding):  # type: ignore[misc]  # `weight` is no parameter

@@ -28,7 +28,7 @@ _FLOOR = 1e-4
 # the time.
 _BEAM_WIDTH = 4
 # Rows worked on at a time, and by the Viterbi search, which shares them out among threads.
-_ROWS, _TRELLIS_ROWS = 64, 512
+ROWS, _TRELLIS_ROWS = 64, 512
 # Alternation between factors and codes stops when it gains less than this share of the loss.
 _LEAST_GAIN = 2e-3
 
@@ -49,10 +49,20 @@ def input_scales(weight: Tensor, moment: Tensor | None) -> Tensor:
         moment: H_jj = E[x_j²] [n], for nearest codes; H [n, n], for feedback; None takes H = I, for nearest
             codes, which minimises the weight error.
     """
-    power = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for start in range(0, len(weight), _ROWS):
-        power += weight[start : start + _ROWS].square().sum(dim=0, dtype=torch.float64)
-    columns = _floored(power / len(weight)).log()
+    return scales_for(column_energy(weight) / len(weight), moment)
+
+
+def column_energy(weight: Tensor, before: Tensor | None = None) -> Tensor:
+    """Σ_i W_ij², float64 [n]; ``before`` is that of the rows in front of these, which are added one by one."""
+    energy = weight.new_zeros(weight.shape[1], dtype=torch.float64) if before is None else before.clone()
+    for start in range(0, len(weight), ROWS):
+        energy += weight[start : start + ROWS].square().sum(dim=0, dtype=torch.float64)
+    return energy
+
+
+def scales_for(power: Tensor, moment: Tensor | None) -> Tensor:
+    """`input_scales` of a weight with these mean powers of its columns, float64 [n]."""
+    columns = _floored(power).log()
     if moment is None:
         log = -columns / 4
     elif moment.ndim == 1:
@@ -212,7 +222,7 @@ class _Problem:
         row_scale = self.weight.new_empty(m)
         codes = torch.empty(m, size // 2, dtype=torch.int32, device=self.weight.device)
         rows = self.weight.new_empty(0 if self.moment is None else size, m)
-        step = _TRELLIS_ROWS if through and self.moment is None else _ROWS
+        step = _TRELLIS_ROWS if through and self.moment is None else ROWS
         for start in range(0, m, step):
             part = slice(start, start + step)
             target = self.target(stored, part)
