@@ -28,8 +28,8 @@ def test_it_is_its_dense_weight(layer):
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, dense.sum(0).expand_as(x), rtol=1e-5, atol=1e-6)
     assert torch.equal(layer.weight, layer.dequantize())
-    assert torch.equal(layer.to_linear().weight, layer.weight)
-    assert layer.to_linear().bias is layer.bias
+    assert torch.equal(layer.to_plain().weight, layer.weight)
+    assert layer.to_plain().bias is layer.bias
     assert layer(torch.zeros(0, 20)).shape == (0, 12)
 
 

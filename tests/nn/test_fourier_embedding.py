@@ -84,7 +84,7 @@ def test_dtype_follows_the_model():
 
 def test_back_to_a_plain_embedding():
     made = embedding_of(LAYOUTS[1])
-    plain = made.to_embedding()
+    plain = made.to_plain()
     assert isinstance(plain, nn.Embedding)
     torch.testing.assert_close(plain(torch.arange(37)), made(torch.arange(37)), rtol=1e-5, atol=1e-6)
 

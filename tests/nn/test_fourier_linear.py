@@ -49,7 +49,7 @@ def test_equals_its_dense_layer(config, dtype, shape):
     dense = nn.functional.linear(x, weight.to(dtype), linear.bias)
     exact = nn.functional.linear(x.double(), weight.double(), linear.bias.double())
     assert_as_accurate(layer(x), dense, exact, atol=2e-6)
-    torch.testing.assert_close(layer.to_linear()(x), dense)
+    torch.testing.assert_close(layer.to_plain()(x), dense)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.method}-{c.bits}-{c.rank}")
@@ -73,7 +73,7 @@ def test_any_leading_shape(layout, lead):
     x = torch.randn(*lead, layout.in_features)
     y = layer(x)
     assert y.shape == (*lead, layout.out_features)
-    torch.testing.assert_close(y, layer.to_linear()(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, layer.to_plain()(x), rtol=1e-5, atol=1e-5)
     assert layer(x.to(torch.bfloat16)).dtype == torch.bfloat16
     strided = torch.randn(*lead, 2 * layout.in_features)[..., ::2]
     torch.testing.assert_close(layer(strided), layer(strided.contiguous()))
@@ -107,7 +107,7 @@ def test_casts_leave_the_stored_tensors_alone(layout, cast):
     assert same_tensors(model[0], before)
     assert model[0].bias.dtype == model[0].dtype == cast(nn.Linear(1, 1)).weight.dtype
     assert torch.equal(model[0].dequantize(), before.dequantize())
-    assert model[0].to_linear().weight.dtype == model[0].dtype
+    assert model[0].to_plain().weight.dtype == model[0].dtype
 
 
 def test_a_layer_without_bias_follows_casts_too():
@@ -167,7 +167,7 @@ def test_repr_says_what_it_is():
 def test_trains_what_is_in_front(layout):
     torch.manual_seed(0)
     front, layer = nn.Linear(16, 32), make(layout)
-    dense = layer.to_linear()
+    dense = layer.to_plain()
     x = torch.randn(4, 16)
     layer(front(x)).square().sum().backward()
     ours = front.weight.grad.clone()

@@ -96,7 +96,7 @@ def test_they_do_to_packed_rows_what_they_did_to_rows(kind):
     plain.weight.data = packed.dequantize()
     ids = torch.tensor([[1, 99, 7], [7, 3, 0]])
     torch.testing.assert_close(packed(ids), plain(ids), rtol=1e-5, atol=1e-5)
-    again = packed.to_embedding()
+    again = packed.to_plain()
     assert type(again) is kind
     assert again.state_dict().keys() == module.state_dict().keys()
     torch.testing.assert_close(again(ids), plain(ids), rtol=1e-5, atol=1e-5)

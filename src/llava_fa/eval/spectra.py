@@ -72,7 +72,7 @@ class Originals:
                 remedy="Give the checkpoint that this model was compressed from",
                 where=str(self.source.folder),
             )
-        return stored.read().to(torch.float32)
+        return stored.read().to(torch.float32).flatten(1)
 
 
 def spectra(originals: Originals, folder: Path, name: str) -> Spectra:

@@ -144,7 +144,7 @@ def estimate(
         tell(layer.name)
         with located(layer.name):
             moment = None if config.calibration == "none" else norm_moment(layer, plan)
-            weight = layer.weight.read()
+            weight = layer.read()
             for variant in variants(layer, config, casp):
                 losses = [blind_sensitivity(weight, x, moment) for x in error_powers(weight, variant, moment)]
                 predictions[layer.name].append(Prediction(variant, *losses))

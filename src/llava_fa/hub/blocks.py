@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llava_fa.errors import FourierError
 from llava_fa.hub.plan import PlannedLayer
 from llava_fa.nn.experts import Experts
+from llava_fa.nn.patches import inputs_of, matrix_shape
 from llava_fa.solver.statistics import SecondMoment
 
 Inputs = Sequence[Mapping[str, Tensor]]
@@ -304,15 +305,15 @@ def _shown(unit: Unit, layers: Sequence[PlannedLayer], see: Callable[[PlannedLay
     """While it lasts ``see`` is shown the input of each of the layers."""
     by_name = {layer.name: layer for layer in layers}
     modules = {layer.name: unit.linear(layer) for layer in layers}
-    with hooked(modules, lambda name, _, args: see(by_name[name], args[0]), before=True):
+    with hooked(modules, lambda name, it, args: see(by_name[name], inputs_of(it, args[0])), before=True):
         yield
 
 
 @contextmanager
 def input_moments(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, SecondMoment]]:
     """While it lasts the second moments of these modules' inputs are added up, by name."""
-    moments = {name: SecondMoment(int(module.in_features), name=name) for name, module in modules.items()}
-    with hooked(modules, lambda name, _, args: moments[name].add(args[0]), before=True):
+    moments = {name: SecondMoment(matrix_shape(module.weight)[1], name=name) for name, module in modules.items()}
+    with hooked(modules, lambda name, it, args: moments[name].add(inputs_of(it, args[0])), before=True):
         yield moments
 
 

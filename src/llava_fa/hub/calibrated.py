@@ -186,4 +186,4 @@ def _use_part(job: Job, layer: PlannedLayer, module: nn.Module) -> None:
     if layer.embedding and isinstance(layer.layout, Layout):
         write_rows(packed_weight(layer.layout, packed), weight)
     else:
-        weight.copy_(layer_from_tensors(layer.layout, packed).dequantize())
+        weight.copy_(layer_from_tensors(layer.layout, packed).dequantize().view_as(weight))

@@ -26,6 +26,7 @@ from llava_fa.hub import dry_run, made_up
 from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.conversion import Stored
 from llava_fa.nn.experts import Experts
+from llava_fa.nn.patches import inputs_of
 from llava_fa.nn.surgery import tied_to
 
 _ROWS = 64
@@ -148,13 +149,13 @@ class _Watch:
         return hook
 
     def _read(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.calls += 1
             inputs = next(_floats(args, kwargs), None)
             feed = None
             if inputs is not None and inputs.dim() > 1:
                 with self._mode.paused():
-                    feed = self._marks.read(inputs)
+                    feed = self._marks.read(inputs_of(module, inputs))
             self.seen[name] = feed if self.seen.get(name, feed) == feed else None
 
         return hook

@@ -22,6 +22,7 @@ from llava_fa.errors import FourierError, located
 from llava_fa.hub import blocks
 from llava_fa.hub.calibrated import gather
 from llava_fa.hub.plan import PlannedLayer
+from llava_fa.nn.patches import inputs_of, outputs_of
 from llava_fa.solver.sensitivity import error_directions, error_powers
 
 SAMPLES = 32
@@ -61,14 +62,14 @@ def fisher(
     generator = torch.Generator().manual_seed(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def see(name: str, _: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def see(name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not output.requires_grad:  # a copy of the leaf: the model may work in place
             output = output.detach().requires_grad_().clone()
-        x = args[0].detach().reshape(-1, args[0].shape[-1])
+        x = inputs_of(module, args[0].detach()).flatten(0, -2)
         projected = x.float() @ directions[name].to(x.device)
 
         def add(gradient: Tensor) -> None:
-            part = gradient.float().reshape(-1, gradient.shape[-1]).T @ projected
+            part = outputs_of(module, gradient.float()).flatten(0, -2).T @ projected
             sums[name] = sums[name] + part if name in sums else part
 
         output.register_hook(add)
@@ -124,7 +125,7 @@ def output_powers(
                     for layer in group if statistics is not None else ():
                         tell(layer.name)
                         with located(layer.name):
-                            weight = layer.weight.read()
+                            weight = layer.read()
                             of, moment = configs[layer.name], statistics.moment
                             if layer is group[0]:  # the others of the group have the same inputs
                                 sketch = error_directions(weight, of[0], moment, SKETCH)

@@ -13,12 +13,14 @@ from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError
 from llava_fa.hub.arrangement import Arrangement, arrange
 from llava_fa.hub.conversion import Stored
+from llava_fa.hub.exchange import exchange
 from llava_fa.hub.feeds import Feed, observe
 from llava_fa.hub.shards import read_entries
 from llava_fa.nn.experts import Experts, Stack, is_fused_experts, stacks, unfuse
 from llava_fa.nn.factored_linear import layer_from_approximation
 from llava_fa.nn.packed_linear import PackedLinear
-from llava_fa.nn.surgery import classify, replace_module
+from llava_fa.nn.patches import Patches
+from llava_fa.nn.surgery import classify
 from llava_fa.solver.approximate import approximate
 
 
@@ -80,7 +82,11 @@ class Loading:
         stack = self._stacks.get(parameter)
         if stack is None:
             name = parameter.removesuffix(".weight")
-            exchange(model, name, self._layer(name, value, model.get_submodule(name).bias))
+            module = model.get_submodule(name)
+            layer = self._layer(name, value.flatten(1), module.bias)
+            if (patches := Patches.of(module)) is not None:
+                layer.convolve(patches)
+            exchange(model, name, layer)
             return
         made: list[nn.Module] = []
         for part, one in zip(stack.parts, value, strict=True):
@@ -165,23 +171,6 @@ def check_complete(model: nn.Module, arrangement: Arrangement, files: list[Path]
     """
     if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
         arrangement.check(str(files[0].parent))
-
-
-def exchange(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace a module; keep transformers from initialising it anew through its parent.
-
-    Some parents initialise ``self.q_proj.weight`` themselves. A parent without tensors of its own needs no
-    initialisation: its children are visited one by one.
-    """
-    replace_module(model, name, module)
-    keep_parent(model, name)
-
-
-def keep_parent(model: nn.Module, name: str) -> None:
-    """The second half of `exchange`."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if not parent._parameters and not parent._buffers:
-        parent._is_hf_initialized = True
 
 
 def _plain(weight: Tensor) -> nn.Linear:

@@ -22,6 +22,7 @@ from llava_fa.errors import FourierError
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.fourier_embedding import FourierEmbedding, Tied, TiedEmbedding, TiedHead
 from llava_fa.nn.packed_linear import PackedLinear
+from llava_fa.nn.patches import Patches
 
 _INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Beginnings of A and B that leave the weight below them as it is."""
@@ -105,10 +106,9 @@ def prepare(tuner: BaseTuner, config: PeftConfig, model: nn.Module) -> None:
     if found:
         _check_kind(config, found[0])
     for name in found:
-        if isinstance(layers[name], _TABLES):
-            raise FourierError(
-                "a packed word embedding takes no adapter", remedy="Leave it out of target_modules", where=name
-            )
+        if isinstance(layers[name], _TABLES) or Patches.of(layers[name]):
+            kind = "word embedding" if isinstance(layers[name], _TABLES) else "convolution"
+            raise FourierError(f"a packed {kind} takes no adapter", remedy="Leave it out of target_modules", where=name)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -123,7 +123,7 @@ def _all_linear(config: Any, model: nn.Module, layers: dict[str, nn.Module]) -> 
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
     own = {name for name, layer in layers.items() if isinstance(layer, PackedLinear) and layer is not head}
-    own -= {name for name, layer in layers.items() if isinstance(layer, _TABLES)}
+    own -= {name for name, layer in layers.items() if isinstance(layer, _TABLES) or Patches.of(layer)}
     dense: set[str] = set(_maybe_include_all_linear_layers(config, model).target_modules)
     return dense | own
 

@@ -20,6 +20,7 @@ from llava_fa.hub.report import Skipped
 from llava_fa.hub.shards import FLOATS
 from llava_fa.hub.source import Source
 from llava_fa.kernels.layout import FactoredLayout, Layout, layout_of
+from llava_fa.nn.patches import matrix_shape
 from llava_fa.nn.surgery import classify, tied_to
 from llava_fa.solver import portions
 
@@ -52,6 +53,10 @@ class PlannedLayer:
     def numel(self) -> int:
         """Number of weights."""
         return self.weight.numel
+
+    def read(self) -> torch.Tensor:
+        """The weight as a matrix [m, n], in the checkpoint's dtype."""
+        return self.weight.read().reshape(self.shape)
 
     @property
     def at_once(self) -> int:
@@ -220,7 +225,7 @@ def _same(one: Stored, other: Stored) -> bool:
 
 
 def _planned(model: nn.Module, name: str, entry: Stored, config: FourierConfig, feed: Feed | None) -> PlannedLayer:
-    m, n = model.get_submodule(name).weight.shape  # type: ignore[union-attr]
+    m, n = matrix_shape(model.get_submodule(name).weight)  # type: ignore[arg-type]
     if entry.dtype not in FLOATS:
         raise FourierError(
             f"its weight is {entry.dtype}",

@@ -158,7 +158,7 @@ def _original(model: nn.Module, layers: Sequence[PlannedLayer]) -> Iterator[None
     """Inside, these layers have the weights of the checkpoint."""
     weights = _weights(model, layers)
     compressed = [weight.clone() for weight in weights]
-    _set(weights, (layer.weight.read() for layer in layers))
+    _set(weights, (layer.read() for layer in layers))
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,14 +29,13 @@ from llava_fa.hub.checkpoint import (
     is_codebook,
     validate,
 )
-from llava_fa.hub.on_load import Compress, Loading, check_complete, exchange, keep_parent
-from llava_fa.kernels.layout import Layout
+from llava_fa.hub.exchange import empty_for, exchange, find, keep_parent, tie_all
+from llava_fa.hub.on_load import Compress, Loading, check_complete
 from llava_fa.nn.codebooks import MODULE, attach, share_codebooks
 from llava_fa.nn.experts import fuse, unfuse, within
-from llava_fa.nn.factored_linear import empty_layer, packed_layers
-from llava_fa.nn.fourier_embedding import FourierEmbedding, packed_embedding, tie, untie
-from llava_fa.nn.packed_linear import Codebooks, PackedLinear
-from llava_fa.nn.surgery import tied_to
+from llava_fa.nn.factored_linear import packed_layers
+from llava_fa.nn.fourier_embedding import untie
+from llava_fa.nn.packed_linear import Codebooks
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -133,7 +132,7 @@ class FourierHfQuantizer(HfQuantizer):
     def _expect_layers(self, model: nn.Module, files: list[Path]) -> None:
         for name in unfuse(model, lambda name: any(within(layer, name) for layer in self.metadata.layers)):
             keep_parent(model, name)
-        places = {name: _find(model, name) for name in self.metadata.layers}
+        places = {name: find(model, name) for name in self.metadata.layers}
         if files:
             entries = validate(files, self.metadata)
             self._validated = True
@@ -144,12 +143,12 @@ class FourierHfQuantizer(HfQuantizer):
         books: dict[str, int] = {}
         for name, record in self.metadata.layers.items():
             here = places[name]
-            exchange(model, here, _empty(model.get_submodule(here), name, record))
+            exchange(model, here, empty_for(model.get_submodule(here), name, record))
             for prefix, part in record.layout.parts().items():
                 self._stored[f"{here}.{prefix}".rstrip(".")] = frozenset(part.tensors())
                 if part.method == "best":
                     books[part.codebook] = part.points
-        _tie(model)
+        tie_all(model)
         self._stored[MODULE] = frozenset(books)
         if books:
             attach(model, Codebooks(books, device="meta"))
@@ -197,13 +196,10 @@ class FourierHfQuantizer(HfQuantizer):
         for name, layer in layers:  # before the first is exchanged
             if layer.qweight.is_meta:
                 raise FourierError("it is offloaded", remedy="Load the model without offloading", where=name)
-        plain: dict[FourierEmbedding, nn.Embedding] = {}
+        plain = {}
         for name, layer in layers:
-            layer.to(dtype)
-            if isinstance(layer, FourierEmbedding):
-                exchange(model, name, plain.setdefault(layer, layer.to_embedding()))
-            else:
-                exchange(model, name, layer.to_linear())
+            plain[layer] = layer.to(dtype).to_plain()
+            exchange(model, name, plain[layer])
         untie(model, plain)
         fuse(model)
         if hasattr(model, MODULE):
@@ -245,52 +241,9 @@ def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = Non
     model._weight_conversions = []  # the format's names are the module names
 
 
-def _empty(module: nn.Module, name: str, record: LayerRecord) -> PackedLinear:
-    """The packed module, on meta, that takes the place of this plain one."""
-    weight, layout = getattr(module, "weight", None), record.layout
-    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-    kind = nn.Embedding if record.embedding else nn.Linear
-    if shape != (layout.out_features, layout.in_features) or not isinstance(module, kind):
-        raise FourierError(
-            f"config.json has a layer of {layout.out_features}×{layout.in_features}, the model "
-            f"{type(module).__name__} {'×'.join(map(str, shape))}",
-            remedy="Copy the folder again; config.json does not belong to these weights",
-            where=name,
-        )
-    if isinstance(module, nn.Embedding) and isinstance(layout, Layout):
-        table = FourierEmbedding(layout, dtype=module.weight.dtype, device="meta")
-        empty: PackedLinear = packed_embedding(module, table)
-    else:
-        empty = empty_layer(layout, bias=module.bias is not None, dtype=module.weight.dtype, device="meta")
-    empty.weight_error, empty.output_error = record.weight_error, record.output_error
-    return empty
-
-
-def _tie(model: nn.Module) -> None:
-    """Give embeddings and output embeddings that are tied to a packed one its tensors."""
-    words = [(name, module) for name, module in model.named_modules() if isinstance(module, FourierEmbedding)]
-    for name, embedding in words:
-        for key in tied_to(model, name):
-            tie(model, key.removesuffix(".weight"), embedding)
-
-
-def _find(model: nn.Module, name: str) -> str:
-    """The name a layer of the checkpoint has in this model, which may be its base model, or contain it."""
-    modules = {name for name, _ in model.named_modules()}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in modules:
-            return candidate
-    raise FourierError(
-        f"config.json lists this layer, but {type(model).__name__} has no such module",
-        remedy="Load it with the class named in config.json's architectures",
-        where=name,
-    )
-
-
 def _renamed(metadata: Metadata, model: nn.Module) -> Metadata:
     """The metadata under the names of this model, which may be the base of the one that was saved, or contain it."""
-    layers = {_find(model, name): record for name, record in metadata.layers.items()}
+    layers = {find(model, name): record for name, record in metadata.layers.items()}
     if list(layers) == list(metadata.layers):
         return metadata
     prefix = f"{model.base_model_prefix}."

@@ -17,7 +17,6 @@ from llava_fa.config import FourierConfig
 from llava_fa.errors import located
 from llava_fa.hub import ledger
 from llava_fa.hub.checkpoint import NAMES, ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest, names_digest
-from llava_fa.hub.conversion import Stored
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import Progress, ProgressCallback
 from llava_fa.hub.shards import Entry, Item, write_file, write_text
@@ -86,11 +85,12 @@ def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
     return layer.feed.read_second_moment(plan.arrangement.weights.get, layer.shape[1])
 
 
-def _reader(stored: Stored) -> Callable[[int, int], torch.Tensor]:
-    """Some rows of a stored matrix at a time; one that is computed from others is computed once, and held."""
+def _reader(layer: PlannedLayer) -> Callable[[int, int], torch.Tensor]:
+    """Some rows of a weight at a time; one that is computed from others is computed once, and held."""
+    stored = layer.weight
     if isinstance(stored, Entry):
-        return lambda start, end: stored.rows(start, end).read()
-    whole = stored.read()
+        return lambda start, end: stored.rows(start, end).read().flatten(1)
+    whole = layer.read()
     return lambda start, end: whole[start:end]
 
 
@@ -114,16 +114,16 @@ def approximated(
         if not measured and layer.config.calibration != "none":
             second_moment = norm_moment(layer, plan)
         if layer.at_once < layer.numel and not measured:
-            result = approximate_portions(_reader(layer.weight), layer.shape, layer.config, second_moment)
+            result = approximate_portions(_reader(layer), layer.shape, layer.config, second_moment)
             return result, Measurement(result.weight_error, None, notes + result.notes)
-        target = layer.weight.read()
+        target = layer.read()
         if drift is not None:
             target = corrected_weight(target, second_moment, drift)
         result = approximate(target, layer.config, second_moment)
         del target
         error = result.weight_error
         if drift is not None:  # read again rather than kept: memory is counted in copies of it
-            error = metrics.weight_error(layer.weight.read(), result.dequantize())
+            error = metrics.weight_error(layer.read(), result.dequantize())
     return result, Measurement(error, result.output_error if measured else None, notes + result.notes)
 
 

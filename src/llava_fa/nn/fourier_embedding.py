@@ -77,7 +77,7 @@ class FourierEmbedding(FourierLinear):
         write_rows(self.packed_weight(), weight)
         return weight
 
-    def to_embedding(self) -> nn.Embedding:
+    def to_plain(self) -> nn.Embedding:
         """A plain embedding of the original's class with the dequantised weight, in the layer's dtype."""
         if isinstance(self, nn.Embedding):
             return plain_again(self, self._dense())  # type: ignore[return-value]

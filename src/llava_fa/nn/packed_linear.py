@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llava_fa.kernels.layout import FactoredLayout, Layout, bits_per_weight
 from llava_fa.kernels.run import dequantize
 from llava_fa.nn.decoded_weight import DecodedWeight
+from llava_fa.nn.patches import Patches
 
 
 class Stored(nn.Module):
@@ -91,6 +92,8 @@ class PackedLinear(Stored):
 
     layout: Layout | FactoredLayout
     bias: nn.Parameter | None
+    patches: Patches | None = None
+    """Of a layer that stands for a convolution: x is [batch, channels, …], and so is what comes of it."""
 
     def __init__(
         self,
@@ -129,38 +132,50 @@ class PackedLinear(Stored):
         Numbers are decoded when they are needed, and `torch.nn.functional.linear` needs none.
         """
         if torch.compiler.is_compiling():  # then what is not used costs nothing
-            return self.dequantize().to(self.dtype)
-        shape = (self.out_features, self.in_features)
-        weight = DecodedWeight(self._dense, shape, self.dtype, self.qweight.device, self._answers())
+            return self.dequantize().to(self.dtype).view(self._shape())
+        weight = DecodedWeight(self._dense, self._shape(), self.dtype, self.qweight.device, self._answers())
         weight._is_hf_initialized = True  # transformers' init functions then pass it by
         return weight
 
+    def _shape(self) -> tuple[int, ...]:
+        outputs = self.out_features
+        return (outputs, self.in_features) if self.patches is None else self.patches.shape(outputs)
+
     def _dense(self) -> Tensor:
-        return self.dequantize().to(self.dtype)
+        return self.dequantize().to(self.dtype).view(self._shape())
 
     def _answers(self) -> dict[Any, Callable[..., Tensor]]:
         """What can be had of the weight without decoding it (see `DecodedWeight`)."""
-        return {nn.functional.linear: self.multiply}
+        return {nn.functional.linear: self.multiply} if self.patches is None else {}
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """W x + bias, with any bias: [..., n] → [..., m]."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """W x + bias: [..., n] → [..., m]."""
-        return self.multiply(x, self.bias)
+        """W x + bias: [..., n] → [..., m]; of a convolution [batch, channels, …] → [batch, m, …]."""
+        if self.patches is None:
+            return self.multiply(x, self.bias)
+        return self.patches.convolve(x, lambda patches: self.multiply(patches, self.bias))
+
+    def convolve(self, patches: Patches) -> None:
+        """From now on stand for the convolution that cuts its input into these."""
+        self.patches = patches
+        vars(self).update(patches.facts(self.out_features))
 
     @property
     def qweight(self) -> Tensor:
         """Some packed tensor: libraries look here before at `weight` for where a layer lies, and nothing is decoded."""
         return next(self.buffers())
 
-    def to_linear(self) -> nn.Linear:
-        """A plain `torch.nn.Linear` with the dequantised weight, in the layer's dtype; it shares the bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dequantize().to(self.dtype))
-        linear.bias = self.bias
-        return linear
+    def to_plain(self) -> Any:
+        """A plain `torch.nn.Linear`, or convolution, with the dequantised weight, in the layer's dtype; it shares the
+        bias."""
+        plain: Any = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        if self.patches is not None:
+            plain = self.patches.plain(self.out_features)
+        plain.weight, plain.bias = nn.Parameter(self._dense()), self.bias
+        return plain
 
     @property
     def bits_per_weight(self) -> float:

@@ -6,16 +6,21 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
 from llava_fa.nn.factored_linear import FactoredLinear
 from llava_fa.nn.own_forward import only_looks_up
 from llava_fa.nn.packed_linear import PackedLinear
+from llava_fa.nn.patches import Patches, matrix_shape
 
 SMALLEST_SIDE = 16
 """Layers with fewer rows or columns stay as they are: scales alone would cost a bit a weight per side."""
+
+SMALLEST_CONVOLUTION = 1 << 20
+"""Convolutions of patches with fewer weights stay as they are: at 4 bits they would save 1.5 MB, whatever the model."""
 
 SMALLEST_SHARE = 0.01
 """Of the model's parameters: smaller tables that are not of its words (positions, mostly) stay as they are."""
@@ -26,7 +31,7 @@ class Classified:
     """What becomes of every module with weights.
 
     Attributes:
-        layers: names of the linear modules to compress, in the model's order.
+        layers: names of the linear layers, and convolutions of patches, to compress, in the model's order.
         not_compressed: name of a module (or of a parameter its module owns) → reason.
         embeddings: names of the embeddings, and of output embeddings of their own, where they are to be compressed.
     """
@@ -42,7 +47,8 @@ def classify(
     """Decide for every module of a model (on any device, meta included) whether it is compressed.
 
     Compressed is every plain `torch.nn.Linear` with both sides ≥ `SMALLEST_SIDE`, whatever part of the model
-    it is in, unless it is the output embedding or patterns say otherwise.
+    it is in, unless it is the output embedding or patterns say otherwise; and every large convolution that is a linear
+    layer on patches (`nn.patches`).
 
     Args:
         skip, only: patterns, see `resolve`; ``only`` is about linear layers.
@@ -60,7 +66,7 @@ def classify(
     rest: dict[str, str] = {}
     parents = dict(model.named_modules())
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or (Patches.of(module) and not isinstance(module, PackedLinear)):
             inside = parents[name.rpartition(".")[0]] if name else None
             reason = _why_not(name, module, inside, head, tied)
             if reason is None and name in skipped:
@@ -139,11 +145,11 @@ def _rules(model: nn.Module) -> dict[str, str]:
     return rules if isinstance(rules, dict) else {}
 
 
-def _why_not(
-    name: str, module: nn.Linear, parent: nn.Module | None, head: nn.Module | None, tied: set[str]
-) -> str | None:
+def _why_not(name: str, module: Any, parent: nn.Module | None, head: nn.Module | None, tied: set[str]) -> str | None:
     if f"{name}.weight" in tied:
         return "output embedding, tied to the input embedding" if module is head else "tied to another weight"
+    if not isinstance(module, nn.Linear):
+        return _why_not_patches(module.weight)
     if module is head or name.rpartition(".")[2] == "lm_head":
         return "output embedding"
     if isinstance(parent, nn.MultiheadAttention):
@@ -153,6 +159,13 @@ def _why_not(
     if min(module.out_features, module.in_features) < SMALLEST_SIDE:
         return f"too small: {module.out_features}×{module.in_features}, one side is under {SMALLEST_SIDE}"
     return None
+
+
+def _why_not_patches(weight: Tensor) -> str | None:
+    if weight.numel() < SMALLEST_CONVOLUTION:
+        return f"convolution, one of fewer than {SMALLEST_CONVOLUTION:,} weights"
+    m, n = matrix_shape(weight)
+    return None if min(m, n) >= SMALLEST_SIDE else f"too small: {m}×{n}, one side is under {SMALLEST_SIDE}"
 
 
 def _other(name: str, module: nn.Module) -> dict[str, str]:

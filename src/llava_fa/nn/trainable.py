@@ -57,6 +57,8 @@ class TrainableLinear(FourierLinear):
         if layout.method == "best":
             self.input_gain = nn.Parameter(torch.zeros(self.in_features, device=outer.device))
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(torch.float32))
+        if layer.patches is not None:
+            self.convolve(layer.patches)
         self.train(layer.training)
 
     def _scales(self) -> dict[str, Tensor]:
@@ -92,6 +94,8 @@ class TrainableLinear(FourierLinear):
         layer = FourierLinear.from_tensors(self.layout, self.packed(), bias, self.dtype)
         if self.books is not None:
             layer.share(self.books)
+        if self.patches is not None:
+            layer.convolve(self.patches)
         return layer.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableLinear:

@@ -99,7 +99,7 @@ def original_weight(original: nn.Module, name: str, layer: FourierLinear) -> Ten
         FourierError: the original has no such layer, or of another shape.
     """
     try:
-        weight = original.get_submodule(name).weight.detach()
+        weight = original.get_submodule(name).weight.detach().flatten(1)
     except AttributeError:
         weight = None
     shape = (layer.out_features, layer.in_features)
