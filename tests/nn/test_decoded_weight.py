@@ -9,7 +9,8 @@ import torch
 from packed_layers import best, random_tensors
 from torch.nn import functional as F  # noqa: N812  its name everywhere
 
-from llava_fa.nn.decoded_weight import DecodedWeight
+from llava_fa.nn.decoded_weight import DecodedWeight, rows_asked
+from llava_fa.nn.fourier_embedding import FourierEmbedding
 from llava_fa.nn.fourier_linear import FourierLinear
 
 VALUES = torch.arange(12.0).view(3, 4)
@@ -72,3 +73,27 @@ def test_a_layer_multiplies_packed(monkeypatch):
     torch.testing.assert_close(F.linear(x, weight, bias), F.linear(x, dense, bias), rtol=0.03, atol=0.3)
     with pytest.raises(TypeError):
         weight.sum()
+
+
+def test_an_embedding_gives_rows_alone(monkeypatch):
+    layout = best(40, 32, 4)
+    table = FourierEmbedding(layout)
+    for name, tensor in random_tensors(layout).items():
+        setattr(table, name, tensor)
+    dense, weight = table.weight + 0, table.weight
+    monkeypatch.setattr(FourierEmbedding, "_dense", None)
+    ids = torch.tensor([[3, 39], [0, -1]])
+    for index in (7, -1, (5, slice(None)), ids, (ids[0],)):
+        assert torch.equal(weight[index], dense[index])
+    assert torch.equal(F.embedding(ids[0], weight, 3), dense[ids[0]])
+    for bad in (40, torch.tensor([41])):
+        with pytest.raises(IndexError):
+            weight[bad]
+
+
+@pytest.mark.parametrize("index", [slice(1, 3), (0, 1), (slice(None), 0), None, torch.tensor([True, False, True]), ...])
+def test_what_asks_for_no_rows(index):
+    answers = {torch.Tensor.__getitem__: lambda index: NotImplemented if rows_asked(index, 3) is None else 1 / 0}
+    weight, calls = counted(answers)
+    assert torch.equal(weight[index], VALUES[index])
+    assert calls == [1]

@@ -77,14 +77,20 @@ def test_which_need_rows_alone(device):
     with torch.device(device):
         made = {kind: kind(100, 48) for kind in (nn.Embedding, Scaled, Marked, Direct, Reading, Sliced, Greedy)}
         renormed = nn.Embedding(100, 48, max_norm=1.0)
-    assert [kind for kind, module in made.items() if only_looks_up(module)] == [nn.Embedding, Scaled, Marked, Direct]
+    assert [kind for kind, module in made.items() if only_looks_up(module)] == [
+        nn.Embedding,
+        Scaled,
+        Marked,
+        Direct,
+        Sliced,
+    ]
     assert not only_looks_up(renormed)
     for kind, module in made.items():
         assert type(module) is kind
         assert module.weight.shape == (100, 48)
 
 
-@pytest.mark.parametrize("kind", [Scaled, Marked, Direct])
+@pytest.mark.parametrize("kind", [Scaled, Marked, Direct, Sliced])
 def test_they_do_to_packed_rows_what_they_did_to_rows(kind):
     module = original(kind)
     packed = packed_of(module)

@@ -24,8 +24,8 @@ class DecodedWeight(Tensor):
 
     Args:
         decode: gives the tensor itself; called once at most.
-        answers: function of torch → what gives its result without the numbers, called with all of its arguments but
-            this one, which is the second: `torch.nn.functional.linear`, `torch.nn.functional.embedding`.
+        answers: function of torch that this is the first or second argument of → what gives its result without the
+            numbers, called with all arguments but this one; NotImplemented where it cannot.
 
     Whatever comes of an operation on it is a plain tensor. Changing it in place changes nothing that is stored.
     """
@@ -37,7 +37,7 @@ class DecodedWeight(Tensor):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        answers: Mapping[Any, Callable[..., Tensor]] | None = None,
+        answers: Mapping[Any, Callable[..., Any]] | None = None,
     ) -> DecodedWeight:
         """Room for the facts alone."""
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
@@ -46,7 +46,7 @@ class DecodedWeight(Tensor):
 
     _decode: Callable[[], Tensor]
     _decoded: Tensor | None
-    _answers: Mapping[Any, Callable[..., Tensor]]
+    _answers: Mapping[Any, Callable[..., Any]]
 
     def decoded(self) -> Tensor:
         """The tensor itself."""
@@ -61,8 +61,11 @@ class DecodedWeight(Tensor):
         if func in _TOLD:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if len(args) > 1 and isinstance(args[1], cls) and func in args[1]._answers:
-            return args[1]._answers[func](args[0], *args[2:], **kwargs)
+        for place, one in enumerate(args[:2]):
+            if isinstance(one, cls) and func in one._answers:
+                found = one._answers[func](*args[:place], *args[place + 1 :], **kwargs)
+                if found is not NotImplemented:
+                    return found
         return func(*_plain(args), **_plain(kwargs))
 
     @classmethod
@@ -73,3 +76,14 @@ class DecodedWeight(Tensor):
 
 def _plain(value: Any) -> Any:
     return tree_map_only(DecodedWeight, DecodedWeight.decoded, value)
+
+
+def rows_asked(index: Any, count: int) -> Tensor | None:
+    """The rows that ``weight[index]`` asks for of ``count``, int64 [...], None where it asks for something else."""
+    if isinstance(index, tuple) and index and all(isinstance(one, slice) and one == slice(None) for one in index[1:]):
+        index = index[0]
+    if type(index) is int:
+        index = torch.tensor(index)
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype in (torch.bool, torch.uint8):
+        return None
+    return torch.where(index < 0, index + count, index)

@@ -12,6 +12,7 @@ from llava_fa.errors import FourierError
 from llava_fa.kernels import run
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import PackedWeight
+from llava_fa.nn.decoded_weight import rows_asked
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.own_forward import packed_as, plain_again
 from llava_fa.nn.surgery import replace_module
@@ -69,8 +70,13 @@ class FourierEmbedding(FourierLinear):
             hook.post_forward(self, ())
         return y
 
-    def _answers(self) -> dict[Any, Callable[..., Tensor]]:
-        return {**super()._answers(), nn.functional.embedding: self.look_up}
+    def _answers(self) -> dict[Any, Callable[..., Any]]:
+        return {**super()._answers(), nn.functional.embedding: self.look_up, Tensor.__getitem__: self._some}
+
+    def _some(self, index: Any) -> Any:
+        """``weight[index]``, where that asks for rows: Gemma 4 reads one at every step."""
+        rows = rows_asked(index, self.num_embeddings)
+        return NotImplemented if rows is None else self.look_up(rows.to(self.codes.device))
 
     def _dense(self) -> Tensor:
         weight = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.qweight.device)

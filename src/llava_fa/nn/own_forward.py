@@ -1,6 +1,6 @@
 """Modules of a class with a forward of its own around torch's: a scale behind a look-up, a norm, another table.
 
-Such a class calls ``super().forward``, or torch's function on ``self.weight``. Its packed module is of that very class,
+Such a class calls ``super().forward``, or takes rows of ``self.weight``. Its packed module is of that very class,
 with all that the original had but the weight; a packed layer stands between the class and torch's (`packed_as`). So
 whatever the class does to what torch's forward gives, it does to what the packed layer gives, and code that asks for
 the class finds it.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  its name everywhere
 
 from llava_fa.errors import FourierError
-from llava_fa.nn.decoded_weight import DecodedWeight
+from llava_fa.nn.decoded_weight import DecodedWeight, rows_asked
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -84,11 +84,18 @@ class _Trial(nn.Embedding):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Its facts."""
-        shape, answers = (self.num_embeddings, self.embedding_dim), {F.embedding: self._answer}
+        shape, answers = (
+            (self.num_embeddings, self.embedding_dim),
+            {F.embedding: self._rows, Tensor.__getitem__: self._some},
+        )
         return DecodedWeight(_refuse, shape, torch.float32, torch.device("cpu"), answers)
 
-    def _answer(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+    def _rows(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
         return _Trial.forward(self, ids)
+
+    def _some(self, index: Any) -> Any:
+        rows = rows_asked(index, self.num_embeddings)
+        return NotImplemented if rows is None else _Trial.forward(self, rows)
 
 
 def _refuse() -> Tensor:

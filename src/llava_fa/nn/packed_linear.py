@@ -144,7 +144,7 @@ class PackedLinear(Stored):
     def _dense(self) -> Tensor:
         return self.dequantize().to(self.dtype).view(self._shape())
 
-    def _answers(self) -> dict[Any, Callable[..., Tensor]]:
+    def _answers(self) -> dict[Any, Callable[..., Any]]:
         """What can be had of the weight without decoding it (see `DecodedWeight`)."""
         return {nn.functional.linear: self.multiply} if self.patches is None else {}
 
