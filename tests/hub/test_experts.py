@@ -356,7 +356,7 @@ def test_modules_of_their_own_keep_their_forward(make):
         replace_module(module, name, FourierLinear.from_linear(linear, FourierConfig(bits=4)))
     assert module(x, index, weights).sub(expected).norm() < 0.3 * expected.norm()
     for name, layer in packed_layers(module):
-        replace_module(module, name, layer.to_linear())
+        replace_module(module, name, layer.to_plain())
     fuse(model)
     after = model["experts"].state_dict()
     assert after.keys() == state.keys()
