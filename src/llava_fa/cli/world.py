@@ -49,28 +49,37 @@ def train(
     vision_steps: Annotated[int, options.count("Steps of dense supervision of the vision tower.")] = 1200,
     steps: Annotated[int, options.count("Steps on questions; raise it to continue a finished run.")] = 8000,
     cooldown: Annotated[int, options.count("How many of the last steps lower the rate.")] = 1500,
-    start: Annotated[str, typer.Option(help="With --visual-tokens: the model to go on from.")] = "tiny",
+    start: Annotated[str, typer.Option(help="With --visual-tokens or --experts: the model to go on from.")] = "tiny",
     visual_tokens: Annotated[
         str | None,
         typer.Option(help="Teach a trained model to answer from any number of tokens: fmvr or pooling."),
+    ] = None,
+    experts: Annotated[
+        int | None, options.whole(2, 256, "Turn a trained model into a mixture of so many experts, an even number.")
     ] = None,
     device: options.Device = "auto",
     workers: Annotated[int, options.whole(0, MOST_PROCESSES, "Processes that draw pictures.")] = 1,
     seed: Annotated[int, options.seed("Of weights and pictures.")] = 1,
     json_output: options.Json = False,
 ) -> None:
-    """Train the tiny LMM from nothing, the recipe behind the embedded model; or go on to elastic visual tokens."""
+    """Train the tiny LMM from nothing, the recipe behind the embedded model; or teach a trained one more."""
     known = visual_tokens in (None, "fmvr", "pooling")
     options.refuse(not known, f"{visual_tokens!r} is not one of fmvr, pooling", "--visual-tokens")
+    options.refuse(
+        None not in (visual_tokens, experts), "visual tokens and experts are learnt one after the other", "--experts"
+    )
     import torch
 
     from llava_fa.world.elastic import elastic_recipe
+    from llava_fa.world.mixture import mixture_recipe
     from llava_fa.world.recipe import Recipe
     from llava_fa.world.training import log_to
     from llava_fa.world.training import train as run
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if visual_tokens is None:
+    if experts is not None:
+        recipe = mixture_recipe(experts, steps, start=start, seed=seed)
+    elif visual_tokens is None:
         recipe = Recipe(vision_steps=vision_steps, language_steps=steps, cooldown_steps=cooldown, seed=seed)
     else:
         recipe = elastic_recipe(visual_tokens, steps, start=start, seed=seed)

@@ -41,6 +41,9 @@ GAIN_SCALE = 0.1
 """FMVR's gains, to which the loss is far more sensitive, learn so much slower than other parameters: at 1 to 5 they
 wander, and the model is worse with them than without (docs/results.md)."""
 
+NOT_HIDDEN = ("embed", ".mlp.gate.", "shared_expert_gate")
+"""Parts of the names of matrices that AdamW trains as well: embeddings, and the routers of a mixture."""
+
 
 class Learner:
     """Model, optimisers and the losses of one step."""
@@ -69,7 +72,7 @@ class Learner:
         for name, parameter in self.model.named_parameters():
             if FIELD in name and parameter.ndim == 1:
                 gains.append(parameter)
-            elif parameter.ndim != 2 or "embed" in name:
+            elif parameter.ndim < 2 or any(part in name for part in NOT_HIDDEN):
                 rest.append(parameter)
             else:
                 (vision if "vision_tower" in name else matrices).append(parameter)

@@ -18,7 +18,7 @@ class Muon(torch.optim.Optimizer):
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
 
     Args:
-        params: matrices only, or groups of them.
+        params: matrices or stacks [..., m, n] of them only, or groups of such.
         lr: learning rate of the orthogonalised update.
         momentum: of the Nesterov momentum.
         weight_decay: decoupled.
@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
-            for (rows, columns), parameters in by_shape.items():
+            for (*_, rows, columns), parameters in by_shape.items():
                 updates = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
                 updates = orthogonalise(updates, group["steps"])
                 scale = -group["lr"] * max(1.0, rows / columns) ** 0.5
@@ -65,7 +65,7 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest (semi-)orthogonal matrices, roughly: singular values end in about 0.7 to 1.2.
 
     Args:
-        matrices: float32 [batch, m, n].
+        matrices: float32 [..., m, n].
         steps: Newton-Schulz iterations.
     """
     a, b, c = QUINTIC

@@ -15,7 +15,8 @@ class Recipe:
     ``muon_rate`` and ``adam_rate`` are those of the vision stage; in the language stage everything learns at
     ``language_scale`` of them, and the vision tower, after ``frozen_steps`` of rest, at ``vision_scale``.
     ``start`` is a model to go on from instead of nothing, ``visual_tokens`` the kind of elastic visual tokens to attach
-    and train over all scales (`llava_fa.world.elastic`), ``written`` and ``asked_more`` what is asked more often than
+    and train over all scales (`llava_fa.world.elastic`), ``experts`` how many its language model's MLPs become
+    (`llava_fa.world.mixture`), ``written`` and ``asked_more`` what is asked more often than
     the world does (`llava_fa.world.packing.WorldBatches`: ``written``, ``tasks``).
     """
 
@@ -38,6 +39,7 @@ class Recipe:
     seed: int = 1
     start: str | None = None
     visual_tokens: str | None = None
+    experts: int | None = None
     written: int = 0
     asked_more: tuple[str, ...] = LEARNED_LAST
 

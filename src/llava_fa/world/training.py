@@ -18,6 +18,7 @@ from llava_fa.hub.shards import write_atomically
 from llava_fa.hub.source import resolve_model
 from llava_fa.world.elastic import ElasticLearner
 from llava_fa.world.learner import Learner
+from llava_fa.world.mixture import MixtureLearner
 from llava_fa.world.model import build_processor
 from llava_fa.world.packing import TASK_NAMES, WorldBatches
 from llava_fa.world.recipe import Recipe
@@ -25,6 +26,8 @@ from llava_fa.world.recipe import Recipe
 
 def new_learner(processor: LlavaProcessor, recipe: Recipe, device: torch.device) -> Learner:
     """The learner that a recipe asks for."""
+    if recipe.experts is not None:
+        return MixtureLearner(processor, recipe, device)
     return (Learner if recipe.visual_tokens is None else ElasticLearner)(processor, recipe, device)
 
 
