@@ -14,6 +14,7 @@ from llava_fa import FourierConfig, FourierError, FourierLinear
 from llava_fa.hub import blocks as blockwise
 from llava_fa.hub import calibrated as calibrated_blocks
 from llava_fa.hub.calibration_data import prepare
+from llava_fa.hub.inspect import inspect_model
 from llava_fa.maths import metrics
 
 VISION = (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",))
@@ -176,6 +177,20 @@ def test_a_layer_that_data_never_reaches_is_compressed_without_and_said(checkpoi
         reached = "language_model" in layer.name
         assert (layer.output_error is not None) == reached, layer.name
         assert layer.notes == (() if reached else ("no calibration input reached it; compressed without data",))
+        assert (layer.tokens > 0) == reached
+    assert len({layer.tokens for layer in report.layers}) == 2
+
+
+def test_layers_tell_how_many_tokens_they_saw(checkpoint, quick, samples, calibrated, tmp_path):
+    """As many as the samples have; none are told of without data, or of a folder that is looked at."""
+    inputs = list(prepare(samples, AutoProcessor.from_pretrained(checkpoint)))
+    words = sum(sample["input_ids"].numel() for sample in inputs)
+    patches = sum(sample["pixel_values"].shape[0] for sample in inputs)
+    for layer in calibrated[1].layers:
+        tower = layer.tokens / patches
+        assert layer.tokens == words if "language_model" in layer.name else tower == int(tower) > 1
+    for report in (llava_fa.compress(checkpoint, tmp_path / "out", quick), inspect_model(calibrated[0])):
+        assert all(layer.tokens is None for layer in report.layers)
 
 
 def test_several_calls_of_a_block_per_sample(samples):

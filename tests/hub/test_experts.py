@@ -219,6 +219,9 @@ def test_one_that_received_no_token_is_fitted_without_data(subject, tmp_path):
         notes = {layer.name: work.measurement(layer.name) for layer in plan.layers if ".experts." in layer.name}
         assemble(plan, CONFIG, work)
     unseen = [name for name, measured in notes.items() if measured.output_error is None]
+    assert {name: measured.tokens for name, measured in notes.items()} == {
+        name: int(name not in unseen) for name in notes
+    }
     assert 0 < len(unseen) < count
     assert all(
         "no calibration input reached it" in measured.notes[0] for name, measured in notes.items() if name in unseen

@@ -146,7 +146,7 @@ def test_queries_and_keys_of_cross_attention_have_two_inputs(samples):
     one, other = Layer(BROKEN), Layer(BROKEN.replace("layers.0", "layers.1"))
     found = proofread._moments(model, answers, [one, other])  # here: of two modules
     assert found.keys() == {one.name, other.name}
-    assert not torch.equal(found[one.name], found[other.name])
+    assert not torch.equal(found[one.name].value(), found[other.name].value())
 
 
 def test_logits_that_are_no_numbers_are_no_loss_and_hide_none(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -94,9 +95,8 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
         console.print(_layers(report, all_layers))
     if report.attention_density:
         console.print(_densities(report.attention_density, all_layers))
-    for layer in report.layers:
-        for note in layer.notes:
-            console.print(f"note: {layer.name}: {note}", markup=False, soft_wrap=True)
+    for line in (*_tokens(report), *_notes(report, all_layers)):
+        console.print(line, markup=False, soft_wrap=True)
     if report.ledger is not None:
         for line in report.ledger.summary():
             if line.why:
@@ -110,6 +110,28 @@ def show_report(report: Report, *, all_layers: bool = False) -> None:
                 console.print(f"dropped: {line} ({line.why})", markup=False, soft_wrap=True)
     if report.rows_left_out:
         console.print(f"left out: {', '.join(report.rows_left_out)}", markup=False, soft_wrap=True)
+
+
+def _tokens(report: Report) -> list[str]:
+    """How much data the layers were fitted to: one line, where any were fitted to data."""
+    seen = [layer.tokens for layer in report.layers if layer.tokens is not None]
+    if not seen:
+        return []
+    return [f"calibration: {min(seen):,} to {max(seen):,} tokens a layer, {round(median(seen)):,} in the middle"]
+
+
+def _notes(report: Report, all_layers: bool) -> list[str]:
+    """A line for each note, with the layers that it is of."""
+    of: dict[str, list[str]] = {}
+    for layer in report.layers:
+        for note in layer.notes:
+            of.setdefault(note, []).append(layer.name)
+    lines = []
+    for note, names in of.items():
+        shown = names if all_layers else names[:_SHOWN]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        lines.append(f"note: {', '.join(shown)}{more}: {note}")
+    return lines
 
 
 def show_preview(preview: Preview) -> None:
@@ -166,7 +188,8 @@ def _layers(report: Report, all_layers: bool) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
     why = ("sensitivity", "predicted loss") if report.budget is not None else ()
-    for heading in ("shape", "codes", "bits", "rank", "weight error", "output error", *why):
+    told = ("tokens",) if any(layer.tokens is not None for layer in report.layers) else ()
+    for heading in ("shape", "codes", "bits", "rank", *told, "weight error", "output error", *why):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in shown:
         reasons = (f"{x:.2g}" if x is not None else "-" for x in (layer.sensitivity, layer.predicted_loss)[: len(why)])
@@ -176,6 +199,7 @@ def _layers(report: Report, all_layers: bool) -> Table:
             layer.codes or "-",
             f"{layer.bits_per_weight:.3f}",
             f"{layer.inner_rank} L R" if layer.inner_rank else str(layer.rank),
+            *(["-" if layer.tokens is None else str(layer.tokens)] * len(told)),
             _number(layer.weight_error),
             _number(layer.output_error),
             *reasons,

@@ -43,10 +43,14 @@ class Original:
 
 @dataclasses.dataclass
 class Statistics:
-    """Of the inputs x̂ of a group of layers: E[x̂ x̂ᵀ], and E[(x - x̂) x̂ᵀ] where x was followed; float32 [n, n]."""
+    """Of the inputs x̂ of a group of layers: E[x̂ x̂ᵀ], and E[(x - x̂) x̂ᵀ] where x was followed; float32 [n, n].
+
+    ``tokens``: how many x̂ there were.
+    """
 
     moment: Tensor
     drift: Tensor | None
+    tokens: int
 
 
 @torch.no_grad()
@@ -76,7 +80,7 @@ def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs) -> None:
     for segment, origin in zip(chains, origins, strict=True):
         _compress_segment(job, segment, model, inputs, origin)
     for layer in job.missing(_layers(idle)):  # unused heads: no inputs to learn from
-        job.compress(layer, notes=(_NO_INPUT,))
+        job.compress(layer, notes=(_NO_INPUT,), tokens=0)
 
 
 def _layers(units: Sequence[Unit]) -> list[PlannedLayer]:
@@ -123,10 +127,10 @@ def _compress_unit(job: Job, unit: Unit, calls: list[Call], hidden: list[Tensor]
             for group, statistics in zip(stage, groups, strict=True):
                 for layer in job.missing(group):
                     if statistics is None:
-                        job.compress(layer, notes=(_NO_INPUT,))
+                        job.compress(layer, notes=(_NO_INPUT,), tokens=0)
                     else:
                         drift = statistics.drift if layer.config.follows_outputs else None
-                        job.compress(layer, statistics.moment, drift)
+                        job.compress(layer, statistics.moment, drift, tokens=statistics.tokens)
         for layer in layers:
             _use_part(job, layer, unit.linear(layer))
 
@@ -174,9 +178,10 @@ def gather(
     statistics: list[Statistics | None] = []
     for layer in leaders:  # each sum is given up as it is read: they are float64, [n, n]
         total, apart = sums.pop(layer.name), drifts.pop(layer.name, None)
-        moment = total.value() if total.count else None
+        moment, tokens = (total.value() if total.count else None), total.count
         del total
-        statistics.append(None if moment is None else Statistics(moment, None if apart is None else apart.value()))
+        drift = None if apart is None or moment is None else apart.value()
+        statistics.append(None if moment is None else Statistics(moment, drift, tokens))
     return statistics
 
 

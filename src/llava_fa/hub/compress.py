@@ -44,7 +44,7 @@ from llava_fa.nn.experts import unfuse
 
 _DTYPE_FILE = "dtype.json"
 """Of the work folder."""
-_PARTS = 2
+_PARTS = 3
 """Raised whenever parts are written otherwise (`hub.work_folder`)."""
 _SPARE = 64_000_000
 """Bytes of disk asked for beyond the estimate."""
@@ -189,14 +189,14 @@ def _compressed(
             compress_calibrated(job, model, data.inputs)
             proofread.proofread(job, model, answers)
             del model
-        notes = {layer.name: tuple(work.measurement(layer.name).notes) for layer in job.plan.all_layers}
+        measured = {layer.name: work.measurement(layer.name) for layer in job.plan.all_layers}
         job.tell("writing")
         assemble(job.plan, request.config, work, density)
         job.tell("done")
     remove_merged(_merged(out))
     if request.command is not None:
         provenance.record(out, request.command)
-    report = describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, notes=notes)
+    report = describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, measured=measured)
     return report if data is None else dataclasses.replace(report, rows_left_out=tuple(data.left_out))
 
 

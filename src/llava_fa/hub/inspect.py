@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llava_fa.hub.checkpoint import (
 )
 from llava_fa.hub.original import opened
 from llava_fa.hub.plan import make_plan
-from llava_fa.hub.report import TRAINING, LayerReport, Report, Skipped, kind_of_codes, peak_rss_bytes
+from llava_fa.hub.report import TRAINING, LayerReport, Measurement, Report, Skipped, kind_of_codes, peak_rss_bytes
 from llava_fa.hub.shards import Entry, file_metadata
 from llava_fa.hub.source import Source, quantisation, read_config, read_object, resolve_model, weight_files
 
@@ -54,18 +55,20 @@ def describe(
     *,
     original_bytes: int | None = None,
     seconds: float | None = None,
-    notes: dict[str, tuple[str, ...]] | None = None,
+    measured: Mapping[str, Measurement] | None = None,
 ) -> Report:
     """The `Report` of a compressed folder, from its headers alone; every byte counted from the files.
 
     ``original_bytes`` is what the tensors of the original took; where it is not known, the original is taken
-    to have kept its compressed layers in 16 bits.
+    to have kept its compressed layers in 16 bits. ``measured`` is what the run that made the folder has to say of each
+    layer beyond what is stored.
     """
     start = time.monotonic()
     metadata = read_metadata(folder)
     files = weight_files(folder)
     entries = validate(files, metadata)
     accounts = account(entries, metadata)
+    told = measured or {}
     layers = tuple(
         LayerReport(
             name=name,
@@ -77,7 +80,8 @@ def describe(
             inner_rank=getattr(record.layout, "inner_rank", 0),
             sensitivity=record.sensitivity,
             predicted_loss=record.predicted_loss,
-            notes=(notes or {}).get(name, ()),
+            notes=tuple(told[name].notes) if name in told else (),
+            tokens=told[name].tokens if name in told else None,
             embedding=record.embedding,
             codes=kind_of_codes(record.layout),
         )

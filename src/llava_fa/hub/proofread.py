@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from llava_fa.hub.blocks import Inputs, forward, input_moments
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.plan import Plan, PlannedLayer
+from llava_fa.hub.report import Measurement
 from llava_fa.hub.streaming import Job, approximated
-from llava_fa.hub.work_folder import Measurement, WorkFolder
+from llava_fa.hub.work_folder import WorkFolder
+from llava_fa.solver.statistics import SecondMoment
 
 FILE = "proofread.json"
 SURE, BROKEN = 0.5, 3.0
@@ -165,12 +167,12 @@ def _original(model: nn.Module, layers: Sequence[PlannedLayer]) -> Iterator[None
         _set(weights, compressed)
 
 
-def _moments(model: nn.Module, answers: Answers, layers: Sequence[PlannedLayer]) -> dict[str, Tensor]:
+def _moments(model: nn.Module, answers: Answers, layers: Sequence[PlannedLayer]) -> dict[str, SecondMoment]:
     """Second moments of the inputs of each layer; those of cross-attention have not one input but two."""
     with input_moments({layer.name: model.get_submodule(layer.name) for layer in layers}) as moments:
         for index in range(len(answers.inputs)):
             _log_probabilities(model, answers.inputs, answers.starts, index)
-    return {name: moment.value() for name, moment in moments.items()}
+    return moments
 
 
 def _redraw(
@@ -196,7 +198,8 @@ def _redraw(
             seed = layer.config.seed + draw
             note = f"drawn anew with seed {seed}: with the first the answers to {len(broken)} samples broke"
             again = dataclasses.replace(layer, config=layer.config.replace(seed=seed))
-            result, measurement = approximated(again, job.plan, moments[layer.name], notes=(note,))
+            seen = moments[layer.name]
+            result, measurement = approximated(again, job.plan, seen.value(), notes=(note,), tokens=seen.count)
             candidates[layer.name] = result.tensors, measurement
             weight.copy_(result.dequantize())
         cost = _cost(answers.lost(model, broken))

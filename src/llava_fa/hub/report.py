@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import resource
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from llava_fa.hub.ledger import Ledger
 from llava_fa.kernels.layout import FactoredLayout, Layout
@@ -19,6 +19,9 @@ class LayerReport:
     ``inner_rank``: width of the two factors that the layer is stored as (CASP); 0 for one matrix.
 
     ``embedding``: whether it is an embedding, looked up row by row (a tied output embedding shares it).
+
+    ``tokens``: calibration tokens that reached it, which is what its second moment is made of; an expert of a mixture
+    sees those that its router sends it. None without samples, and where a folder is looked at: told by the run alone.
 
     ``codes``: "rings", "trellis" or (method ``paper``) "grid"; None for a layer that is not compressed.
 
@@ -38,6 +41,16 @@ class LayerReport:
     predicted_loss: float | None = None
     inner_rank: int = 0
     embedding: bool = False
+    tokens: int | None = None
+
+
+class Measurement(NamedTuple):
+    """Of one layer when it was compressed: errors and tokens as in `LayerReport`, and notes for people."""
+
+    weight_error: float
+    output_error: float | None
+    notes: Sequence[str]
+    tokens: int | None
 
 
 @dataclasses.dataclass(frozen=True)

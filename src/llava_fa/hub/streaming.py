@@ -18,10 +18,10 @@ from llava_fa.errors import located
 from llava_fa.hub import ledger
 from llava_fa.hub.checkpoint import NAMES, ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest, names_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
-from llava_fa.hub.report import Progress, ProgressCallback
+from llava_fa.hub.report import Measurement, Progress, ProgressCallback
 from llava_fa.hub.shards import Entry, Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE, beside, read_object
-from llava_fa.hub.work_folder import Measurement, WorkFolder, disk_errors
+from llava_fa.hub.work_folder import WorkFolder, disk_errors
 from llava_fa.maths import metrics
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.approximate import approximate
@@ -63,10 +63,11 @@ class Job:
         second_moment: torch.Tensor | None = None,
         drift: torch.Tensor | None = None,
         notes: tuple[str, ...] = (),
+        tokens: int | None = None,
     ) -> None:
         """Approximate one layer (`approximated`) and keep it in the work folder."""
         self.tell("compressing", layer.name)
-        result, measurement = approximated(layer, self.plan, second_moment, drift, notes)
+        result, measurement = approximated(layer, self.plan, second_moment, drift, notes, tokens)
         self.work.save(layer.name, result.tensors, measurement)
         self.done, self.weights = self.done + 1, self.weights + layer.numel
 
@@ -100,6 +101,7 @@ def approximated(
     second_moment: torch.Tensor | None,
     drift: torch.Tensor | None = None,
     notes: tuple[str, ...] = (),
+    tokens: int | None = None,
 ) -> tuple[Approximation, Measurement]:
     """One layer as it is stored, and what was measured on it.
 
@@ -108,6 +110,8 @@ def approximated(
 
     Without a second moment from data, what the norm in front promises takes its place, unless calibration is
     off; an output error under that promise would be no measurement, and is not reported.
+
+    ``tokens`` is how many inputs the second moment is made of: told, and nothing else.
     """
     measured = second_moment is not None
     with located(layer.name):
@@ -124,7 +128,7 @@ def approximated(
         error = result.weight_error
         if drift is not None:  # read again rather than kept: memory is counted in copies of it
             error = metrics.weight_error(layer.read(), result.dequantize())
-    return result, Measurement(error, result.output_error if measured else None, notes + result.notes)
+    return result, Measurement(error, result.output_error if measured else None, notes + result.notes, tokens)
 
 
 def assemble(

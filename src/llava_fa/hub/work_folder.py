@@ -16,26 +16,19 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import torch
 
 from llava_fa.config import format_size
 from llava_fa.errors import FourierError
+from llava_fa.hub.report import Measurement
 from llava_fa.hub.shards import Entry, Item, file_metadata, read_header, write_file, write_text
 
 _MANIFEST = "manifest.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Measurement(NamedTuple):
-    """Of one layer when it was compressed: errors as in `hub.report.LayerReport`, and what is to be told of it."""
-
-    weight_error: float
-    output_error: float | None
-    notes: Sequence[str]
 
 
 class WorkFolder:
