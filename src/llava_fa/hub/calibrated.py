@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from llava_fa.hub.blocks import Call, Inputs, Unit, advance, capture, find_units, replay, running, segments, stages
 from llava_fa.hub.plan import PlannedLayer
+from llava_fa.hub.routing import experts_of, followed, in_turn
 from llava_fa.hub.streaming import Job
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import packed_weight
@@ -28,9 +30,14 @@ from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.nn.fourier_embedding import write_rows
 from llava_fa.solver.statistics import Drift, SecondMoment
 
+PRIOR = 1.0
+"""How many tokens an expert's own statistics are steadied with, in widths n of its inputs (docs/results.md)."""
+_SHOWN = 4
+"""How many tokens in turn every expert is shown, in widths too, if there are so many."""
 _ROWS = 4096
 """Inputs gathered before they are multiplied: n² additions once in a while, not once a sample."""
 _NO_INPUT = "no calibration input reached it; compressed without data"
+_OTHERS = "no calibration input was sent to it; fitted to those of the experts beside it"
 
 
 @dataclasses.dataclass
@@ -51,6 +58,53 @@ class Statistics:
     moment: Tensor
     drift: Tensor | None
     tokens: int
+
+
+class Sums:
+    """What is added up of one layer's inputs: x̂, and beside it x where the original model is followed."""
+
+    def __init__(self, moment: SecondMoment, drift: Drift | None) -> None:
+        self.moment, self.drift, self.tokens = moment, drift, 0
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def of(cls, layer: PlannedLayer, follows: bool) -> Sums:
+        """Nothing yet."""
+        n = layer.shape[1]
+        return cls(SecondMoment(n, name=layer.name), Drift(n, name=layer.name) if follows else None)
+
+    def add(self, inputs: list[Tensor], before: list[Tensor]) -> None:
+        """Take in the inputs of one call, and those of the original model; without its own where these differ."""
+        if self.drift is not None and [x.shape for x in inputs] != [x.shape for x in before]:
+            self.flush()
+            self.drift = None
+        self.waiting += zip(inputs, inputs if self.drift is None else before, strict=True)
+        if sum(len(x) for x, _ in self.waiting) >= _ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Multiply what waits."""
+        if not self.waiting:
+            return
+        inputs, before = (torch.cat(part) for part in zip(*self.waiting, strict=True))
+        self.waiting.clear()
+        self.moment.add(inputs)
+        self.tokens += len(inputs)
+        if self.drift is not None:
+            self.drift.add(before, inputs)
+
+    def weigh(self, count: float) -> None:
+        """From here on all that was added counts as so many inputs, and is not told of."""
+        self.tokens = 0
+        for total in (self.moment, self.drift):
+            if total is not None:
+                total.weigh(count)
+
+    def statistics(self) -> Statistics | None:
+        """Of all that was added; None of nothing."""
+        if not self.moment.count:
+            return None
+        return Statistics(self.moment.value(), None if self.drift is None else self.drift.value(), self.tokens)
 
 
 @torch.no_grad()
@@ -130,7 +184,8 @@ def _compress_unit(job: Job, unit: Unit, calls: list[Call], hidden: list[Tensor]
                         job.compress(layer, notes=(_NO_INPUT,), tokens=0)
                     else:
                         drift = statistics.drift if layer.config.follows_outputs else None
-                        job.compress(layer, statistics.moment, drift, tokens=statistics.tokens)
+                        notes = () if statistics.tokens else (_OTHERS,)
+                        job.compress(layer, statistics.moment, drift, notes, statistics.tokens)
         for layer in layers:
             _use_part(job, layer, unit.linear(layer))
 
@@ -144,45 +199,47 @@ def gather(
 ) -> list[Statistics | None]:
     """Statistics of every group's input over all tokens of all samples; None where none came.
 
-    Where the original model gives a layer another number of inputs (experts that a router chooses), there is nothing
-    to compare them with, and the drift is None.
+    Those of an expert are steadied: H = (t H_e + p H_0) / (t + p), and D alike, with H_e of the t tokens that its
+    router sends it, H_0 of tokens sent to the experts in turn, and p = `PRIOR` · n. What it would be given of any
+    token says more of its inputs than a few of its own, and all there is where none came.
+
+    Where the original model gives a layer another number of inputs, there is nothing to compare them with, and the
+    drift is None.
     """
     leaders = [group[0] for group in stage]
-    sums = {layer.name: SecondMoment(layer.shape[1], name=layer.name) for layer in leaders}
-    drifts = {layer.name: Drift(layer.shape[1], name=layer.name) for layer in leaders if original is not None}
-    waiting: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in leaders}
+    sums = {layer.name: Sums.of(layer, original is not None) for layer in leaders}
+    experts, width = experts_of(unit, leaders[0].name), leaders[0].shape[1]
+    if experts is not None and PRIOR:
+        tokens = sum(x.shape[:-1].numel() for x in hidden)
+        each = min(experts.count, -(-_SHOWN * width * experts.count // tokens))
+        other = nullcontext() if original is None else in_turn(original.unit, each)
+        with in_turn(unit, each), other:
+            _add(sums, unit, leaders, calls, hidden, original)
+        for total in sums.values():
+            total.weigh(PRIOR * width)
+    with followed(unit, None if original is None else original.unit):
+        _add(sums, unit, leaders, calls, hidden, original)
+    return [sums.pop(layer.name).statistics() for layer in leaders]  # each is given up as it is read
 
-    def flush(name: str) -> None:
-        if not waiting[name]:
-            return
-        inputs, before = (torch.cat(part) for part in zip(*waiting[name], strict=True))
-        waiting[name].clear()
-        sums[name].add(inputs)
-        if name in drifts:
-            drifts[name].add(before, inputs)
 
+def _add(
+    sums: dict[str, Sums],
+    unit: Unit,
+    leaders: list[PlannedLayer],
+    calls: list[Call],
+    hidden: list[Tensor],
+    original: Original | None,
+) -> None:
+    """Run the samples through the unit, and through the original one beside it, and take in the layers' inputs."""
     runs = replay(unit, calls, hidden, leaders)
     pairs = ((compressed, compressed) for compressed in runs)
     if original is not None:
         pairs = zip(runs, replay(original.unit, calls, original.hidden, leaders), strict=True)
-    for compressed, uncompressed in pairs:
-        for name, inputs in compressed.items():
-            if name in drifts and [x.shape for x in inputs] != [x.shape for x in uncompressed[name]]:
-                flush(name)
-                del drifts[name]
-            waiting[name] += zip(inputs, uncompressed[name] if name in drifts else inputs, strict=True)
-            if sum(len(x) for x, _ in waiting[name]) >= _ROWS:
-                flush(name)
-    for layer in leaders:
-        flush(layer.name)
-    statistics: list[Statistics | None] = []
-    for layer in leaders:  # each sum is given up as it is read: they are float64, [n, n]
-        total, apart = sums.pop(layer.name), drifts.pop(layer.name, None)
-        moment, tokens = (total.value() if total.count else None), total.count
-        del total
-        drift = None if apart is None or moment is None else apart.value()
-        statistics.append(None if moment is None else Statistics(moment, drift, tokens))
-    return statistics
+    for given, before in pairs:
+        for name, inputs in given.items():
+            sums[name].add(inputs, before[name])
+    for total in sums.values():
+        total.flush()
 
 
 def _use_part(job: Job, layer: PlannedLayer, module: nn.Module) -> None:

@@ -24,7 +24,8 @@ class SecondMoment:
     """
 
     def __init__(self, n: int, *, name: str = "", diagonal: bool = False) -> None:
-        self.n, self.name, self.count = n, name, 0
+        self.n, self.name = n, name
+        self.count: float = 0
         self._sum = torch.zeros((n,) if diagonal else (n, n), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
@@ -53,6 +54,11 @@ class SecondMoment:
                     self._sum[rows, rows.start :] += (block[:, rows].T @ block[:, rows.start :]).to(self._sum.device)
             self.count += block.shape[0]
 
+    def weigh(self, count: float) -> None:
+        """From here on all that was added counts as so many inputs; nothing stays nothing."""
+        self._sum *= count / max(self.count, 1)
+        self.count = count if self.count else 0
+
     def value(self) -> Tensor:
         """H float32 [n, n], exactly symmetric, or its diagonal [n].
 
@@ -76,7 +82,8 @@ class Drift:
     """
 
     def __init__(self, n: int, *, name: str = "") -> None:
-        self.n, self.name, self.count = n, name, 0
+        self.n, self.name = n, name
+        self.count: float = 0
         self._sum = torch.zeros(n, n, dtype=torch.float64)
 
     def add(self, original: Tensor, given: Tensor) -> None:
@@ -100,6 +107,11 @@ class Drift:
                 self._sum[rows] += part.to(self._sum.device)
             self.count += block.shape[0]
 
+    def weigh(self, count: float) -> None:
+        """From here on all that was added counts as so many inputs; nothing stays nothing."""
+        self._sum *= count / max(self.count, 1)
+        self.count = count if self.count else 0
+
     def value(self) -> Tensor:
         """D float32 [n, n].
 
@@ -109,7 +121,7 @@ class Drift:
         return _mean(self._sum, self.count, self.name)
 
 
-def _mean(total: Tensor, count: int, name: str) -> Tensor:
+def _mean(total: Tensor, count: float, name: str) -> Tensor:
     """total / count in float32."""
     if count == 0:
         raise FourierError("no input reached this layer", remedy="Give calibration samples that use it", where=name)
