@@ -76,11 +76,14 @@ Group = triton.Group
 """Weights of one shape, as `by_choice` takes them."""
 
 
-def group(x: Tensor, weights: Sequence[BestWeight], biases: Sequence[Tensor | None]) -> Group | None:
-    """Weights of one shape for `by_choice` with inputs like x; None where only `linears` serves."""
-    if registry.choose("best_linear", x).name != "triton" or not triton.takes(weights):
-        return None
-    return Group(weights, biases)
+def serves_choice(x: Tensor) -> bool:
+    """Whether `by_choice` is for inputs like this."""
+    return (x.is_cuda or bool(registry.forced)) and registry.choose("best_linear", x).name == "triton"
+
+
+def group(weights: Sequence[BestWeight], biases: Sequence[Tensor | None]) -> Group | None:
+    """Weights of one shape for `by_choice`; None for a shape that only `linears` serves."""
+    return Group(weights, biases) if triton.takes(weights) else None
 
 
 def by_choice(x: Tensor, chosen: Tensor, weights: Group) -> Tensor:

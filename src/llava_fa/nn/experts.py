@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
-from llava_fa.kernels import registry, run
+from llava_fa.kernels import run
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.packed_linear import PackedLinear
 
@@ -141,7 +141,7 @@ class Experts(nn.Module):
 
     def _groups(self, x: Tensor) -> Sequence[run.Group] | None:
         """Matrices for `_by_choice`, made anew when one is no longer what it was; None where that does not serve."""
-        if not x.is_cuda and not registry.forced:
+        if not run.serves_choice(x):
             return None
         layers: list[Any] = [layer for linears in self.lists.values() for layer in linears]
         if torch.is_grad_enabled() or not all(_is_plain(layer) for layer in layers):
@@ -151,7 +151,7 @@ class Experts(nn.Module):
             made = []
             for linears in self.lists.values():
                 own: list[Any] = list(linears)
-                made.append(run.group(x, [layer.packed_weight() for layer in own], [layer.bias for layer in own]))
+                made.append(run.group([layer.packed_weight() for layer in own], [layer.bias for layer in own]))
             groups = None if None in made else made
             self.__dict__["_grouped"] = [layer.codes for layer in layers], groups
         return groups  # type: ignore[no-any-return]
