@@ -1,6 +1,8 @@
 """Mixtures of experts: every expert's matrix is a layer, in whatever arrangement it is stored."""
 
 import copy
+import dataclasses
+import itertools
 import types
 
 import pytest
@@ -12,7 +14,7 @@ from transformers.models.muse_spark import modeling_muse_spark
 
 import llava_fa
 from llava_fa import Budget, FourierConfig, FourierError, FourierLinear
-from llava_fa.hub import blocks
+from llava_fa.hub import allocation, blocks
 from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.conversion import Converted
@@ -408,3 +410,60 @@ def test_compressed_while_they_are_loaded(subject, tmp_path):
     assert torch.equal(logits(load(tmp_path / "saved", type(model))), logits(other))
     small = FourierConfig(bits=3, only=["*.self_attn.*"])
     assert not any(isinstance(m, Experts) for m in load(folder, type(model), quantization_config=small).modules())
+
+
+def alike(tmp_path):
+    """A mixture whose experts all have the same matrices and are chosen one a token: they differ by use alone."""
+    torch.manual_seed(2)
+    config = transformers.MixtralConfig(**{**TEXT, "num_hidden_layers": 1}, num_local_experts=4, num_experts_per_tok=1)
+    model = transformers.MixtralForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    mixed = model.model.layers[0].mlp
+    for stack in (mixed.experts.gate_up_proj, mixed.experts.down_proj):
+        stack.data[:] = stack.data[:1].clone()
+    mixed.gate.weight.data *= torch.tensor([1.0, 0.5, 0.2, 0.05])[:, None]
+    model.save_pretrained(tmp_path / "in")
+    return tmp_path / "in", load(tmp_path / "in", type(model))
+
+
+def test_what_an_experts_error_costs_is_how_often_it_is_chosen(tmp_path):
+    """Measured by gradients: a rare expert's are few. Nothing else tells experts that are all alike apart."""
+    folder, model = alike(tmp_path)
+    source = open_source(folder)
+    plan = make_plan(empty_model(folder, len(source.entries)), source, CONFIG.replace(only=("*.experts.*",)))
+    unfuse(model)
+    given = []
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, args: given.append(args[1].flatten()))
+    inputs = [{"input_ids": torch.randint(5, 60, (1, 24))} for _ in range(12)]
+    with torch.no_grad():
+        for sample in inputs:
+            model(**sample)
+    uses = torch.cat(given).bincount(minlength=4).tolist()
+    predictions = allocation.measure(plan, CONFIG, model, inputs, [4] * len(inputs), lambda _: None)
+    settled = allocation.spend(plan, CONFIG, Budget(bits=3.5), predictions, allocation.NATS)
+    layers = {layer.name: layer for layer in settled.layers}
+    compared = 0
+    for kind in ("gate_up", "down"):
+        own = [layers[f"model.layers.0.mlp.experts.{kind}.{index}"] for index in range(4)]
+        for rare, often in itertools.permutations(range(4), 2):
+            if uses[rare] * 3 < uses[often]:
+                compared += 1
+                assert own[rare].sensitivity < 0.6 * own[often].sensitivity, (kind, uses)
+                assert own[rare].config.bits <= own[often].config.bits
+        assert len({layer.config.bits for layer in own}) > 1
+    assert compared >= 4
+
+
+def test_without_data_an_expert_counts_as_often_as_the_router_can_choose_it(tmp_path):
+    """k of E: known from the model's own shapes. What all tokens pass through counts whole."""
+    folder, _ = alike(tmp_path)
+    source = open_source(folder)
+    plan = make_plan(empty_model(folder, len(source.entries)), source, CONFIG)
+    shares = {layer.name: layer.share for layer in plan.layers}
+    assert {share for name, share in shares.items() if ".experts." in name} == {0.25}
+    assert {share for name, share in shares.items() if ".experts." not in name} == {1.0}
+    predictions = allocation.estimate(plan, CONFIG, lambda _: None)
+    whole = dataclasses.replace(plan, layers=tuple(dataclasses.replace(layer, share=1.0) for layer in plan.layers))
+    for name, [of] in allocation.estimate(whole, CONFIG, lambda _: None).items():
+        assert predictions[name][0].slope == pytest.approx(shares[name] * of.slope)

@@ -138,7 +138,8 @@ def measure(
 def estimate(
     plan: Plan, config: FourierConfig, tell: Callable[[str], None], casp: Casp | None = None
 ) -> dict[str, list[Prediction]]:
-    """Sensitivities without data (`blind_sensitivity`); reads every weight once."""
+    """Sensitivities without data (`blind_sensitivity`), times the share of tokens that come to a layer; reads every
+    weight once."""
     predictions: dict[str, list[Prediction]] = {layer.name: [] for layer in plan.layers}
     for layer in plan.layers:
         tell(layer.name)
@@ -146,7 +147,8 @@ def estimate(
             moment = None if config.calibration == "none" else norm_moment(layer, plan)
             weight = layer.read()
             for variant in variants(layer, config, casp):
-                losses = [blind_sensitivity(weight, x, moment) for x in error_powers(weight, variant, moment)]
+                powers = error_powers(weight, variant, moment)
+                losses = [layer.share * blind_sensitivity(weight, power, moment) for power in powers]
                 predictions[layer.name].append(Prediction(variant, *losses))
     return predictions
 

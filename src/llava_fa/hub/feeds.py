@@ -78,10 +78,17 @@ class Feeds:
     """Name of a module that ran → the norm that alone produces its inputs, or None."""
     unseen: tuple[str, ...]
     """Linear layers that did not run, since nothing made up reached them: nothing is known of their inputs."""
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Name of a module of experts → k / E, the share of all tokens that each is sent if all are equally busy."""
 
     def of(self, name: str) -> Feed | None:
         """The norm that alone produces the inputs of a module, or None where there is none, or none is known."""
         return self.seen.get(name)
+
+    def share(self, name: str) -> float:
+        """The share of all tokens that come to a layer: less than 1 for an expert's."""
+        module = name.rpartition(".")[0].rpartition(".")[0]
+        return self.shares.get(module, 1.0)
 
     def of_embedding(self, model: nn.Module, name: str) -> Feed | None:
         """The norm in front of the output embedding ``name``, or of the one tied to the word embedding ``name``.
@@ -106,7 +113,7 @@ def observe(model: nn.Module) -> Feeds:
             watch = _Watch(double, norms, mode)
         watch.run(double, "", ())
     seen = {**_siblings(model, watch.seen), **watch.seen}
-    return Feeds(seen, tuple(name for name in watch.unseen(double, "") if name not in seen))
+    return Feeds(seen, tuple(name for name in watch.unseen(double, "") if name not in seen), watch.shares)
 
 
 def _siblings(model: nn.Module, seen: Mapping[str, Feed | None]) -> dict[str, Feed | None]:
@@ -127,6 +134,7 @@ class _Watch:
     def __init__(self, model: nn.Module, norms: Mapping[str, Feed], mode: dry_run.DryRun) -> None:
         self._mode = mode
         self.seen: dict[str, Feed | None] = {}
+        self.shares: dict[str, float] = {}
         self.calls = 0
         self._marks = _Marks()
         self._finished: set[int] = set()
@@ -137,6 +145,8 @@ class _Watch:
                 )
             elif any(own.dim() > 1 for own in module.parameters(recurse=False)):
                 module.register_forward_pre_hook(self._read(name), with_kwargs=True)
+            if isinstance(module, Experts) and not module.ordered:
+                module.register_forward_pre_hook(self._count(name), with_kwargs=True)
             module.register_forward_hook(lambda module, *_: self._finished.add(id(module)))
 
     def _mark(self, mark: Tensor) -> Callable[..., Tensor | None]:
@@ -157,6 +167,13 @@ class _Watch:
                 with self._mode.paused():
                     feed = self._marks.read(inputs_of(module, inputs))
             self.seen[name] = feed if self.seen.get(name, feed) == feed else None
+
+        return hook
+
+    def _count(self, name: str) -> Callable[..., None]:
+        def hook(experts: nn.Module, args: Any, kwargs: Any) -> None:
+            index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+            self.shares[name] = index.shape[-1] / experts.count
 
         return hook
 

@@ -43,6 +43,8 @@ class PlannedLayer:
     """Under a budget: what this layer is predicted to add to the model's loss."""
     embedding: bool = False
     """Whether rows of it are looked up."""
+    share: float = 1.0
+    """Share of all tokens that come to it, as far as is known without data: of an expert, that of the chosen ones."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -190,7 +192,8 @@ def make_plan(
             rest[name] = _MADE
             continue
         if name in choice.layers:
-            layers.append(_planned(model, name, weight, config, feeds.of(name)))
+            planned = _planned(model, name, weight, config, feeds.of(name))
+            layers.append(dataclasses.replace(planned, share=feeds.share(name)))
         elif all(_same(weight, twin) for twin in twins):
             repeated += twins
             packed = config.replace(method="best", bits=embeddings, rank=0, inner_rank=0)
