@@ -1,4 +1,4 @@
-"""A packed weight as one value: its orders, its rows (a shard), and weights of one layout in a stack (experts)."""
+"""A packed weight as one value: its orders, and its rows (a shard)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from packed_layers import LAYOUTS, best, layout_id, paper, random_weight, trelli
 
 from llava_fa import FourierError
 from llava_fa.kernels import definition, run
-from llava_fa.kernels.packed import best_weight, order_of, paper_weight, stack, take_rows
+from llava_fa.kernels.packed import best_weight, order_of, paper_weight, take_rows
 
 ORDERS = ("stored", "interleaved", "words")
 BEST = [layout for layout in LAYOUTS if layout.method == "best"]
@@ -58,28 +58,6 @@ def test_rows_are_a_weight_of_their_own(layout, order):
 def test_a_row_outside_is_an_error(bad, order):
     with pytest.raises(IndexError):
         take_rows(random_weight(best(40, 34, 4)).arranged(order), torch.tensor([bad]))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("layout", [best(33, 64, 4, rank=2), trellis(16, 40, 3)], ids=layout_id)
-def test_weights_of_one_layout_stand_in_a_stack(layout, order):
-    codebook = random_weight(layout).codebook
-    weights = [random_weight(layout, seed)._replace(codebook=codebook).arranged(order) for seed in range(3)]
-    stacked = stack(weights)
-    assert stacked.columns.row_scale.shape == (3, layout.out_features)
-    x = torch.randn(2, layout.in_features)
-    for index, weight in enumerate(weights):
-        one = stacked.weight(index)
-        assert one.codes.data_ptr() == stacked.columns.codes[index].data_ptr()
-        assert order_of(one.codes) == order
-        assert torch.equal(run.linear(x, one), run.linear(x, weight))
-
-
-def test_what_makes_no_stack():
-    first, other = random_weight(best(8, 16)), random_weight(best(8, 16), seed=1)
-    for different in (other, random_weight(best(9, 16)), first.arranged("words")):  # codebook, shape, order
-        with pytest.raises(FourierError, match=r"make no stack.*one configuration"):
-            stack([first, different])
 
 
 @pytest.mark.parametrize("layout", [best(8, 16), paper(8, 16)], ids=layout_id)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llava_fa.errors import FourierError
 from llava_fa.kernels import interleaved, words
 from llava_fa.kernels.layout import Layout, best_layout
 
@@ -159,37 +158,3 @@ def take_rows(weight: BestWeight, rows: Tensor) -> BestWeight:
     left = None if weight.left is None else weight.left[rows]
     layout = best_layout(len(rows), layout.in_features, layout.code_bits, layout.state_bits)
     return weight._replace(layout=layout, codes=codes, row_scale=row_scale, left=left, buffers=None)
-
-
-class WeightStack(NamedTuple):
-    """Weights of one layout and one codebook as one value, such as the experts of a block.
-
-    Attributes:
-        columns: their tensors, each but the codebook with one axis more, in front.
-    """
-
-    columns: BestWeight
-
-    def weight(self, index: int) -> BestWeight:
-        """One of them: views, nothing is copied."""
-        return self.columns.map(lambda tensor: tensor[index])._replace(codebook=self.columns.codebook)
-
-
-def stack(weights: Sequence[BestWeight]) -> WeightStack:
-    """Put weights in one stack.
-
-    Raises:
-        FourierError: layouts, codebooks or orders of codes differ.
-    """
-    first = weights[0]
-    for weight in weights:
-        same = weight.layout == first.layout and order_of(weight.codes) == order_of(first.codes)
-        if not (same and torch.equal(weight.codebook, first.codebook)):
-            raise FourierError(
-                "weights of different layouts or codebooks make no stack", remedy="Compress them with one configuration"
-            )
-    columns: list[Any] = [
-        None if column[0] is None else torch.stack(column)
-        for column in zip(*(weight[1:-1] for weight in weights), strict=True)
-    ]
-    return WeightStack(BestWeight(first.layout, *columns)._replace(codebook=first.codebook))
