@@ -117,13 +117,17 @@ class Experts(nn.Module):
         return torch.cat([self._by_expert(*part) for part in parts])
 
     def _by_expert(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Pairs of a token and its expert, sorted by expert."""
+        """Pairs of a token and its expert, sorted by expert; those of one token as they come."""
         tokens, chosen = top_k_index.shape
         index = top_k_index.reshape(-1)
+        experts = index.tolist() if tokens == 1 else []
+        if experts and all(0 <= expert < self.count for expert in experts):
+            y = self._chosen(hidden_states.expand(chosen, -1), experts, [1] * chosen)
+            return (y * top_k_weights.view(chosen, 1)).sum(0, keepdim=True).to(hidden_states.dtype)
         index = torch.where((index >= 0) & (index < self.count), index, self.count)
         counts = torch.bincount(index, minlength=self.count + 1).tolist()[: self.count]
         pairs = index.argsort(stable=True)[: sum(counts)]  # by expert; those that chose none are the last
-        y = self._chosen(hidden_states[pairs // chosen], counts)
+        y = self._chosen(hidden_states[pairs // chosen], range(self.count), counts)
         y = y * top_k_weights.reshape(-1)[pairs, None]
         out = y.new_zeros(tokens * chosen, y.shape[-1]).index_copy(0, pairs, y)
         return out.view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
@@ -160,13 +164,13 @@ class Experts(nn.Module):
         """Tokens come once for each expert, those that are not its own as zeros, of which every expert makes zeros."""
         own = hidden_states.view(self.count, -1, hidden_states.shape[-1]).any(dim=-1)
         rows = own.view(-1).nonzero()[:, 0]
-        y = self._chosen(hidden_states[rows], own.sum(1).tolist())
+        y = self._chosen(hidden_states[rows], range(self.count), own.sum(1).tolist())
         return torch.zeros_like(hidden_states).index_copy(0, rows, y.to(hidden_states.dtype))
 
-    def _chosen(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Every expert's output on its rows of x, one expert's after the other's: [rows, n] → [rows, n]."""
+    def _chosen(self, x: Tensor, experts: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Each expert's output on so many rows of x, one expert's after the other's: [rows, n] → [rows, n]."""
         first, last = self.lists.values()
-        return _each(last, self._between(_each(first, x, counts)), counts)
+        return _each(last, self._between(_each(first, x, experts, counts)), experts, counts)
 
     def _between(self, y: Tensor) -> Tensor:
         """What the second matrix is given, of what the first one gives."""
@@ -207,9 +211,9 @@ def _shape(x: Tensor, index: Tensor | None, weights: Tensor | None, module: int)
     return torch.empty_like(x)
 
 
-def _each(linears: nn.ModuleList, x: Tensor, counts: Sequence[int]) -> Tensor:
+def _each(linears: nn.ModuleList, x: Tensor, experts: Sequence[int], counts: Sequence[int]) -> Tensor:
     """Each layer on its rows of x: those of packed matrices in one call, unless something listens to a layer."""
-    layers: list[Any] = [linears[index] for index, count in enumerate(counts) if count]
+    layers: list[Any] = [linears[index] for index, count in zip(experts, counts, strict=True) if count]
     counts = [count for count in counts if count]
     if not layers:
         return x.new_empty(0, linears[0].out_features)
