@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+from transformers.cache_utils import LinearAttentionLayer
 
 import llava_fa
 from llava_fa import FourierConfig, FourierError, FourierLinear
@@ -299,6 +300,10 @@ def test_a_block_that_attends_to_what_others_left_in_the_cache():
     assert all(
         call.kwargs["past_key_values"] is None for of in blockwise.capture(alone, model, inputs)[0] for call in of
     )
+    state = LinearAttentionLayer()
+    assert not blockwise._filled(state)
+    state.has_previous_state[0] = True
+    assert blockwise._filled(state)
     for _ in range(2):  # a block runs once a stage
         again = list(hidden)
         for unit, own in zip(units, calls, strict=True):

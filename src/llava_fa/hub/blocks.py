@@ -97,7 +97,8 @@ def _prefix(module: nn.Module, cache: Any) -> Any:
 def _filled(layer: Any) -> bool:
     """Whether a cache holds anything for a layer: of attention tokens, of linear attention and the like a state."""
     length = getattr(layer, "get_seq_length", None)
-    return bool(length() if length is not None else getattr(layer, "has_previous_state", False))
+    states: dict[int, bool] = getattr(layer, "has_previous_state", {})
+    return bool(length is not None and length()) or any(states.values())
 
 
 class _Stop(Exception):  # noqa: N818  no error: it is how a pass ends
