@@ -196,6 +196,7 @@ def compared(before: Path, after: Path, inputs: list[Any], *, calibrated: bool =
         made = packed.generate(**starting(packed, inputs[0]), max_new_tokens=4, do_sample=False)
     else:  # it moves
         made = packed.sample_actions(**{key: x for key, x in inputs[0].items() if key != "timestep"}, num_steps=2)
+    made = getattr(made, "sequences", made)
     if calibrated:
         errors |= output_errors(answering(original), answering(decoded), inputs)
     for name, error in errors.items():
@@ -230,6 +231,8 @@ def load(folder: Path) -> Any:
 def starting(model: Any, inputs: Any) -> Row:
     """What a model is asked to go on from: its inputs, as its `generate` takes them, and what beside them it needs."""
     asked: Row = dict(inputs)
+    if hasattr(model.config, "canvas_length"):
+        asked.pop("decoder_input_ids")
     if model is not answering(model):  # in text, not in sound
         asked |= {"generation_mode": "text", "thinker_max_new_tokens": 4}
     if model.config.is_encoder_decoder:

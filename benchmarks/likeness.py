@@ -45,7 +45,7 @@ def output_errors(original: Any, decoded: Any, inputs: list[Any]) -> dict[str, f
     what the original model gives a layer, and x' what the other one gives it, the error is
     (‖Ŵx' - Wx‖ - ‖Wx' - Wx‖) / ‖Wx‖: what the layers before have spoilt is not counted against it. Where a router
     gives an expert other tokens it is ‖Ŵx' - Wx'‖ / ‖Wx'‖. A stack of experts has the error of its worst matrix, or,
-    of those that no input reaches, of the weights.
+    of those that no input but zeros reaches, of the weights.
     """
     for model in (original, decoded):
         unfuse(model)
@@ -58,7 +58,7 @@ def output_errors(original: Any, decoded: Any, inputs: list[Any]) -> dict[str, f
         W, V, key = module.weight, decoded.get_submodule(name).weight, f"{name}.weight"
         if torch.equal(W, V):
             continue
-        if name in other:
+        if name in other and other[name].any():
             x, y = (one.get(name) if _alike(one.get(name), other[name]) else other[name]), other[name]
             error = ((y @ V.T - x @ W.T).norm() - ((y - x) @ W.T).norm()) / (x @ W.T).norm()
         else:

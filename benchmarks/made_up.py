@@ -35,7 +35,7 @@ def words(model: Any, seed: int = 0, length: int = 12) -> Inputs:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "bbox": torch.zeros(1, length, 4)}
     inputs |= {f"{other}_input_ids": ids for other in ("qformer", "protein")}
     inputs |= {f"{other}_attention_mask": torch.ones_like(ids) for other in ("qformer", "protein")}
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or hasattr(model.config, "canvas_length"):  # which else begins as noise
         inputs["decoder_input_ids"] = ids[:, :6]
     if codebooks := getattr(model.config, "num_codebooks", 0):  # a text's token, and the sound's of that moment
         inputs["input_ids"] = ids[..., None].repeat(1, 1, codebooks + 1)

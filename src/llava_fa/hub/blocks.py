@@ -82,15 +82,17 @@ class Call:
 def _prefix(module: nn.Module, cache: Any) -> Any:
     """What another part of the model has left in a cache for this module's layers to attend to; None where nothing is.
 
-    So an action expert attends to what the language model has made of picture and text (PI0). All else that the cache
-    holds is left out.
+    So an action expert attends to what the language model has made of picture and text (PI0). Of other layers only the
+    kind is left in the cache.
     """
     layers = getattr(cache, "layers", None) or []
     own = {part.layer_idx for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int)}
     if not any(_filled(layers[index]) for index in own if index < len(layers)):
         return None
     kept = copy.copy(cache)
-    kept.layers = [copy.deepcopy(layer) if index in own else None for index, layer in enumerate(layers)]
+    kept.layers = [
+        copy.deepcopy(layer) if index in own else object.__new__(type(layer)) for index, layer in enumerate(layers)
+    ]
     return kept
 
 

@@ -27,7 +27,7 @@ from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.conversion import Stored
 from llava_fa.nn.experts import Experts
 from llava_fa.nn.patches import inputs_of
-from llava_fa.nn.surgery import tied_to
+from llava_fa.nn.surgery import elsewhere, tied_to, twins
 
 _ROWS = 64
 """Of a layer's input at most about so many tokens are looked at, evenly spaced."""
@@ -106,14 +106,26 @@ def observe(model: nn.Module) -> Feeds:
         model: on any device, meta included; of transformers, or a module whose parts are (others are not run). Nothing
             of it is changed, and nothing of its size is allocated.
     """
-    double, norms = dry_run.stand_in(model), find_norms(model)
+    double, norms = dry_run.stand_in(model), _one_where_tied(model, find_norms(model))
     with warnings.catch_warnings(), quiet_transformers(), dry_run.without_arithmetic() as mode:
         warnings.simplefilter("ignore")
         with mode.paused():
             watch = _Watch(double, norms, mode)
         watch.run(double, "", ())
     seen = {**_siblings(model, watch.seen), **watch.seen}
+    pairs = twins(model)
+    for name in seen:  # what is one layer in two places has one feed if it is the same in both
+        other = elsewhere(name, pairs) if pairs else None
+        if other in seen and seen[other] != seen[name]:
+            seen[other] = None
     return Feeds(seen, tuple(name for name in watch.unseen(double, "") if name not in seen), watch.shares)
+
+
+def _one_where_tied(model: nn.Module, norms: dict[str, Feed]) -> dict[str, Feed]:
+    """The same, a norm that is tied to another as that one, under whose name its tensors are stored."""
+    rules = getattr(model, "all_tied_weights_keys", None) or {}
+    others = {name: rules.get(feed.weight, "").rpartition(".")[0] for name, feed in norms.items()}
+    return {name: norms.get(others[name], feed) for name, feed in norms.items()}
 
 
 def _siblings(model: nn.Module, seen: Mapping[str, Feed | None]) -> dict[str, Feed | None]:

@@ -21,6 +21,7 @@ from llava_fa.nn.factored_linear import layer_from_approximation
 from llava_fa.nn.packed_linear import PackedLinear
 from llava_fa.nn.patches import Patches
 from llava_fa.nn.surgery import classify
+from llava_fa.nn.twins import link
 from llava_fa.solver.approximate import approximate
 
 
@@ -45,6 +46,7 @@ class Loading:
             apart = copy.deepcopy(model)
             unfuse(apart)
         plan = classify(apart, config.skip, config.only)
+        link(model, plan.layers)
         self.not_compressed, self.layers = plan.not_compressed, frozenset(plan.layers)
         wanted = {f"{name}.weight" for name in plan.layers}
         self._stacks: dict[str, Stack] = {}

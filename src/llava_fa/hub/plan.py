@@ -21,7 +21,7 @@ from llava_fa.hub.shards import FLOATS
 from llava_fa.hub.source import Source
 from llava_fa.kernels.layout import FactoredLayout, Layout, layout_of
 from llava_fa.nn.patches import matrix_shape
-from llava_fa.nn.surgery import classify, tied_to
+from llava_fa.nn.surgery import classify, elsewhere, tied_to, twins
 from llava_fa.solver import portions
 
 _STUCK = "it is stored in one tensor with numbers that the model does not have"
@@ -85,7 +85,7 @@ class Plan:
     embeddings: tuple[PlannedLayer, ...] = ()
     """Word embeddings that will be compressed, without data and outside of any budget."""
     repeated: tuple[Stored, ...] = ()
-    """Tensors of tied output embeddings that repeat one of ``embeddings``; the new checkpoint leaves them out."""
+    """Tensors that repeat a packed one that they are tied to; the new checkpoint leaves them out."""
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     """Stored name of every tensor that the new checkpoint leaves out → why."""
     unseen: tuple[str, ...] = ()
@@ -181,25 +181,30 @@ def make_plan(
     choice = classify(model, config.skip, config.only, embeddings=embeddings is not None)
     rest = dict(choice.not_compressed)
     feeds = observe(model)
+    doubles = {of: place for place, of in twins(model).items()}
     layers, words, repeated = [], [], []
+    left_out: dict[str, str] = {}
     for name in choice.layers + choice.embeddings:
-        stored = [weights[key] for key in (f"{name}.weight", *tied_to(model, name)) if key in weights]
+        keys = [f"{name}.weight", *tied_to(model, name), f"{elsewhere(name, doubles)}.weight"]
+        stored = [weights[key] for key in dict.fromkeys(keys) if key in weights]
         if not stored:
             rest[name] = _STUCK
             continue
-        weight, *twins = stored
+        weight, *others = stored
         if isinstance(weight, Converted) and weight.name in weight.conversion.made:
             rest[name] = _MADE
             continue
+        if not all(_same(weight, other) for other in others):
+            rest[name] = f"config.json ties it to {others[0].name}, which is another one in the checkpoint"
+            continue
+        repeated += others
+        left_out |= dict.fromkeys(_stored_names(others), f"{name} has the same numbers, and is tied to it")
         if name in choice.layers:
             planned = _planned(model, name, weight, config, feeds.of(name))
             layers.append(dataclasses.replace(planned, share=feeds.share(name)))
-        elif all(_same(weight, twin) for twin in twins):
-            repeated += twins
+        else:
             packed = config.replace(method="best", bits=embeddings, rank=0, inner_rank=0)
             words.append(_planned(model, name, weight, packed, feeds.of_embedding(model, name)))
-        else:
-            rest[name] = f"config.json ties it to {twins[0].name}, which is another one in the checkpoint"
     if not layers:
         raise FourierError(
             "none of its linear layers is stored so that it can be compressed",
@@ -214,13 +219,18 @@ def make_plan(
     unused = f"no module of {arrangement.model} has it"
     if not drop_unused:
         rest |= dict.fromkeys(arrangement.unused, unused)
-    left_out = {twin.name: f"{words[0].name} has the same numbers, and is tied to it" for twin in repeated}
     left_out |= arrangement.left_out | (dict.fromkeys(arrangement.unused, unused) if drop_unused else {})
     unseen = tuple(layer.name for layer in layers if layer.name in feeds.unseen)
     plan = Plan(source, arrangement, tuple(layers), (), None, tuple(words), tuple(repeated), left_out, unseen)
     for name, parameter in plan.kept_as_stored.items():  # under a name that is none of the model's
         rest[name] = reason_of(parameter, rest, {layer.name for layer in plan.all_layers})
     return dataclasses.replace(plan, not_compressed=tuple(Skipped(name, reason) for name, reason in rest.items()))
+
+
+def _stored_names(stored: list[Stored]) -> list[str]:
+    """Names in the files of what these parameters come of."""
+    of = [one.conversion.sources if isinstance(one, Converted) else (one,) for one in stored]
+    return [entry.name for entries in of for entry in entries]
 
 
 def _same(one: Stored, other: Stored) -> bool:

@@ -22,7 +22,7 @@ from llava_fa.hub.plan import Plan, PlannedLayer, make_plan
 from llava_fa.hub.report import kind_of_codes
 from llava_fa.hub.shards import DTYPE_NAMES, FLOATS, Entry
 from llava_fa.hub.source import SINGLE, Source, quantisation, read_config, resolve_config
-from llava_fa.nn.surgery import is_output_embedding, is_stack_of_experts
+from llava_fa.nn.surgery import is_output_embedding, is_stack_of_experts, twins
 
 WEIGHTS_PER_SECOND = {"rings": 25e6, "trellis": 5.5e6}
 """Data-free, on two cores: the lower of the rates that benchmarks/compress_speed.py gives for its two shapes."""
@@ -159,9 +159,10 @@ def _entries(model: nn.Module, folder: Path) -> dict[str, Entry]:
     if not isinstance(dtype, torch.dtype) or DTYPE_NAMES.get(dtype) not in FLOATS:
         dtype = torch.bfloat16
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    doubles = tuple(f"{place}." for place in twins(model))
     entries, start = {}, 0
     for name, tensor in model.state_dict().items():
-        if name in tied:
+        if name in tied or name.startswith(doubles):
             continue
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         size = tensor.numel() * kind.itemsize

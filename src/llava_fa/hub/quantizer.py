@@ -36,6 +36,8 @@ from llava_fa.nn.experts import fuse, unfuse, within
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.fourier_embedding import untie
 from llava_fa.nn.packed_linear import Codebooks
+from llava_fa.nn.surgery import restore_ties
+from llava_fa.nn.twins import link, share, unlink
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -133,6 +135,7 @@ class FourierHfQuantizer(HfQuantizer):
         for name in unfuse(model, lambda name: any(within(layer, name) for layer in self.metadata.layers)):
             keep_parent(model, name)
         places = {name: find(model, name) for name in self.metadata.layers}
+        link(model, places.values())
         if files:
             entries = validate(files, self.metadata)
             self._validated = True
@@ -148,6 +151,7 @@ class FourierHfQuantizer(HfQuantizer):
                 self._stored[f"{here}.{prefix}".rstrip(".")] = frozenset(part.tensors())
                 if part.method == "best":
                     books[part.codebook] = part.points
+        share(model)
         tie_all(model)
         self._stored[MODULE] = frozenset(books)
         if books:
@@ -167,6 +171,7 @@ class FourierHfQuantizer(HfQuantizer):
             return model
         assert self._loading is not None
         self._loading.finish(model)
+        share(model)
         mark_compressed(model, self)
         return model
 
@@ -202,6 +207,8 @@ class FourierHfQuantizer(HfQuantizer):
             exchange(model, name, plain[layer])
         untie(model, plain)
         fuse(model)
+        unlink(model)
+        restore_ties(model)
         if hasattr(model, MODULE):
             delattr(model, MODULE)
         model._weight_conversions = None  # saved names are again those of the plain format

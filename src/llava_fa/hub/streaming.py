@@ -119,7 +119,7 @@ def approximated(
             second_moment = norm_moment(layer, plan)
         if layer.at_once < layer.numel and not measured:
             result = approximate_portions(_reader(layer), layer.shape, layer.config, second_moment)
-            return result, Measurement(result.weight_error, None, notes + result.notes)
+            return result, Measurement(result.weight_error, None, notes + result.notes, tokens)
         target = layer.read()
         if drift is not None:
             target = corrected_weight(target, second_moment, drift)

@@ -15,7 +15,7 @@ from llava_fa.kernels.packed import PackedWeight
 from llava_fa.nn.decoded_weight import rows_asked
 from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.own_forward import packed_as, plain_again
-from llava_fa.nn.surgery import replace_module
+from llava_fa.nn.surgery import end_ties, replace_module
 
 _DECODED = 1 << 24
 """Weights of a table that are decoded at once, about."""
@@ -192,20 +192,13 @@ def tie(model: nn.Module, name: str, embedding: FourierEmbedding) -> None:
         tied = TiedEmbedding(embedding)
         tied = tied if type(module) is nn.Embedding else packed_as(module, tied, _TiedOfItsClass)
     replace_module(model, name, tied)
-    for place, part in model.named_modules():  # the rule may be that of a model within the model
-        inside = f"{place}." if place else ""
-        rules = getattr(part, "all_tied_weights_keys", None)
-        if isinstance(rules, dict) and any(inside + key == f"{name}.weight" for key in rules):
-            rules = {key: of for key, of in rules.items() if inside + key != f"{name}.weight"}
-            part.all_tied_weights_keys = part._tied_weights_keys = rules  # type: ignore[assignment]
+    end_ties(model, lambda key: key == f"{name}.weight")
 
 
 def untie(model: nn.Module, plain: Mapping[FourierEmbedding, nn.Embedding]) -> None:
-    """The inverse of every `tie`, where embeddings have been dequantised: plain modules that share their weights."""
+    """The inverse of every `tie`, where embeddings have been dequantised: plain modules that share their weights.
+
+    What transformers ties by name is for `surgery.restore_ties`.
+    """
     for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, Tied)]:
         replace_module(model, name, module.to_plain(plain[module.embedding].weight))  # type: ignore[operator]
-    changed = [module for module in model.modules() if "_tied_weights_keys" in vars(module)]
-    for module in changed:
-        del module._tied_weights_keys  # the class has its own
-    for module in changed:
-        module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
+from llava_fa.nn.experts import Experts, is_fused_experts
 from llava_fa.nn.factored_linear import FactoredLinear
 from llava_fa.nn.own_forward import only_looks_up
 from llava_fa.nn.packed_linear import PackedLinear
@@ -61,14 +62,15 @@ def classify(
     names = [name for name, _ in model.named_modules() if name]
     skipped = resolve(skip, names, "skip")
     wanted = resolve(only, names, "only") if only else None
-    head, tied = _output_embedding(model), _tied(model)
+    pairs = twins(model)
+    head, tied = _output_embedding(model), _tied(model) - _held_by_twins_alone(model, pairs)
     layers: list[str] = []
     rest: dict[str, str] = {}
     parents = dict(model.named_modules())
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or (Patches.of(module) and not isinstance(module, PackedLinear)):
             inside = parents[name.rpartition(".")[0]] if name else None
-            reason = _why_not(name, module, inside, head, tied)
+            reason = f"tied to {of}" if (of := elsewhere(name, pairs)) else _why_not(name, module, inside, head, tied)
             if reason is None and name in skipped:
                 reason = f"skipped by pattern {skipped[name]!r}"
             if reason is None and wanted is not None and name not in wanted:
@@ -137,6 +139,74 @@ def _sharing(model: nn.Module, weight: nn.Parameter) -> list[str]:
 def tied_to(model: nn.Module, name: str) -> list[str]:
     """Parameters that transformers' rules tie to the weight of the module ``name``."""
     return [key for key, of in _rules(model).items() if of == f"{name}.weight"]
+
+
+def end_ties(model: nn.Module, ended: Callable[[str], bool]) -> None:
+    """Take parameters out of transformers' rules, by which it ties them whenever it pleases (`tie_weights`).
+
+    Args:
+        ended: of a parameter's name.
+    """
+    for place, module in model.named_modules():  # the rule may be that of a model within the model
+        inside = f"{place}." if place else ""
+        rules = getattr(module, "all_tied_weights_keys", None)
+        if isinstance(rules, dict) and any(ended(inside + key) for key in rules):
+            rules = {key: of for key, of in rules.items() if not ended(inside + key)}
+            module.all_tied_weights_keys = module._tied_weights_keys = rules  # type: ignore[assignment]
+
+
+def restore_ties(model: nn.Module) -> None:
+    """The inverse of every `end_ties`, where all modules are plain again."""
+    changed = [module for module in model.modules() if "_tied_weights_keys" in vars(module)]
+    for module in changed:
+        del module._tied_weights_keys  # the class has its own
+    for module in changed:
+        module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
+
+
+def twins(model: nn.Module) -> dict[str, str]:
+    """Linear layers and blocks of experts all of whose parameters transformers ties to those of another: name → other.
+
+    So an encoder and a decoder may be one stack of layers (DiffusionGemma). The other is compressed, and both use it.
+    """
+    own: dict[str, dict[str, str]] = {}
+    for key, of in _rules(model).items():
+        place, _, name = key.rpartition(".")
+        own.setdefault(place, {})[name] = of
+    modules = dict(model.named_modules())
+    found = {}
+    for place, tied in own.items():
+        other = next(iter(tied.values())).rpartition(".")[0]
+        same = all(of == f"{other}.{name}" for name, of in tied.items())
+        if same and other in modules and set(tied) == _whole(modules.get(place)) == _whole(modules[other]):
+            found[place] = other
+    return found
+
+
+def _whole(module: nn.Module | None) -> set[str]:
+    """The parameters of a linear layer or of experts, by transformers' names; of anything else none."""
+    if isinstance(module, Experts):
+        biases = {f"{name}_bias" for name, linears in module.lists.items() if linears[0].bias is not None}
+        return {*module.lists, *biases}
+    if module is not None and (type(module) is nn.Linear or is_fused_experts(module)):
+        return {name for name, _ in module.named_parameters(recurse=False)}
+    return set()
+
+
+def elsewhere(name: str, places: Mapping[str, str]) -> str | None:
+    """What a module is called whose outer module is in another place: outer module → the other place."""
+    inner = ""
+    outer = name
+    while outer and outer not in places:
+        outer, _, last = outer.rpartition(".")
+        inner = f".{last}{inner}"
+    return places[outer] + inner if outer else None
+
+
+def _held_by_twins_alone(model: nn.Module, pairs: dict[str, str]) -> set[str]:
+    """Weights that nothing is tied to but twins."""
+    others = {of for key, of in _rules(model).items() if key.rpartition(".")[0] not in pairs}
+    return {f"{of}.weight" for of in pairs.values()} - others
 
 
 def _rules(model: nn.Module) -> dict[str, str]:
