@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  its name everywhere
 
 from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedEmbedding, packed_embedding, tie
-from llava_fa.nn.own_forward import only_looks_up
+from llava_fa.nn.fourier_linear import FourierLinear, packed_linear
+from llava_fa.nn.own_forward import only_looks_up, only_multiplies
 
 LAYOUT = best(100, 48, 8)
 
@@ -58,6 +59,27 @@ class Sliced(nn.Embedding):
 class Greedy(nn.Embedding):
     def forward(self, ids, more):
         return super().forward(ids) + more
+
+
+class Decoupled(nn.Linear):
+    """Further outputs beside those of the weight."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.more = nn.Linear(self.in_features, 3)
+
+    def forward(self, x):
+        return torch.cat([F.linear(x, self.weight, self.bias), self.more(x)], -1)
+
+
+class Bounded(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-1, 1)).tanh()
+
+
+class Weighed(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight / self.weight.norm())
 
 
 def original(kind):
@@ -144,3 +166,27 @@ def test_a_second_embedding_with_the_same_words(kind):
     back = model.second.to_plain(plain.weight)
     assert type(back) is kind
     assert torch.equal(back(ids), plain(ids))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_which_need_products_alone(device):
+    with torch.device(device):
+        made = {kind: kind(48, 100) for kind in (nn.Linear, Decoupled, Bounded, Weighed)}
+    assert [kind for kind, module in made.items() if not only_multiplies(module)] == [Weighed]
+
+
+@pytest.mark.usefixtures("exact_activations")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [Decoupled, Bounded])
+def test_they_do_to_packed_products_what_they_did_to_products(kind, bias):
+    torch.manual_seed(0)
+    module = kind(48, 100, bias=bias)
+    layer = packed_linear(module, FourierLinear.from_tensors(LAYOUT, random_tensors(LAYOUT), module.bias))
+    assert isinstance(layer, kind)
+    plain, x = copy.deepcopy(module), torch.randn(2, 3, 48)
+    plain.weight.data = layer.dequantize()
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+    again = layer.to_plain()
+    assert type(again) is kind
+    assert again.state_dict().keys() == module.state_dict().keys()
+    torch.testing.assert_close(again(x), plain(x), rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ from llava_fa.hub.checkpoint import LayerRecord
 from llava_fa.kernels.layout import Layout
 from llava_fa.nn.factored_linear import empty_layer
 from llava_fa.nn.fourier_embedding import FourierEmbedding, packed_embedding, tie
+from llava_fa.nn.fourier_linear import FourierLinear, packed_linear
 from llava_fa.nn.packed_linear import PackedLinear
 from llava_fa.nn.patches import Patches, matrix_shape
 from llava_fa.nn.surgery import replace_module, tied_to
@@ -51,6 +52,8 @@ def empty_for(module: nn.Module, name: str, record: LayerRecord) -> PackedLinear
         empty = empty_layer(layout, bias=module.bias is not None, dtype=module.weight.dtype, device="meta")
         if patches is not None:
             empty.convolve(patches)
+        elif isinstance(empty, FourierLinear):
+            empty = packed_linear(module, empty)
     empty.weight_error, empty.output_error = record.weight_error, record.output_error
     return empty
 

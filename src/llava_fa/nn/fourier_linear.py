@@ -13,6 +13,7 @@ from llava_fa.errors import FourierError
 from llava_fa.kernels import run
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import PackedWeight, as_stored, packed_weight
+from llava_fa.nn.own_forward import packed_as
 from llava_fa.nn.packed_linear import Codebooks, PackedLinear
 from llava_fa.solver.approximate import approximate
 
@@ -146,3 +147,13 @@ class FourierLinear(PackedLinear):
             f"bias={self.bias is not None}, method={layout.method}, {codes}code_bits={code}, "
             f"rank={layout.rank}, bits_per_weight={self.bits_per_weight:.3f}"
         )
+
+
+class _OfItsClass(FourierLinear, nn.Linear):  # type: ignore[misc]  # `weight` is no parameter
+    """What stands between a class of linear layers with a forward of its own and `torch.nn.Linear`."""
+
+
+def packed_linear(module: nn.Module, packed: FourierLinear) -> FourierLinear:
+    """``packed`` in the place of this linear layer, whose class may have a forward of its own (`only_multiplies`)."""
+    own = isinstance(module, nn.Linear) and type(module) is not nn.Linear
+    return packed_as(module, packed, _OfItsClass) if own else packed  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """Modules of a class with a forward of its own around torch's: a scale behind a look-up, a norm, another table.
 
-Such a class calls ``super().forward``, or takes rows of ``self.weight``. Its packed module is of that very class,
+Such a class calls ``super().forward``, or torch's function on ``self.weight``. Its packed module is of that very class,
 with all that the original had but the weight; a packed layer stands between the class and torch's (`packed_as`). So
 whatever the class does to what torch's forward gives, it does to what the packed layer gives, and code that asks for
 the class finds it.
@@ -54,7 +54,9 @@ def packed_as(module: nn.Module, packed: nn.Module, base: type[nn.Module]) -> An
     vars(made)["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     vars(made)["beside"] = frozenset(vars(module)["_buffers"])
     vars(made)["_packed_names"] = frozenset(vars(packed)) - frozenset(vars(module)) | {"beside", "_packed_names"}
-    vars(made)["_packed_entries"] = frozenset(name for table in _TABLES for name in vars(packed)[table])
+    vars(made)["_packed_entries"] = frozenset(
+        name for table in _TABLES for name in vars(packed)[table] if name not in vars(module)[table]
+    )
     return made
 
 
@@ -71,31 +73,45 @@ def plain_again(made: nn.Module, weight: Tensor) -> nn.Module:
     return module
 
 
-class _Trial(nn.Embedding):
-    """A table without numbers: looking rows up is counted, and anything else that needs a number fails."""
+class _Trial:
+    """A module without numbers: what torch's forward does is counted, and what else needs a number fails."""
 
-    looked_up = 0
+    asked = 0
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Rows of ones."""
-        self.looked_up += 1
-        return torch.ones(*ids.shape, self.embedding_dim)
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Ones, of the shape of what torch's forward gives."""
+        self.asked += 1
+        rows, columns = self._shape()
+        return torch.ones(*x.shape, columns) if isinstance(self, nn.Embedding) else torch.ones(*x.shape[:-1], rows)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """Its facts."""
-        shape, answers = (
-            (self.num_embeddings, self.embedding_dim),
-            {F.embedding: self._rows, Tensor.__getitem__: self._some},
-        )
-        return DecodedWeight(_refuse, shape, torch.float32, torch.device("cpu"), answers)
+        answers: dict[Any, Any] = {F.linear: self._answer}
+        if isinstance(self, nn.Embedding):
+            answers = {F.embedding: self._answer, Tensor.__getitem__: self._some}
+        return DecodedWeight(_refuse, self._shape(), torch.float32, torch.device("cpu"), answers)
 
-    def _rows(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _Trial.forward(self, ids)
+    def _shape(self) -> tuple[int, int]:
+        if isinstance(self, nn.Embedding):
+            return self.num_embeddings, self.embedding_dim
+        assert isinstance(self, nn.Linear)
+        return self.out_features, self.in_features
+
+    def _answer(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Trial.forward(self, x)
 
     def _some(self, index: Any) -> Any:
-        rows = rows_asked(index, self.num_embeddings)
+        rows = rows_asked(index, self._shape()[0])
         return NotImplemented if rows is None else _Trial.forward(self, rows)
+
+
+class _TrialEmbedding(_Trial, nn.Embedding):  # type: ignore[misc]  # `weight` is no parameter
+    pass
+
+
+class _TrialLinear(_Trial, nn.Linear):  # type: ignore[misc]
+    pass
 
 
 def _refuse() -> Tensor:
@@ -103,22 +119,30 @@ def _refuse() -> Tensor:
 
 
 @torch.no_grad()
-def only_looks_up(module: nn.Embedding) -> bool:
-    """Whether an embedding's forward, whatever else it does, needs nothing of its weight but rows by their numbers.
+def _asks_alone(module: nn.Module, base: type[nn.Module], x: Tensor) -> bool:
+    """Whether the class, given x, asks for torch's forward and for no number of the weight.
 
-    Tried out with a small input, on a copy without the weight: on any device, meta included.
+    Tried out on a copy without the weight: on any device, meta included.
     """
-    if type(module) is nn.Embedding:
-        return module.max_norm is None
-    if module.max_norm is not None:
-        return False
     double = copy.deepcopy(module, {id(module.weight): nn.Parameter(torch.empty(0))})
     double = double.to_empty(device="cpu").float()
     for tensor in (*double.parameters(), *double.buffers()):
         tensor.fill_(1)
-    trial = packed_as(double, nn.Module(), _Trial)
+    trial = packed_as(double, nn.Module(), base)
     try:
-        trial(torch.tensor([[0, 1]]))
-    except Exception:  # it wants more than numbers of rows, or reads the weight
+        trial(x)
+    except Exception:  # it wants more than this, or reads the weight
         return False
-    return bool(trial.looked_up)
+    return bool(trial.asked)
+
+
+def only_looks_up(module: nn.Embedding) -> bool:
+    """Whether an embedding's forward, whatever else it does, needs nothing of its weight but rows by their numbers."""
+    if type(module) is nn.Embedding or module.max_norm is not None:
+        return module.max_norm is None
+    return _asks_alone(module, _TrialEmbedding, torch.tensor([[0, 1]]))
+
+
+def only_multiplies(module: nn.Linear) -> bool:
+    """Whether a linear layer's forward, whatever else it does, needs nothing of its weight but products with it."""
+    return type(module) is nn.Linear or _asks_alone(module, _TrialLinear, torch.ones(2, module.in_features))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llava_fa.kernels.layout import FactoredLayout, Layout, bits_per_weight
 from llava_fa.kernels.run import dequantize
 from llava_fa.nn.decoded_weight import DecodedWeight
+from llava_fa.nn.own_forward import plain_again
 from llava_fa.nn.patches import Patches
 
 
@@ -171,6 +172,8 @@ class PackedLinear(Stored):
     def to_plain(self) -> Any:
         """A plain `torch.nn.Linear`, or convolution, with the dequantised weight, in the layer's dtype; it shares the
         bias."""
+        if isinstance(self, nn.Linear):  # of a class with a forward of its own
+            return plain_again(self, self._dense())
         plain: Any = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         if self.patches is not None:
             plain = self.patches.plain(self.out_features)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llava_fa.errors import FourierError
 from llava_fa.nn.experts import Experts, is_fused_experts
 from llava_fa.nn.factored_linear import FactoredLinear
-from llava_fa.nn.own_forward import only_looks_up
+from llava_fa.nn.own_forward import only_looks_up, only_multiplies
 from llava_fa.nn.packed_linear import PackedLinear
 from llava_fa.nn.patches import Patches, matrix_shape
 
@@ -123,13 +123,17 @@ def _tables(model: nn.Module, rest: dict[str, str], skipped: dict[str, str]) -> 
 
 
 def _packable_table(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or (isinstance(module, nn.Embedding) and only_looks_up(module))
+    if isinstance(module, nn.Linear):
+        return only_multiplies(module)
+    return isinstance(module, nn.Embedding) and only_looks_up(module)
 
 
 def _follows(model: nn.Module, key: str) -> bool:
     """Whether the module of this parameter can use the packed tensors of an embedding that it is tied to."""
     name, _, own = key.rpartition(".")
-    return own == "weight" and _packable_table(model.get_submodule(name))
+    module = model.get_submodule(name)
+    plain = isinstance(module, nn.Embedding) or type(module) is nn.Linear
+    return own == "weight" and plain and _packable_table(module)
 
 
 def _sharing(model: nn.Module, weight: nn.Parameter) -> list[str]:

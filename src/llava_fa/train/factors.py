@@ -22,11 +22,12 @@ _DAMPING = 0.01
 
 
 def layers_by_name(model: nn.Module) -> dict[str, FourierLinear]:
-    """Every packed matrix that can have factors: those inside of a factored layer and embeddings cannot."""
+    """Every packed matrix that can have factors: those inside of a factored layer, embeddings, and output embeddings
+    of a class of their own cannot."""
     return {
         name: layer
         for name, layer in packed_layers(model)
-        if isinstance(layer, FourierLinear) and not isinstance(layer, FourierEmbedding)
+        if isinstance(layer, FourierLinear) and not isinstance(layer, (FourierEmbedding, nn.Linear))
     }
 
 
