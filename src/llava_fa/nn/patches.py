@@ -33,7 +33,8 @@ class Patches:
     def of(cls, module: nn.Module) -> Patches | None:
         """Those of a plain or packed convolution of this kind; None of anything else."""
         if type(module) not in _KINDS:
-            return getattr(module, "patches", None)
+            own = getattr(module, "patches", None)  # of a packed layer; other classes may mean anything by it
+            return own if isinstance(own, cls) else None
         kernel, facts = module.kernel_size, vars(module)
         plain = facts["groups"] == 1 and set(facts["dilation"]) == {1}
         whole = facts["stride"] == kernel and (facts["padding"] == "valid" or set(facts["padding"]) == {0})
