@@ -5,7 +5,7 @@ far, giving every layer its inputs x̂, and once through the original ones, givi
 errors cost little; the drift from x to x̂ says what the layers before have spoilt, and a layer whose config has the
 target ``outputs`` makes up for as much of it as it can (`solver.drift`). Within a block the layers that share an input
 share one statistic, and are compressed stage by stage (q, k, v → o → gate, up → down), each stage seeing the stages
-before it compressed.
+before it compressed. Experts run twice, the first time on tokens in turn (`hub.routing`).
 
 Memory: the model in its own dtype and a copy of one block; the hidden states of one block for all samples (samples ×
 tokens × width), twice; and the second moments of one stage (width² floats each), twice.
