@@ -1,7 +1,8 @@
-"""How long a block's experts take on this CPU, packed, against transformers' own in bf16.
+"""How long a block's experts take, packed, against transformers' own in bf16.
 
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/experts.py [--shapes mixtral] [--tokens 1 8] [--out runs/experts]
     .venv/bin/python benchmarks/experts.py --report
+    PYTHONPATH=src python3 benchmarks/experts.py --device cuda --out runs/experts-gpu
 
 The router is drawn anew at every call, every token its experts evenly at random, so that weights come from memory.
 transformers' experts run in each of its implementations (`eager`, `batched_mm`, `grouped_mm`); the table shows the
@@ -78,7 +79,7 @@ def one_by_one(module: Experts, x: torch.Tensor, index: torch.Tensor) -> None:
         last[expert](first[expert](x)[:, : last[expert].in_features])
 
 
-def measure(shape: tuple[int, int, int, int], tokens: int, seconds: float) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int, int], tokens: int, seconds: float, device: str) -> dict[str, Any]:
     """Microseconds of each contender, median and lowest tenth."""
     experts, chosen, width, within = shape
     contenders: dict[str, Call] = {}
@@ -95,17 +96,23 @@ def measure(shape: tuple[int, int, int, int], tokens: int, seconds: float) -> di
         contenders[name] = module
         if tokens == 1:
             contenders[f"{name}, one by one"] = lambda x, index, _, module=module: one_by_one(module, x, index)
+    contenders = {
+        name: call.to(device) if isinstance(call, torch.nn.Module) else call for name, call in contenders.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     codes = experts * 3 * width * within / 2
     with torch.inference_mode():
         stop = time.monotonic() + seconds
         while time.monotonic() < stop or min(map(len, times.values())) < 6:
             for name, call in contenders.items():
-                x = torch.randn(tokens, width).bfloat16()
-                index = torch.rand(tokens, experts).topk(chosen).indices
-                weights = torch.full((tokens, chosen), 1 / chosen).bfloat16()
+                x = torch.randn(tokens, width, device=device).bfloat16()
+                index = torch.rand(tokens, experts, device=device).topk(chosen).indices
+                weights = torch.full((tokens, chosen), 1 / chosen, device=device).bfloat16()
+                wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+                wait()
                 start = time.perf_counter()
                 call(x, index, weights)
+                wait()
                 times[name].append(time.perf_counter() - start)
     settled = {name: values[1:] for name, values in times.items()}
     return {
@@ -136,6 +143,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512])
     parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/experts"))
     parser.add_argument("--report", action="store_true", help="print the table of what is there, measure nothing")
     parser.add_argument("--least", action="store_true", help="in the table, the lowest tenth instead of the median")
@@ -144,7 +152,13 @@ def main() -> None:
     for shape in () if options.report else options.shapes:
         for tokens in options.tokens:
             if rows.find(shape=shape, tokens=tokens) is None:
-                rows.add({"shape": shape, "tokens": tokens, **measure(SHAPES[shape], tokens, options.seconds)})
+                rows.add(
+                    {
+                        "shape": shape,
+                        "tokens": tokens,
+                        **measure(SHAPES[shape], tokens, options.seconds, options.device),
+                    }
+                )
     report(rows, "least" if options.least else "median")
 
 

@@ -170,6 +170,22 @@ def correctness(stop: float) -> Iterator[dict[str, Any]]:
                     yield {**case, "dtype": str(dtype), "error over PyTorch's": share, "ok": share <= 2}
 
 
+def grouped() -> Iterator[dict[str, Any]]:
+    """Rows that each choose a weight, against the same weight alone."""
+    for bits, state, m, n in ((8, 0, 203, 37 * 32), (3, 0, 70, 511), (4, 12, 203, 37 * 32)):
+        weights = [doctor.random_weight(m, n, bits, state).map(lambda tensor: tensor.cuda()) for _ in range(4)]
+        group = triton.Group(weights, [None] * 4)
+        for dtype in (torch.bfloat16, torch.float32):
+            x, chosen = torch.randn(6, n, device="cuda").to(dtype), torch.tensor([3, 0, 4, 0, 2, -1], device="cuda")
+            y = triton.linears(x, chosen, group)
+            wanted = [
+                triton.linear(x[row : row + 1], weights[which]) for row, which in ((0, 3), (1, 0), (3, 0), (4, 2))
+            ]
+            right = bool(torch.equal(y[[0, 1, 3, 4]], torch.cat(wanted)) and not y[[2, 5]].any())
+            case = {"bits": bits, "trellis": state > 0, "m": m, "n": n, "batch": "grouped", "dtype": str(dtype)}
+            yield {**case, "error over PyTorch's": 0.0, "ok": right}
+
+
 def compile_all(architectures: list[int]) -> Iterator[dict[str, Any]]:
     """Every kernel of a 3584 × 18944 and an 18944 × 3584 layer, compiled for GPUs that need not be there."""
     import triton as triton_lang
@@ -289,7 +305,7 @@ def main() -> None:
             for row in map(keep, (row for b in (1, 16) for row in sweep(*SHAPES[0], b, half))):
                 print(row, flush=True)
         if i == 2:  # the goals' figures are in hand before anything else
-            checked = list(map(keep, correctness(stop)))
+            checked = list(map(keep, (*correctness(stop), *grouped())))
             wrong = [row for row in checked if not row["ok"]]
             worst = max((row["error over PyTorch's"] for row in checked), default=0.0)
             print(
