@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def models(folder: Path, rows: Rows, args: argparse.Namespace) -> None:
 
     def ours(bits: int, widths: float) -> tuple[nn.Module, float]:
         with prior(widths):
-            model, _, report = compressed(str(folder), args.out / "model", FourierConfig(bits=bits), samples)
+            model, _, report = compressed(
+                str(folder), args.out / f"model-{args.samples}", FourierConfig(bits=bits), samples
+            )
         return model, report.bits_per_weight
 
     def peer(rounder: Rounder, widths: float | None) -> tuple[nn.Module, float]:
@@ -143,7 +146,7 @@ def models(folder: Path, rows: Rows, args: argparse.Namespace) -> None:
         }
     for name, make in makers.items():
         key = {"table": "models", "name": name, "samples": args.samples}
-        if rows.find(**key):
+        if rows.find(**key) or not any(fnmatchcase(name, pattern) for pattern in args.rows):
             continue
         if time.monotonic() - began > 60 * args.minutes:
             return
@@ -164,10 +167,11 @@ def tables(rows: Rows) -> Iterator[str]:
                 cells = {row["prior"]: f"{100 * row[kind]:.2f}" for row in own}
                 span = f"{own[0]['fewest']}-{own[0]['most']}"
                 yield f"| {samples} | {span} | " + " | ".join(cells.get(widths, "-") for widths in PRIORS) + " |"
-    yield "| | bits per weight | KL | accuracy |"
+    yield "| | samples | bits per weight | KL | accuracy |"
     for row in rows:
         if row["table"] == "models":
-            yield f"| {row['name']} | {row['bits_per_weight']:.3f} | {row['kl']:.4f} | {percent(row)} |"
+            cells = (row["name"], row["samples"], f"{row['bits_per_weight']:.3f}", f"{row['kl']:.4f}", percent(row))
+            yield f"| {' | '.join(map(str, cells))} |"
 
 
 def _prior(widths: float) -> str:
@@ -182,6 +186,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=900, help="held-out questions of the accuracy; 0 leaves it out")
     parser.add_argument("--minutes", type=float, default=600, help="begin no row of a table after so many minutes")
     parser.add_argument("--only", choices=("steadying", "models"), help="one of the tables")
+    parser.add_argument("--rows", nargs="*", default=["*"], help="names or patterns of the second, such as 'ours*'")
     parser.add_argument("--out", type=Path, default=Path("runs/mixture-rows"))
     parser.add_argument("--report", action="store_true", help="measure nothing, print the tables")
     args = parser.parse_args()
