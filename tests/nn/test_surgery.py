@@ -169,3 +169,54 @@ def test_a_model_that_has_no_answer_about_its_embeddings():
     assert classify(Silent(), embeddings=True).embeddings == ("words",)
     with pytest.raises(FourierError, match="no embedding of this model can be compressed"):
         classify(nn.Sequential(nn.Linear(32, 32)), embeddings=True)
+
+
+class Centred(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) - self.weight.mean(0)
+
+
+class Tables(nn.Module):
+    def __init__(self, **tied):
+        super().__init__()
+        self.words, self.others, self.centred = nn.Embedding(1000, 64), nn.Embedding(300, 64), Centred(300, 64)
+        self.positions, self.narrow = nn.Embedding(16, 64), nn.Embedding(9000, 8)
+        self.second, self.lm_head = nn.Embedding(1000, 64), nn.Linear(64, 1000)
+        self.layer = nn.Linear(64, 64)
+        self.all_tied_weights_keys = tied
+        for key, of in tied.items():
+            self.get_submodule(key.removesuffix(".weight")).weight = self.get_submodule(
+                of.removesuffix(".weight")
+            ).weight
+
+    def get_input_embeddings(self):
+        return self.words
+
+
+def test_which_tables_are_packed():
+    plan = classify(Tables(), embeddings=True)
+    assert plan.layers == ("layer",)
+    assert plan.embeddings == ("words", "others", "second", "lm_head")
+    assert plan.not_compressed == {
+        "centred": "Centred is an embedding with a forward of its own",
+        "positions": "embedding, under 1% of the model",
+        "narrow": "too small: one side is under 16",
+    }
+    assert classify(Tables()).not_compressed["others"] == "embedding"
+    assert (
+        classify(Tables(), skip=["others"], embeddings=True).not_compressed["others"] == "skipped by pattern 'others'"
+    )
+
+
+def test_what_is_tied_follows_or_keeps_the_table():
+    tied = {"second.weight": "words.weight", "lm_head.weight": "words.weight"}
+    plan = classify(Tables(**tied), embeddings=True)
+    assert plan.embeddings == ("words", "others")
+    assert plan.not_compressed["second"] == "embedding, tied to words"
+    odd = classify(Tables(**{"centred.weight": "others.weight"}), embeddings=True)
+    assert odd.embeddings == ("words", "second", "lm_head")
+    assert odd.not_compressed["others"] == "tied to centred.weight, which is no plain output embedding and no embedding"
+    silent = Tables()
+    silent.second.weight = silent.words.weight
+    found = classify(silent, embeddings=True)
+    assert found.not_compressed["words"] == found.not_compressed["second"] == "tied to another weight"

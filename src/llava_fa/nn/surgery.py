@@ -117,6 +117,8 @@ def _tables(model: nn.Module, rest: dict[str, str], skipped: dict[str, str]) -> 
             rest[name] = "tied to another weight"
         else:
             names.append(name)
+            followers = [key.removesuffix(".weight") for key in twins]
+            rest |= {key: f"embedding, tied to {name}" for key in followers if rest.get(key) == "embedding"}
     if not names:
         raise FourierError("no embedding of this model can be compressed", remedy="Leave embeddings out")
     return tuple(names)
