@@ -361,3 +361,22 @@ def test_a_large_table_is_fitted_in_portions(tmp_path, checkpoint, quick, digest
     assert found.keys() == whole.keys()
     assert {name for name in found if found[name] != whole[name]} <= {"config.json"}  # the last digit of an error
     assert max(most) < 300 * 48 <= helpers.random_llava().get_input_embeddings().weight.numel()
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("make", [gemma3n, t5gemma2])
+def test_embeddings_with_a_forward_of_their_own_on_disk(make, tmp_path, quick):
+    """What is beside the packed tensors is brought back with them, for those that share them too."""
+    torch.manual_seed(0)
+    model, tables, _ = make()
+    model.eval().save_pretrained(tmp_path / "source")
+    llava_fa.compress(tmp_path / "source", tmp_path / "out", quick, embeddings=4)
+    ids = torch.tensor([[5, 9, 7]])
+    kwargs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    with torch.no_grad():
+        wanted = type(model).from_pretrained(tmp_path / "out")(**kwargs).logits
+        away = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload", "offload_buffers": True}
+        small = type(model).from_pretrained(tmp_path / "out", **away)
+        assert small.get_submodule(tables[0]).qweight.is_meta
+        for _ in range(2):
+            assert torch.equal(small(**kwargs).logits, wanted)
