@@ -132,7 +132,7 @@ DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config.indexer_n_heads": 4,
             "text_config.indexer_kv_heads": 1,
-            "text_config.indexer_head_dim": 128,
+            "text_config.indexer_head_dim": 256,
             "text_config.indexer_budget": 2048,
             "text_config.indexer_compress_ratio": 4,
         },
