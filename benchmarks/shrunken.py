@@ -42,6 +42,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"kv_lora_rank|q_lora_rank", 32),
     (r"max_position_embeddings|num_position_embeddings|position_embedding_size", 256),
     (r"max_source_positions", 48),
+    (r"canvas_length", 16),
     (r"image_size|img_size", 56),
     (r"patch_size", 14),
     (r"sliding_window|attention_chunk_size|window_size", 64),
