@@ -8,7 +8,7 @@ from helpers import random_llava
 from torch import nn
 
 from llava_fa import FourierConfig, FourierError, FourierLinear
-from llava_fa.nn.surgery import classify, replace_module, resolve, spellings
+from llava_fa.nn.surgery import classify, output_embedding, replace_module, resolve, spellings
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +220,42 @@ def test_what_is_tied_follows_or_keeps_the_table():
     silent.second.weight = silent.words.weight
     found = classify(silent, embeddings=True)
     assert found.not_compressed["words"] == found.not_compressed["second"] == "tied to another weight"
+
+
+class Words(nn.Module):
+    """A language model: words, a layer, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer, self.head = nn.Embedding(64, 32), nn.Linear(32, 32), nn.Linear(32, 64, bias=False)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+class Around(nn.Module):
+    """What holds one, beside another, and knows its words alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.voice, self.language = Words(), Words()
+
+    def get_input_embeddings(self):
+        return self.language.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return None
+
+
+def test_the_output_embedding_of_the_language_model_within():
+    """Nemotron-H Omni answers for its words, and not for its logits."""
+    model = Around()
+    assert output_embedding(model) is model.language.head
+    found = classify(model, embeddings=True)
+    assert found.embeddings == ("voice.words", "language.words", "language.head")
+    assert "voice.head" in found.layers
+    assert classify(model).not_compressed["language.head"] == "output embedding"
+    assert output_embedding(nn.Linear(4, 4)) is None

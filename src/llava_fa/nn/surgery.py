@@ -63,7 +63,7 @@ def classify(
     skipped = resolve(skip, names, "skip")
     wanted = resolve(only, names, "only") if only else None
     pairs = twins(model)
-    head, tied = _output_embedding(model), _tied(model) - _held_by_twins_alone(model, pairs)
+    head, tied = output_embedding(model), _tied(model) - _held_by_twins_alone(model, pairs)
     layers: list[str] = []
     rest: dict[str, str] = {}
     parents = dict(model.named_modules())
@@ -274,11 +274,17 @@ def is_stack_of_experts(text: str) -> bool:
 
 def is_output_embedding(model: nn.Module, name: str) -> bool:
     """Whether a linear module writes the model's logits."""
-    return model.get_submodule(name) is _output_embedding(model) or name.rpartition(".")[2] == "lm_head"
+    return model.get_submodule(name) is output_embedding(model) or name.rpartition(".")[2] == "lm_head"
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    return _given(model, "get_output_embeddings")
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that writes the logits: the model's own answer, or that of the part of it that has the same words."""
+    head = _given(model, "get_output_embeddings")
+    words = _given(model, "get_input_embeddings")
+    if head is not None or words is None:
+        return head
+    parts = [part for part in model.modules() if part is not model and _given(part, "get_input_embeddings") is words]
+    return next((found for part in parts if (found := _given(part, "get_output_embeddings")) is not None), None)
 
 
 def _given(model: nn.Module, getter: str) -> nn.Module | None:
