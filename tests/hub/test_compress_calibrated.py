@@ -183,15 +183,21 @@ def test_a_layer_that_data_never_reaches_is_compressed_without_and_said(checkpoi
 
 
 def test_layers_tell_how_many_tokens_they_saw(checkpoint, quick, samples, calibrated, tmp_path):
-    """As many as the samples have; none are told of without data, or of a folder that is looked at."""
+    """As many as the samples have, of the folder too; none are told of without data."""
     inputs = list(prepare(samples, AutoProcessor.from_pretrained(checkpoint)))
     words = sum(sample["input_ids"].numel() for sample in inputs)
     patches = sum(sample["pixel_values"].shape[0] for sample in inputs)
     for layer in calibrated[1].layers:
         tower = layer.tokens / patches
         assert layer.tokens == words if "language_model" in layer.name else tower == int(tower) > 1
-    for report in (llava_fa.compress(checkpoint, tmp_path / "out", quick), inspect_model(calibrated[0])):
-        assert all(layer.tokens is None for layer in report.layers)
+    seen = inspect_model(calibrated[0])
+    assert [layer.tokens for layer in seen.layers] == [layer.tokens for layer in calibrated[1].layers]
+    assert all(layer.tokens is None for layer in llava_fa.compress(checkpoint, tmp_path / "out", quick).layers)
+    assert not (tmp_path / "out" / "calibration.json").exists()
+    for wrong in ("[1]", '{"tokens": {"a": -1}}', '{"tokens": {"a": true}}', "{"):
+        (tmp_path / "out" / "calibration.json").write_text(wrong)
+        with pytest.raises(FourierError, match=r"calibration\.json.*Remove it"):
+            inspect_model(tmp_path / "out")
 
 
 def test_several_calls_of_a_block_per_sample(samples):

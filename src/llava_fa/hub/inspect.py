@@ -68,7 +68,7 @@ def describe(
     files = weight_files(folder)
     entries = validate(files, metadata)
     accounts = account(entries, metadata)
-    told = measured or {}
+    told, tokens = measured or {}, provenance.read_tokens(folder)
     layers = tuple(
         LayerReport(
             name=name,
@@ -81,7 +81,7 @@ def describe(
             sensitivity=record.sensitivity,
             predicted_loss=record.predicted_loss,
             notes=tuple(told[name].notes) if name in told else (),
-            tokens=told[name].tokens if name in told else None,
+            tokens=tokens.get(name),
             embedding=record.embedding,
             codes=kind_of_codes(record.layout),
         )

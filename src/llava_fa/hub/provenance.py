@@ -1,9 +1,12 @@
-"""Where a compressed folder comes from: the command that made it, and with which versions (``compression.json``)."""
+"""Where a compressed folder comes from: the command and the versions that made it (``compression.json``), and how many
+tokens each layer was fitted to (``calibration.json``).
+"""
 
 from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,9 @@ from llava_fa.hub.shards import write_text
 
 COMPRESSION = "compression.json"
 """File of a compressed model's folder, beside its weights; the model does not need it."""
+
+CALIBRATION = "calibration.json"
+"""The same."""
 
 PACKAGES = ("llava-fa", "torch", "transformers", "safetensors", "numpy", "pillow")
 
@@ -53,3 +59,25 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not isinstance(provenance, dict) or not isinstance(provenance.get("command"), str):
         raise FourierError("it is not a record of a compression", remedy=remedy, where=str(path))
     return provenance
+
+
+def record_tokens(folder: Path, tokens: Mapping[str, int]) -> None:
+    """Write ``calibration.json``: calibrated layer → tokens that its second moment is made of."""
+    write_text(folder / CALIBRATION, json.dumps({"tokens": dict(tokens)}, indent=1) + "\n")
+
+
+def read_tokens(folder: Path) -> dict[str, int]:
+    """What `record_tokens` wrote; empty where nothing was calibrated.
+
+    Raises:
+        FourierError: the file is not what `record_tokens` writes.
+    """
+    path = folder / CALIBRATION
+    if not path.is_file():
+        return {}
+    remedy = "Remove it; the model does not need it"
+    told = read_json(path, remedy)
+    tokens = told.get("tokens") if isinstance(told, dict) else None
+    if not isinstance(tokens, dict) or not all(type(count) is int and count >= 0 for count in tokens.values()):
+        raise FourierError("it does not say how many tokens layers saw", remedy=remedy, where=str(path))
+    return tokens

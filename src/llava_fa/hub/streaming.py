@@ -18,6 +18,7 @@ from llava_fa.errors import located
 from llava_fa.hub import ledger
 from llava_fa.hub.checkpoint import NAMES, ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest, names_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
+from llava_fa.hub.provenance import record_tokens
 from llava_fa.hub.report import Measurement, Progress, ProgressCallback
 from llava_fa.hub.shards import Entry, Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE, beside, read_object
@@ -149,6 +150,9 @@ def assemble(
         config_json = {**kept, "quantization_config": metadata.to_dict()}
         write_text(work.result / "config.json", json.dumps(config_json, indent=2) + "\n")
         ledger.write(work.result, plan.ledger)
+        tokens = {layer.name: work.measurement(layer.name).tokens for layer in plan.layers}
+        if any(count is not None for count in tokens.values()):
+            record_tokens(work.result, {name: count for name, count in tokens.items() if count is not None})
         for path in beside(plan.source.home):
             target = work.result / path.relative_to(plan.source.home)
             target.parent.mkdir(exist_ok=True)
