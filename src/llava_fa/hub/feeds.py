@@ -175,7 +175,8 @@ class _Watch:
             self.calls += 1
             inputs = next(_floats(args, kwargs), None)
             feed = None
-            if inputs is not None and inputs.dim() > 1:
+            # Products that are left out refuse no width.
+            if inputs is not None and inputs.dim() > 1 and inputs.shape[-1] == _width(module, inputs.shape[-1]):
                 with self._mode.paused():
                     feed = self._marks.read(inputs_of(module, inputs))
             self.seen[name] = feed if self.seen.get(name, feed) == feed else None
@@ -298,6 +299,11 @@ class _Marks:
 
 def _floats(args: Any, kwargs: Any) -> Any:
     return (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point())
+
+
+def _width(module: nn.Module, given: int) -> int:
+    """Inputs that a linear layer takes; of what does not say, as many as it is given."""
+    return module.in_features if isinstance(module, nn.Linear) else given
 
 
 def _join(place: str, name: str) -> str:
