@@ -138,11 +138,11 @@ def models(folder: Path, rows: Rows, args: argparse.Namespace) -> None:
     makers = {"original": lambda: (dense, 16.0)}
     for bits in BITS:
         makers |= {
+            f"ours, steadied {bits}": lambda bits=bits: ours(bits, 1.0),
             f"ours {bits}": lambda bits=bits: ours(bits, calibrated.PRIOR),
-            f"ours, alone {bits}": lambda bits=bits: ours(bits, 0.0),
             f"RTN {bits}": lambda bits=bits: peer(RTN(bits), None),
-            f"GPTQ {bits}": lambda bits=bits: peer(GPTQ(bits), calibrated.PRIOR),
-            f"GPTQ, alone {bits}": lambda bits=bits: peer(GPTQ(bits), 0.0),
+            f"GPTQ, steadied {bits}": lambda bits=bits: peer(GPTQ(bits), 1.0),
+            f"GPTQ {bits}": lambda bits=bits: peer(GPTQ(bits), 0.0),
         }
     for name, make in makers.items():
         key = {"table": "models", "name": name, "samples": args.samples}

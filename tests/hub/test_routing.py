@@ -9,7 +9,7 @@ import transformers
 from torch.nn import functional
 
 from llava_fa.hub import blocks, calibrated
-from llava_fa.hub.calibrated import PRIOR, Original, gather
+from llava_fa.hub.calibrated import Original, gather
 from llava_fa.hub.routing import experts_of, followed, in_turn
 from llava_fa.nn.experts import Experts, unfuse
 
@@ -97,6 +97,7 @@ def moments(x, before):
 def test_statistics_are_those_of_the_tokens_sent_and_as_many_widths_of_all(kind, monkeypatch):
     """In float64, of what whole passes give the experts: the choice is that of the compressed model in both."""
     monkeypatch.setattr(calibrated, "_SHOWN", 100)  # every expert is shown every token
+    monkeypatch.setattr(calibrated, "PRIOR", 1.0)
     walk = Walk("routed")
     given, original = (torch.cat(walk.x[name][0]) for name in ("given", "original"))
     chosen = torch.cat(walk.x["given"][1])
@@ -109,7 +110,7 @@ def test_statistics_are_those_of_the_tokens_sent_and_as_many_widths_of_all(kind,
             inputs = [(functional.silu(gate) * up).detach() for gate, up in halves]
         own = (chosen == expert).any(1)
         assert 0 < own.sum() < len(own)
-        prior = PRIOR * inputs[0].shape[1]
+        prior = inputs[0].shape[1]
         total = own.sum() + prior
         expected = [
             (mine + prior * every / len(own)) / total
@@ -120,8 +121,7 @@ def test_statistics_are_those_of_the_tokens_sent_and_as_many_widths_of_all(kind,
         torch.testing.assert_close(found.drift.double(), expected[1], rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_prior_they_are_the_experts_own(monkeypatch):
-    monkeypatch.setattr(calibrated, "PRIOR", 0.0)
+def test_where_tokens_came_they_are_the_experts_own():
     walk = Walk("routed")
     given, chosen = (torch.cat(walk.x["given"][i]) for i in (0, 1))
     for expert, found in enumerate(walk.gather("gate_up")):

@@ -30,8 +30,10 @@ from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.nn.fourier_embedding import write_rows
 from llava_fa.solver.statistics import Drift, SecondMoment
 
-PRIOR = 1.0
-"""How many tokens an expert's own statistics are steadied with, in widths n of its inputs (docs/results.md)."""
+PRIOR = 1e-6
+"""How many tokens in turn count beside an expert's own, in widths n of its inputs: next to none, so that they say
+something where none came and nothing elsewhere. More lessens experts' errors, and not the model's (docs/results.md).
+"""
 _SHOWN = 4
 """How many tokens in turn every expert is shown, in widths too, if there are so many."""
 _ROWS = 4096
@@ -199,9 +201,9 @@ def gather(
 ) -> list[Statistics | None]:
     """Statistics of every group's input over all tokens of all samples; None where none came.
 
-    Those of an expert are steadied: H = (t H_e + p H_0) / (t + p), and D alike, with H_e of the t tokens that its
-    router sends it, H_0 of tokens sent to the experts in turn, and p = `PRIOR` · n. What it would be given of any
-    token says more of its inputs than a few of its own, and all there is where none came.
+    Those of an expert are H = (t H_e + p H_0) / (t + p), and D alike, with H_e of the t tokens that its router sends
+    it, H_0 of tokens sent to the experts in turn, and p = `PRIOR` · n: its own, or, where there are none, what it would
+    be given of any token.
 
     Where the original model gives a layer another number of inputs, there is nothing to compare them with, and the
     drift is None.
