@@ -3,7 +3,7 @@
 A router sends an expert the tokens that it is good for, which may be few or none. Two things are made of its choice
 here: it is *followed* by the original unit, whose own router, on slightly other hidden states, would choose otherwise
 and leave nothing to compare token by token; and it is replaced by one *in turn*, which shows every expert a sample of
-all tokens (`hub.calibrated` steadies its statistics with that).
+all tokens (`hub.calibrated` goes by it where none of its own came).
 """
 
 from __future__ import annotations
