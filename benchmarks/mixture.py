@@ -5,11 +5,11 @@
     .venv/bin/python benchmarks/mixture.py runs/mixture/model --report   # the tables, from the rows alone
 
 Two tables. *Steadying*: every expert's matrices rounded with a second moment from few samples, of the tokens that its
-router sends it steadied by p tokens sent in turn (`llava_fa.hub.calibrated`), for several p; the error of its outputs
-against other samples, root mean square over all experts and tokens. *Models*: the whole model at 4, 3 and 2 bits, ours
-with steadying and without, round-to-nearest and GPTQ (groups of 128, the best of 40 clippings each; GPTQ in activation
-order, with moments steadied or not, whichever comes nearer): true bits per weight over the same layers, KL divergence
-against the original, accuracy on the world suite.
+router sends it steadied by p tokens sent to the experts in turn (`llava_fa.hub.routing`), for several p; the error of
+its outputs against other samples, root mean square over all experts and tokens. *Models*: the whole model at 4, 3 and
+2 bits, ours with steadying and without, round-to-nearest and GPTQ (groups of 128, the best of 40 clippings each; GPTQ
+in activation order, with moments steadied or not, whichever comes nearer): true bits per weight over the same layers,
+KL divergence against the original, accuracy on the world suite.
 """
 
 from __future__ import annotations
@@ -51,13 +51,35 @@ BITS = (3, 2, 4)
 
 @contextmanager
 def prior(widths: float) -> Iterator[None]:
-    """While it lasts experts are steadied with so many widths of tokens."""
-    before = calibrated.PRIOR
-    calibrated.PRIOR = min(widths, 1e12)
+    """While it lasts experts have (t · of their own t tokens + p · of tokens in turn) / (t + p), p = widths · n."""
+    plain = calibrated.gather
+
+    def steadied(unit: Any, stage: Any, *seen: Any) -> list[calibrated.Statistics | None]:
+        known, leaders = plain(unit, stage, *seen), [group[0] for group in stage]
+        if not widths or experts_of(unit, leaders[0].name) is None:
+            return known
+        shown = calibrated.in_turn_sums(unit, leaders, *seen)
+        others = [shown[layer.name].statistics() for layer in leaders]
+        counts = [widths * layer.shape[1] for layer in leaders]
+        return [_mixed(*each) for each in zip(known, others, counts, strict=True)]
+
+    calibrated.gather = steadied
     try:
         yield
     finally:
-        calibrated.PRIOR = before
+        calibrated.gather = plain
+
+
+def _mixed(
+    own: calibrated.Statistics | None, other: calibrated.Statistics | None, count: float
+) -> calibrated.Statistics | None:
+    if own is None or other is None or not own.tokens:  # then they are those in turn already
+        return own
+    share = 1.0 if math.isinf(count) else count / (count + own.tokens)
+    drifts = None if own.drift is None or other.drift is None else (own.drift, other.drift)
+    moment, drift = (pair and pair[0].lerp(pair[1], share) for pair in ((own.moment, other.moment), drifts))
+    assert moment is not None
+    return calibrated.Statistics(moment, drift, own.tokens)
 
 
 Known = dict[str, calibrated.Statistics]
@@ -139,7 +161,7 @@ def models(folder: Path, rows: Rows, args: argparse.Namespace) -> None:
     for bits in BITS:
         makers |= {
             f"ours, steadied {bits}": lambda bits=bits: ours(bits, 1.0),
-            f"ours {bits}": lambda bits=bits: ours(bits, calibrated.PRIOR),
+            f"ours {bits}": lambda bits=bits: ours(bits, 0.0),
             f"RTN {bits}": lambda bits=bits: peer(RTN(bits), None),
             f"GPTQ, steadied {bits}": lambda bits=bits: peer(GPTQ(bits), 1.0),
             f"GPTQ {bits}": lambda bits=bits: peer(GPTQ(bits), 0.0),

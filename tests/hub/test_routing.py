@@ -9,7 +9,7 @@ import transformers
 from torch.nn import functional
 
 from llava_fa.hub import blocks, calibrated
-from llava_fa.hub.calibrated import Original, gather
+from llava_fa.hub.calibrated import Original, gather, in_turn_sums
 from llava_fa.hub.routing import experts_of, followed, in_turn
 from llava_fa.nn.experts import Experts, unfuse
 
@@ -94,43 +94,42 @@ def moments(x, before):
 
 
 @pytest.mark.parametrize("kind", ["gate_up", "down"])
-def test_statistics_are_those_of_the_tokens_sent_and_as_many_widths_of_all(kind, monkeypatch):
-    """In float64, of what whole passes give the experts: the choice is that of the compressed model in both."""
+def test_in_turn_they_are_those_of_all_tokens(kind, monkeypatch):
+    """In float64, of what whole passes give the experts."""
     monkeypatch.setattr(calibrated, "_SHOWN", 100)  # every expert is shown every token
-    monkeypatch.setattr(calibrated, "PRIOR", 1.0)
     walk = Walk("routed")
     given, original = (torch.cat(walk.x[name][0]) for name in ("given", "original"))
-    chosen = torch.cat(walk.x["given"][1])
-    assert (chosen != torch.cat(walk.x["original"][1])).any()
-    for expert, found in enumerate(walk.gather(kind)):
+    layers = [layer for [layer] in walk.stage(kind)]
+    with torch.no_grad():
+        sums = in_turn_sums(walk.unit, layers, walk.calls, walk.hidden, walk.original)
+    for expert, layer in enumerate(layers):
         inputs = [given, original]
         if kind == "down":
             weight = walk.noisy.get_submodule(walk.path).gate_up[expert].weight
             halves = [(x @ weight.T).chunk(2, -1) for x in inputs]
             inputs = [(functional.silu(gate) * up).detach() for gate, up in halves]
-        own = (chosen == expert).any(1)
-        assert 0 < own.sum() < len(own)
-        prior = inputs[0].shape[1]
-        total = own.sum() + prior
-        expected = [
-            (mine + prior * every / len(own)) / total
-            for mine, every in zip(moments(*(x[own] for x in inputs)), moments(*inputs), strict=True)
-        ]
-        assert found.tokens == own.sum()
+        found = sums[layer.name].statistics()
+        assert found.tokens == 0
+        expected = [total / len(given) for total in moments(*inputs)]
         torch.testing.assert_close(found.moment.double(), expected[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.drift.double(), expected[1], rtol=1e-4, atol=1e-5)
 
 
-def test_where_tokens_came_they_are_the_experts_own():
+def test_the_original_follows_the_choice_of_the_compressed_block():
     walk = Walk("routed")
-    given, chosen = (torch.cat(walk.x["given"][i]) for i in (0, 1))
+    given, original = (torch.cat(walk.x[name][0]) for name in ("given", "original"))
+    chosen = torch.cat(walk.x["given"][1])
+    assert (chosen != torch.cat(walk.x["original"][1])).any()
     for expert, found in enumerate(walk.gather("gate_up")):
-        own = given[(chosen == expert).any(1)]
-        torch.testing.assert_close(found.moment.double(), own.T @ own / len(own), rtol=1e-4, atol=1e-5)
+        own = (chosen == expert).any(1)
+        assert 0 < own.sum() < len(own)
+        assert found.tokens == own.sum()
+        moment, drift = (total / own.sum() for total in moments(given[own], original[own]))
+        torch.testing.assert_close(found.moment.double(), moment, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.drift.double(), drift, rtol=1e-4, atol=1e-5)
 
 
-def test_experts_given_their_tokens_in_order_follow_where_the_original_has_them_too(monkeypatch):
-    monkeypatch.setattr(calibrated, "PRIOR", 1e-9)
+def test_experts_given_their_tokens_in_order_follow_where_the_original_has_them_too():
     walk = Walk("ordered")
     stacked = [
         torch.cat([x.view(EXPERTS, -1, x.shape[-1]) for x in walk.x[name][0]], 1) for name in ("given", "original")

@@ -65,27 +65,3 @@ def test_wrong_width_and_nothing_seen():
         SecondMoment(3, name="up").add(torch.zeros(2, 4))
     with pytest.raises(FourierError, match="up: no input reached this layer"):
         SecondMoment(3, name="up").value()
-
-
-@pytest.mark.parametrize("count", [0.0, 2.5, 40.0])
-def test_what_is_weighed_counts_as_so_many(count):
-    """(count · mean of the first + sum of the rest) / (count + rest), of both statistics; nothing stays nothing."""
-    draw = torch.Generator().manual_seed(0)
-    first, rest, shift = (torch.randn(k, 6, generator=draw) for k in (9, 4, 1))
-    for new, of in (
-        (lambda: SecondMoment(6), lambda sums, x: sums.add(x)),
-        (lambda: Drift(6), lambda sums, x: sums.add(x + shift, x)),
-    ):
-        sums, parts = new(), []
-        for x in (first, rest):
-            alone = new()
-            of(alone, x)
-            parts.append(alone.value().double())
-        of(sums, first)
-        sums.weigh(count)
-        of(sums, rest)
-        expected = (count * parts[0] + len(rest) * parts[1]) / (count + len(rest))
-        torch.testing.assert_close(sums.value().double(), expected, rtol=1e-5, atol=1e-6)
-        empty = new()
-        empty.weigh(count)
-        assert not empty.count

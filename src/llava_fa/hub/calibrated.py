@@ -30,12 +30,8 @@ from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.nn.fourier_embedding import write_rows
 from llava_fa.solver.statistics import Drift, SecondMoment
 
-PRIOR = 1e-6
-"""How many tokens in turn count beside an expert's own, in widths n of its inputs: next to none, so that they say
-something where none came and nothing elsewhere. More lessens experts' errors, and not the model's (docs/results.md).
-"""
 _SHOWN = 4
-"""How many tokens in turn every expert is shown, in widths too, if there are so many."""
+"""How many tokens in turn an expert is shown to which its router sent none, in widths n, if there are so many."""
 _ROWS = 4096
 """Inputs gathered before they are multiplied: n² additions once in a while, not once a sample."""
 _NO_INPUT = "no calibration input reached it; compressed without data"
@@ -94,13 +90,6 @@ class Sums:
         self.tokens += len(inputs)
         if self.drift is not None:
             self.drift.add(before, inputs)
-
-    def weigh(self, count: float) -> None:
-        """From here on all that was added counts as so many inputs, and is not told of."""
-        self.tokens = 0
-        for total in (self.moment, self.drift):
-            if total is not None:
-                total.weigh(count)
 
     def statistics(self) -> Statistics | None:
         """Of all that was added; None of nothing."""
@@ -201,27 +190,35 @@ def gather(
 ) -> list[Statistics | None]:
     """Statistics of every group's input over all tokens of all samples; None where none came.
 
-    Those of an expert are H = (t H_e + p H_0) / (t + p), and D alike, with H_e of the t tokens that its router sends
-    it, H_0 of tokens sent to the experts in turn, and p = `PRIOR` · n: its own, or, where there are none, what it would
-    be given of any token.
+    An expert to which its router sends nothing has those of tokens sent to the experts in turn: of what it would be
+    given of any token. Its ``tokens`` are 0.
 
     Where the original model gives a layer another number of inputs, there is nothing to compare them with, and the
     drift is None.
     """
     leaders = [group[0] for group in stage]
     sums = {layer.name: Sums.of(layer, original is not None) for layer in leaders}
-    experts, width = experts_of(unit, leaders[0].name), leaders[0].shape[1]
-    if experts is not None and PRIOR:
-        tokens = sum(x.shape[:-1].numel() for x in hidden)
-        each = min(experts.count, -(-_SHOWN * width * experts.count // tokens))
-        other = nullcontext() if original is None else in_turn(original.unit, each)
-        with in_turn(unit, each), other:
-            _add(sums, unit, leaders, calls, hidden, original)
-        for total in sums.values():
-            total.weigh(PRIOR * width)
     with followed(unit, None if original is None else original.unit):
         _add(sums, unit, leaders, calls, hidden, original)
+    missed = [layer for layer in leaders if not sums[layer.name].tokens and experts_of(unit, layer.name)]
+    if missed:
+        sums |= in_turn_sums(unit, missed, calls, hidden, original)
     return [sums.pop(layer.name).statistics() for layer in leaders]  # each is given up as it is read
+
+
+def in_turn_sums(
+    unit: Unit, layers: list[PlannedLayer], calls: list[Call], hidden: list[Tensor], original: Original | None = None
+) -> dict[str, Sums]:
+    """Of matrices of one kind of a block's experts: what they are given where tokens go to the experts in turn."""
+    sums = {layer.name: Sums.of(layer, original is not None) for layer in layers}
+    experts, tokens = experts_of(unit, layers[0].name), sum(x.shape[:-1].numel() for x in hidden)
+    assert experts is not None
+    each = min(experts.count, -(-_SHOWN * layers[0].shape[1] * experts.count // tokens))
+    with in_turn(unit, each), nullcontext() if original is None else in_turn(original.unit, each):
+        _add(sums, unit, layers, calls, hidden, original)
+    for total in sums.values():
+        total.tokens = 0
+    return sums
 
 
 def _add(

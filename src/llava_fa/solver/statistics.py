@@ -25,7 +25,7 @@ class SecondMoment:
 
     def __init__(self, n: int, *, name: str = "", diagonal: bool = False) -> None:
         self.n, self.name = n, name
-        self.count: float = 0
+        self.count = 0
         self._sum = torch.zeros((n,) if diagonal else (n, n), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
@@ -54,11 +54,6 @@ class SecondMoment:
                     self._sum[rows, rows.start :] += (block[:, rows].T @ block[:, rows.start :]).to(self._sum.device)
             self.count += block.shape[0]
 
-    def weigh(self, count: float) -> None:
-        """From here on all that was added counts as so many inputs; nothing stays nothing."""
-        self._sum *= count / max(self.count, 1)
-        self.count = count if self.count else 0
-
     def value(self) -> Tensor:
         """H float32 [n, n], exactly symmetric, or its diagonal [n].
 
@@ -83,7 +78,7 @@ class Drift:
 
     def __init__(self, n: int, *, name: str = "") -> None:
         self.n, self.name = n, name
-        self.count: float = 0
+        self.count = 0
         self._sum = torch.zeros(n, n, dtype=torch.float64)
 
     def add(self, original: Tensor, given: Tensor) -> None:
@@ -106,11 +101,6 @@ class Drift:
                     )
                 self._sum[rows] += part.to(self._sum.device)
             self.count += block.shape[0]
-
-    def weigh(self, count: float) -> None:
-        """From here on all that was added counts as so many inputs; nothing stays nothing."""
-        self._sum *= count / max(self.count, 1)
-        self.count = count if self.count else 0
 
     def value(self) -> Tensor:
         """D float32 [n, n].
