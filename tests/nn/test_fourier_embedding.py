@@ -14,7 +14,7 @@ from llava_fa.errors import FourierError
 from llava_fa.kernels import interleaved, words
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import order_of
-from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead
+from llava_fa.nn.fourier_embedding import FourierEmbedding, TiedHead, packed_embedding, tie
 
 LAYOUTS = [best(100, 48, 8), best(37, 33, 3, rank=4), best(64, 50, 4, rank=3, factor_dtype="bf16"), trellis(41, 64, 5)]
 
@@ -111,3 +111,14 @@ def test_methods_whose_rows_are_not_apart():
     with pytest.raises(FourierError, match="row by row"):
         FourierEmbedding(Layout(method="paper", out_features=64, in_features=48, code_bits=8, amplitude_bits=4,
                                 phase_bits=4, factor_dtype="bf16"))  # fmt: skip
+
+
+def test_models_may_ask_for_its_padding():
+    """Kyutai's leaves its audio's padding where it is."""
+    embedding = nn.Embedding(100, 48, padding_idx=7)
+    made = packed_embedding(embedding, embedding_of(LAYOUTS[0]))
+    assert made.padding_idx == 7
+    assert made.to_plain().padding_idx == 7
+    model = nn.ModuleDict({"words": made, "others": embedding})
+    tie(model, "others", made)
+    assert model["others"].padding_idx == 7

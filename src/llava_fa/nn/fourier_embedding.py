@@ -42,6 +42,8 @@ class FourierEmbedding(FourierLinear):
             )
         super().__init__(layout, dtype=dtype, device=device)
         self.num_embeddings, self.embedding_dim = layout.out_features, layout.in_features
+        self.padding_idx: int | None = None
+        """As of the original, for models that ask: a packed row has no gradient to be spared."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """W[ids]: int [...] → [..., n].
@@ -87,7 +89,7 @@ class FourierEmbedding(FourierLinear):
         """A plain embedding of the original's class with the dequantised weight, in the layer's dtype."""
         if isinstance(self, nn.Embedding):
             return plain_again(self, self._dense())  # type: ignore[return-value]
-        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
         embedding.weight = nn.Parameter(self._dense())
         return embedding
 
@@ -105,6 +107,7 @@ class _OfItsClass(FourierEmbedding, nn.Embedding):  # type: ignore[misc]  # `wei
 
 def packed_embedding(module: nn.Embedding, packed: FourierEmbedding) -> FourierEmbedding:
     """``packed`` in the place of this embedding, whose class may have a forward of its own (`only_looks_up`)."""
+    packed.padding_idx = module.padding_idx
     return packed if type(module) is nn.Embedding else packed_as(module, packed, _OfItsClass)  # type: ignore[no-any-return]
 
 
@@ -163,6 +166,7 @@ class TiedEmbedding(Tied):
     def __init__(self, embedding: FourierEmbedding) -> None:
         super().__init__(embedding)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx: int | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """W[ids]: int [...] → [..., n]."""
@@ -172,7 +176,7 @@ class TiedEmbedding(Tied):
         """An embedding of the original's class with the dequantised weight of the other one."""
         if isinstance(self, nn.Embedding):
             return plain_again(self, weight)
-        module = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        module = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
         module.weight = weight
         return module
 
@@ -190,6 +194,7 @@ def tie(model: nn.Module, name: str, embedding: FourierEmbedding) -> None:
     tied: nn.Module = TiedHead(embedding, getattr(module, "bias", None))
     if isinstance(module, nn.Embedding):
         tied = TiedEmbedding(embedding)
+        tied.padding_idx = module.padding_idx
         tied = tied if type(module) is nn.Embedding else packed_as(module, tied, _TiedOfItsClass)
     replace_module(model, name, tied)
     end_ties(model, lambda key: key == f"{name}.weight")
