@@ -352,7 +352,8 @@ def page(rows: list[Row]) -> str:
     text = _HEAD.format(**values, worst=WORST_ERROR, tolerance=TOLERANCE) + "".join(map(_line, rows))
     failed = [(row["family"], row[key]) for row in rows for key in ("small_error", "default_error") if key in row]
     if failed:
-        text += "\n## Why not\n\n" + "".join(f"- **{family}**: {_plain(why)}\n" for family, why in failed)
+        lines = dict.fromkeys(f"- **{family}**: {_plain(why)}\n" for family, why in failed)
+        text += "\n## Why not\n\n" + "".join(lines)
     text += "\n## Default configurations that needed a value to be built\n\n"
     return text + "".join(f"- **{family}**: {why}.\n" for family, (why, _) in sorted(DEFAULTS.items()))
 
