@@ -9,7 +9,7 @@ transformers' experts run in each of its implementations (`eager`, `batched_mm`,
 fastest. *one by one* is our packed matrices of the chosen experts as layers of their own, called one after the other on
 one token: what a module without a kernel for several layers would take at least. Contenders alternate call by call;
 figures are medians, and with --least what a tenth of the calls stays below. Codes are random bits. Resumable: finished
-cases are read from --out. Prints the table of docs/results.md, "Mixtures of experts".
+cases are read from --out. Prints the table of docs/results.md, "Experts at work".
 """
 
 from __future__ import annotations

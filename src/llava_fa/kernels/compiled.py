@@ -69,50 +69,63 @@ def linear(
         [..., m] in x's dtype. With int8, T (x / s) is rounded to 1/127 of the largest of its group of 256, and the
         codebook to 1/127 of its largest number. Source: docs/method.md, "Kernels".
     """
-    return linears(x, None, (weight,), (bias,), exact, kernel)
+    weight = weight.arranged("interleaved")
+    layout = weight.layout
+    out = x.new_empty(*x.shape[:-1], layout.out_features)
+    batch = out.numel() // layout.out_features
+    if batch == 0:
+        return out
+    half = x.dtype == torch.float16
+    given = (x.to(torch.float32) if half else x).contiguous()
+    made = out.to(torch.float32) if half else out
+    bias = _readable(bias)
+    kernel = kernel or native.layer_kernel()
+    assert kernel is not None
+    exact = exact_activations(kernel) if exact is None else exact
+    call = given.data_ptr(), made.data_ptr(), batch, _DTYPES[given.dtype], *_addresses(weight, bias), exact
+    native.linear(kernel, (call,))
+    return out.copy_(made) if half else out
 
 
 def linears(
     x: Tensor,
-    counts: Sequence[int] | None,
+    counts: Sequence[int],
     weights: Sequence[BestWeight],
     biases: Sequence[Tensor | None],
-    exact: bool | None = None,
     kernel: native.LayerKernel | None = None,
 ) -> Tensor:
     """Several layers of one shape at once, each on its own rows of x, one after the other.
 
     Args:
-        x: [rows, n]; [..., n] where there is one layer.
-        counts: how many rows each has; None where there is one layer, which has them all.
+        x: [rows, n], as `linear` takes it.
+        counts: how many rows each has.
         weights, biases: of each.
 
     Returns:
         [rows, m]: what `linear` gives each of them on its rows, to the last bit.
     """
     weights = [weight.arranged("interleaved") for weight in weights]
+    biases = [_readable(bias) for bias in biases]
     m, n = weights[0].layout.out_features, weights[0].layout.in_features
-    out = x.new_empty(*x.shape[:-1], m)
-    batch = out.numel() // m
-    if batch == 0:
-        return out
     half = x.dtype == torch.float16
     given = (x.to(torch.float32) if half else x).contiguous()
-    made = out.to(torch.float32) if half else out
+    out = given.new_empty(len(x), m)
     kernel = kernel or native.layer_kernel()
     assert kernel is not None
-    at, to, dtype, size = given.data_ptr(), made.data_ptr(), _DTYPES[given.dtype], given.element_size()
-    exact = exact_activations(kernel) if exact is None else exact
-    kept = []  # what only its address is given of must outlive the call
-    layers = []
-    for count, weight, bias in zip((batch,) if counts is None else counts, weights, biases, strict=True):
-        if bias is not None:
-            bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).contiguous()
-        kept.append(bias)
-        layers.append((at, to, count, dtype, *_addresses(weight, bias), exact))
+    at, to, dtype, size = given.data_ptr(), out.data_ptr(), _DTYPES[given.dtype], given.element_size()
+    exact = exact_activations(kernel)
+    calls = []
+    for count, weight, bias in zip(counts, weights, biases, strict=True):
+        calls.append((at, to, count, dtype, *_addresses(weight, bias), exact))
         at, to = at + count * n * size, to + count * m * size
-    native.linear(kernel, layers)
-    return out.copy_(made) if half else out
+    if calls:
+        native.linear(kernel, calls)
+    return out.to(x.dtype)
+
+
+def _readable(bias: Tensor | None) -> Tensor | None:
+    """A bias as the kernels read it; of what they are given only the address, it must outlive the call."""
+    return bias if bias is None else (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).contiguous()
 
 
 def _addresses(weight: BestWeight, bias: Tensor | None) -> tuple[int, ...]:

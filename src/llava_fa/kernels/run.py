@@ -69,7 +69,7 @@ def linears(x: Tensor, counts: Sequence[int], weights: Sequence[BestWeight], bia
     if kernel is None or any(_gradient(x, bias) for bias in biases):
         parts = zip(torch.split(x, list(counts)), weights, biases, strict=True)
         return torch.cat([linear(part, weight, bias) for part, weight, bias in parts])
-    return compiled.linears(x, counts, weights, biases, None, kernel)
+    return compiled.linears(x, counts, weights, biases, kernel)
 
 
 Group = triton.Group
