@@ -24,8 +24,9 @@ native:
 demo: setup
 	$(BIN)/llava-fa demo --out demo-out
 
+# Two processes of one thread each take half the time of one with two.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: setup lint browser test-web test-harness
 	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800
