@@ -43,9 +43,9 @@ def output_errors(original: Any, decoded: Any, inputs: list[Any]) -> dict[str, f
 
     Calibration makes outputs near, not weights: what of a weight no input meets takes the errors of the rest. With x
     what the original model gives a layer, and x' what the other one gives it, the error is
-    (‖Ŵx' - Wx‖ - ‖Wx' - Wx‖) / ‖Wx‖: what the layers before have spoilt is not counted against it. Where a router
-    gives an expert other tokens it is ‖Ŵx' - Wx'‖ / ‖Wx'‖. A stack of experts has the error of its worst matrix, or,
-    of those that no input but zeros reaches, of the weights.
+    (‖Ŵx' - Wx‖ - ‖Wx' - Wx‖) / ‖Wx‖: what the layers before have spoilt is not counted against it. Of an expert, to
+    which another router may send other tokens, it is ‖Ŵx' - Wx'‖ / ‖Wx'‖. A stack has the error of its worst matrix,
+    or, of those that no input but zeros reaches, of the weights.
     """
     for model in (original, decoded):
         unfuse(model)
@@ -59,7 +59,8 @@ def output_errors(original: Any, decoded: Any, inputs: list[Any]) -> dict[str, f
         if torch.equal(W, V):
             continue
         if name in other and other[name].any():
-            x, y = (one.get(name) if _alike(one.get(name), other[name]) else other[name]), other[name]
+            y = other[name]
+            x = y if key in whole or not _alike(one.get(name), y) else one[name]
             error = ((y @ V.T - x @ W.T).norm() - ((y - x) @ W.T).norm()) / (x @ W.T).norm()
         else:
             error = (V - W).norm() / W.norm()

@@ -79,7 +79,6 @@ def test_a_mistaken_layer_is_told_from_those_behind_it(tmp_path, exact_activatio
     errors = output_errors(original, decoded, inputs)
     assert len(text) > 10
     assert [key for key in text if not errors[key] < families.WORST_ERROR] == [mistaken]
-    weight.data = weight.data.roll(-1, 1)  # else the router behind it sends other tokens
     decoded.model.language_model.layers[1].mlp.experts.down[2].weight.data.neg_()
     reached = output_errors(original, decoded, [words(original, seed, 40) for seed in range(3)])
     assert reached["model.language_model.layers.1.mlp.experts.down_proj"] > 1
