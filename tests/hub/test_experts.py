@@ -303,7 +303,7 @@ def test_a_long_prompt_goes_in_parts(packed, monkeypatch):
     for module in packed[1]:
         arguments = given(module, 50)
         whole = module(*arguments)
-        monkeypatch.setattr("llava_fa.nn.experts._PAIRS", 20)
+        monkeypatch.setattr("llava_fa.nn.routed._PAIRS", 20)
         torch.testing.assert_close(module(*arguments), whole)
 
 

@@ -2,8 +2,7 @@
 
 transformers holds a block's experts as parameters with an axis more, [experts, m, n] or transposed. `unfuse` exchanges
 the module that holds them for an `Experts` with the same outputs, whose matrices are modules of their own
-(``experts.gate_up.7``): what works on linear layers works on them. It computes only what the router chose: tokens are
-sorted by expert, and the packed matrices of one kind run in one call (`kernels.run.linears`).
+(``experts.gate_up.7``): what works on linear layers works on them. Only what the router chose is computed (`nn.routed`).
 """
 
 from __future__ import annotations
@@ -12,25 +11,20 @@ import copy
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
-from llava_fa.kernels import run
-from llava_fa.nn.fourier_linear import FourierLinear
 from llava_fa.nn.packed_linear import PackedLinear
+from llava_fa.nn.routed import Groups, each, routed
 
 _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _OWN = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
 """Parameter of transformers' → list of matrices here; by other names, since rules that convert go by names."""
 _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
-_FEW = 64
-"""Pairs of a token and an expert of its own up to which a GPU is not asked which they are."""
-_PAIRS = 1 << 15
-"""Such pairs that are computed at a time: what bounds the memory of a long prompt."""
 
 
 class Experts(nn.Module):
@@ -73,10 +67,10 @@ class Experts(nn.Module):
     def _register(self) -> None:
         self.number = next(_numbers)
         _modules[self.number] = self
-        self.__dict__["_grouped"] = [], None
+        self.__dict__["_grouped"] = Groups()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
-        self.__dict__["_grouped"] = [], None  # which would keep what is moved
+        self.__dict__["_grouped"] = Groups()  # the old ones would keep what is moved
         super()._apply(fn, recurse)
         return self
 
@@ -106,71 +100,18 @@ class Experts(nn.Module):
             return inspect.unwrap(type(shell).forward)(shell, *given)  # type: ignore[no-any-return]
         if self.ordered:
             return self._in_order(hidden_states)
-        tokens, chosen = top_k_index.shape
-        groups = self._groups(hidden_states) if tokens * chosen <= _FEW else None
-        if groups:
-            return self._by_choice(hidden_states, top_k_index, top_k_weights, groups)
-        if tokens * chosen <= _PAIRS:
-            return self._by_expert(hidden_states, top_k_index, top_k_weights)
-        some = max(1, _PAIRS // chosen)
-        parts = zip(*(each.split(some) for each in (hidden_states, top_k_index, top_k_weights)), strict=True)
-        return torch.cat([self._by_expert(*part) for part in parts])
-
-    def _by_expert(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Pairs of a token and its expert, sorted by expert; those of one token as they come."""
-        tokens, chosen = top_k_index.shape
-        index = top_k_index.reshape(-1)
-        experts = index.tolist() if tokens == 1 else []
-        if experts and all(0 <= expert < self.count for expert in experts):
-            y = self._chosen(hidden_states.expand(chosen, -1), experts, [1] * chosen)
-            return (y * top_k_weights.view(chosen, 1)).sum(0, keepdim=True).to(hidden_states.dtype)
-        index = torch.where((index >= 0) & (index < self.count), index, self.count)
-        counts = torch.bincount(index, minlength=self.count + 1).tolist()[: self.count]
-        pairs = index.argsort(stable=True)[: sum(counts)]  # by expert; those that chose none are the last
-        y = self._chosen(hidden_states[pairs // chosen], range(self.count), counts)
-        y = y * top_k_weights.reshape(-1)[pairs, None]
-        out = y.new_zeros(tokens * chosen, y.shape[-1]).index_copy(0, pairs, y)
-        return out.view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
-
-    def _by_choice(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, groups: Sequence[run.Group]
-    ) -> Tensor:
-        """The same where the GPU alone knows what was chosen, and is not waited for."""
-        tokens, chosen = top_k_index.shape
-        index, (first, last) = top_k_index.reshape(-1), groups
-        y = run.by_choice(hidden_states.repeat_interleave(chosen, 0), index, first)
-        y = run.by_choice(self._between(y), index, last)
-        y = y.view(tokens, chosen, -1) * top_k_weights.view(tokens, chosen, 1)
-        return y.sum(1).to(hidden_states.dtype)
-
-    def _groups(self, x: Tensor) -> Sequence[run.Group] | None:
-        """Matrices for `_by_choice`, made anew when one is no longer what it was; None where that does not serve."""
-        if not run.serves_choice(x):
-            return None
-        layers: list[Any] = [layer for linears in self.lists.values() for layer in linears]
-        if torch.is_grad_enabled() or not all(_is_plain(layer) for layer in layers):
-            return None
-        codes, groups = self._grouped
-        if len(codes) != len(layers) or any(old is not layer.codes for old, layer in zip(codes, layers, strict=True)):
-            made = []
-            for linears in self.lists.values():
-                own: list[Any] = list(linears)
-                made.append(run.group([layer.packed_weight() for layer in own], [layer.bias for layer in own]))
-            groups = None if None in made else made
-            self.__dict__["_grouped"] = [layer.codes for layer in layers], groups
-        return groups  # type: ignore[no-any-return]
+        return routed(
+            hidden_states, top_k_index, top_k_weights, *self.lists.values(), between=self._between, groups=self._grouped
+        )
 
     def _in_order(self, hidden_states: Tensor) -> Tensor:
         """Tokens come once for each expert, those that are not its own as zeros, of which every expert makes zeros."""
         own = hidden_states.view(self.count, -1, hidden_states.shape[-1]).any(dim=-1)
         rows = own.view(-1).nonzero()[:, 0]
-        y = self._chosen(hidden_states[rows], range(self.count), own.sum(1).tolist())
-        return torch.zeros_like(hidden_states).index_copy(0, rows, y.to(hidden_states.dtype))
-
-    def _chosen(self, x: Tensor, experts: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Each expert's output on so many rows of x, one expert's after the other's: [rows, n] → [rows, n]."""
         first, last = self.lists.values()
-        return _each(last, self._between(_each(first, x, experts, counts)), experts, counts)
+        y = each(first, hidden_states[rows], range(self.count), own.sum(1).tolist())
+        y = each(last, self._between(y), range(self.count), own.sum(1).tolist())
+        return torch.zeros_like(hidden_states).index_copy(0, rows, y.to(hidden_states.dtype))
 
     def _between(self, y: Tensor) -> Tensor:
         """What the second matrix is given, of what the first one gives."""
@@ -209,28 +150,6 @@ def _run(x: Tensor, index: Tensor | None, weights: Tensor | None, module: int) -
 @torch.library.register_fake("llava_fa::experts")
 def _shape(x: Tensor, index: Tensor | None, weights: Tensor | None, module: int) -> Tensor:
     return torch.empty_like(x)
-
-
-def _each(linears: nn.ModuleList, x: Tensor, experts: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Each layer on its rows of x: those of packed matrices in one call, unless something listens to a layer."""
-    layers: list[Any] = [linears[index] for index, count in zip(experts, counts, strict=True) if count]
-    counts = [count for count in counts if count]
-    if not layers:
-        return x.new_empty(0, linears[0].out_features)
-    if all(_is_plain(layer) for layer in layers):
-        weights = [layer.packed_weight() for layer in layers]
-        return run.linears(x, counts, weights, [layer.bias for layer in layers])
-    return torch.cat([layer(part) for layer, part in zip(layers, x.split(counts), strict=True)])
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling it is `run.linear` and nothing else, by method ``best``."""
-    return (
-        type(layer) is FourierLinear
-        and layer.layout.method == "best"
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and "forward" not in layer.__dict__  # how accelerate hooks in
-    )
 
 
 class _Matrices:
