@@ -111,10 +111,10 @@ def processor_fields(config: Any) -> dict[str, Any]:
     if config.model_type == "llava_onevision":
         return {"num_image_tokens": side * side}
     vision = config.vision_config
-    return {"patch_size": _patch_size(vision.image_size, side, vision.patch_size)}
+    return {"patch_size": patch_size(vision.image_size, side, vision.patch_size)}
 
 
-def _patch_size(size: int, side: int, patch: int) -> int:
+def patch_size(size: int, side: int, patch: int) -> int:
     """The patch of which ``side`` fit into ``size``, the model's own where that does."""
     size_of_patch = patch if size // patch == side else size // side
     if size // size_of_patch != side:
@@ -129,9 +129,23 @@ def restore(model: nn.Module) -> None:
 
     transformers' constructors end by calling `PreTrainedModel.post_init`, which `hub.autoload` extends by this.
     """
-    settings = getattr(getattr(model, "config", None), FIELD, None)
-    if settings is None or "multi_modal_projector" not in model._modules:
+    config = getattr(model, "config", None)
+    if getattr(config, FIELD, None) is None or "multi_modal_projector" not in model._modules:
         return
+    settings: Any = elastic_settings(config)
+    with located(f"config.json: {FIELD}"):
+        _install(model, VisualTokens(grid_of(config), config.text_config.hidden_size, **settings))
+
+
+def elastic_settings(config: Any) -> dict[str, Any] | None:
+    """Kind and number of visual tokens that a configuration says; None where it says nothing of them.
+
+    Raises:
+        FourierError: it says something else, or names a kind that is no more.
+    """
+    settings = getattr(config, FIELD, None)
+    if settings is None:
+        return None
     if not isinstance(settings, dict) or set(settings) != {"kind", "tokens"}:
         raise FourierError(
             f"{FIELD} is {settings!r}, not an object with kind and tokens",
@@ -144,9 +158,7 @@ def restore(model: nn.Module) -> None:
             remedy="Train the original model again with --matryoshka, which gives it FMVR",
             where=f"config.json: {FIELD}",
         )
-    config = model.config
-    with located(f"config.json: {FIELD}"):
-        _install(model, VisualTokens(grid_of(config), config.text_config.hidden_size, **settings))
+    return settings
 
 
 def extend_post_init(base: type) -> None:
@@ -208,7 +220,7 @@ class _Elastic:
 
 def _seen_by_packing(inner: Any) -> types.SimpleNamespace:
     vision = inner.config.vision_config
-    patch = _patch_size(vision.image_size, inner.visual_tokens.side[0], vision.patch_size)
+    patch = patch_size(vision.image_size, inner.visual_tokens.side[0], vision.patch_size)
     grid = types.SimpleNamespace(image_size=vision.image_size, patch_size=patch)
     config = types.SimpleNamespace(vision_config=grid, image_grid_pinpoints=inner.config.image_grid_pinpoints)
     return types.SimpleNamespace(config=config)

@@ -2,7 +2,8 @@
 
 transformers holds a block's experts as parameters with an axis more, [experts, m, n] or transposed. `unfuse` exchanges
 the module that holds them for an `Experts` with the same outputs, whose matrices are modules of their own
-(``experts.gate_up.7``): what works on linear layers works on them. Only what the router chose is computed (`nn.routed`).
+(``experts.gate_up.7``): what works on linear layers works on them. What the router chose
+alone is computed (`nn.routed`).
 """
 
 from __future__ import annotations
