@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-
-from llava_fa.errors import FourierError
-from llava_fa.vllm.names import Names
-
-logger = logging.getLogger(__name__)
 
 
 class PackedConfig(QuantizationConfig):
@@ -23,23 +15,15 @@ class PackedConfig(QuantizationConfig):
     asks for goes to vLLM dense (`vllm.stream`).
 
     Args:
-        metadata: of the folder, `hub.checkpoint.Metadata`.
+        store: the layers, `vllm.store.Store`.
     """
 
-    def __init__(self, metadata: Any) -> None:
+    def __init__(self, store: Any) -> None:
         super().__init__()
-        self.metadata = metadata
-        self.names = Names(metadata.layers)
-        self.claimed: dict[str, str] = {}
-        """Stored layer → the module of vLLM's that holds it."""
-        self.model = ""
-        self._folder: Any = None
+        self.store = store
 
     def __repr__(self) -> str:
-        return f"PackedConfig({len(self.metadata.layers)} packed layers)"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folder": None}
+        return f"PackedConfig({len(self.store.layers)} packed layers)"
 
     def get_name(self) -> str:
         """As config.json says, ``quant_method``."""
@@ -67,38 +51,17 @@ class PackedConfig(QuantizationConfig):
             FourierError: it is damaged, or of a newer format.
         """
         from llava_fa.hub.checkpoint import Metadata
+        from llava_fa.vllm.store import Store
 
-        return cls(Metadata.from_dict(config))
+        return cls(Store(Metadata.from_dict(config)))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM says here which model it is."""
-        self.model = model_name
+        self.store.model = model_name
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """And here what the model's class calls its modules."""
-        self.names.map(hf_to_vllm_mapper.map_name)
-
-    def folder(self) -> Any:
-        """The folder, opened once a process; a hub id is downloaded as vLLM downloads it."""
-        if self._folder is None:
-            from llava_fa.vllm.folder import Folder
-
-            self._folder = Folder(_local(self.model), self.metadata)
-        return self._folder
-
-    def claim(self, stored: str, prefix: str) -> None:
-        """Note that a module holds this layer.
-
-        Raises:
-            FourierError: another one does already.
-        """
-        other = self.claimed.setdefault(stored, prefix)
-        if other != prefix:
-            raise FourierError(
-                f"two modules of vLLM's model hold it, {other} and {prefix}",
-                remedy="Report this model class; `llava-fa serve --engine transformers` serves the model meanwhile",
-                where=stored,
-            )
+        self.store.names.map(hf_to_vllm_mapper.map_name)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """What loads and runs this layer; None where vLLM's own does, because nothing of it is packed."""
@@ -110,20 +73,9 @@ class PackedConfig(QuantizationConfig):
 
         stream.install()
         if isinstance(layer, RoutedExperts):
-            return experts.method(self, layer, prefix)
+            return experts.method(self.store, layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            return embedding.method(self, layer, prefix)
+            return embedding.method(self.store, layer, prefix)
         if isinstance(layer, LinearBase):
-            return linear.method(self, prefix) or UnquantizedLinearMethod()
+            return linear.method(self.store, prefix, self.packed_modules_mapping) or UnquantizedLinearMethod()
         return None
-
-
-def _local(model: str) -> Path:
-    if os.path.isdir(model):
-        return Path(model)
-    from vllm.config import get_current_vllm_config
-    from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
-
-    config = get_current_vllm_config()
-    patterns, revision = ["*.safetensors", "*.json"], config.model_config.revision
-    return Path(download_weights_from_hf(model, config.load_config.download_dir, patterns, revision))

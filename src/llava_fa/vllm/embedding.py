@@ -11,17 +11,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from llava_fa.errors import FourierError
 from llava_fa.kernels import run
-from llava_fa.vllm.config import PackedConfig
 from llava_fa.vllm.shares import Share, with_rows
+from llava_fa.vllm.store import Store
 
 
-def method(config: PackedConfig, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+def method(store: Store, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
     """What holds this embedding; None where vLLM's own does."""
-    name = config.names.find(prefix)
+    name = store.names.find(prefix)
     if name is not None:
-        config.claim(name, prefix)
-        return FourierEmbeddingMethod(config, name)
-    packed = any(record.embedding for record in config.metadata.layers.values())
+        store.claim(name, prefix)
+        return FourierEmbeddingMethod(store, name)
+    packed = any(record.embedding for record in store.layers.values())
     return TiedHeadMethod() if packed and isinstance(layer, ParallelLMHead) else None
 
 
@@ -29,12 +29,12 @@ class FourierEmbeddingMethod(QuantizeMethodBase):
     """y = W[ids], and y = W x of a head: packed rows, of a rank those of its part of the vocabulary.
 
     Args:
-        config: of the folder.
+        store: the layers.
         name: the stored layer.
     """
 
-    def __init__(self, config: PackedConfig, name: str) -> None:
-        self.config, self.name = config, name
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name = store, name
 
     def create_weights(self, layer: nn.Module, *sizes: Any, params_dtype: torch.dtype, **_: Any) -> None:
         """Settle which rows this rank has.
@@ -42,7 +42,7 @@ class FourierEmbeddingMethod(QuantizeMethodBase):
         Raises:
             FourierError: the stored table is of another size, or has no row for this rank.
         """
-        layout, part = self.config.metadata.layers[self.name].layout, layer.shard_indices
+        layout, part = self.store.layers[self.name].layout, layer.shard_indices
         wanted = layer.org_vocab_size, layer.embedding_dim
         if (layout.out_features, layout.in_features) != wanted or layer.num_added_embeddings:
             raise FourierError(
@@ -58,7 +58,7 @@ class FourierEmbeddingMethod(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Read them."""
         if not hasattr(layer, "packed"):
-            layer.packed = self.config.folder().layer(self.share, self.dtype, self.device)
+            layer.packed = self.store.folder().layer(self.share, self.dtype, self.device)
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """W[ids]: int [...] → [..., n]."""

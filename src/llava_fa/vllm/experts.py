@@ -15,8 +15,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from llava_fa.errors import FourierError
 from llava_fa.nn.routed import Groups, routed
-from llava_fa.vllm.config import PackedConfig
 from llava_fa.vllm.shares import Rows, Share, split, with_rows
+from llava_fa.vllm.store import Store
 
 _UP, _DOWN = ("gate_up", "up"), "down"
 """The lists of matrices as `nn.experts` calls them."""
@@ -28,13 +28,13 @@ _GATES = {
 """Gated activations that are plain functions of the first half of the rows; the others are vLLM's kernels alone."""
 
 
-def method(config: PackedConfig, layer: Any, prefix: str) -> FourierExpertsMethod | None:
+def method(store: Store, layer: Any, prefix: str) -> FourierExpertsMethod | None:
     """What holds these experts; None where none of them is packed.
 
     Raises:
         FourierError: some of a block's matrices are packed and others are not.
     """
-    lists = [_stored(config, prefix, kind, layer.global_num_experts) for kind in (*_UP, _DOWN)]
+    lists = [_stored(store, prefix, kind, layer.global_num_experts) for kind in (*_UP, _DOWN)]
     up, down = next((names for names in lists[:-1] if any(names)), []), lists[-1]
     if not any(up) and not any(down):
         return None
@@ -46,26 +46,26 @@ def method(config: PackedConfig, layer: Any, prefix: str) -> FourierExpertsMetho
             where=prefix,
         )
     for name in (*up, *down):
-        config.claim(str(name), prefix)
-    return FourierExpertsMethod(config, layer.moe_config, [str(name) for name in up], [str(name) for name in down])
+        store.claim(str(name), prefix)
+    return FourierExpertsMethod(store, layer.moe_config, [str(name) for name in up], [str(name) for name in down])
 
 
-def _stored(config: PackedConfig, prefix: str, kind: str, count: int) -> list[str | None]:
-    return [config.names.find(f"{prefix}.{kind}.{index}") for index in range(count)]
+def _stored(store: Store, prefix: str, kind: str, count: int) -> list[str | None]:
+    return [store.names.find(f"{prefix}.{kind}.{index}") for index in range(count)]
 
 
 class FourierExpertsMethod(FusedMoEMethodBase):
     """out[t] = Σ over chosen e of weight[t, e] · W_down,e act(W_up,e x[t]).
 
     Args:
-        config: of the folder.
+        store: the layers.
         moe: vLLM's description of the block.
         up, down: the stored layers, expert by expert.
     """
 
-    def __init__(self, config: PackedConfig, moe: Any, up: list[str], down: list[str]) -> None:
+    def __init__(self, store: Store, moe: Any, up: list[str], down: list[str]) -> None:
         super().__init__(moe)
-        self.config, self.up, self.down = config, up, down
+        self.store, self.up, self.down = store, up, down
         self.groups = Groups()
 
     def maybe_roundup_sizes(
@@ -95,7 +95,7 @@ class FourierExpertsMethod(FusedMoEMethodBase):
         moe, ranks = self.moe, self.moe.moe_parallel_config.tp_size
         intermediate = moe.intermediate_size
         rows_up = intermediate * (2 if moe.is_act_and_mul else 1)
-        layouts = self.config.metadata.layers[self.up[0]].layout, self.config.metadata.layers[self.down[0]].layout
+        layouts = self.store.layers[self.up[0]].layout, self.store.layers[self.down[0]].layout
         shapes = [(layout.out_features, layout.in_features) for layout in layouts]
         if shapes != [(rows_up, hidden_size), (hidden_size, intermediate)]:
             raise FourierError(
@@ -131,7 +131,7 @@ class FourierExpertsMethod(FusedMoEMethodBase):
         """Read the experts that this rank has."""
         if hasattr(layer, "first"):
             return
-        folder, here = self.config.folder(), _experts_here(layer)
+        folder, here = self.store.folder(), _experts_here(layer)
 
         def read(names: list[str], rows: tuple[Rows, ...]) -> nn.ModuleList:
             shares = (Share(names[expert], rows) for expert in here)

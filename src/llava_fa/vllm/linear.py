@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,34 +18,34 @@ from vllm.model_executor.layers.linear import (
 )
 
 from llava_fa.errors import FourierError
-from llava_fa.vllm.config import PackedConfig
 from llava_fa.vllm.shares import Rows, Share, shares, split, with_rows
+from llava_fa.vllm.store import Store
 
 _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-def method(config: PackedConfig, prefix: str) -> FourierLinearMethod | None:
+def method(store: Store, prefix: str, fused: Mapping[str, list[str]]) -> FourierLinearMethod | None:
     """What holds the packed layers that this module stands for; None if there are none."""
-    names = stored_names(config, prefix)
+    names = stored_names(store, prefix, fused)
     if names is None:
         return None
     for name in names:
-        if name in config.metadata.layers:
-            config.claim(name, prefix)
-    return FourierLinearMethod(config, names, prefix)
+        if name in store.layers:
+            store.claim(name, prefix)
+    return FourierLinearMethod(store, names, prefix)
 
 
-def stored_names(config: PackedConfig, prefix: str) -> list[str] | None:
+def stored_names(store: Store, prefix: str, fused: Mapping[str, list[str]]) -> list[str] | None:
     """The stored layers behind a module: itself, or those that vLLM fuses in it; None if none of them is packed.
 
     A part that was left dense goes by the name that it has beside a packed one.
     """
-    if (name := config.names.find(prefix)) is not None:
+    if (name := store.names.find(prefix)) is not None:
         return [name]
     head, _, last = prefix.rpartition(".")
     # Classes that do not say what they fuse fuse what all others do.
-    parts = config.packed_modules_mapping.get(last) or _FUSED.get(last, [])
-    found = [config.names.find(f"{head}.{part}" if head else part) for part in parts]
+    parts = fused.get(last) or _FUSED.get(last, [])
+    found = [store.names.find(f"{head}.{part}" if head else part) for part in parts]
     known = next((name for name in found if name is not None), None)
     if known is None:
         return None
@@ -57,13 +57,13 @@ class FourierLinearMethod(LinearMethodBase):
     """Loads the layer's packed matrices, and multiplies with each.
 
     Args:
-        config: of the folder.
+        store: the layers.
         names: the stored layers, in the order of the outputs; one for all of them where they are stored fused.
         prefix: vLLM's name of the module.
     """
 
-    def __init__(self, config: PackedConfig, names: Sequence[str], prefix: str) -> None:
-        self.config, self.names, self.prefix = config, list(names), prefix
+    def __init__(self, store: Store, names: Sequence[str], prefix: str) -> None:
+        self.store, self.names, self.prefix = store, list(names), prefix
         self.shares: list[Share] = []
         self.own: Rows | None = None
         """The rows of a row-parallel layer that this rank computes, where there are several ranks."""
@@ -95,7 +95,7 @@ class FourierLinearMethod(LinearMethodBase):
         self.shares = shares(self.names, wanted, whole)
         sizes = whole if len(self.shares) == len(whole) else [sum(whole)]
         for share, size in zip(self.shares, sizes, strict=True):
-            record = self.config.metadata.layers.get(share.name)
+            record = self.store.layers.get(share.name)
             if record is None:
                 continue
             shape = record.layout.out_features, record.layout.in_features
@@ -112,7 +112,7 @@ class FourierLinearMethod(LinearMethodBase):
         """Read them: the rows of this rank, in the order of codes that its kernel takes."""
         if hasattr(layer, "packed"):
             return
-        folder, layers = self.config.folder(), self.config.metadata.layers
+        folder, layers = self.store.folder(), self.store.layers
         layer.packed = nn.ModuleList(
             (folder.layer if share.name in layers else folder.dense)(share, self.dtype, self.device)
             for share in self.shares

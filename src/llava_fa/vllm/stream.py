@@ -18,9 +18,9 @@ from vllm.config import get_current_vllm_config
 from llava_fa.hub.checkpoint import is_codebook
 from llava_fa.nn.codebooks import MODULE
 from llava_fa.nn.fourier_embedding import write_rows
-from llava_fa.vllm.config import PackedConfig
 from llava_fa.vllm.names import rewritten
 from llava_fa.vllm.shares import Share
+from llava_fa.vllm.store import Store
 
 logger = logging.getLogger(__name__)
 _DONE = "_llava_fa"
@@ -37,23 +37,24 @@ def install() -> None:
 
     @functools.wraps(original)
     def get_all_weights(self: Any, model_config: Any, model: nn.Module) -> Weights:
-        config = config_of(model)
+        store = store_of(model)
         weights = original(self, model_config, model)
-        yield from weights if config is None else unpacked(config, model, weights, model_config.dtype)
+        yield from weights if store is None else unpacked(store, model, weights, model_config.dtype)
 
     setattr(get_all_weights, _DONE, True)
     DefaultModelLoader.get_all_weights = get_all_weights
 
 
-def config_of(model: nn.Module) -> PackedConfig | None:
-    """The configuration that a model's packed layers were made with; None where it has none."""
+def store_of(model: nn.Module) -> Store | None:
+    """What a model's packed layers come from; None where it has none."""
     methods = (getattr(module, "quant_method", None) for module in model.modules())
-    found = (getattr(method, "config", None) for method in methods)
-    current = get_current_vllm_config().quant_config  # of a model none of whose modules holds a packed layer
-    return next((config for config in (*found, current) if isinstance(config, PackedConfig)), None)
+    found = (getattr(method, "store", None) for method in methods)
+    # The last: of a model none of whose modules holds a packed layer.
+    current = getattr(get_current_vllm_config().quant_config, "store", None)
+    return next((store for store in (*found, current) if isinstance(store, Store)), None)
 
 
-def unpacked(config: PackedConfig, model: nn.Module, weights: Weights, dtype: torch.dtype) -> Weights:
+def unpacked(store: Store, model: nn.Module, weights: Weights, dtype: torch.dtype) -> Weights:
     """The stream without what packed layers read themselves, every layer that no module holds decoded.
 
     vLLM builds some layers without a quantisation (vision MLPs of odd sizes, projectors); they get the dense weight
@@ -62,22 +63,22 @@ def unpacked(config: PackedConfig, model: nn.Module, weights: Weights, dtype: to
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     loaded = mapper.map_name if mapper is not None else str
     renamed = rewritten(model, mapper.get_rename_mapper().map_name if mapper is not None else str)
-    folder, decoded = config.folder(), []
+    folder, decoded = store.folder(), []
     # A convolution on patches is stored as the matrix that it is.
     shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.dim() > 2}
-    read = {f"{share.name}.weight" for share in _shares(model) if share.name not in config.metadata.layers}
+    read = {f"{share.name}.weight" for share in _shares(model) if share.name not in store.layers}
     for name, tensor in weights:
         layer = folder.packed_keys.get(name)
         if layer is None:
-            if name not in read and not _of_experts(config, name):
+            if name not in read and not _of_experts(store, name):
                 yield renamed(name), tensor
             continue
-        if is_codebook(name) or name.startswith(f"{MODULE}.") or layer in config.claimed or layer in decoded:
+        if is_codebook(name) or name.startswith(f"{MODULE}.") or layer in store.claimed or layer in decoded:
             continue
         decoded.append(layer)
         if loaded(f"{layer}.weight") is not None:  # else the model has no place for it, compressed or not
             new = renamed(f"{layer}.weight")
-            weight = decode(config, layer, dtype)
+            weight = decode(store, layer, dtype)
             yield new, weight.view(shapes.get(loaded(new), weight.shape))
     if decoded:
         names = ", ".join(decoded[:3]) + (", …" if len(decoded) > 3 else "")
@@ -89,18 +90,18 @@ def _shares(model: nn.Module) -> Iterator[Share]:
         yield from getattr(getattr(module, "quant_method", None), "shares", ())
 
 
-def _of_experts(config: PackedConfig, name: str) -> bool:
+def _of_experts(store: Store, name: str) -> bool:
     """Whether it is the bias of a packed expert, which reads it itself."""
     layer, _, kind = name.rpartition(".")
-    return kind == "bias" and layer in config.claimed and config.claimed[layer].endswith("experts")
+    return kind == "bias" and layer in store.claimed and store.claimed[layer].endswith("experts")
 
 
-def decode(config: PackedConfig, layer: str, dtype: torch.dtype) -> Tensor:
+def decode(store: Store, layer: str, dtype: torch.dtype) -> Tensor:
     """The weight of a stored layer, dense, on the CPU: [m, n]."""
-    record = config.metadata.layers[layer]
+    record = store.layers[layer]
     m, n = record.layout.out_features, record.layout.in_features
     with torch.device("cpu"):
-        packed = config.folder().layer(Share(layer, ((0, m),)), dtype, torch.device("cpu"))
+        packed = store.folder().layer(Share(layer, ((0, m),)), dtype, torch.device("cpu"))
         weight = torch.empty(m, n, dtype=dtype)
         if record.embedding:
             write_rows(packed.packed_weight(), weight)  # type: ignore[operator]
