@@ -75,14 +75,27 @@ def unpacked(store: Store, model: nn.Module, weights: Weights, dtype: torch.dtyp
             continue
         if is_codebook(name) or name.startswith(f"{MODULE}.") or layer in store.claimed or layer in decoded:
             continue
+        new = renamed(f"{layer}.weight")
+        place = loaded(new)
+        if place is None or _left_out(model, place):  # compressed or not
+            continue
         decoded.append(layer)
-        if loaded(f"{layer}.weight") is not None:  # else the model has no place for it, compressed or not
-            new = renamed(f"{layer}.weight")
-            weight = decode(store, layer, dtype)
-            yield new, weight.view(shapes.get(loaded(new), weight.shape))
+        weight = decode(store, layer, dtype)
+        yield new, weight.view(shapes.get(place, weight.shape))
     if decoded:
         names = ", ".join(decoded[:3]) + (", …" if len(decoded) > 3 else "")
         logger.info("%d layers that vLLM builds without quantisation are held dense: %s", len(decoded), names)
+
+
+def _left_out(model: nn.Module, name: str) -> bool:
+    """Whether a list of blocks ends before the one of this name: vLLM builds a tower as far as it is used."""
+    module: nn.Module | None = model
+    for part in name.split("."):
+        behind = module
+        module = behind._modules.get(part)
+        if module is None:
+            return isinstance(behind, nn.ModuleList)
+    return False
 
 
 def _shares(model: nn.Module) -> Iterator[Share]:
