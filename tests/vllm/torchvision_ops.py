@@ -1,7 +1,7 @@
-"""Let PyPI's torchvision be imported beside torch's CPU wheel: the operators whose fakes it registers get a schema first.
+"""Let PyPI's torchvision be imported beside torch's CPU wheel: its operators get a schema before it gives them fakes.
 
-Lies in the environment's site-packages, and is imported when Python starts (Makefile, `test-vllm`). It does nothing until
-something imports torchvision. vLLM needs no operator of it: it imports the module for its transforms.
+Lies in the environment's site-packages, and is imported when Python starts (Makefile, `test-vllm`). It does nothing
+until something imports torchvision. vLLM needs no operator of it: it imports the module for its transforms.
 """
 
 import importlib.abc
