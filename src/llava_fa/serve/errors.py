@@ -25,7 +25,7 @@ class ApiError(Exception):
 
 
 def from_reply(status: int, body: bytes) -> ApiError:
-    """The error in a reply of FastAPI (``{"detail": …}``), Starlette, transformers or `engine` (an error object there).
+    """The error in a reply of FastAPI (``{"detail": …}``), Starlette, transformers, vLLM or `engine` (an error object).
 
     What a server error says is of no use to the client and may tell of the machine: it is left out.
     """
@@ -35,9 +35,13 @@ def from_reply(status: int, body: bytes) -> ApiError:
         value = json.loads(body)
     except ValueError:
         value = body.decode(errors="replace")
-    detail = value.get("detail", value) if isinstance(value, dict) else value
+    detail = value.get("detail", value.get("error", value)) if isinstance(value, dict) else value
     if isinstance(detail, dict) and isinstance(detail.get("message"), str):
-        return ApiError(status, detail["message"], param=detail.get("param"), code=detail.get("code"))
+        message, param, code = detail["message"], detail.get("param"), detail.get("code")
+        if not isinstance(code, str):  # vLLM's is the status once more, and its param may be a word of its own
+            long = "maximum context length" in message
+            param, code = ("messages", "context_length_exceeded") if long else (param, None)
+        return ApiError(status, message, param=param, code=code)
     if isinstance(detail, list):  # FastAPI's list of what does not validate
         detail = "; ".join(str(item.get("msg", item)) if isinstance(item, dict) else str(item) for item in detail)
     return ApiError(400 if status == 422 else status, str(detail))

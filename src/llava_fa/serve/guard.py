@@ -1,6 +1,7 @@
-"""The guard around transformers serve: who may come in, with what, for how long, and what errors look like.
+"""The guard around an engine: who may come in, with what, for how long, and what errors look like.
 
-An ASGI app around theirs. Only what is listed here passes: theirs also loads and unloads models at anyone's request.
+An ASGI app around transformers' or vLLM's. Only what is listed here passes: theirs also load and unload models, sleep
+and take profiles at anyone's request.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from llava_fa.serve.errors import ApiError, from_reply
+from llava_fa.serve.fields import TRANSFORMERS, Fields
 from llava_fa.serve.limits import Limits
 from llava_fa.serve.metrics import Metrics
 from llava_fa.serve.pictures import Sources
@@ -37,17 +39,21 @@ def guarded(
     *,
     model: str,
     vocabulary: int,
+    fields: Fields = TRANSFORMERS,
+    alive: Callable[[], bool] = lambda: True,
     limits: Limits | None = None,
     sources: Sources | None = None,
     api_key: str | None = None,
     hosts: Sequence[str] | None = None,
 ) -> Starlette:
-    """The app that clients see, around the app that answers (`engine.chat_app`).
+    """The app that clients see, around the app that answers (`engine.chat_app`, `proxy.Proxy`).
 
     Args:
         inner: takes POST /v1/chat/completions.
         model: the name that requests give.
         vocabulary: its number of tokens.
+        fields: what the engine understands of a request.
+        alive: whether the engine still answers; /health has status 503 where it does not.
         limits: of requests.
         sources: where pictures may come from.
         api_key: to be sent as ``Authorization: Bearer``, except to /health.
@@ -55,11 +61,12 @@ def guarded(
             server of this machine by pointing a name of their own at it.
     """
     metrics, started = Metrics(model), int(time.time())
-    chat = _Chat(inner, model, vocabulary, limits or Limits(), sources or Sources(), metrics)
+    limits, sources = limits or Limits(), sources or Sources()
+    chat = _Chat(inner, lambda data: read_chat(data, model, vocabulary, limits, sources, fields), limits, metrics)
     described = {"id": model, "object": "model", "created": started, "owned_by": "llava-fa"}
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok"}) if alive() else JSONResponse({"status": "the engine has ended"}, 503)
 
     async def listed(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [described]})
@@ -128,11 +135,8 @@ class Door:
 class _Chat:
     """POST /v1/chat/completions: read, checked, handed to the inner app, and ended in time."""
 
-    def __init__(
-        self, inner: Any, model: str, vocabulary: int, limits: Limits, sources: Sources, metrics: Metrics
-    ) -> None:
-        self.inner, self.limits, self.metrics = inner, limits, metrics
-        self.read = lambda data: read_chat(data, model, vocabulary, limits, sources)
+    def __init__(self, inner: Any, read: Callable[[bytes], ChatRequest], limits: Limits, metrics: Metrics) -> None:
+        self.inner, self.read, self.limits, self.metrics = inner, read, limits, metrics
         self.active = 0
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
@@ -168,7 +172,7 @@ class _Chat:
             raise ApiError(408, "The request did not arrive in time", code="timeout") from None
         if request is None:
             return
-        turn.seed = request.seed
+        turn.seed, turn.usage = request.seed, request.usage
         gone = asyncio.Event()
         inner = asyncio.create_task(self._inner(scope, request, out, turn, gone))
         leaving = asyncio.create_task(_left(receive))

@@ -2,12 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jinja2 import TemplateError
+
+from llava_fa.serve.errors import ApiError
+from llava_fa.serve.requests import unsupported
+
 Rendered = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], str]
 """(messages, tools) → the text of the prompt."""
+OF_A_PROMPT = (TemplateError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+"""What templates, tokenizers and image processors raise on what they were not made for."""
+
+
+def no_prompt(error: Exception) -> ApiError:
+    """What a client is told where one of `OF_A_PROMPT` was raised."""
+    said = f"The messages make no prompt for this model: {str(error)[:300]}"
+    return ApiError(400, said, param="messages", code="invalid_value")
+
+
+def refuse_left_out(render: Rendered, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
+    """Raise if the chat template leaves out a part of a request (`left_out`).
+
+    Raises:
+        ApiError: 400, with the part as its parameter.
+        Exception: what the template itself raises, but for its own errors: words that it refuses tell nothing of what
+            it makes of the request.
+    """
+    place = None
+    with contextlib.suppress(TemplateError):
+        place = left_out(render, messages, tools)
+    if place:
+        place = "tools" if place.startswith("tools") else place
+        raise unsupported(place, "this model, whose chat template leaves it out")
+
+
+def refuse_pictures(messages: list[dict[str, Any]]) -> None:
+    """Raise if there is a picture in these messages, for a model that sees none.
+
+    Raises:
+        ApiError: 400, with the first picture as its parameter.
+    """
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message["content"]):
+            if part["type"] == "image_url":
+                raise unsupported(f"messages[{i}].content[{j}]", "this model, which does not see pictures")
 
 
 def left_out(render: Rendered, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:

@@ -1,31 +1,18 @@
-"""The body of a chat completion: read, checked, and reduced to what transformers serve understands."""
+"""The body of a chat completion: read, checked, and reduced to what the engine behind the guard understands."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from llava_fa.serve.body import read_json
 from llava_fa.serve.errors import ApiError
+from llava_fa.serve.fields import BIASES, TRANSFORMERS, Fields, is_int, same, within, written
 from llava_fa.serve.limits import Limits
 from llava_fa.serve.pictures import Pictures, Sources
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-HARMLESS = ("metadata", "parallel_tool_calls", "service_tier", "store", "stream_options", "user", "safety_identifier")
-"""Fields that change no answer: accepted, and dropped."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "tool_choice": ("auto",),
-}
-"""Fields that transformers serve ignores: accepted only with the value that asks for nothing."""
-STOPS, BIASES = 4, 300
 GREEDY = 1e-6
 """Temperatures below it are 0: the likeliest token has all the weight, and logits divided by them may overflow."""
 _EMPTY: dict[str, Any] = {"stop": [], "tools": [], "logit_bias": {}}
@@ -34,13 +21,21 @@ _EMPTY: dict[str, Any] = {"stop": [], "tools": [], "logit_bias": {}}
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A body that is fit to be handed on, and the seed, which is set where the tokens are drawn."""
+    """A body that is fit to be handed on, and what is not in it.
+
+    Attributes:
+        seed: to be set where the tokens are drawn; None where there is none, or the body has it.
+        usage: whether a stream is to end with the numbers of tokens.
+    """
 
     body: dict[str, Any]
     seed: int | None
+    usage: bool = False
 
 
-def read_chat(data: bytes, model: str, vocabulary: int, limits: Limits, sources: Sources) -> ChatRequest:
+def read_chat(
+    data: bytes, model: str, vocabulary: int, limits: Limits, sources: Sources, fields: Fields = TRANSFORMERS
+) -> ChatRequest:
     """A chat completion request, checked field by field; its pictures are data URLs that decode.
 
     Args:
@@ -48,6 +43,7 @@ def read_chat(data: bytes, model: str, vocabulary: int, limits: Limits, sources:
         model: the name that the server's model goes by.
         vocabulary: number of tokens, for ``logit_bias``.
         limits, sources: the server's rules.
+        fields: what the engine understands.
 
     Raises:
         ApiError: what is wrong, and with which parameter.
@@ -55,20 +51,20 @@ def read_chat(data: bytes, model: str, vocabulary: int, limits: Limits, sources:
     body = read_json(data)
     if not isinstance(body, dict):
         raise _invalid("The body is not a JSON object", None)
-    body = {key: value for key, value in body.items() if value is not None and key not in HARMLESS}
+    body = {key: value for key, value in body.items() if value is not None and key not in fields.harmless}
     _check_model(body.get("model"), model)
-    for key, allowed in NEUTRAL.items():
-        if key in body and not any(_same(body[key], value) for value in allowed):
+    for key, allowed in fields.neutral.items():
+        if key in body and not any(same(body[key], value) for value in allowed):
             raise unsupported(key)
         body.pop(key, None)
     seed = body.pop("seed", None)
-    if seed is not None and not (_is_int(seed) and -(2**63) <= seed < 2**63):
+    if seed is not None and not (is_int(seed) and -(2**63) <= seed < 2**63):
         raise _invalid("seed is not a 64-bit integer", "seed")
-    unknown = sorted(set(body) - set(_CHECKS) - {"model", "messages", "logit_bias"})
+    unknown = sorted(set(body) - set(fields.checks) - {"model", "messages", "logit_bias"})
     if unknown:
         name = unknown[0][:100]
         raise ApiError(400, f"Unrecognised parameter: {name}", param=name, code="unknown_parameter")
-    for key, (check, meaning) in _CHECKS.items():
+    for key, (check, meaning) in fields.checks.items():
         if key in body and not check(body[key]):
             raise _invalid(f"{key} is not {meaning}", key)
     body = {key: value for key, value in body.items() if key not in _EMPTY or value != _EMPTY[key]}
@@ -78,9 +74,11 @@ def read_chat(data: bytes, model: str, vocabulary: int, limits: Limits, sources:
         body["temperature"] = 0
     for i, tool in enumerate(body.get("tools", ())):
         _check_function(tool, f"tools[{i}]")
-    offered = len(json.dumps(body["tools"])) if "tools" in body else 0
-    body["messages"] = _messages(body.get("messages"), offered, limits, sources)
-    return ChatRequest(body, seed)
+    body["messages"] = _messages(body.get("messages"), written(body), limits, sources)
+    usage = body.get("stream_options", {}).get("include_usage", False)
+    if fields.reads_seed and seed is not None:
+        body["seed"], seed = seed, None
+    return ChatRequest(fields.finish(body), seed, usage)
 
 
 def _check_model(name: Any, model: str) -> None:
@@ -107,7 +105,7 @@ def _messages(messages: Any, characters: int, limits: Limits, sources: Sources) 
         if characters > limits.text_characters:
             raise ApiError(
                 400,
-                f"Messages and tools have more than {limits.text_characters} characters",
+                f"Messages, tools and schema have more than {limits.text_characters} characters",
                 param="messages",
                 code="context_length_exceeded",
             )
@@ -177,50 +175,9 @@ def _biases(value: Any, vocabulary: int) -> dict[str, float]:
         usual = token.isascii() and token.isdecimal() and len(token) < 10 and token == str(int(token))
         if not (usual and int(token) < vocabulary):
             raise _invalid(f"logit_bias: {token[:20]!r} is no token of this model", "logit_bias")
-        if not _within(bias, -100, 100):
+        if not within(bias, -100, 100):
             raise _invalid("logit_bias is between -100 and 100", "logit_bias")
     return {token: float(bias) for token, bias in value.items()}
-
-
-def _same(value: Any, allowed: Any) -> bool:
-    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _within(value: Any, low: float, high: float) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and low <= value <= high
-
-
-def _is_stop(value: Any) -> bool:
-    stops = [value] if isinstance(value, str) else value
-    return (
-        isinstance(stops, list) and len(stops) <= STOPS and all(isinstance(s, str) and 0 < len(s) < 200 for s in stops)
-    )
-
-
-def _is_tools(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 128
-
-
-def _is_length(value: Any) -> bool:
-    return _is_int(value) and value >= 1
-
-
-_CHECKS = {
-    "stream": (lambda value: isinstance(value, bool), "true or false"),
-    "max_tokens": (_is_length, "a positive integer"),
-    "max_completion_tokens": (_is_length, "a positive integer"),
-    "temperature": (lambda value: _within(value, 0, 2), "a number from 0 to 2"),
-    "top_p": (lambda value: _within(value, 1e-6, 1), "a number above 0, at most 1"),
-    # transformers serve takes it as the repetition penalty 1 + f, which must be positive
-    "frequency_penalty": (lambda value: _within(value, -0.9, 2), "a number from -0.9 to 2"),
-    "stop": (_is_stop, f"a string or at most {STOPS} of them"),
-    "tools": (_is_tools, "a list of at most 128 tools"),
-}
 
 
 def unsupported(param: str, by: str = "this server") -> ApiError:

@@ -16,6 +16,8 @@ class Turn:
     asked: str | None = None
     """The parameter of the request that says how long the answer may be, if one does."""
     seed: int | None = None
+    usage: bool = False
+    """Whether the client wants the numbers of tokens at the end of a stream."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
