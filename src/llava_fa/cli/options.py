@@ -100,6 +100,16 @@ VisualTokens = Annotated[
     ),
 ]
 SavedVisualTokens = Annotated[int | None, count("Tokens per picture. [default: as the model was saved]")]
+ENGINES = ("auto", "transformers", "vllm")
+Engine = Annotated[
+    str, typer.Option(help="What runs the model: `vllm`, `transformers`, or `auto`, vLLM where it can serve the model.")
+]
+EngineArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT", help="An argument of vLLM's own, as --engine-arg=--max-model-len=4096; may be given repeatedly."
+    ),
+]
 # Of the commands that listen:
 Host = Annotated[str, typer.Option(help="Address to listen on; by default only this machine can connect.")]
 Port = Annotated[int, whole(0, 65535, "Port to listen on; 0 takes a free one.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,8 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="LLAVA_FA_API_KEY", help="Ask this of every client, as a bearer token.")
     ] = None,
+    engine: options.Engine = "auto",
+    engine_arg: options.EngineArgs = None,
     device: options.Device = "auto",
     visual_tokens: options.SavedVisualTokens = None,
     max_tokens: options.MaxTokens = 1024,
@@ -43,10 +46,12 @@ def serve(
     """Serve a model to OpenAI clients: chat completions with pictures, streaming; until Ctrl-C."""
     usable = api_key is None or (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key)
     options.refuse(not usable, "it is empty, or has characters that a header cannot carry", "--api-key")
+    options.refuse(engine not in options.ENGINES, f"{engine!r} is not one of {', '.join(options.ENGINES)}", "--engine")
     folder = allow_image_folder.expanduser() if allow_image_folder else None
     options.refuse(folder is not None and not folder.is_dir(), f"{folder} is not a folder", "--allow-image-folder")
     with output.needing("the server's packages", "serve"):
         from llava_fa.serve import server
+    from llava_fa.serve.choice import choose
     from llava_fa.serve.limits import Limits
     from llava_fa.serve.pictures import Sources
 
@@ -56,12 +61,16 @@ def serve(
     with server.bind(host, port) as listening:  # before minutes of loading
         if not local and api_key is None:
             console.print("[yellow]anyone who reaches this address can use the model:[/] no --api-key is set")
+        taken = choose(engine, model, device=device, engine_args=engine_arg or ())
+        console.print(f"engine: {taken.engine} ({taken.reason})", markup=False)
         console.print(f"loading {model} …", markup=False)
-        app = server.build_app(
+        serving = server.serving(
             model,
             name=model_name,
+            engine=taken.engine,
             device=device,
             visual_tokens=visual_tokens,
+            engine_args=engine_arg or (),
             limits=Limits(
                 body_bytes=max_body,
                 image_bytes=max_image,
@@ -79,11 +88,14 @@ def serve(
 
         def ready() -> None:
             if json_output:
-                output.print_json({"url": url, "model": model_name})
+                output.print_json({"url": url, "model": model_name, "engine": taken.engine})
             else:
                 console.print(f"{model_name} at {url} (Ctrl-C stops it)", markup=False)
 
-        with contextlib.suppress(KeyboardInterrupt):  # which a shell's background jobs are never told of
+        # A service manager's way to stop it: vLLM is to be ended, and its folder removed, then, too.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # KeyboardInterrupt is what a shell's background jobs are never told of
+        with serving as app, contextlib.suppress(KeyboardInterrupt):
             server.run(app, listening, ready)
     console.print("stopped")
 

@@ -233,6 +233,29 @@ def _elastic(base: type) -> type:
     return type(base.__name__, (_Elastic, base), names)
 
 
+def chosen(config: Any, tokens: int) -> dict[str, Any]:
+    """``config.visual_tokens`` of a model that is set to so many; plain pooling where nothing is attached.
+
+    Raises:
+        FourierError: another model, or a number that the grid cannot give.
+    """
+    kind = (getattr(config, FIELD, None) or {"kind": "pooling"})["kind"]
+    return {"kind": kind, "tokens": VisualTokens(grid_of(config), 1, "pooling", tokens).tokens}
+
+
+def numbers_within(config: Any) -> tuple[int, ...]:
+    """To how many tokens a model of this configuration, as it is set, can reduce a picture; none if it is not elastic.
+
+    Raises:
+        FourierError: ``config.visual_tokens`` does not fit the model.
+    """
+    settings = getattr(config, FIELD, None)
+    if settings is None:
+        return ()
+    module = VisualTokens(grid_of(config), 1, "pooling", settings["tokens"])
+    return tuple(count for count in module.counts if count <= module.tokens)
+
+
 def with_visual_tokens(source: Source, tokens: int) -> Source:
     """A checkpoint whose copies are told pictures in so many tokens; plain pooling where nothing is attached.
 
@@ -241,8 +264,6 @@ def with_visual_tokens(source: Source, tokens: int) -> Source:
     """
     with quiet_transformers():
         config = AutoConfig.from_pretrained(source.home, trust_remote_code=False)
-    kind = (getattr(config, FIELD, None) or {"kind": "pooling"})["kind"]
-    module = VisualTokens(grid_of(config), 1, "pooling", tokens)
-    setattr(config, FIELD, {"kind": kind, "tokens": module.tokens})
+    setattr(config, FIELD, chosen(config, tokens))
     written = {**source.config, FIELD: getattr(config, FIELD)}
     return dataclasses.replace(source, config=written, processor=processor_fields(config))

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server: `transformers serve` for one model, behind a guard (docs/serving.md)."""
+"""An OpenAI-compatible server: transformers serve or vLLM for one model, behind a guard (docs/serving.md)."""

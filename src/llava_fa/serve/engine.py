@@ -10,27 +10,47 @@ import asyncio
 import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from fastapi import HTTPException
-from jinja2 import TemplateError
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from llava_fa.hub.loading import context_length
-from llava_fa.hub.processor import sees_pictures
+from llava_fa.hub.loading import context_length, load
+from llava_fa.hub.processor import check_chat_template, sees_pictures
 from llava_fa.serve.errors import ApiError
-from llava_fa.serve.prompt import left_out
-from llava_fa.serve.requests import unsupported
+from llava_fa.serve.fields import TRANSFORMERS
+from llava_fa.serve.prompt import OF_A_PROMPT, no_prompt, refuse_left_out, refuse_pictures
+from llava_fa.serve.served import Served
 from llava_fa.serve.turn import Turn, current
 
 logger = logging.getLogger(__name__)
-_OF_A_PROMPT = (TemplateError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
-"""What templates, tokenizers and image processors raise on what they were not made for."""
+
+
+@contextlib.contextmanager
+def transformers_engine(
+    model: str, *, name: str, tokens: int, device: str = "auto", visual_tokens: int | None = None
+) -> Iterator[Served]:
+    """A model loaded into this process.
+
+    Args:
+        model: ``tiny``, a folder or a hub id, original or compressed.
+        name: that requests give.
+        tokens: longest answer.
+        device, visual_tokens: as in `hub.loading.load`.
+
+    Raises:
+        FourierError: the model does not load, or has no chat template.
+    """
+    loaded, processor = load(model, device, visual_tokens=visual_tokens)
+    check_chat_template(processor, model)
+    vocabulary = loaded.config.get_text_config().vocab_size
+    yield Served(chat_app(name, loaded, processor, tokens), vocabulary, TRANSFORMERS, lambda: True)
 
 
 def chat_app(name: str, model: Any, processor: Any, tokens: int) -> Any:
@@ -153,17 +173,6 @@ def _in_turn(turn: Turn, fn: Any, *args: Any, **kwargs: Any) -> Any:
     return fn(*args, **kwargs)
 
 
-def _first_picture(messages: list[dict[str, Any]]) -> str | None:
-    """The first picture of a request, as the request names it."""
-    places = (
-        f"messages[{i}].content[{j}]"
-        for i, message in enumerate(messages)
-        for j, part in enumerate(message["content"])
-        if part["type"] == "image_url"
-    )
-    return next(places, None)
-
-
 class _Chat(ChatCompletionHandler):
     def __init__(self, manager: _OneModel, state: _State, tokens: int) -> None:
         super().__init__(manager, state)
@@ -175,29 +184,25 @@ class _Chat(ChatCompletionHandler):
         try:
             self._check_seen(body)
             return await super().handle_request(body, request_id)
-        except _OF_A_PROMPT as error:
+        except ApiError as error:
+            raise _reply(error) from None
+        except OF_A_PROMPT as error:
             if turn.generating:
                 raise
             logger.info("a request made no prompt: %r", error)
-            said = f"The messages make no prompt for this model: {str(error)[:300]}"
-            raise _reply(ApiError(400, said, param="messages", code="invalid_value")) from error
+            raise _reply(no_prompt(error)) from error
 
     def _check_seen(self, body: dict[str, Any]) -> None:
         model, processor = self.model_manager.one
-        if not sees_pictures(processor) and (place := _first_picture(body["messages"])):
-            raise _reply(unsupported(place, "this model, which does not see pictures"))
+        if not sees_pictures(processor):
+            refuse_pictures(body["messages"])
         modality = self.model_manager.get_model_modality(model, processor=processor)
 
         def render(messages: Any, tools: Any) -> Any:
             return processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
 
         messages = self.get_processor_inputs_from_messages(body["messages"], modality)
-        place = None
-        with contextlib.suppress(TemplateError):  # words that it refuses tell nothing of what it makes of the request
-            place = left_out(render, messages, body.get("tools"))
-        if place:
-            place = "tools" if place.startswith("tools") else place
-            raise _reply(unsupported(place, "this model, whose chat template leaves it out"))
+        refuse_left_out(render, messages, body.get("tools"))
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> list[dict[str, Any]]:

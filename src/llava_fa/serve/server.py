@@ -2,58 +2,82 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import uvicorn
 
-from llava_fa.errors import FourierError
-from llava_fa.hub.loading import load
-from llava_fa.hub.processor import check_chat_template
-from llava_fa.serve.engine import chat_app
+from llava_fa.errors import FourierError, explained
 from llava_fa.serve.guard import guarded
 from llava_fa.serve.limits import Limits
 from llava_fa.serve.pictures import Sources
+from llava_fa.serve.served import Served
 
 CLOSING_SECONDS = 10
 
 
-def build_app(
+@contextlib.contextmanager
+def serving(
     model: str,
     *,
     name: str,
+    engine: str = "transformers",
     device: str = "auto",
     visual_tokens: int | None = None,
+    engine_args: Sequence[str] = (),
     limits: Limits | None = None,
     sources: Sources | None = None,
     api_key: str | None = None,
     hosts: tuple[str, ...] | None = None,
-) -> Any:
-    """The ASGI app that serves a model, for any ASGI server.
+) -> Iterator[Any]:
+    """The ASGI app that serves a model, for any ASGI server; its engine ends with the context.
 
     Args:
         model: ``tiny``, a folder or a hub id, original or compressed.
         name: that requests give.
-        device, visual_tokens: as in `hub.loading.load`.
+        engine: ``"transformers"`` or ``"vllm"``.
+        device: as in `hub.loading.load`; of transformers alone.
+        visual_tokens: how many tokens a picture is read in; by default as the model was saved.
+        engine_args: arguments of vLLM's own.
         limits, sources, api_key, hosts: as in `guard.guarded`.
 
     Raises:
-        FourierError: the model does not load, or has no chat template.
+        FourierError: the model does not load, or has no chat template; vLLM does not start.
     """
-    loaded, processor = load(model, device, visual_tokens=visual_tokens)
-    check_chat_template(processor, model)
     limits = limits or Limits()
-    return guarded(
-        chat_app(name, loaded, processor, limits.tokens),
-        model=name,
-        vocabulary=loaded.config.get_text_config().vocab_size,
-        limits=limits,
-        sources=sources,
-        api_key=api_key,
-        hosts=hosts,
+    given: dict[str, Any] = {"name": name, "tokens": limits.tokens, "visual_tokens": visual_tokens}
+    with _engine(engine, device, engine_args)(model, **given) as served:
+        yield guarded(
+            served.app,
+            model=name,
+            vocabulary=served.vocabulary,
+            fields=served.fields,
+            alive=served.alive,
+            limits=limits,
+            sources=sources,
+            api_key=api_key,
+            hosts=hosts,
+        )
+
+
+def _engine(engine: str, device: str, engine_args: Sequence[str]) -> Callable[..., AbstractContextManager[Served]]:
+    """What starts an engine. vLLM and transformers serve want different versions of transformers: one is imported."""
+    if engine == "vllm":
+        from llava_fa.serve.vllm_engine import vllm_engine
+
+        return functools.partial(vllm_engine, engine_args=engine_args)
+    needed = explained(
+        "transformers serve is not here", remedy="`pip install 'llava-fa[serve]'`", kinds=(ImportError,), words=str
     )
+    with needed:
+        from llava_fa.serve.engine import transformers_engine
+
+    return functools.partial(transformers_engine, device=device)
 
 
 def is_loopback(host: str) -> bool:
