@@ -298,8 +298,10 @@ with vllm_engine.vllm_server(Path(sys.argv[1]), name="stub") as (socket, child):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
-def test_it_ends_with_a_parent_that_is_killed(model, stubbed):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(model)], stdout=subprocess.PIPE, text=True)
+def test_it_ends_with_a_parent_that_is_killed(model, stubbed, tmp_path):
+    line = [sys.executable, "-c", PARENT, str(model)]
+    given = {**os.environ, "TMPDIR": str(tmp_path)}  # nobody is left to remove the socket's folder
+    parent = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=given)
     child = psutil.Process(int(parent.stdout.readline()))
     assert child.is_running()
     parent.send_signal(signal.SIGKILL)

@@ -21,7 +21,8 @@ CLOSING_SECONDS = 20.0
 _POLL_SECONDS = 0.2
 _KEPT, _TOLD = 400, 8
 """Lines of the log that are kept, and how many of them an error repeats."""
-_CAUSE = re.compile(r"\b\w*(?:Error|Exception)\b: \S")
+_CAUSE = re.compile(r"(?:^|[\])]\s+|ERROR:?\s+)((?:\w+\.)*\w*(?:Error|Exception): \S.*)")
+"""The line of a traceback that names the exception, after whatever a logger puts before it."""
 
 
 class Child:
@@ -94,7 +95,7 @@ class Child:
     def _cause(self) -> str:
         """The errors that its log names, or else its last lines."""
         lines = [line for line in self._lines if line.strip()]
-        causes = list(dict.fromkeys(line[match.start() :] for line in lines if (match := _CAUSE.search(line))))
+        causes = list(dict.fromkeys(match[1] for line in lines if (match := _CAUSE.search(line))))
         return " / ".join(causes[:_TOLD] or lines[-_TOLD:]).rstrip(".") or "it said nothing"
 
 
