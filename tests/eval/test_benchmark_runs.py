@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from llava_fa import FourierError
+from llava_fa.eval import answerers
+from llava_fa.eval.answerers import Loaded
 from llava_fa.eval.benchmarks import WHERE, benchmark, kind_of
-from llava_fa.eval.benchmarks import run as runs
 from llava_fa.eval.benchmarks.base import Item, open_picture
 from llava_fa.eval.benchmarks.run import run
 from llava_fa.hub.loading import load
@@ -21,7 +22,7 @@ from llava_fa.hub.loading import load
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load("tiny", "cpu", torch.float32)
+    return Loaded(*load("tiny", "cpu", torch.float32))
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def scripted(monkeypatch):
             return [self.said.get(prompt, "Yes") for _, prompt in pairs]
 
     script = Script()
-    monkeypatch.setattr(runs, "answer", script.answer)
+    monkeypatch.setattr(answerers, "answer", script.answer)
     return script
 
 
@@ -49,7 +50,7 @@ class Named:
 
 
 def no_model():
-    return None, Named()
+    return Loaded(None, Named())
 
 
 def files(name, folder):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from llava_fa import FourierError
+from llava_fa.eval.answerers import Loaded
 from llava_fa.eval.benchmarks import benchmark
 from llava_fa.eval.benchmarks.base import open_picture
 from llava_fa.eval.benchmarks.captions import Synonyms
@@ -136,7 +137,7 @@ def clips(folder):
 
 
 def test_clips_and_descriptions_from_files_to_scores(tmp_path):
-    tiny = load("tiny", "cpu", torch.float32)
+    tiny = Loaded(*load("tiny", "cpu", torch.float32))
     data = tmp_path / "clips"
     data.mkdir()
     bench = benchmark("video", clips(data), frames=2)

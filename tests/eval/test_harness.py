@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llava_fa import FourierConfig, FourierError, compress
+from llava_fa.eval.answerers import Loaded
 from llava_fa.eval.benchmarks import benchmark
 from llava_fa.eval.benchmarks.run import run
 from llava_fa.eval.likelihood import log_likelihood
@@ -174,7 +175,7 @@ def test_lmms_eval_comes_to_our_scores_on_the_same_questions(tasks, tmp_path):
     results, samples = lmms_eval(tasks, tmp_path, f"pretrained=tiny,dtype=float32,max_frames_num={FRAMES}", *names)
 
     model, processor = load("tiny", "cpu", torch.float32)
-    ours = run(benchmark("world", limit=LIMIT, seed=0), lambda: (model, processor), model="tiny")
+    ours = run(benchmark("world", limit=LIMIT, seed=0), lambda: Loaded(model, processor), model="tiny")
     for task in TASKS:
         assert results["llava_fa_asked"][f"{task},none"] == pytest.approx(ours["tasks"][task]["score"])
     assert 0 < sum(ours["tasks"][task]["score"] for task in TASKS) < len(TASKS)

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from llava_fa import FourierError
+from llava_fa.eval import answerers
+from llava_fa.eval.answerers import Loaded
 from llava_fa.eval.benchmarks import benchmark, judged
-from llava_fa.eval.benchmarks import run as runs
 from llava_fa.eval.benchmarks.judged import ask, rating
 from llava_fa.eval.benchmarks.run import run
 
@@ -85,7 +86,7 @@ def files(folder):
 @pytest.fixture
 def said(monkeypatch):
     answers = {"what 0?": "gives 6", "what 1?": "gives 2", "what 2?": "gives 4"}
-    monkeypatch.setattr(runs, "answer", lambda m, p, pairs, **o: [answers[prompt] for _, prompt in pairs])
+    monkeypatch.setattr(answerers, "answer", lambda m, p, pairs, **o: [answers[prompt] for _, prompt in pairs])
     return answers
 
 
@@ -96,7 +97,7 @@ class Named:
 def test_judged_after_the_answers_and_only_once(judge, said, tmp_path, monkeypatch):
     monkeypatch.setenv(judged.KEY, "secret")
     data, out = files(tmp_path / "data"), tmp_path / "out"
-    plain = run(benchmark("mmhal", data), lambda: (None, Named()), model="m", out=out)
+    plain = run(benchmark("mmhal", data), lambda: Loaded(None, Named()), model="m", out=out)
     assert plain["score"] is None
     assert judge.asked == []  # nothing is sent unless a judge is named
     rows = json.loads((out / "submission" / "response.json").read_text())
@@ -148,7 +149,7 @@ def test_reviews_of_a_killed_run_are_gone_on_from(judge, said, tmp_path):
     data, out = files(tmp_path / "data"), tmp_path / "out"
     (data / "eval_gpt4.py").write_bytes(OFFICIAL.encode("utf-8-sig"))
     options = {"judge": judge.url, "judge_model": "j", "reviews": str(out / "reviews.jsonl")}
-    first = run(benchmark("mmhal", data, **options), lambda: (None, Named()), model="m", out=out)
+    first = run(benchmark("mmhal", data, **options), lambda: Loaded(None, Named()), model="m", out=out)
     kept = (out / "reviews.jsonl").read_bytes()
     (out / "reviews.jsonl").write_bytes(kept[:-10])  # killed while it wrote the last
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from llava_fa.bounds import MOST_CLIPS, MOST_PICTURES
 from llava_fa.cli import options
+from llava_fa.cli.answering import Way
 from llava_fa.cli.output import print_json, stdout
 from llava_fa.eval.benchmarks import WHERE
 
@@ -44,6 +46,17 @@ def evaluate(
     blank: Annotated[bool, typer.Option(help="Show a grey picture instead: what is known without looking.")] = False,
     visual_tokens: options.VisualTokens = None,
     batch_size: Annotated[int | None, options.count("Questions at a time. [default: 16, of the world 64]")] = None,
+    engine: Annotated[
+        str, typer.Option(help="What runs the model: `transformers`, or `vllm`, started for this run.")
+    ] = "transformers",
+    engine_arg: options.EngineArgs = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Ask a server that speaks OpenAI's API, such as http://127.0.0.1:8000/v1."),
+    ] = None,
+    endpoint_model: Annotated[
+        str | None, typer.Option(help="The model's name there. [default: the only one that the server lists]")
+    ] = None,
     device: options.Device = "auto",
     json_output: options.Json = False,
 ) -> None:
@@ -59,27 +72,27 @@ def evaluate(
     refuse(task != "video" and frames is not None, f"{task} is not shown in frames of yours", "--frames")
     most = MOST_CLIPS if task == "world-video" else MOST_PICTURES
     refuse(generated and limit is not None and limit > most, f"at most {most} are drawn of {task}", "--limit")
-    count, elastic = options.elastic(visual_tokens)
+    way = Way(engine, tuple(engine_arg or ()), endpoint, endpoint_model, device, visual_tokens)
+    way.check()
     from llava_fa.cli.progress import counting
     from llava_fa.eval.benchmarks import benchmark
     from llava_fa.eval.benchmarks.run import run
-    from llava_fa.hub.loading import load
 
     settings = {"limit": limit or GENERATED[task], "seed": seed} if generated else {}
     if task == "video":
         settings = {"frames": frames or 8}
     if task == "mmhal":
         settings = {"judge": judge, "judge_model": judge_model, "reviews": str(out / "reviews.jsonl") if out else None}
-    with counting("answering") as progress:
+    with contextlib.ExitStack() as stack, counting("answering") as progress:
         result = run(
             benchmark(task, data or Path(), **settings),
-            lambda: load(model, device, visual_tokens=count),
+            lambda: way.answerer(model, stack),
             model=model,
             out=out,
             limit=None if generated else limit,
             blank=blank,
-            visual_tokens=count,
-            elastic=elastic,
+            visual_tokens=way.tokens_noted(),
+            through=way.noted(),
             batch_size=batch_size or (64 if generated else 16),
             against=against,
             progress=progress,

@@ -61,10 +61,15 @@ def answer(
         ids = model.generate(**inputs, **options)
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text[: min((text.find(end) for end in until if end in text), default=None)].strip()
+            answers[i] = cut(text, until)
         done += len(chosen)
         progress(done, len(questions))
     return answers
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """An answer up to the first of the texts that end it, without the space around it."""
+    return text[: min((text.find(end) for end in until if end in text), default=None)].strip()
 
 
 def pictures_of(seen: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
@@ -109,8 +114,8 @@ def batches(texts: Sequence[str], shown: Sequence[Sequence[Any]], batch_size: in
         yield from (order[first : first + batch_size] for first in range(0, len(order), batch_size))
 
 
-def prompt(processor: Any, pictures: int, question: str, answer: str | None = None) -> str:
-    """A question as the model's chat template has it, up to where the answer begins; or up to the end of ``answer``.
+def content_of(pictures: int, question: str) -> list[dict[str, str]]:
+    """The parts of a chat message that asks a question about so many pictures.
 
     The pictures come first, as in LLaVA's training, unless the question itself holds `<image>` once for each.
     """
@@ -123,7 +128,12 @@ def prompt(processor: Any, pictures: int, question: str, answer: str | None = No
     for number, part in enumerate(parts):
         content += [{"type": "image"}] if number else []
         content += [{"type": "text", "text": part}] if part else []
-    messages = [{"role": "user", "content": content}]
+    return content
+
+
+def prompt(processor: Any, pictures: int, question: str, answer: str | None = None) -> str:
+    """A question as the model's chat template has it, up to where the answer begins; or up to the end of ``answer``."""
+    messages = [{"role": "user", "content": content_of(pictures, question)}]
     text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
     said = (answer or "").strip()
     if answer is None or not said:

@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,15 @@ from PIL import Image
 
 from llava_fa.data.textfiles import read_json, read_log
 from llava_fa.errors import FourierError, shown
+from llava_fa.eval.answerers import Answerer
 from llava_fa.eval.benchmarks.base import Benchmark, Item, Reporter, Score, open_picture, write_json
 from llava_fa.eval.benchmarks.statistics import interval, paired
-from llava_fa.eval.runner import answer, answer_elastic
 from llava_fa.hub.blocks import evenly
 
 BATCHES = 4
 """Batches between two writes: enough to sort questions by length, little to lose."""
 
-Loader = Callable[[], "tuple[Any, Any]"]
+Loader = Callable[[], Answerer]
 
 
 def run(
@@ -44,8 +44,8 @@ def run(
     out: Path | None = None,
     limit: int | None = None,
     blank: bool = False,
-    visual_tokens: int | None = None,
-    elastic: bool = False,
+    visual_tokens: int | str | None = None,
+    through: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     against: Path | None = None,
     progress: Reporter = lambda done, total: None,
@@ -54,14 +54,14 @@ def run(
 
     Args:
         benchmark: which one.
-        load: gives (model, processor); called only where a question is left to ask, so that scoring and comparing a
-            finished run costs seconds.
+        load: gives who answers; called only where a question is left to ask, so that scoring and comparing a finished
+            run costs seconds.
         model: its name, for the records.
         out: the run's folder; None keeps nothing. A folder with answers of the same run goes on where it stopped.
         limit: about how many questions, evenly spaced over the benchmark; pairs and rotations stay whole.
         blank: show a grey picture instead of each: what is known without looking.
-        visual_tokens: for the records; `load` is to give a model that is set to it.
-        elastic: as few visual tokens as each question needs (`answer_elastic`).
+        visual_tokens: for the records; `load` is to give a model that is set to it. ``"auto"`` of `answerers.Elastic`.
+        through: for the records: what answers in the place of a model loaded here; a run goes on with the same.
         batch_size: questions at a time.
         against: the folder of another run of the benchmark: adds a paired test and ``changes.json``.
         progress: called with (answered, all).
@@ -83,16 +83,17 @@ def run(
         "data": str(benchmark.folder) if benchmark.from_files else None,
         "limit": limit,
         "blank": blank,
-        "visual_tokens": "auto" if elastic else visual_tokens,
+        "visual_tokens": visual_tokens,
         "max_new_tokens": benchmark.max_new_tokens,
         **benchmark.asked_with(),
+        **(through or {}),
     }
     rows = _resume(out, settings, items) if out is not None else {}
     before = len(rows)
     progress(before, len(items))
     left = [item for item in items if item.id not in rows]
     if left:
-        rows |= _ask(benchmark, load, left, out, blank, elastic, batch_size, lambda n: progress(before + n, len(items)))
+        rows |= _ask(benchmark, load, left, out, blank, batch_size, lambda n: progress(before + n, len(items)))
     answers = [rows[item.id]["answer"] for item in items]
     benchmark.progress = progress
     scored = benchmark.score(items, answers)
@@ -102,7 +103,7 @@ def run(
         "questions": len(items),
         "resumed": before,
         "seconds": time.monotonic() - began,
-        **({"visual_tokens_cost": _cost(list(rows.values()))} if elastic else {}),
+        **({"visual_tokens_cost": _cost(list(rows.values()))} if visual_tokens == "auto" else {}),
         "versions": {name: version(name) for name in ("llava-fa", "torch", "transformers")},
     }
     if other is not None:
@@ -215,32 +216,23 @@ def _ask(
     items: Sequence[Item],
     out: Path | None,
     blank: bool,
-    elastic: bool,
     batch_size: int,
     progress: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
-    model, processor = load()
-    if not getattr(processor, "chat_template", None):
-        raise FourierError("its processor has no chat template", remedy="Add chat_template.jinja to the model")
+    answerer = load()
     rows: dict[str, dict[str, Any]] = {}
     for start in range(0, len(items), BATCHES * batch_size):
         some = items[start : start + BATCHES * batch_size]
         opened = [[open_picture(picture, f"question {item.id}") for picture in item.pictures] for item in some]
         if blank:
             opened = [[Image.new("RGB", picture.size, (128, 128, 128)) for picture in seen] for seen in opened]
-        pairs = [(seen, item.prompt) for seen, item in zip(opened, some, strict=True)]
-        options = {"batch_size": batch_size, "max_new_tokens": benchmark.max_new_tokens}
-        if elastic:
-            texts, enough, cost = answer_elastic(model, processor, pairs, **options)
-            # means over these questions in every row: their mean over all rows is the mean over all questions
-            extra = [{"enough": n, **{name: cost[name] for name in ("tokens_spent", "flops_share")}} for n in enough]
-        else:
-            texts = answer(model, processor, pairs, **options, progress=lambda n, _, start=start: progress(start + n))
-            extra = [{} for _ in some]
-        new = [
-            {"id": item.id, "question": item.prompt, "answer": text, **more}
-            for item, text, more in zip(some, texts, extra, strict=True)
-        ]
+        answered = answerer.answer(
+            [(seen, item.prompt) for seen, item in zip(opened, some, strict=True)],
+            batch_size=batch_size,
+            max_new_tokens=benchmark.max_new_tokens,
+            progress=lambda n, _, start=start: progress(start + n),
+        )
+        new = [{"id": item.id, "question": item.prompt, **row} for item, row in zip(some, answered, strict=True)]
         if out is not None:
             with (out / "predictions.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))

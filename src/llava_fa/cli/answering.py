@@ -1,0 +1,88 @@
+"""Who answers `llava-fa eval`: a model loaded here, vLLM started for the run, or a server."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from llava_fa.cli import options, output
+
+
+@dataclass(frozen=True)
+class Way:
+    """The options that say it."""
+
+    engine: str
+    engine_args: tuple[str, ...]
+    endpoint: str | None
+    endpoint_model: str | None
+    device: str
+    visual_tokens: str | None
+
+    def check(self) -> None:
+        """Wrong usage where they contradict each other, or ask of a server what needs the model itself."""
+        refuse, engines = options.refuse, ("transformers", "vllm")
+        refuse(self.engine not in engines, f"{self.engine!r} is not one of {', '.join(engines)}", "--engine")
+        refuse(self.engine_args and self.engine != "vllm", "only --engine vllm has arguments", "--engine-arg")
+        refuse(self.endpoint_model is not None and self.endpoint is None, "it needs --endpoint", "--endpoint-model")
+        refuse(self.endpoint and self.engine == "vllm", "the server has an engine of its own", "--engine")
+        elsewhere = "a server" if self.endpoint else "vLLM" if self.engine == "vllm" else None
+        if elsewhere is None:
+            return
+        refuse(self.device != "auto", f"{elsewhere} runs where it was started", "--device")
+        refuse(
+            self.visual_tokens == "auto",
+            f"the model is asked again and again with other numbers of tokens, which {elsewhere} does not do",
+            "--visual-tokens",
+        )
+        refuse(
+            self.endpoint and self.visual_tokens is not None,
+            "the server says how many it uses: start it with the number",
+            "--visual-tokens",
+        )
+
+    def noted(self) -> dict[str, Any]:
+        """What a run's records say of it; nothing of a model loaded here, as in the records of earlier versions."""
+        if self.endpoint is not None:
+            return {"endpoint": self.endpoint, "endpoint_model": self.endpoint_model}
+        return {"engine": self.engine} if self.engine == "vllm" else {}
+
+    def tokens_noted(self) -> int | str | None:
+        """What a run's records say of visual tokens."""
+        number, elastic = options.elastic(self.visual_tokens)
+        return "auto" if elastic else number
+
+    def answerer(self, model: str, stack: contextlib.ExitStack) -> Any:
+        """Who answers (`eval.answerers.Answerer`), until the stack ends."""
+        if self.endpoint is not None:
+            return self._server(stack)
+        number, elastic = options.elastic(self.visual_tokens)
+        if self.engine == "vllm":
+            return self._vllm(model, number, stack)
+        from llava_fa.eval.answerers import Elastic, Loaded
+        from llava_fa.hub.loading import load
+
+        return (Elastic if elastic else Loaded)(*load(model, self.device, visual_tokens=number))
+
+    def _server(self, stack: contextlib.ExitStack) -> Any:
+        with output.needing("what asks a server", "serve"):
+            from llava_fa.eval.endpoint import Endpoint, connect
+        return Endpoint(stack.enter_context(connect(str(self.endpoint))), self.endpoint_model)
+
+    def _vllm(self, model: str, visual_tokens: int | None, stack: contextlib.ExitStack) -> Any:
+        with output.needing("what asks a server", "serve"):
+            import httpx
+
+            from llava_fa.eval.endpoint import Endpoint, client
+            from llava_fa.serve.choice import choose
+            from llava_fa.serve.vllm_engine import vllm_server
+        from llava_fa.hub.source import resolve_model
+
+        choose("vllm", model, engine_args=self.engine_args)
+        started = vllm_server(
+            resolve_model(model), name=model, visual_tokens=visual_tokens, engine_args=self.engine_args
+        )
+        path, _ = stack.enter_context(started)
+        reached = client("http://localhost/v1", {}, httpx.HTTPTransport(uds=path))
+        return Endpoint(stack.enter_context(reached), model)
