@@ -412,6 +412,26 @@ def test_doctor_tells_what_runs_and_checks_it(monkeypatch):
         assert "WRONG: portable, rings 2, exact" in result.stdout
 
 
+def test_doctor_tells_what_would_serve_a_model(monkeypatch):
+    from llava_fa.kernels import doctor
+    from llava_fa.vllm import support
+
+    monkeypatch.setattr(doctor, "diagnose", lambda: {"ok": True})
+    told = []
+    for version in (None, "0.31.0", "0.32.0"):
+        monkeypatch.setattr(support, "vllm_version", lambda version=version: version)
+        told.append(json.loads(run("doctor", "--json").stdout)["serving"])
+    assert [one["auto"] for one in told] == ["transformers", "transformers", "vllm"]
+    assert [one["vllm"]["version"] for one in told] == [None, "0.31.0", "0.32.0"]
+    assert [one["vllm"]["supported"] for one in told] == [False, False, True]
+    assert told[0]["reason"] == "vLLM is not installed"
+    assert told[2] == {
+        "vllm": {"version": "0.32.0", "supported": True},
+        "auto": "vllm",
+        "reason": "vLLM 0.32.0 is installed",
+    }
+
+
 def test_a_model_without_eyes_is_trained_on_the_worlds_texts(tmp_path):
     folder = helpers.save_text_model(tmp_path / "in")
     calibrated = ["--calibration", "world", "--samples", "2", "--device", "cpu"]

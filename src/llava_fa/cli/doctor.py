@@ -12,16 +12,26 @@ from llava_fa.cli import options, output
 def doctor(
     json_output: options.Json = False,
 ) -> None:
-    """Show which kernels run here and why, and check that each computes what it should."""
+    """Show which kernels run here and why, check that each computes what it should, and what would serve a model."""
     from llava_fa.kernels.doctor import diagnose
 
-    diagnosis = diagnose()
+    diagnosis = diagnose() | {"serving": _serving()}
     if json_output:
         output.print_json(diagnosis)
     else:
         _show(diagnosis)
     if not diagnosis["ok"]:
         raise typer.Exit(1)
+
+
+def _serving() -> dict[str, Any]:
+    """Which vLLM is here, whether it is one that this package supports, and what `serve --engine auto` takes."""
+    from llava_fa.serve.choice import choose
+    from llava_fa.vllm.support import refusal, vllm_version
+
+    taken = choose("auto")
+    vllm = {"version": vllm_version(), "supported": refusal() is None}
+    return {"vllm": vllm, "auto": taken.engine, "reason": taken.reason}
 
 
 def _show(diagnosis: dict[str, Any]) -> None:
@@ -51,5 +61,7 @@ def _show(diagnosis: dict[str, Any]) -> None:
     largest = ", ".join(f"{error:.1e} {kind}" for kind, error in worst.items())
     count = len(diagnosis["checks"])
     lines.append(("checks", f"{count} layers against float64: {verdict}; largest error {largest}"))
+    serving = diagnosis["serving"]
+    lines.append(("serve", f"--engine auto takes {serving['auto']} ({serving['reason']})"))
     for name, text in lines:
         console.print(f"{name:<16}{text}", markup=False, soft_wrap=True)
