@@ -30,6 +30,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
         (["--api-key", "two words"], "--api-key"),
         (["--allow-image-folder", "/no/such/folder"], "--allow-image-folder"),
         (["--max-pixels", "0"], "--max-pixels"),
+        (["--engine", "tgi"], "--engine"),
     ],
 )
 def test_wrong_usage(options, text):
@@ -46,3 +47,21 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded():
         result = run("no/such/folder/at/all", "--port", port)
     assert result.exit_code == 1
     assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--engine", "vllm"], "vLLM cannot serve it: vLLM is not installed. `pip install 'llava-fa[vllm]'`"),
+        (["--engine-arg=--seed=1"], "--engine-arg is an argument of vLLM's: vLLM is not installed"),
+    ],
+)
+def test_what_needs_vllm_says_so(options, text, monkeypatch):
+    pytest.importorskip("uvicorn", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
+    pytest.importorskip("prometheus_client", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
+    from llava_fa.vllm import support
+
+    monkeypatch.setattr(support, "vllm_version", lambda: None)
+    result = run("tiny", "--port", "0", *options)
+    assert result.exit_code == 1
+    assert text in result.stderr

@@ -80,6 +80,7 @@ def main():
     parser = argparse.ArgumentParser()
     for name in ("--model", "--served-model-name", "--uds", "--override-generation-config", "--hf-overrides"):
         parser.add_argument(name)
+    parser.add_argument("--tensor-parallel-size", type=int)
     parser.add_argument("--fails", action="store_true")
     given = parser.parse_args()
     print("stub", json.dumps(vars(given)), os.environ.get("VLLM_NO_USAGE_STATS"), flush=True)

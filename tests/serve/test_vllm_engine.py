@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]: pip install 'lla
 pytest.importorskip("prometheus_client", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
 pytest.importorskip("starlette", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
 
+import httpx
 from starlette.testclient import TestClient
 from test_guard import CHAT, drive, error_of, events_of, from_server
 
@@ -286,6 +288,13 @@ def test_nothing_is_left_behind(model, stubbed):
     assert not child.is_running()
 
 
+@pytest.fixture
+def short_path():
+    """A folder for temporary ones; pytest's are too deep for sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 PARENT = """
 import sys, time
 from pathlib import Path
@@ -298,9 +307,9 @@ with vllm_engine.vllm_server(Path(sys.argv[1]), name="stub") as (socket, child):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
-def test_it_ends_with_a_parent_that_is_killed(model, stubbed, tmp_path):
+def test_it_ends_with_a_parent_that_is_killed(model, stubbed, short_path):
     line = [sys.executable, "-c", PARENT, str(model)]
-    given = {**os.environ, "TMPDIR": str(tmp_path)}  # nobody is left to remove the socket's folder
+    given = {**os.environ, "TMPDIR": str(short_path)}  # nobody is left to remove the socket's folder
     parent = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=given)
     child = psutil.Process(int(parent.stdout.readline()))
     assert child.is_running()
@@ -308,6 +317,50 @@ def test_it_ends_with_a_parent_that_is_killed(model, stubbed, tmp_path):
     parent.wait(20)
     parent.stdout.close()
     assert wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 20)
+
+
+COMMAND = """
+import sys
+from llava_fa.cli.main import app
+from llava_fa.serve import vllm_engine
+from llava_fa.vllm import support
+vllm_engine.MODULE = "stub_vllm"
+support.vllm_version = lambda: "0.32.0"
+app(["serve", sys.argv[1], "--port", "0", "--json", "--engine-arg=--tensor-parallel-size=1"])
+"""
+
+
+def test_a_temporary_folder_may_be_deep(monkeypatch, tmp_path, short_path):
+    deep = tmp_path / ("x" * 60)
+    deep.mkdir()
+    for folder, taken in ((deep, Path("/tmp")), (short_path, short_path)):
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        with engine.private_folder() as home:
+            assert Path(home).parent == taken
+            assert len(os.fsencode(home)) + len("/vllm.sock") < 107
+
+
+def test_the_command_serves_and_ends_it(model, stubbed, short_path):
+    line, given = [sys.executable, "-c", COMMAND, str(model)], {**os.environ, "TMPDIR": str(short_path)}
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=given)
+    said = ""
+    while not said.endswith("}\n"):
+        said += process.stdout.readline()
+        assert process.poll() is None
+    told = json.loads(said)
+    assert (told["model"], told["engine"]) == ("llava", "vllm")
+    assert len(list(short_path.iterdir())) == 1
+    (child,) = psutil.Process(process.pid).children()
+    reply = httpx.post(f"{told['url']}/chat/completions", json={**ask(), "model": "llava"})
+    assert reply.json()["usage"]["completion_tokens"] == 3
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert "engine: vllm (vLLM 0.32.0 is installed and serves it)" in errors
+    assert errors.rstrip().endswith("stopped")
+    assert not child.is_running()
+    assert list(short_path.iterdir()) == []
 
 
 def test_visual_tokens_of_the_server_and_of_a_request(stubbed, tmp_path):

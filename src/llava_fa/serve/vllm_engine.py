@@ -29,8 +29,8 @@ from llava_fa.serve.served import Served
 logger = logging.getLogger(__name__)
 MODULE = "vllm.entrypoints.openai.api_server"
 """Started as a module: the command `vllm` asks for a distribution of that name, which builds for CPUs are not."""
-_LONGEST_PATH = 100
-"""Of a unix socket, in bytes; Linux has room for 107."""
+_LONGEST_FOLDER = 70
+"""Path of a folder for sockets, in bytes: Linux has room for 107, and we add 28."""
 _PATIENCE = 5.0
 _PASSED = ("role", "content", "name", "tool_calls", "tool_call_id")
 """Of a message; a chat template might read whatever else it is given."""
@@ -120,7 +120,7 @@ def environment() -> dict[str, str]:
 @contextlib.contextmanager
 def private_folder() -> Iterator[str]:
     """A folder that only this user reaches, with a path short enough for sockets; gone afterwards."""
-    short = len(os.fsencode(tempfile.gettempdir())) < _LONGEST_PATH - 40
+    short = len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_FOLDER
     with tempfile.TemporaryDirectory(prefix="llava-fa-", dir=None if short else "/tmp") as home:
         yield home
 
