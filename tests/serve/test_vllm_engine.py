@@ -369,8 +369,18 @@ def test_visual_tokens_of_the_server_and_of_a_request(stubbed, tmp_path):
     processor.save_pretrained(tmp_path / "m")
     with served(tmp_path / "m", visual_tokens=4) as (api, log):
         assert json.dumps({"visual_tokens": {"kind": "fmvr", "tokens": 4}}).replace('"', '\\"') in log.getvalue()
-        assert received(api, mm_processor_kwargs={"visual_tokens": 1})["mm_processor_kwargs"] == {"visual_tokens": 1}
-        for wrong in ({"visual_tokens": 16}, {"visual_tokens": True}, {"visual_tokens": 4, "size": 1}, {}, 4):
+        for count in (16, 4, 1):
+            wanted = {"visual_tokens": count}
+            assert received(api, mm_processor_kwargs=wanted)["mm_processor_kwargs"] == wanted
+        for wrong in (
+            {"visual_tokens": 5},
+            {"visual_tokens": 4.5},
+            {"visual_tokens": "4"},
+            {"visual_tokens": True},
+            {"visual_tokens": 4, "size": 1},
+            {},
+            4,
+        ):
             error = error_of(api.post(CHAT, json=ask(mm_processor_kwargs=wrong)), 400)
             assert (error["param"], error["code"]) == ("mm_processor_kwargs", "invalid_value")
     with pytest.raises(FourierError, match="cannot give 5 visual tokens"), served(tmp_path / "m", visual_tokens=5):

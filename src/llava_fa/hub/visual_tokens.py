@@ -239,21 +239,18 @@ def chosen(config: Any, tokens: int) -> dict[str, Any]:
     Raises:
         FourierError: another model, or a number that the grid cannot give.
     """
-    kind = (getattr(config, FIELD, None) or {"kind": "pooling"})["kind"]
+    kind = (elastic_settings(config) or {"kind": "pooling"})["kind"]
     return {"kind": kind, "tokens": VisualTokens(grid_of(config), 1, "pooling", tokens).tokens}
 
 
-def numbers_within(config: Any) -> tuple[int, ...]:
-    """To how many tokens a model of this configuration, as it is set, can reduce a picture; none if it is not elastic.
+def numbers_of(config: Any) -> tuple[int, ...]:
+    """To how many tokens a model of this configuration can reduce a picture, most first; none if it is not elastic.
 
     Raises:
-        FourierError: ``config.visual_tokens`` does not fit the model.
+        FourierError: ``config.visual_tokens`` is something else, or does not fit the model.
     """
-    settings = getattr(config, FIELD, None)
-    if settings is None:
-        return ()
-    module = VisualTokens(grid_of(config), 1, "pooling", settings["tokens"])
-    return tuple(count for count in module.counts if count <= module.tokens)
+    settings = elastic_settings(config)
+    return VisualTokens(grid_of(config), 1, **settings).counts if settings else ()
 
 
 def with_visual_tokens(source: Source, tokens: int) -> Source:

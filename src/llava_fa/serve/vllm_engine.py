@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.processor import check_chat_template, load_processor, sees_pictures
 from llava_fa.hub.source import read_object, resolve_model
-from llava_fa.hub.visual_tokens import FIELD, chosen, numbers_within
+from llava_fa.hub.visual_tokens import FIELD, chosen, numbers_of
 from llava_fa.serve import fields
 from llava_fa.serve.child import Child, running
 from llava_fa.serve.errors import ApiError
@@ -66,7 +66,7 @@ def vllm_engine(
     check_chat_template(processor, model)
     config = _config(folder, visual_tokens)
     finish = finisher(processor, tokens, greedy=not _samples(folder))
-    understood = fields.vllm(finish, numbers_within(config))
+    understood = fields.vllm(finish, numbers_of(config))
     limit = ("--override-generation-config", json.dumps({"max_new_tokens": tokens}))
     with vllm_server(folder, name=name, visual_tokens=visual_tokens, engine_args=(*limit, *engine_args), log=log) as (
         path,
