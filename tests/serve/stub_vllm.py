@@ -48,6 +48,8 @@ async def stream(body, words, wait):
 
 async def chat(request):
     body = await request.json()
+    if "mm_processor_kwargs" in body and not GIVEN.trust_request_mm_kwargs:
+        return JSONResponse(error(400, "Per-request mm_processor_kwargs are disabled by default"), 400)
     said = [part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text"][-1]
     if said == "slow":
         while not await request.is_disconnected():
@@ -76,23 +78,28 @@ async def models(request):
     return JSONResponse({"object": "list", "data": [{"id": "stub"}]})
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser()
     for name in ("--model", "--served-model-name", "--uds", "--override-generation-config", "--hf-overrides"):
         parser.add_argument(name)
     parser.add_argument("--tensor-parallel-size", type=int)
-    parser.add_argument("--fails", action="store_true")
-    given = parser.parse_args()
-    print("stub", json.dumps(vars(given)), os.environ.get("VLLM_NO_USAGE_STATS"), flush=True)
-    if given.fails:
+    for name in ("--fails", "--trust-request-mm-kwargs"):
+        parser.add_argument(name, action="store_true")
+    return parser.parse_args()
+
+
+def main():
+    print("stub", json.dumps(vars(GIVEN)), os.environ.get("VLLM_NO_USAGE_STATS"), flush=True)
+    if GIVEN.fails:
         for number in range(40):
             print(f"(EngineCore) ERROR line {number}")
         print("(EngineCore) ERROR FourierError: model.layers.0: no such layer")
         print("RuntimeError: Engine core initialization failed. See root cause above.")
         sys.exit(1)
     routes = [Route("/v1/chat/completions", chat, methods=["POST"]), Route("/health", health)]
-    uvicorn.run(Starlette(routes=[*routes, Route("/v1/models", models)]), uds=given.uds, log_level="warning")
+    uvicorn.run(Starlette(routes=[*routes, Route("/v1/models", models)]), uds=GIVEN.uds, log_level="warning")
 
 
 if __name__ == "__main__":
+    GIVEN = arguments()
     main()

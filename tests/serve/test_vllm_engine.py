@@ -101,6 +101,7 @@ def test_it_is_started_with_what_the_model_needs(server, model):
     assert (given["model"], given["served_model_name"]) == (str(model), "stub")
     assert json.loads(given["override_generation_config"]) == {"max_new_tokens": 40}
     assert given["hf_overrides"] is None
+    assert not given["trust_request_mm_kwargs"]  # of a model that is not elastic
     home = Path(given["uds"]).parent
     assert home.stat().st_mode & 0o777 == 0o700
 

@@ -66,14 +66,14 @@ def vllm_engine(
     check_chat_template(processor, model)
     config = _config(folder, visual_tokens)
     finish = finisher(processor, tokens, greedy=not _samples(folder))
-    understood = fields.vllm(finish, numbers_of(config))
-    limit = ("--override-generation-config", json.dumps({"max_new_tokens": tokens}))
-    with vllm_server(folder, name=name, visual_tokens=visual_tokens, engine_args=(*limit, *engine_args), log=log) as (
-        path,
-        child,
-    ):
+    numbers = numbers_of(config)
+    ours = ["--override-generation-config", json.dumps({"max_new_tokens": tokens})]
+    if numbers:  # of mm_processor_kwargs the guard lets nothing else through
+        ours.append("--trust-request-mm-kwargs")
+    given: dict[str, Any] = {"visual_tokens": visual_tokens, "engine_args": (*ours, *engine_args), "log": log}
+    with vllm_server(folder, name=name, **given) as (path, child):
         vocabulary = config.get_text_config().vocab_size
-        yield Served(Proxy(path, "vLLM", child.alive), vocabulary, understood, child.alive)
+        yield Served(Proxy(path, "vLLM", child.alive), vocabulary, fields.vllm(finish, numbers), child.alive)
 
 
 @contextlib.contextmanager
