@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/serve.py --make [--model runs/serve/model]
     .venv/bin/python benchmarks/serve.py [--clients 1 4 8 16] [--requests 1] [--tokens 48] [--only vllm-4 …]
     .venv/bin/python benchmarks/serve.py --report
+    .venv/bin/python benchmarks/serve.py --ranks
 
 --make: a LLaVA with random weights and the shape of Qwen2.5-1.5B (CLIP-L on pictures of 112 pixels: 64 visual tokens),
 and what `llava_fa.compress` makes of it at 4 and 2 bits, words at 4. It says nothing, at the speed of one that does.
@@ -19,6 +20,9 @@ together get between a request's first and last token: their number over the med
 median seconds to the first token. Rounds (--rounds) go through the servers in turn, backwards every other time; figures
 are medians over them. Rows that --out has are not measured again. Prints the tables of docs/results.md, "Served by
 vLLM".
+
+--ranks: what a rank of 2 and of 4 holds and sends for each layer of Qwen2.5-7B's shape, packed at 4 and 2 bits and
+dense, computed: the table of docs/serving.md, "Several devices".
 """
 
 from __future__ import annotations
@@ -285,6 +289,27 @@ def report(rows: Rows) -> None:
             print(line)
 
 
+def ranks() -> None:
+    """The table of what ranks hold and send."""
+    from llava_fa.vllm.shares import cost
+
+    hidden, inner, keys = 3584, 18944, 512
+    layers = {
+        "q, k, v": (hidden + 2 * keys, hidden, "column"),
+        "attention output": (hidden, hidden, "row"),
+        "gate, up": (2 * inner, hidden, "column"),
+        "down": (hidden, inner, "row"),
+    }
+    print("| layer | ranks | held, 4 bits | held, 2 bits | held, bf16 | sent a token, packed | sent, dense |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (m, n, parallel) in layers.items():
+        for count in (2, 4):
+            four, two = (cost(m, n, count, bits, parallel) for bits in (4, 2))
+            held = " | ".join(f"{value / 1e6:.1f} MB" for value in (four.held, two.held, four.dense_held))
+            sent = " | ".join(f"{value / 1e3:.1f} kB" for value in (four.sent, four.dense_sent))
+            print(f"| {name} {m}×{n} | {count} | {held} | {sent} |")
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, default=Path("runs/serve/model"))
@@ -296,8 +321,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--make", action="store_true", help="make the models, and nothing else")
+    parser.add_argument("--ranks", action="store_true", help="print what ranks hold and send, and nothing else")
     parser.add_argument("--report", action="store_true", help="print the tables, and nothing else")
     args = parser.parse_args()
+    if args.ranks:
+        ranks()
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(args.out / "rows.jsonl")
     if args.make:
