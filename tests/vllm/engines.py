@@ -59,6 +59,7 @@ def from_vllm(
     look: Callable[[Any], Any] | None = None,
     *,
     together: bool = False,
+    lora: Any = None,
     **options: Any,
 ) -> tuple[list[Answer], Any]:
     """vLLM's answers of so many tokens each.
@@ -66,6 +67,7 @@ def from_vllm(
     Args:
         look: told the model, once it has answered.
         together: whether all prompts are put at once, instead of one at a time.
+        lora: an adapter that answers, too (vLLM's ``LoRARequest``).
         options: of the engine, beside `OPTIONS`.
 
     Returns:
@@ -82,7 +84,7 @@ def from_vllm(
         for made in (
             made
             for some in ([requests] if together else [[request] for request in requests])
-            for made in engine.generate(some, greedy, use_tqdm=False)
+            for made in engine.generate(some, greedy, use_tqdm=False, lora_request=lora)
         ):
             (out,) = made.outputs
             tokens = list(out.token_ids)

@@ -77,6 +77,47 @@ def test_rounded_activations_are_as_near_as_rounding(packed, monkeypatch):
     assert max(abs(a.log_probabilities[0] - b.log_probabilities[0]) for a, b in pairs) < 0.2
 
 
+def adapter(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """A LoRA of peft's format: rank 4, scaled by 2."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    targets = sorted({name.rpartition(".")[2] for name in weights})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, weight in weights.items():
+        left, singular, right = torch.linalg.svd(weight)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = (singular[:4, None] * right[:4]).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = left[:, :4].contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_a_lora_on_packed_layers(packed, tmp_path, exact_activations):
+    """One on the plain model whose weights are the packed ones plus the LoRA's."""
+    from vllm.lora.request import LoRARequest
+
+    model, processor = load(packed, "cpu", torch.float32)
+    model.dequantize()
+    torch.manual_seed(0)
+    base = "model.language_model.layers"
+    names = [f"{base}.{index}.{kind}" for index in range(5) for kind in ("self_attn.v_proj", "mlp.down_proj")]
+    added = {}
+    for name in names:
+        weight = model.get_submodule(name).weight.data
+        low = torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[1])
+        added[name] = low * weight.std() / low.std()
+        weight += 2 * added[name]
+    model.save_pretrained(tmp_path / "merged")
+    processor.save_pretrained(tmp_path / "merged")
+    asked = questions(4)
+    want = from_transformers(tmp_path / "merged", asked, COUNT)
+    assert [answer.tokens for answer in want] != [a.tokens for a in from_transformers(packed, asked, COUNT)]
+    lora = LoRARequest("lora", 1, str(adapter(tmp_path / "lora", added)))
+    same(from_vllm(packed, asked, COUNT, enable_lora=True, max_lora_rank=8, lora=lora)[0], want)
+
+
 def test_codes_of_another_layer_are_noticed(packed, tmp_path, exact_activations):
     """A control: the comparison fails where one of all layers is wrong."""
     from safetensors.torch import load_file, save_file

@@ -117,6 +117,7 @@ class FourierLinearMethod(LinearMethodBase):
             (folder.layer if share.name in layers else folder.dense)(share, self.dtype, self.device)
             for share in self.shares
         )
+        layer.qweight = next(layer.packed.buffers())  # vLLM's LoRA looks here for where a layer lies
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """W x + bias: [..., n] → [..., m], of a rank its part."""

@@ -1,4 +1,4 @@
-"""Which vLLM serves our models, and which of them it serves; told without importing it."""
+"""Which vLLM serves our models, and which of them it serves."""
 
 from __future__ import annotations
 
@@ -63,7 +63,17 @@ def refusal(model: str | Path | None = None, *, tensor_parallel: int = 1) -> str
         return "the model is of a format that transformers and vLLM do not read"
     if has_adapter(folder):
         return "a LoRA adapter lies beside the model's weights"
+    unknown = [name for name in config.get("architectures") or () if name not in architectures()]
+    if unknown:
+        return f"vLLM {vllm_version()} has no model class {', '.join(unknown)}"
     method = (config.get("quantization_config") or {}).get("method")
     if quantisation(config) == QUANT_METHOD and method == "paper" and tensor_parallel > 1:
         return "layers of the method `paper` cannot be divided among devices"
     return None
+
+
+def architectures() -> frozenset[str]:
+    """The model classes that the installed vLLM has of its own: what imports it, in some seconds, and is asked last."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    return frozenset(ModelRegistry.get_supported_archs())
