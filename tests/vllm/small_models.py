@@ -62,11 +62,17 @@ def number(words: Any, token: str) -> int:
     return found
 
 
-def qwen(family: str, vision: dict[str, Any], sections: list[int], patch: int, **rope: Any) -> Built:
-    """Of Qwen's two: what they share."""
+def qwen(family: str, patch: int, vision: dict[str, Any], rope: dict[str, Any], **other: Any) -> Built:
+    """A model of Qwen's.
+
+    Args:
+        family: in the names of transformers' classes.
+        patch: side of a patch.
+        vision, rope, other: of the configuration of the tower, of positions, of the language model.
+    """
     words = tokenizer()
     config = getattr(transformers, f"{family}Config")(
-        text_config=text(words, rope_parameters={**MROPE, "mrope_section": sections, **rope}),
+        text_config=text(words, rope_parameters={**MROPE, **rope}, **other),
         vision_config={"depth": 2, "num_heads": 2, "patch_size": patch, "out_hidden_size": 128, **vision},
         image_token_id=number(words, IMAGE),
         video_token_id=number(words, VIDEO),
@@ -76,7 +82,7 @@ def qwen(family: str, vision: dict[str, Any], sections: list[int], patch: int, *
     size = {"shortest_edge": (2 * patch) ** 2, "longest_edge": 16 * (2 * patch) ** 2}
     parts = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2, "size": size}
     clips = transformers.Qwen2VLVideoProcessor if family == "Qwen2_5_VL" else transformers.Qwen3VLVideoProcessor
-    kind = getattr(transformers, f"{family}Processor")
+    kind = getattr(transformers, f"{family.removesuffix('Moe')}Processor")
     processor = kind(transformers.Qwen2VLImageProcessor(**parts), words, clips(**parts))
     return getattr(transformers, f"{family}ForConditionalGeneration")(config), processor
 
@@ -87,10 +93,10 @@ def qwen2_5_vl() -> Built:
     Patches are so large that the convolution on them is one of those that are packed, as in published models.
     """
     vision = {"hidden_size": 64, "intermediate_size": 96, "window_size": 216, "fullatt_block_indexes": [1]}
-    return qwen("Qwen2_5_VL", vision, [4, 6, 6], 54)
+    return qwen("Qwen2_5_VL", 54, vision, {"mrope_section": [4, 6, 6]})
 
 
-def qwen3_vl() -> Built:
+def qwen3_vl(family: str = "Qwen3VL", **other: Any) -> Built:
     """Qwen3-VL: features of the tower's first block are added behind the first language layer."""
     vision = {
         "hidden_size": 64,
@@ -98,7 +104,12 @@ def qwen3_vl() -> Built:
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0],
     }
-    return qwen("Qwen3VL", vision, [6, 5, 5], 16, mrope_interleaved=True)
+    return qwen(family, 16, vision, {"mrope_section": [6, 5, 5], "mrope_interleaved": True}, **other)
+
+
+def qwen3_vl_moe() -> Built:
+    """The same with a mixture of experts in every language layer."""
+    return qwen3_vl("Qwen3VLMoe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
 
 
 def llava_next() -> Built:
@@ -150,12 +161,16 @@ def llava_onevision() -> Built:
 
 
 def gemma3() -> Built:
-    """Gemma 3: 4 tokens a picture, that attend to one another; a sliding window in every other layer; a tied head."""
+    """Gemma 3: 4 tokens a picture, that attend to one another; a sliding window in one layer; a tied head.
+
+    The MLPs of its tower are, as in published models, no multiple of 64 wide.
+    """
     names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     words = tokenizer(*names.values(), **names)
     words.add_tokens(["\n" * count for count in (1, 2, 3, 4)])  # by which vLLM looks for a picture's surroundings
+    tower = {**TOWER, "intermediate_size": 104, "image_size": 28, "patch_size": 7, "vision_use_head": False}
     config = transformers.Gemma3Config(
-        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=28, patch_size=7, vision_use_head=False),
+        vision_config=transformers.SiglipVisionConfig(**tower),
         text_config=transformers.Gemma3TextConfig(
             **text(words, tie_word_embeddings=True, query_pre_attn_scalar=32, sliding_window=64),
             layer_types=["sliding_attention", "full_attention"],
@@ -213,6 +228,7 @@ def mistral3() -> Built:
 FAMILIES: dict[str, tuple[Callable[[], Built], str]] = {
     "qwen2_5_vl": (qwen2_5_vl, f"{START}{IMAGE}{END}"),
     "qwen3_vl": (qwen3_vl, f"{START}{IMAGE}{END}"),
+    "qwen3_vl_moe": (qwen3_vl_moe, f"{START}{IMAGE}{END}"),
     "llava_next": (llava_next, "<image>"),
     "llava_onevision": (llava_onevision, "<image>"),
     "gemma3": (gemma3, "<start_of_image>"),

@@ -1,4 +1,4 @@
-"""Seven families compressed: vLLM's greedy tokens are those of transformers' `generate` on the same folder.
+"""Families compressed: vLLM's greedy tokens are those of transformers' `generate` on the same folder.
 
 No family needs another reference: where vLLM runs the uncompressed model, its answers are transformers', too. (Gemma 3
 it does not load under the names that transformers gives the vision tower's weights now; compressed it does.)
@@ -14,12 +14,12 @@ from typing import Any
 import helpers
 import pytest
 import small_models
-import torch
 from engines import Prompt, from_transformers, from_vllm
 
 import llava_fa
 from llava_fa import FourierConfig
 from llava_fa.hub.checkpoint import read_metadata
+from llava_fa.vllm.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +31,7 @@ SIZES = ((270, 180),), ((120, 210), (190, 190)), ()
 """Width and height of each prompt's pictures."""
 DENSE = {
     "qwen2_5_vl": ["model.visual.patch_embed.proj"],
+    "gemma3": ["model.vision_tower.*.mlp.*"],
     "internvl": ["model.vision_tower.*", "model.multi_modal_projector.*"],
     "llava_onevision": ["model.multi_modal_projector.*"],
     "mistral3": ["model.multi_modal_projector.patch_merger.merging_layer"],
@@ -41,6 +42,7 @@ UNUSED = {"llava_next": ["model.vision_tower.encoder.layers.1.*"]}
 OTHERS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"config": FourierConfig(bits=2, codes="trellis", skip=("*k_proj",))},
     "qwen3_vl": {"config": FourierConfig(bits=4, rank=8), "embeddings": 4},
+    "qwen3_vl_moe": {"config": FourierConfig(bits=3, rank=4)},
     "llava_next": {"config": FourierConfig(bits=4, inner_rank=64)},
     "llava_onevision": {"config": FourierConfig(bits=4, method="paper", rank=4)},
     "gemma3": {"config": FourierConfig(bits=4), "embeddings": 4},
@@ -67,11 +69,9 @@ def prompts(name: str) -> list[Prompt]:
 
 
 def held(model: Any) -> set[str]:
-    """The packed layers that a model of vLLM's holds packed."""
-    loaded = [module for module in model.modules() if isinstance(getattr(module, "packed", None), torch.nn.Module)]
-    methods = [module.quant_method for module in loaded]
-    shares = [share for method in methods for share in getattr(method, "shares", None) or [method.share]]
-    return {share.name for share in shares}
+    """The packed layers that modules of vLLM's hold packed."""
+    stores = [getattr(getattr(module, "quant_method", None), "store", None) for module in model.modules()]
+    return next(set(store.claimed) for store in stores if isinstance(store, Store))
 
 
 def matching(names: set[str], patterns: list[str]) -> set[str]:
@@ -101,6 +101,6 @@ def test_vllm_answers_as_transformers(family, way, tmp_path, exact_activations, 
 
     layers = set(read_metadata(out).layers)
     dense, unused = matching(layers, DENSE.get(name, [])), matching(layers, UNUSED.get(name, []))
-    assert layers & packed == layers - dense - unused
+    assert packed == layers - dense - unused
     told = [record.getMessage() for record in caplog.records if "held dense" in record.getMessage()]
     assert [int(line.split()[0]) for line in told] == ([len(dense)] if dense else [])
