@@ -29,14 +29,8 @@ TOLERANCE = 1e-4
 """Of a token's log-probability, in float32: orders of summation differ; a mistaken layer changes a tenth and more."""
 SIZES = ((270, 180),), ((120, 210), (190, 190)), ()
 """Width and height of each prompt's pictures."""
-DENSE = {
-    "qwen2_5_vl": ["model.visual.patch_embed.proj"],
-    "gemma3": ["model.vision_tower.*.mlp.*"],
-    "internvl": ["model.vision_tower.*", "model.multi_modal_projector.*"],
-    "llava_onevision": ["model.multi_modal_projector.*"],
-    "mistral3": ["model.multi_modal_projector.patch_merger.merging_layer"],
-}
-"""Family → packed layers that vLLM builds without a quantisation, and that are held dense there."""
+DENSE = {"qwen2_5_vl": ["model.visual.patch_embed.proj"]}
+"""Family → packed layers that are no linear layers in vLLM's model, and are held dense there."""
 UNUSED = {"llava_next": ["model.vision_tower.encoder.layers.1.*"]}
 """Family → packed layers that vLLM does not build, because no answer depends on them."""
 OTHERS: dict[str, dict[str, Any]] = {

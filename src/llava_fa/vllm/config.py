@@ -11,8 +11,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 class PackedConfig(QuantizationConfig):
     """vLLM asks `get_quant_method` for every layer that it builds; the answer reads its tensors from the folder itself.
 
-    So a layer's tensors pass through no loader of a model class, a rank reads its own rows alone, and what no module
-    asks for goes to vLLM dense (`vllm.stream`).
+    So a layer's tensors pass through no loader of a model class, a rank reads its own rows alone, what no module asks
+    for is put in its place later (`vllm.unasked`), and what cannot be goes to vLLM dense (`vllm.stream`).
 
     Args:
         store: the layers, `vllm.store.Store`.

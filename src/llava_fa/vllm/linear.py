@@ -53,6 +53,21 @@ def stored_names(store: Store, prefix: str, fused: Mapping[str, list[str]]) -> l
     return [name or f"{parent}.{part}" for name, part in zip(found, parts, strict=True)]
 
 
+def check_shape(store: Store, name: str, prefix: str, m: int, n: int) -> None:
+    """Hold a stored layer against what vLLM's module wants, [m, n].
+
+    Raises:
+        FourierError: it is of another size.
+    """
+    layout = store.layers[name].layout
+    if (layout.out_features, layout.in_features) != (m, n):
+        raise FourierError(
+            f"it is {layout.out_features}×{layout.in_features}, and vLLM's model wants {m}×{n} for {prefix}",
+            remedy="Weights and config.json are of different models; copy the folder again",
+            where=name,
+        )
+
+
 class FourierLinearMethod(LinearMethodBase):
     """Loads the layer's packed matrices, and multiplies with each.
 
@@ -98,13 +113,7 @@ class FourierLinearMethod(LinearMethodBase):
             record = self.store.layers.get(share.name)
             if record is None:
                 continue
-            shape = record.layout.out_features, record.layout.in_features
-            if shape != (size, input_size):
-                raise FourierError(
-                    f"it is {shape[0]}×{shape[1]}, and vLLM's model wants {size}×{input_size} for {self.prefix}",
-                    remedy="Weights and config.json are of different models; copy the folder again",
-                    where=share.name,
-                )
+            check_shape(self.store, share.name, self.prefix, size, input_size)
             with_rows(record.layout, share)
         self.dtype, self.device = params_dtype, torch.empty(0).device
 

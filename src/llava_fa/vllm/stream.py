@@ -18,6 +18,7 @@ from vllm.config import get_current_vllm_config
 from llava_fa.hub.checkpoint import is_codebook
 from llava_fa.nn.codebooks import MODULE
 from llava_fa.nn.fourier_embedding import write_rows
+from llava_fa.vllm import unasked
 from llava_fa.vllm.names import rewritten
 from llava_fa.vllm.shares import Share
 from llava_fa.vllm.store import Store
@@ -39,7 +40,10 @@ def install() -> None:
     def get_all_weights(self: Any, model_config: Any, model: nn.Module) -> Weights:
         store = store_of(model)
         weights = original(self, model_config, model)
-        yield from weights if store is None else unpacked(store, model, weights, model_config.dtype)
+        if store is None:
+            return weights
+        unasked.exchange(store, model, getattr(model, "packed_modules_mapping", {}))
+        return unpacked(store, model, weights, model_config.dtype)
 
     setattr(get_all_weights, _DONE, True)
     DefaultModelLoader.get_all_weights = get_all_weights
@@ -57,8 +61,8 @@ def store_of(model: nn.Module) -> Store | None:
 def unpacked(store: Store, model: nn.Module, weights: Weights, dtype: torch.dtype) -> Weights:
     """The stream without what packed layers read themselves, every layer that no module holds decoded.
 
-    vLLM builds some layers without a quantisation (vision MLPs of odd sizes, projectors); they get the dense weight
-    that the packed one stands for.
+    What is no linear layer in vLLM's model, as convolutions on patches, gets the dense weight that the packed one
+    stands for.
     """
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     loaded = mapper.map_name if mapper is not None else str
@@ -84,7 +88,7 @@ def unpacked(store: Store, model: nn.Module, weights: Weights, dtype: torch.dtyp
         yield new, weight.view(shapes.get(place, weight.shape))
     if decoded:
         names = ", ".join(decoded[:3]) + (", …" if len(decoded) > 3 else "")
-        logger.info("%d layers that vLLM builds without quantisation are held dense: %s", len(decoded), names)
+        logger.info("%d layers that no module of vLLM's can hold packed are held dense: %s", len(decoded), names)
 
 
 def _left_out(model: nn.Module, name: str) -> bool:
