@@ -65,3 +65,14 @@ def test_what_needs_vllm_says_so(options, text, monkeypatch):
     result = run("tiny", "--port", "0", *options)
     assert result.exit_code == 1
     assert text in result.stderr
+
+
+def test_the_end_of_a_reply_does_not_wait_for_its_beginning_to_be_confirmed():
+    pytest.importorskip("uvicorn", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
+    pytest.importorskip("prometheus_client", reason="needs the extra [serve]: pip install 'llava-fa[serve]'")
+    from llava_fa.serve.server import bind
+
+    with bind("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
