@@ -138,6 +138,20 @@ class FourierExpertsMethod(FusedMoEMethodBase):
             return nn.ModuleList(self._with_bias(folder, folder.layer(s, self.dtype, self.device), s) for s in shares)
 
         layer.first, layer.last = read(self.up, self.pieces), read(self.down, (self.own,))
+        if self.device.type == "cuda":
+            self._first_calls(layer)
+
+    @torch.inference_mode()
+    def _first_calls(self, layer: Any) -> None:
+        """Make what a first call makes, tables and kernels, before vLLM captures a CUDA graph, which cannot wait for it.
+
+        vLLM's own first runs may have too many tokens to go that way (`nn.routed`); kernels are compiled for one row,
+        for a multiple of 16 and for other numbers.
+        """
+        for rows in (1, 2, 16):
+            index = torch.zeros(rows, 1, dtype=torch.int32, device=self.device)
+            x = torch.zeros(rows, self.hidden, dtype=self.dtype, device=self.device)
+            self.run(layer, x, torch.ones(rows, 1, device=self.device), index)
 
     def _with_bias(self, folder: Any, packed: Any, share: Share) -> Any:
         """An expert's bias, which no loader of vLLM's has seen; of a rank its rows."""
