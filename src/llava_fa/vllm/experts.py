@@ -143,7 +143,7 @@ class FourierExpertsMethod(FusedMoEMethodBase):
 
     @torch.inference_mode()
     def _first_calls(self, layer: Any) -> None:
-        """Make what a first call makes, tables and kernels, before vLLM captures a CUDA graph, which cannot wait for it.
+        """Make what a first call makes, tables and kernels, before vLLM captures a CUDA graph, which cannot wait.
 
         vLLM's own first runs may have too many tokens to go that way (`nn.routed`); kernels are compiled for one row,
         for a multiple of 16 and for other numbers.
