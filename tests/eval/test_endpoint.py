@@ -232,6 +232,7 @@ def test_vllm_is_started_for_a_run(monkeypatch, tmp_path):
     place = Path(__file__).parent.parent / "serve"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(support, "vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr(support, "architectures", lambda: {"LlavaForConditionalGeneration"})
     helpers.save_llava(tmp_path / "model")
     line = (tmp_path / "model", "--limit", 9, "--engine", "vllm", "--out", tmp_path / "run")
     done = evaluate(*line, "--json")

@@ -59,6 +59,13 @@ def test_what_vllm_cannot_serve_goes_to_transformers(version, tmp_path):
         choose("auto", tmp_path / "gone")
 
 
+def test_a_class_that_vllm_does_not_have_is_named(version, tmp_path, monkeypatch):
+    monkeypatch.setattr(support, "architectures", lambda: {"LlavaForConditionalGeneration"})
+    assert choose("auto", folder(tmp_path, architectures=["LlavaForConditionalGeneration"])).engine == "vllm"
+    taken = choose("auto", folder(tmp_path, architectures=["Florence2ForConditionalGeneration"]))
+    assert taken == Choice("transformers", "vLLM 0.32.0 has no model class Florence2ForConditionalGeneration")
+
+
 @pytest.mark.parametrize(
     ("given", "count"),
     [

@@ -327,6 +327,7 @@ from llava_fa.serve import vllm_engine
 from llava_fa.vllm import support
 vllm_engine.MODULE = "stub_vllm"
 support.vllm_version = lambda: "0.32.0"
+support.architectures = lambda: {"LlavaForConditionalGeneration"}
 app(["serve", sys.argv[1], "--port", "0", "--json", "--engine-arg=--tensor-parallel-size=1"])
 """
 

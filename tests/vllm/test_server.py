@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 
 import helpers
 import psutil
@@ -22,11 +21,7 @@ from llava_fa.eval.answerers import Loaded
 from llava_fa.eval.endpoint import Endpoint, connect, parts
 from llava_fa.hub.loading import load
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("vllm") is None, reason="needs the extra [vllm]: pip install 'llava-fa[vllm]'"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ARGUMENTS = ("--dtype=float32", "--enforce-eager", "--max-model-len=256")
 ENDLESS = {"logit_bias": {"0": -100}}
@@ -50,7 +45,7 @@ def server(model):
     """(The process, the URL.)"""
     line = [sys.executable, "-m", "llava_fa.cli.main", "serve", str(model), "--port", "0", "--json", "--max-tokens=60"]
     line += [f"--engine-arg={argument}" for argument in ARGUMENTS]
-    given = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    given = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=given)
     said = ""
     while not said.endswith("}\n"):
