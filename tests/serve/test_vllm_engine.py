@@ -345,18 +345,21 @@ def test_a_temporary_folder_may_be_deep(monkeypatch, tmp_path, short_path):
 def test_the_command_serves_and_ends_it(model, stubbed, short_path):
     line, given = [sys.executable, "-c", COMMAND, str(model)], {**os.environ, "TMPDIR": str(short_path)}
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=given)
-    said = ""
-    while not said.endswith("}\n"):
-        said += process.stdout.readline()
-        assert process.poll() is None
-    told = json.loads(said)
-    assert (told["model"], told["engine"]) == ("llava", "vllm")
-    assert len(list(short_path.iterdir())) == 1
-    (child,) = psutil.Process(process.pid).children()
-    reply = httpx.post(f"{told['url']}/chat/completions", json={**ask(), "model": "llava"})
-    assert reply.json()["usage"]["completion_tokens"] == 3
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
+    try:
+        said = ""
+        while not said.endswith("}\n"):
+            said += process.stdout.readline()
+            assert process.poll() is None
+        told = json.loads(said)
+        assert (told["model"], told["engine"]) == ("llava", "vllm")
+        assert len(list(short_path.iterdir())) == 1
+        (child,) = psutil.Process(process.pid).children()
+        reply = httpx.post(f"{told['url']}/chat/completions", json={**ask(), "model": "llava"})
+        assert reply.json()["usage"]["completion_tokens"] == 3
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()  # where the test failed
     assert process.returncode == 0
     assert "Traceback" not in errors
     assert "engine: vllm (vLLM 0.32.0 is installed and serves it)" in errors

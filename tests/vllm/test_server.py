@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import helpers
@@ -41,11 +42,18 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(model):
+def temporary():
+    """A folder for temporary ones, which a server that is killed leaves behind; pytest's are too deep for sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def server(model, temporary):
     """(The process, the URL.)"""
     line = [sys.executable, "-m", "llava_fa.cli.main", "serve", str(model), "--port", "0", "--json", "--max-tokens=60"]
     line += [f"--engine-arg={argument}" for argument in ARGUMENTS]
-    given = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    given = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": temporary}
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=given)
     said = ""
     while not said.endswith("}\n"):
