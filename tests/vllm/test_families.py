@@ -14,7 +14,7 @@ from typing import Any
 import helpers
 import pytest
 import small_models
-from engines import Prompt, from_transformers, from_vllm
+from engines import Answer, Prompt, from_transformers, from_vllm
 
 import llava_fa
 from llava_fa import FourierConfig
@@ -75,6 +75,14 @@ def matching(names: set[str], patterns: list[str]) -> set[str]:
     return set().union(*found)
 
 
+def same(got: list[Answer], want: list[Answer]) -> None:
+    """The prompts' tokens and the answers' are equal, and as likely."""
+    assert [answer.asked for answer in got] == [answer.asked for answer in want]
+    assert [answer.tokens for answer in got] == [answer.tokens for answer in want]
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.log_probabilities == pytest.approx(theirs.log_probabilities, abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("way", ["usual", "other"])
 def test_vllm_answers_as_transformers(family, way, tmp_path, exact_activations, caplog):
     name, folder = family
@@ -88,13 +96,21 @@ def test_vllm_answers_as_transformers(family, way, tmp_path, exact_activations, 
     caplog.set_level(logging.INFO, logger="llava_fa.vllm")
     got, packed = from_vllm(out, asked, COUNT, look=held)
 
-    assert [answer.asked for answer in got] == [answer.asked for answer in want]
-    assert [answer.tokens for answer in got] == [answer.tokens for answer in want]
-    for ours, theirs in zip(got, want, strict=True):
-        assert ours.log_probabilities == pytest.approx(theirs.log_probabilities, abs=TOLERANCE)
+    same(got, want)
 
     layers = set(read_metadata(out).layers)
     dense, unused = matching(layers, DENSE.get(name, [])), matching(layers, UNUSED.get(name, []))
     assert packed == layers - dense - unused
     told = [record.getMessage() for record in caplog.records if "held dense" in record.getMessage()]
     assert [int(line.split()[0]) for line in told] == ([len(dense)] if dense else [])
+
+
+@pytest.mark.parametrize("name", ["gemma3", "internvl"])
+def test_two_ranks_answer_as_transformers(name, tmp_path, monkeypatch, exact_activations):
+    """Of layers that vLLM asks nobody about: its own are split by rows, torch's are whole on both ranks."""
+    llava_fa.compress(small_models.save(name, tmp_path / "in"), tmp_path / "out", FourierConfig(bits=4))
+    asked = prompts(name)
+    want = from_transformers(tmp_path / "out", asked, COUNT)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    same(from_vllm(tmp_path / "out", asked, COUNT, tensor_parallel_size=2)[0], want)
