@@ -9,7 +9,8 @@
 and what `llava_fa.compress` makes of it at 4 and 2 bits, words at 4. It says nothing, at the speed of one that does.
 
 Servers run one after the other, each with the machine to itself, by the OpenAI API: vLLM (its environment's Python,
---vllm) with `python -m vllm.entrypoints.openai.api_server`, libiomp5 preloaded where it is installed, as vLLM advises;
+--vllm) with `python -m vllm.entrypoints.openai.api_server`, all cores for its worker, of which it would keep one for its
+front end, and libiomp5 preloaded where it is installed, as vLLM advises;
 `llava-fa serve --engine transformers` with the Python that runs this. vLLM's dense model is measured in bf16 and in
 float32: which is faster depends on the CPU. Every client sends --requests requests one after the other: a picture of
 its own, about 30 words that begin differently (nothing is found in a prefix cache), --tokens tokens of answer exactly.
@@ -152,7 +153,9 @@ class Server:
             command = [self.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", self.root / folder]
             command += ["--served-model-name", "bench", "--port", port, "--max-model-len", CONTEXT]
             command += ["--max-num-seqs", 16, "--dtype", _fast_dtype() if dtype == "auto" else dtype]
+            command += ["--max-num-batched-tokens", 1024]
             env["VLLM_CPU_KVCACHE_SPACE"] = "2"
+            env["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{(os.cpu_count() or 1) - 1}"
             openmp = self.vllm.parent.parent / "lib" / "libiomp5.so"
             if openmp.exists():
                 env["LD_PRELOAD"] = str(openmp)
@@ -189,9 +192,11 @@ class Server:
 
 
 def _fast_dtype() -> str:
+    import torch
+
     from llava_fa.hub.loading import fast_dtype
 
-    return str(fast_dtype("cpu")).removeprefix("torch.")
+    return str(fast_dtype(torch.device("cpu"))).removeprefix("torch.")
 
 
 def body(seed: int, tokens: int) -> dict[str, Any]:
