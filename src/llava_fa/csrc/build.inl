@@ -31,8 +31,9 @@ const Kernels solver{LANES,  viterbi_scratch, viterbi,        beam_scratch, beam
 #include "linear.inl"
 #include "dft.inl"
 
-const LinearKernels layer{NAME,       plan_for_lanes, dft_scratch,     packed_dft, quantise,  int8_tables, trellis_tables,
-                          trellis_addends, BUFFER,    int8_rows,       float_rows, dot_floats, round_to,  widen_all};
+const LinearKernels layer{NAME,           plan_for_lanes,  dft_scratch, packed_dft, X_BYTES,    quantise,   int8_tables,
+                          trellis_tables, trellis_addends, BLOCKS * BUFFER, int8_rows,  float_rows, dot_floats, round_to,
+                          widen_all};
 #endif
 }  // namespace BUILD
 }  // namespace llava_fa

@@ -233,7 +233,7 @@ struct Call {
   // Blocks of rows, when all threads have done those.
   void then(int64_t thread) try {
     const size_t y_bytes = static_cast<size_t>(at_once * batch * ROWS) * sizeof(float);
-    char* scratch = workspace(y_bytes + static_cast<size_t>(at_once) * kernels->scratch);
+    char* scratch = workspace(y_bytes + kernels->scratch);
     // While another transforms x, the codes that this thread begins with come into its cache.
     auto [first, count] = take(thread);
     const uint8_t* codes = job.codes + first * block_codes();
@@ -306,7 +306,7 @@ struct Call {
       x_float = floats.data();
       x_wide = floats.data() + columns * static_cast<size_t>(job.units * UNIT * 2);
     } else {
-      int8s.resize(columns * groups * GROUP * UNIT * 2);
+      int8s.resize(columns * groups * GROUP * UNIT / 2 * static_cast<size_t>(kernels->x_bytes));
       int32s.resize(columns * groups);
       floats.resize(columns * groups + wide);
       x_int8 = int8s.data();

@@ -59,7 +59,7 @@ struct Linear {
   const uint8_t* tables;   // int8: of `tables`, `trellis_tables`; float: a dword a point, bf16 (re, im), rings at least 16
   const uint8_t* addends;  // int8, trellis: the tables whose sums the points are, of `trellis_addends`; or null
   int64_t batch, groups;
-  const int8_t* x;         // int8: [groups, panels of columns, 64, columns of the panel, 4], as `quantise` orders them
+  const int8_t* x;         // int8: [groups, panels of columns, 64, columns of the panel, x_bytes], as `quantise` orders them
   const float* x_scale;    // [groups, batch]
   const int32_t* x_bias;   // [groups, batch]: what makes up for the tables' offset
   const float* x_float;    // float: [batch, units * 64]: re, im of each coefficient
@@ -74,6 +74,7 @@ struct LinearKernels {
   // re, im [size / 2] of the packed DFT of x [n] (bf16 or float32) · sign / s.
   void (*dft)(const Dft&, const void* x, Dtype dtype, int64_t n, const uint16_t* input_scale, const uint8_t* signs,
               float* re, float* im, float* scratch);
+  int64_t x_bytes;  // that four numbers of int8 x take
   // One column of int8 x, with one scale for every group; coefficients beyond count are zero. Null, as the next and int8,
   // where float32 is as fast.
   void (*quantise)(const Linear&, int64_t column, const float* re, const float* im, int64_t count, int8_t* x, float* scale,
@@ -83,9 +84,9 @@ struct LinearKernels {
   float (*tables)(const uint16_t* codebook, int64_t code_bits, uint8_t* tables);
   float (*trellis_tables)(const uint16_t* codebook, int64_t state_bits, uint8_t* tables);
   // Whether all points of `trellis_tables` are sums of two tables of 64 (maths/trellis.py): then `parts`, ADDENDS bytes, gets
-  // those. Null where every point is read anyway.
+  // those. Null without int8.
   bool (*trellis_addends)(const uint8_t* tables, int64_t code_bits, int64_t state_bits, uint8_t* parts);
-  // y [count, batch, ROWS] = blocks first … first + count - 1 times x. Scratch: `scratch` bytes a block.
+  // y [count, batch, ROWS] = blocks first … first + count - 1 times x. Scratch: `scratch` bytes.
   size_t scratch;
   void (*int8)(const Linear&, int64_t first, int64_t count, float* y, char* scratch);
   void (*exact)(const Linear&, int64_t first, int64_t count, float* y, char* scratch);

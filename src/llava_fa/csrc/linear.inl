@@ -71,8 +71,6 @@ ISA float dot_floats(const void* a, Dtype dtype, const float* x, int64_t n) {
   return sum;
 }
 
-#define TILE ISA __attribute__((always_inline))
-
 // f of the bits of a code, 2 to 8, known when compiled.
 template <class F>
 INLINE auto with_bits(int64_t bits, F f) {
@@ -87,6 +85,7 @@ INLINE auto with_bits(int64_t bits, F f) {
   }
 }
 
+constexpr int64_t PARTS = ROWS / LANES;  // vectors of one number of every row
 constexpr int64_t HALF = UNIT / 2;  // of a unit's trellis codes, see trellis_lookup.inl
 
 // The codes of one unit (linear.h), four coefficients of ROWS rows a vector; bits above a code's are not zero.
@@ -114,20 +113,18 @@ INLINE void codes(const uint8_t* unit, Bytes* c) {
   c[6] = codes_of<BITS, 6>(unit), c[7] = codes_of<BITS, 7>(unit);
 }
 
-constexpr int64_t BUFFER = GROUP * UNIT * 2 * ROWS;  // bytes of working space: one group in int8, one unit in float32
+constexpr int64_t BUFFER = GROUP * UNIT * 2 * ROWS;  // bytes of a block's points: one group in int8, one unit in float32
 
 #include "trellis_lookup.inl"
 
 #ifdef LLAVA_FA_INT8
 #include "linear_int8.inl"
 #else
+constexpr int64_t X_BYTES = 0;
 constexpr decltype(LinearKernels::quantise) quantise = nullptr;
 constexpr decltype(LinearKernels::tables) int8_tables = nullptr, trellis_tables = nullptr;
-constexpr decltype(LinearKernels::int8) int8_rows = nullptr;
-#endif
-
-#ifndef LLAVA_FA_ADDENDS
 constexpr decltype(LinearKernels::trellis_addends) trellis_addends = nullptr;
+constexpr decltype(LinearKernels::int8) int8_rows = nullptr;
 #endif
 
 #include "linear_float.inl"

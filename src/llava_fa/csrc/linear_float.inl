@@ -1,7 +1,5 @@
 // Products in float32 (in linear.inl): points as the codebook has them, x as it is.
 
-constexpr int64_t PARTS = ROWS / LANES;  // vectors of one number of every row
-
 // (re, im) of ROWS rows as bf16 in dwords → two numbers of every row.
 INLINE void spread_points(const Ints* dword, float* out) {
   for (int64_t part = 0; part < PARTS; part++) {

@@ -92,12 +92,33 @@ ISA void quantise(const Linear& job, int64_t column, const float* re, const floa
         }
       }
     }
-    int8_t* to = x + (g * job.batch + panel.first) * 2 * LENGTH + (column - panel.first) * 4;
-    for (int64_t i = 0; i < LENGTH / 2; i++) std::memcpy(to + i * panel.width * 4, ordered + i, 4);
+    int8_t* to = x + ((g * job.batch + panel.first) * LENGTH / 2 + column - panel.first) * X_BYTES;
+    int8_t given[2 * LENGTH], size[2 * LENGTH];
+    std::memcpy(given, ordered, sizeof given);
+    for (int64_t i = 0; i < 2 * LENGTH; i++) size[i] = static_cast<int8_t>(given[i] < 0 ? -given[i] : given[i]);
+    for (int64_t i = 0; i < LENGTH / 2; i++, to += panel.width * X_BYTES) {
+      std::memcpy(to, given + 4 * i, 4);
+      if (X_BYTES == 8) std::memcpy(to + 4, size + 4 * i, 4);
+    }
   }
 }
 
 constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
+
+// f of each of I. Loops over registers are spelled out: compilers keep an array that a loop goes through in memory, and
+// write every sum back after every addition, for half of the speed.
+template <class F, int... I>
+INLINE void each(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+
+// codes_of ROWS rows.
+template <int BITS, int Q>
+INLINE Wide wide_codes(const uint8_t* unit) {
+  Wide c;
+  for (int part = 0; part < PARTS; part++) c.part[part] = codes_of<BITS, Q>(unit + part * sizeof(Bytes));
+  return c;
+}
 
 // Points of a unit's codes: STEPS vectors.
 template <int BITS, bool QUADRANT>
@@ -115,62 +136,50 @@ struct RingCodes {
 
   INLINE void points(const RingCodes& self, int64_t block, int64_t unit, uint8_t* out) {
     const uint8_t* at = self.from + (block * self.units + unit) * BITS * 64;
-    for (size_t part = 0; part < 64; part += sizeof(Bytes)) {
-      Bytes c[8], a, b;
-      codes<BITS>(at + part, c);
-      for (int q = 0; q < 8; q++) {
-        Points::look(self.table, c[q], a, b);
-        store_all(out + 128 * q + part, a);
-        store_all(out + 128 * q + 64 + part, b);
-      }
-    }
+    each(std::make_integer_sequence<int, 8>(), [&](auto q) TILE {
+      Wide a, b;
+      Points::look(self.table, wide_codes<BITS, q>(at), a, b);
+      store_wide(out + 128 * q, a);
+      store_wide(out + 128 * q + 64, b);
+    });
   }
 };
 
-INLINE int32_t four(const int8_t* x) {
-  int32_t v;
-  std::memcpy(&v, x, sizeof v);
-  return v;
-}
-
-// f of each of I. Loops over registers are spelled out: compilers keep an array that a loop goes through in memory, and
-// write every sum back after every addition, for half of the speed.
-template <class F, int... I>
-INLINE void each(std::integer_sequence<int, I...>, F f) {
-  (f(std::integral_constant<int, I>()), ...);
-}
-
-// f of a number from 1 to 4 that is known when compiled; otherwise nothing, and false.
-template <class F>
+// f of a number from 1 to MOST that is known when compiled; otherwise nothing, and false.
+template <int MOST, class F>
 INLINE bool few(int64_t count, F f) {
-  switch (count) {
-    case 1: f(std::integral_constant<int, 1>()); return true;
-    case 2: f(std::integral_constant<int, 2>()); return true;
-    case 3: f(std::integral_constant<int, 3>()); return true;
-    case 4: f(std::integral_constant<int, 4>()); return true;
-    default: return false;
-  }
+  if (count == MOST) return f(std::integral_constant<int, MOST>()), true;
+  if constexpr (MOST > 1) return few<MOST - 1>(count, f);
+  return false;
+}
+
+INLINE Wide sums(int32_t v) {
+  Wide sum;
+  for (int part = 0; part < PARTS; part++) sum.part[part] = set1(v);
+  return sum;
 }
 
 // C vectors, a panel of x, times R blocks, `steps` vectors each.
 template <int C, int R>
 INLINE void int8_tile(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, int64_t column, float* y) {
   const auto all = std::make_integer_sequence<int, C * R>();  // column c of block r is c R + r
-  Sums sum[C * R];
+  Wide sum[C * R];
   const int64_t at = group * job.batch + column;
-  const int8_t* x = job.x + at * GROUP * UNIT * 2;
+  const int8_t* x = job.x + at * STEPS * GROUP * X_BYTES;
   each(all, [&](auto i) TILE { sum[i] = sums(job.x_bias[at + i / R]); });
-  for (int64_t s = 0; s < steps; s++, w += 64, x += 4 * C)
-    each(all, [&](auto i) TILE { dot(sum[i], w + i % R * BUFFER, four(x + i / R * 4)); });
+  for (int64_t s = 0; s < steps; s++, w += 64, x += X_BYTES * C)
+    each(all, [&](auto i) TILE { dot(sum[i], load_wide(w + i % R * BUFFER), x + i / R * X_BYTES); });
   each(all, [&](auto i) TILE {
-    accumulate(y + (i % R * job.batch + column + i / R) * ROWS, sum[i], job.x_scale[at + i / R]);
+    float* to = y + (i % R * job.batch + column + i / R) * ROWS;
+    const Floats scale = set1(job.x_scale[at + i / R]);
+    for (int part = 0; part < PARTS; part++, to += LANES) store(to, fma(convert(sum[i].part[part]), scale, load(to)));
   });
 }
 
 template <int R>
 ISA void int8_columns(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, float* y) {
   for (Panel panel = panel_at(0, job.batch); panel.first < job.batch; panel = panel_at(panel.first + panel.width, job.batch)) {
-    if (!few(panel.width, [&](auto c) TILE { int8_tile<c, R>(job, group, steps, w, panel.first, y); }))
+    if (!few<4>(panel.width, [&](auto c) TILE { int8_tile<c, R>(job, group, steps, w, panel.first, y); }))
       int8_tile<COLUMNS, R>(job, group, steps, w, panel.first, y);
   }
 }
@@ -188,49 +197,54 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
   const int64_t unit_bytes = job.code_bits * 64, row_bytes = job.state_bits ? job.words * 64 : job.units * unit_bytes;
   for (int64_t group = 0; group < job.groups; group++) {
     const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
-    for (int64_t b = 0; b < count; b++) {
-      const uint8_t* later = job.codes + (first + b) * row_bytes + (group + 2) * GROUP * unit_bytes;
-      for (int64_t at = 0; at < GROUP * unit_bytes; at += 64) __builtin_prefetch(later + at, 0, 2);
-      for (int64_t u = 0; u < units; u++)
-        Codes::points(source, first + b, group * GROUP + u, w + b * BUFFER + u * STEPS * 64);
+    for (int64_t b = 0; b < count; b += BLOCKS) {
+      const int64_t some = count - b < BLOCKS ? count - b : BLOCKS;
+      for (int64_t i = 0; i < some; i++) {
+        const uint8_t* later = job.codes + (first + b + i) * row_bytes + (group + 2) * GROUP * unit_bytes;
+        for (int64_t at = 0; at < GROUP * unit_bytes; at += 64) __builtin_prefetch(later + at, 0, 2);
+        for (int64_t u = 0; u < units; u++)
+          Codes::points(source, first + b + i, group * GROUP + u, w + i * BUFFER + u * STEPS * 64);
+      }
+      float* to = y + b * job.batch * ROWS;
+      if (some == BLOCKS)
+        int8_columns<BLOCKS>(job, group, units * STEPS, w, to);
+      else
+        for (int64_t i = 0; i < some; i++) int8_columns<1>(job, group, units * STEPS, w + i * BUFFER, to + i * job.batch * ROWS);
     }
-    int64_t b = 0;
-    for (; b + BLOCKS <= count; b += BLOCKS)
-      int8_columns<BLOCKS>(job, group, units * STEPS, w + b * BUFFER, y + b * job.batch * ROWS);
-    for (; b < count; b++) int8_columns<1>(job, group, units * STEPS, w + b * BUFFER, y + b * job.batch * ROWS);
   }
 }
 
-#ifdef LLAVA_FA_DIRECT
-// Up to four vectors: points are multiplied where they are looked up. `multiply` does that for one unit.
+// Few vectors, DIRECT or DIRECT_SUMS at most: points are multiplied where they are looked up. `multiply` does that for one unit.
 template <int C, class Multiply>
 INLINE void direct(const Linear& job, int64_t first, int64_t count, int64_t row_bytes, int64_t unit_bytes, float* y,
                    Multiply multiply) {
-  constexpr int CHAINS = C == 1 ? 4 : 2;  // sums that do not wait for each other
+  constexpr int CHAINS = chains(C);
   const auto columns = std::make_integer_sequence<int, C>();
+  const auto totals = std::make_integer_sequence<int, C * PARTS>();
   for (int64_t b = 0; b < count; b++) {
     const uint8_t* unit = job.codes + (first + b) * row_bytes;
     const int8_t* x = job.x;
-    Floats total[C];
-    each(columns, [&](auto c) TILE { total[c] = set1(0.0f); });
+    Floats total[C * PARTS];
+    each(totals, [&](auto i) TILE { total[i] = set1(0.0f); });
     for (int64_t group = 0; group < job.groups; group++) {
       const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
-      Sums sum[C * CHAINS];
+      Wide sum[C * CHAINS];
       each(std::make_integer_sequence<int, C * CHAINS>(),
            [&](auto i) TILE { sum[i] = sums(i % CHAINS ? 0 : job.x_bias[group * C + i / CHAINS]); });
-      for (int64_t u = 0; u < units; u++, unit += unit_bytes, x += 2 * UNIT * C) {
+      for (int64_t u = 0; u < units; u++, unit += unit_bytes, x += STEPS * C * X_BYTES) {
         for (int64_t at = 0; at < unit_bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(unit + at + 8192), _MM_HINT_T0);
-        multiply(unit, [&](auto step, Bytes points) TILE {
-          each(columns, [&](auto c) TILE { dot(sum[c * CHAINS + step % CHAINS], points, four(x + 4 * (step * C + c))); });
+        multiply(unit, [&](auto step, const Wide& points) TILE {
+          each(columns, [&](auto c) TILE { dot(sum[c * CHAINS + step % CHAINS], points, x + (step * C + c) * X_BYTES); });
         });
       }
-      each(columns, [&](auto c) TILE {
-        Sums* of = sum + c * CHAINS;
-        if constexpr (CHAINS == 4) of[0] = add(of[0], of[2]), of[1] = add(of[1], of[3]);
-        total[c] = fma(convert(add(of[0], of[1])), set1(job.x_scale[group * C + c]), total[c]);
+      each(totals, [&](auto i) TILE {
+        constexpr int c = i / PARTS, part = i % PARTS;
+        Ints all = sum[c * CHAINS].part[part];
+        for (int chain = 1; chain < CHAINS; chain++) all = add(all, sum[c * CHAINS + chain].part[part]);
+        total[i] = fma(convert(all), set1(job.x_scale[group * C + c]), total[i]);
       });
     }
-    each(columns, [&](auto c) TILE { store(y + (b * C + c) * ROWS, total[c]); });
+    each(totals, [&](auto i) TILE { store(y + b * C * ROWS + i * LANES, total[i]); });
   }
 }
 
@@ -240,34 +254,25 @@ ISA void rings_direct(const Linear& job, int64_t first, int64_t count, float* y)
   Points table;
   Points::load(table, job.tables);
   direct<C>(job, first, count, job.units * BITS * 64, BITS * 64, y, [&](const uint8_t* unit, auto dots) TILE {
-    Bytes c[8];
-    codes<BITS>(unit, c);
-    each(std::make_integer_sequence<int, 8>(), [&](auto i) TILE {
-      Bytes p, q;
-      Points::look(table, c[i], p, q);
-      dots(std::integral_constant<int, 2 * i>(), p);
-      dots(std::integral_constant<int, 2 * i + 1>(), q);
+    each(std::make_integer_sequence<int, 8>(), [&](auto q) TILE {
+      Wide a, b;
+      Points::look(table, wide_codes<BITS, q>(unit), a, b);
+      dots(std::integral_constant<int, 2 * q>(), a);
+      dots(std::integral_constant<int, 2 * q + 1>(), b);
     });
   });
 }
-#endif
 
-#ifdef LLAVA_FA_ADDENDS
 #include "trellis_sums.inl"
-#endif
 
 template <int BITS, bool QUADRANT = false>
 INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
-#ifdef LLAVA_FA_ADDENDS
   if (job.addends) {
-    if (few(job.batch, [&](auto c) TILE { addends_direct<BITS, c>(job, first, count, y); })) return;
+    if (few<DIRECT_SUMS>(job.batch, [&](auto c) TILE { addends_direct<BITS, c>(job, first, count, y); })) return;
     return int8_blocks<AddendCodes<BITS>>(job, first, count, y, scratch);
   }
-#endif
   if (job.state_bits) return int8_blocks<TrellisCodes<BITS>>(job, first, count, y, scratch);
-#ifdef LLAVA_FA_DIRECT
-  if (few(job.batch, [&](auto c) TILE { rings_direct<BITS, QUADRANT, c>(job, first, count, y); })) return;
-#endif
+  if (few<DIRECT>(job.batch, [&](auto c) TILE { rings_direct<BITS, QUADRANT, c>(job, first, count, y); })) return;
   int8_blocks<RingCodes<BITS, QUADRANT>>(job, first, count, y, scratch);
 }
 

@@ -10,15 +10,18 @@ namespace avx2 {
 
 constexpr const char* NAME = "avx2";
 constexpr int OFFSET = 0;
-constexpr int COLUMNS = 4, BLOCKS = 1;
+constexpr int COLUMNS = 4, BLOCKS = 1, DIRECT = 4, DIRECT_SUMS = 2;
+constexpr int chains(int) { return 1; }
 
 #include "lookup_avx2.inl"
 
-INLINE void dot(Sums& sum, const uint8_t* w, int32_t x) {
-  const __m256i v = _mm256_set1_epi32(x), size = _mm256_abs_epi8(v);
+constexpr int64_t X_BYTES = 8;  // x, then |x|
+INLINE void dot(Wide& sum, const Wide& w, const int8_t* x) {
+  const Bytes v = four(x), size = four(x + 4), one = _mm256_set1_epi16(1);
   for (int i = 0; i < 2; i++) {
-    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(load_bytes(w + 32 * i), v));
-    sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    const Bytes pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(w.part[i], v));
+    sum.part[i] = _mm256_add_epi32(sum.part[i], _mm256_madd_epi16(pairs, one));
+    settle(sum.part[i]);
   }
 }
 }  // namespace avx2

@@ -2,7 +2,7 @@
 
 constexpr int OFFSET = 128;
 // Rows in vectors of sums; columns of x and blocks of rows taken together, so that sums stay in registers.
-constexpr int COLUMNS = 12, BLOCKS = 2;
+constexpr int COLUMNS = 12, BLOCKS = 2, DIRECT = 4, DIRECT_SUMS = 4;
 
 INLINE Bytes select_bits(int mask, Bytes yes, Bytes no) {
   return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(mask)), yes, no, 0xca);
@@ -15,15 +15,14 @@ INLINE Bytes signed_by(Bytes sign, Bytes v) {
   return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), v);
 }
 
-// Sums of ROWS rows.
-using Sums = __m512i;
-INLINE Sums sums(int32_t v) { return _mm512_set1_epi32(v); }
+// Sums of one column that do not wait for each other, where so many columns are multiplied at once.
+constexpr int chains(int columns) { return columns == 1 ? 4 : 2; }
+
+constexpr int64_t X_BYTES = 4;
 // _mm512_dpbusd_epi32, whose sum GCC copies to another register and often to memory, for a third of the speed.
-INLINE void dot(Sums& sum, Bytes w, int32_t x) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(_mm512_set1_epi32(x)));
+INLINE void dot(Wide& sum, const Wide& w, const int8_t* x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.part[0]) : "v"(w.part[0]), "v"(four(x)));
 }
-INLINE void dot(Sums& sum, const uint8_t* w, int32_t x) { dot(sum, load_bytes(w), x); }
-INLINE void accumulate(float* y, Sums sum, float scale) { store(y, fma(convert(sum), set1(scale), load(y))); }
 
 // a ^ (b & mask), of words.
 INLINE Bytes xor_masked(Bytes a, Bytes b, int mask) {
@@ -31,7 +30,6 @@ INLINE Bytes xor_masked(Bytes a, Bytes b, int mask) {
 }
 
 // Points that are sums: of two tables of 64, (re, im) as words; bits above an index' six are not looked at.
-#define LLAVA_FA_ADDENDS
 struct Addends {
   Bytes t[4];
 
@@ -39,9 +37,10 @@ struct Addends {
     for (int i = 0; i < 4; i++) self.t[i] = load_bytes(p + 64 * i);
   }
 
-  INLINE Bytes look(const Addends& self, Bytes first, Bytes second) {
-    return _mm512_add_epi8(_mm512_permutex2var_epi16(self.t[0], first, self.t[1]),
-                           _mm512_permutex2var_epi16(self.t[2], second, self.t[3]));
+  INLINE void look(const Addends& self, const Wide* first, const Wide* second, Wide* points) {
+    for (int i = 0; i < 2; i++)
+      points[i].part[0] = _mm512_add_epi8(_mm512_permutex2var_epi16(self.t[0], first[i].part[0], self.t[1]),
+                                          _mm512_permutex2var_epi16(self.t[2], second[i].part[0], self.t[3]));
   }
 };
 

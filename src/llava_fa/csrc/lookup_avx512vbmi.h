@@ -3,7 +3,6 @@
 #pragma once
 
 #define LLAVA_FA_INT8
-#define LLAVA_FA_DIRECT
 
 #ifdef LLAVA_FA_EMULATE_VBMI  // for tests on a CPU without it
 #define LLAVA_FA_ISA "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
@@ -59,8 +58,10 @@ struct Table {
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(c), low, of128(t[VECTORS > 2 ? 2 : 0], t[VECTORS > 2 ? 3 : 0], c));
   }
 
-  // re and im of four coefficients.
-  INLINE void look(const Table& self, Bytes c, Bytes& a, Bytes& b) {
+  // re and im of four coefficients of ROWS rows.
+  INLINE void look(const Table& self, const Wide& code, Wide& re, Wide& im) {
+    const Bytes c = code.part[0];
+    Bytes &a = re.part[0], &b = im.part[0];
     a = part(self.t, c);
     b = part(self.t + VECTORS, c);
     if (QUADRANT) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #define LLAVA_FA_INT8
-#define LLAVA_FA_DIRECT
 
 #define LLAVA_FA_ISA "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 #include "simd_avx512.h"
@@ -50,7 +49,9 @@ struct Table {
   }
 
   // planes: a = re, b = im of four coefficients; else a: coefficients 0 and 2, b: 1 and 3, as (re, im).
-  INLINE void look(const Table& self, Bytes c, Bytes& a, Bytes& b) {
+  INLINE void look(const Table& self, const Wide& code, Wide& first, Wide& second) {
+    const Bytes c = code.part[0];
+    Bytes &a = first.part[0], &b = second.part[0];
     if (planes(BITS)) {
       const Bytes index = masked(c, 0x0f);
       a = _mm512_shuffle_epi8(self.t[0], index);

@@ -12,15 +12,17 @@ using namespace avx2;
 
 constexpr const char* NAME = "avxvnni";
 constexpr int OFFSET = 128;
-constexpr int COLUMNS = 6, BLOCKS = 1;
+constexpr int COLUMNS = 6, BLOCKS = 1, DIRECT = 4, DIRECT_SUMS = 2;
+constexpr int chains(int columns) { return columns == 1 ? 4 : columns == 2 ? 2 : 1; }
 
 #include "lookup_avx2.inl"
 
+constexpr int64_t X_BYTES = 4;
 // _mm256_dpbusd_avx_epi32 (see lookup_avx512.inl).
-INLINE void dot(Sums& sum, const uint8_t* w, int32_t x) {
-  const Bytes v = _mm256_set1_epi32(x);
-  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.half[0]) : "x"(load_bytes(w)), "x"(v));
-  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.half[1]) : "x"(load_bytes(w + 32)), "x"(v));
+INLINE void dot(Wide& sum, const Wide& w, const int8_t* x) {
+  const Bytes v = four(x);
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.part[0]) : "x"(w.part[0]), "x"(v));
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.part[1]) : "x"(w.part[1]), "x"(v));
 }
 
 }  // namespace avxvnni

@@ -7,7 +7,7 @@ namespace llava_fa {
 namespace portable {
 
 constexpr const char* NAME = "portable";
-constexpr int COLUMNS = 2;
+constexpr int COLUMNS = 2, BLOCKS = 1;
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 INLINE Bytes load_bytes(const uint8_t* p) {

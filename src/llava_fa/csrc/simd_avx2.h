@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #define LLAVA_FA_ISA "avx2,fma"
 #define ps(f) _mm256_##f##_ps

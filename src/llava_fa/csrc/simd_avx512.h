@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #ifndef LLAVA_FA_ISA  // builds for more of it name that
 #define LLAVA_FA_ISA "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #define ISA
+#define TILE __attribute__((always_inline))  // of lambdas
 #define INLINE static inline __attribute__((always_inline))
 
 namespace llava_fa {

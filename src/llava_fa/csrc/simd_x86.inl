@@ -4,6 +4,8 @@
 #define ISA __attribute__((target(LLAVA_FA_ISA)))
 #define INLINE static inline __attribute__((always_inline, target(LLAVA_FA_ISA)))
 
+#define TILE ISA __attribute__((always_inline))  // of lambdas
+
 INLINE Floats load(const float* p) { return ps(loadu)(p); }
 INLINE void store(float* p, Floats v) { ps(storeu)(p, v); }
 INLINE Floats set1(float v) { return ps(set1)(v); }
@@ -59,6 +61,24 @@ INLINE Bytes shift(Bytes v) {
   return BY > 0 ? epi16(srli)(v, BY > 0 ? BY : 0) : BY < 0 ? epi16(slli)(v, BY < 0 ? -BY : 0) : v;
 }
 INLINE Bytes masked(Bytes v, int mask) { return and_(v, epi8(set1)(static_cast<char>(mask))); }
+
+// A number of ROWS rows in 32 bits (linear.h), or four of each in 8.
+struct Wide {
+  Bytes part[64 / sizeof(Bytes)];
+};
+INLINE Wide load_wide(const uint8_t* p) {
+  Wide v;
+  for (size_t i = 0; i < 64 / sizeof(Bytes); i++) v.part[i] = load_bytes(p + i * sizeof(Bytes));
+  return v;
+}
+INLINE void store_wide(uint8_t* p, const Wide& v) {
+  for (size_t i = 0; i < 64 / sizeof(Bytes); i++) store_all(p + i * sizeof(Bytes), v.part[i]);
+}
+INLINE Bytes four(const int8_t* p) {  // bytes, in every dword
+  int32_t v;
+  std::memcpy(&v, p, sizeof v);
+  return set1(v);
+}
 
 #undef ps
 #undef pd

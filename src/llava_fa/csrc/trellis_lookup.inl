@@ -1,6 +1,6 @@
 // Windows of trellis codes → points (in the middle of linear.inl). A unit's words hold bits of its first 16 coefficients in
 // their low half and of its last 16 in their high half (kernels/interleaved.py), so that one shift serves both.
-// Points are read one by one here; those that are sums of two tables are AVX-512's in trellis_sums.inl.
+// Points are read one by one here; those that are sums of two tables are in trellis_sums.inl.
 
 // Gathers, which compilers like to make of that, take more than twice the time on CPUs that had to be mended (gather data
 // sampling).

@@ -1,13 +1,37 @@
-// Trellis codes whose points are sums of two tables of 64 (maths/trellis.py), permuted 32 at a time (in linear.inl).
+// Trellis codes whose points are sums of two tables of 64 (maths/trellis.py), looked up a vector or two at a time (in
+// linear.inl).
 
 constexpr int ADDENDS_STATE_BITS = 12;
 
-// The points of windows of words; above a window's their bits are not zero. One part is found by the low six bits xor the
-// high BITS, the other by the high six.
+// The points of two vectors of windows; above a window's their bits are not zero. One part is found by the low six bits xor
+// the high BITS, the other by the high six.
 template <int BITS>
-INLINE Bytes sum_point(const Addends& table, Bytes window) {
-  const Bytes first = xor_masked(window, shift<ADDENDS_STATE_BITS - BITS>(window), (1 << BITS) - 1);
-  return Addends::look(table, first, shift<ADDENDS_STATE_BITS - 6>(window));
+INLINE void sum_points(const Addends& table, const Wide* windows, Wide* points) {
+  Wide first[2], second[2];
+  for (int i = 0; i < 2; i++)
+    for (int part = 0; part < PARTS; part++) {
+      const Bytes window = windows[i].part[part];
+      first[i].part[part] = xor_masked(window, shift<ADDENDS_STATE_BITS - BITS>(window), (1 << BITS) - 1);
+      second[i].part[part] = shift<ADDENDS_STATE_BITS - 6>(window);
+    }
+  Addends::look(table, first, second, points);
+}
+
+// Of a unit's windows, all of them; f is given the number of a vector, and the vector.
+template <int BITS, class F>
+INLINE void each_sum(const Addends& table, const uint8_t* unit, F f) {
+  Bytes w[PARTS][BITS + 1];
+  for (int part = 0; part < PARTS; part++) words_of<BITS>(unit + part * sizeof(Bytes), w[part]);
+  each(std::make_integer_sequence<int, HALF / 2>(), [&](auto i) TILE {
+    Wide windows[2], points[2];
+    for (int part = 0; part < PARTS; part++) {
+      windows[0].part[part] = window<BITS, 2 * i, ADDENDS_STATE_BITS>(w[part]);
+      windows[1].part[part] = window<BITS, 2 * i + 1, ADDENDS_STATE_BITS>(w[part]);
+    }
+    sum_points<BITS>(table, windows, points);
+    f(std::integral_constant<int, 2 * i>(), points[0]);
+    f(std::integral_constant<int, 2 * i + 1>(), points[1]);
+  });
 }
 
 // Whether all points of `trellis_tables` are such sums; then those are found in `parts`.
@@ -20,15 +44,20 @@ INLINE bool addends_of(const uint8_t* tables, uint8_t* parts) {
       parts[128 + 2 * part + i] = static_cast<uint8_t>(tables[256 * part + 2 + i] - parts[2 * first(64 * part) + i]);
   Addends table;
   Addends::load(table, parts);
-  const Ints upper = set1(static_cast<int32_t>(0xffff0000u));
-  Mask same = equal(upper, upper);
-  for (int32_t window = 0; window < 1 << ADDENDS_STATE_BITS; window += LANES) {
-    int32_t twice[LANES];
-    for (int32_t i = 0; i < LANES; i++) twice[i] = (window + i) * 0x10001;
-    const Ints sum = and_(sum_point<BITS>(table, load(twice)), upper);
-    same = both(same, equal(sum, load(reinterpret_cast<const int32_t*>(tables) + window)));
+  for (int32_t first = 0; first < 1 << ADDENDS_STATE_BITS; first += ROWS) {
+    uint8_t twice[64], sum[64];  // a window in both words of a dword
+    for (int32_t i = 0; i < ROWS; i++) {
+      const int32_t window = (first + i) * 0x10001;
+      std::memcpy(twice + 4 * i, &window, 4);
+    }
+    const Wide windows[2] = {load_wide(twice), load_wide(twice)};
+    Wide points[2];
+    sum_points<BITS>(table, windows, points);
+    store_wide(sum, points[0]);
+    for (int32_t i = 0; i < ROWS; i++)
+      if (std::memcmp(sum + 4 * i + 2, tables + 4 * (first + i) + 2, 2)) return false;
   }
-  return same == equal(upper, upper);
+  return true;
 }
 
 ISA bool trellis_addends(const uint8_t* tables, int64_t code_bits, int64_t state_bits, uint8_t* parts) {
@@ -49,15 +78,9 @@ struct AddendCodes {
     Addends::load(self.table, job.addends);
   }
 
-  template <int... I>
-  INLINE void store_points(const Addends& table, const Bytes* w, uint8_t* out, std::integer_sequence<int, I...>) {
-    (store_all(out + 64 * I, sum_point<BITS>(table, window<BITS, I, ADDENDS_STATE_BITS>(w))), ...);
-  }
-
   INLINE void points(const AddendCodes& self, int64_t block, int64_t unit, uint8_t* out) {
-    Bytes w[BITS + 1];
-    words_of<BITS>(self.from + (block * self.words + unit * BITS) * 64, w);
-    store_points(self.table, w, out, std::make_integer_sequence<int, HALF>());
+    each_sum<BITS>(self.table, self.from + (block * self.words + unit * BITS) * 64,
+                   [&](auto step, const Wide& points) TILE { store_wide(out + 64 * step, points); });
   }
 };
 
@@ -65,10 +88,6 @@ template <int BITS, int C>
 ISA void addends_direct(const Linear& job, int64_t first, int64_t count, float* y) {
   Addends table;
   Addends::load(table, job.addends);
-  direct<C>(job, first, count, job.words * 64, BITS * 64, y, [&](const uint8_t* unit, auto dots) TILE {
-    Bytes w[BITS + 1];
-    words_of<BITS>(unit, w);
-    each(std::make_integer_sequence<int, HALF>(),
-         [&](auto i) TILE { dots(i, sum_point<BITS>(table, window<BITS, i, ADDENDS_STATE_BITS>(w))); });
-  });
+  direct<C>(job, first, count, job.words * 64, BITS * 64, y,
+            [&](const uint8_t* unit, auto dots) TILE { each_sum<BITS>(table, unit, dots); });
 }
