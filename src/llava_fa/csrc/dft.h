@@ -21,9 +21,9 @@ struct Dft {
   std::vector<float> kernel_re, kernel_im;  // [length]: the DFT of its inverse, / length
   float half_scale, first_scale;          // √2 N^-½ / 2 and N^-½
 
-  // Floats of working space: two complex arrays, the inputs and their signs.
+  // Floats of working space: two complex arrays.
   int64_t padded() const { return length + lanes * lanes; }
-  int64_t scratch() const { return 4 * padded() + 2 * (size + 64); }
+  int64_t scratch() const { return 4 * padded(); }
 };
 
 std::shared_ptr<const Dft> plan_dft(int64_t size, int64_t lanes);

@@ -216,37 +216,37 @@ ISA Complexes bluestein(const Dft& d, Complexes x, Complexes y) {
   return z;
 }
 
-// ±1 for the eight bits of a byte.
-struct Signs {
-  float of[256][8];
-  Signs() {
-    for (int byte = 0; byte < 256; byte++)
-      for (int bit = 0; bit < 8; bit++) of[byte][bit] = byte >> bit & 1 ? -1.0f : 1.0f;
-  }
-};
-const Signs SIGNS;
-
 ISA void packed_dft(const Dft& d, const void* x, Dtype dtype, int64_t n, const uint16_t* input_scale,
                     const uint8_t* signs, float* re, float* im, float* scratch) {
   const int64_t m = d.half, space = d.padded();
   Complexes a{scratch, scratch + space}, b{scratch + 2 * space, scratch + 3 * space};
-  float* input = scratch + 4 * space;
-  widen(x, dtype, n, input);
-  float* plus_minus = scratch + 4 * space + d.size + 64;
-  for (int64_t j = 0; j < n; j += 8) std::memcpy(plus_minus + j, SIGNS.of[signs[j / 8]], sizeof SIGNS.of[0]);
-  int64_t j = 0;
-  for (; j + LANES <= n; j += LANES)
-    store(input + j, div(mul(load(input + j), load(plus_minus + j)), convert(input_scale + j)));
-  for (; j < n; j++) input[j] = input[j] * plus_minus[j] / float_of(input_scale[j]);
-  for (; j < d.size; j++) input[j] = 0;
+  const float* floats = static_cast<const float*>(x);
+  const uint16_t* halves = static_cast<const uint16_t*>(x);
+  int32_t lane_bits[LANES];
+  for (int i = 0; i < LANES; i++) lane_bits[i] = 1 << i;
+  const Ints lanes = load(lane_bits);
+  const auto given = [&](int64_t j) TILE {  // x_j … · sign / s
+    uint16_t bits = signs[j / 8];
+    if (LANES == 16) std::memcpy(&bits, signs + j / 8, 2);
+    const Mask minus = equal(and_(set1(int32_t{bits} >> j % 8), lanes), lanes);
+    const Floats v = dtype == Dtype::float32 ? load(floats + j) : convert(halves + j);
+    return div(mul(v, select(minus, set1(-1.0f), set1(1.0f))), convert(input_scale + j));
+  };
   int64_t i = 0;
-  for (; i + LANES <= m; i += LANES) {
+  for (; 2 * i + 2 * LANES <= n; i += LANES) {
     Floats even, odd;
-    split(load(input + 2 * i), load(input + 2 * i + LANES), even, odd);
+    split(given(2 * i), given(2 * i + LANES), even, odd);
     store(a.re + i, even);
     store(a.im + i, odd);
   }
-  for (; i < m; i++) a.re[i] = input[2 * i], a.im[i] = input[2 * i + 1];
+  for (int64_t j = 2 * i; j < d.size; j++) {
+    float v = 0;
+    if (j < n) {
+      v = dtype == Dtype::float32 ? floats[j] : float_of(halves[j]);
+      v = v * (signs[j / 8] >> j % 8 & 1 ? -1.0f : 1.0f) / float_of(input_scale[j]);
+    }
+    (j % 2 ? a.im : a.re)[j / 2] = v;
+  }
   const Complexes z = d.chirp_re.empty() ? complex_dft(d, a, b) : bluestein(d, a, b);
   // X_f = ½ (Z_f + conj Z_{M-f}) - ½ i e^{-2πi f / N} (Z_f - conj Z_{M-f})
   const float *zr = z.re, *zi = z.im, *c = d.post_cos.data(), *s = d.post_sin.data();
