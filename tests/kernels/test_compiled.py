@@ -20,7 +20,7 @@ from llava_fa.kernels import run as door
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import order_of, packed_weight
 from llava_fa.maths.bitpack import unpack
-from llava_fa.maths.dft import packed_dft, padded
+from llava_fa.maths.dft import packed_dft, packed_idft, padded
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import STATE_BITS, STEP, trellis_points
 
@@ -209,6 +209,37 @@ def test_every_batch_and_share_of_the_rows_gives_what_one_input_gives(make, thre
             assert torch.equal(run(layout, tensors, x[:batch]), wanted[:batch])
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+@pytest.mark.parametrize("make", [best, trellis])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_number_of_inputs_gives_what_one_gives(bits, make, shipped, level):
+    """Rows and inputs that fill no block and no group; each kind of codes, each way in which it is looked up."""
+    layout = make(37, 331, bits)
+    tensors = random_tensors(layout, seed=bits, shipped=shipped)
+    x = torch.randn(65, 331, generator=torch.Generator().manual_seed(bits)).bfloat16()
+    wanted = torch.cat([run(layout, tensors, one[None]) for one in x])
+    for batch in range(1, 66):
+        assert torch.equal(run(layout, tensors, x[:batch]), wanted[:batch])
+
+
+@pytest.mark.parametrize("make", [best, trellis])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_the_largest_sums_of_products_are_as_exact_as_others(bits, make, level):
+    """Products of some inputs with AVX2 are first summed in 16 bits, where those fit."""
+    layout = make(300, 512, bits)
+    tensors = random_tensors(layout, seed=bits, shipped=True)
+    signs = 1 - 2 * unpack(tensors["signs"], 1, 512).double()
+    generator = torch.Generator().manual_seed(bits)
+    size = torch.tensor([127, 120, 110, 100, 95, 91, 90, 85, 80, 64]).view(-1, 1)  # of all but one of a group
+    spectrum = size * (2 * torch.randint(0, 2, (10, 512), generator=generator) - 1).double()
+    spectrum[:, ::256] = 127
+    x = (packed_idft(spectrum, signs, 512) * tensors["input_scale"].double()).float()
+    wanted = torch.cat([run(layout, tensors, one[None], exact=False) for one in x])
+    assert torch.equal(run(layout, tensors, x, exact=False), wanted)
+    exact = x.double() @ dense(layout, tensors).T
+    assert (wanted.double() - exact).norm() < 0.01 * exact.norm()
 
 
 def test_more_columns_than_go_at_once():

@@ -67,6 +67,24 @@ std::shared_ptr<const Dft> plan_of(const LinearKernels* kernels, int64_t size) {
   return plan;
 }
 
+float bf16(const uint16_t* p) {
+  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Linear::level of points, rounded to multiples of step: 2 level r² < 2^30 with the length r of the longest, in steps.
+int32_t level_of(const uint16_t* codebook, int64_t count, float step) {
+  float most = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const float re = bf16(codebook + 2 * i), im = bf16(codebook + 2 * i + 1);
+    most = std::max(most, re * re + im * im);
+  }
+  const float longest = std::sqrt(most) / step + 1;  // of the rounding, √½ at most
+  return static_cast<int32_t>((1 << 29) / (longest * longest)) - 1;
+}
+
 // Whether 256 points, bf16 (re, im), are 64 and their reflections: re minus at the codes with bit 7, im at those with bit 6.
 bool is_quadrant(const uint16_t* codebook) {
   uint32_t other = 0;
@@ -85,6 +103,7 @@ struct Windows {
   std::vector<uint16_t> codebook;
   std::vector<uint8_t> tables;
   float step;
+  int32_t level;
   bool added;  // points are sums of the parts
   uint8_t parts[ADDENDS];
 };
@@ -109,17 +128,11 @@ std::shared_ptr<const Windows> windows_of(const LinearKernels* kernels, const ui
   made->codebook.assign(codebook, codebook + count);
   made->tables.resize(trellis_table_bytes(state_bits));
   made->step = kernels->trellis_tables(codebook, state_bits, made->tables.data());
+  made->level = level_of(codebook, int64_t{1} << state_bits, made->step);
   made->added = kernels->trellis_addends && kernels->trellis_addends(made->tables.data(), code_bits, state_bits, made->parts);
   if (kept.size() == 8) kept.erase(kept.begin());
   kept.push_back(made);
   return made;
-}
-
-float bf16(const uint16_t* p) {
-  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
 }
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
@@ -143,7 +156,7 @@ struct Call {
   std::vector<int32_t> int32s;
   int8_t* x_int8 = nullptr;
   float *x_scale = nullptr, *x_float = nullptr, *x_wide = nullptr, *inner = nullptr;
-  int32_t* x_bias = nullptr;
+  int32_t *x_bias = nullptr, *x_steep = nullptr;
   std::atomic<int64_t> next{0}, done{0};
   std::atomic<bool> failed{false};
   std::vector<Part> parts;  // of each thread
@@ -154,16 +167,18 @@ struct Call {
   // Bytes of codes that a thread fetches while it waits: what most cores' own cache has room for.
   static constexpr int64_t AHEAD = 1 << 18;
   int64_t block_codes() const { return job.state_bits ? job.words * 64 : job.units * job.code_bits * 64; }  // bytes
+  int64_t whole_groups() const { return job.groups * GROUP * UNIT; }  // coefficients
   int64_t first_tasks() const { return batch + (layer.rank + RIGHT - 1) / RIGHT; }
 
   void transform(int64_t column, char* scratch) {
-    const int64_t half = dft->half;
+    const int64_t half = dft->half, room = whole_groups();
     float* re = reinterpret_cast<float*>(scratch);
-    float *im = re + half + 64, *rest = im + half + 64;
+    float *im = re + room, *rest = im + room;
     const char* from = layer.x + column * layer.n * bytes_of(layer.dtype);
     kernels->dft(*dft, from, layer.dtype, layer.n, layer.input_scale, layer.signs, re, im, rest);
     if (!exact) {
-      kernels->quantise(job, column, re, im, half, x_int8, x_scale, x_bias);
+      for (int64_t f = half; f < room; f++) re[f] = im[f] = 0;
+      kernels->quantise(job, column, re, im, x_int8, x_scale, x_bias, x_steep);
       return;
     }
     float* to = x_float + column * job.units * UNIT * 2;
@@ -218,7 +233,7 @@ struct Call {
 
   // Transforms and the small product: what every thread does first.
   void first() try {
-    char* scratch = workspace((2 * (static_cast<size_t>(dft->half) + 64) + kernels->dft_scratch(*dft)) * sizeof(float));
+    char* scratch = workspace((2 * static_cast<size_t>(whole_groups()) + kernels->dft_scratch(*dft)) * sizeof(float));
     const int64_t tasks = first_tasks();
     for (int64_t task; (task = next.fetch_add(1)) < tasks; done.fetch_add(1)) {
       if (task < batch)
@@ -287,6 +302,7 @@ struct Call {
     } else if (layer.state_bits) {
       windows = windows_of(kernels, layer.codebook, layer.code_bits, layer.state_bits);
       step = windows->step;
+      job.level = windows->level;
       job.tables = windows->tables.data();
       job.addends = windows->added ? windows->parts : nullptr;
     } else if (exact) {
@@ -294,6 +310,7 @@ struct Call {
       for (size_t at = 0; at < 64 || at < bytes; at += bytes) std::memcpy(tables + at, layer.codebook, bytes);
     } else {
       step = kernels->tables(layer.codebook, layer.code_bits, tables);
+      job.level = level_of(layer.codebook, int64_t{1} << layer.code_bits, step);
       job.quadrant = layer.code_bits == 8 && is_quadrant(layer.codebook);
     }
   }
@@ -307,10 +324,11 @@ struct Call {
       x_wide = floats.data() + columns * static_cast<size_t>(job.units * UNIT * 2);
     } else {
       int8s.resize(columns * groups * GROUP * UNIT / 2 * static_cast<size_t>(kernels->x_bytes));
-      int32s.resize(columns * groups);
+      int32s.resize(2 * columns * groups);
       floats.resize(columns * groups + wide);
       x_int8 = int8s.data();
       x_bias = int32s.data();
+      x_steep = x_bias + columns * groups;
       x_scale = floats.data();
       x_wide = floats.data() + columns * groups;
     }
@@ -321,6 +339,7 @@ struct Call {
     job.x = x_int8;
     job.x_scale = x_scale;
     job.x_bias = x_bias;
+    job.x_steep = x_steep;
     job.x_float = x_float;
   }
 

@@ -62,6 +62,8 @@ struct Linear {
   const int8_t* x;         // int8: [groups, panels of columns, 64, columns of the panel, x_bytes], as `quantise` orders them
   const float* x_scale;    // [groups, batch]
   const int32_t* x_bias;   // [groups, batch]: what makes up for the tables' offset
+  const int32_t* x_steep;  // [groups, batch]: bit u is set where sums of four products of unit u may take more than 16 bits
+  int32_t level;           // int8: two coefficients whose squares add up to no more make no such sums with any points
   const float* x_float;    // float: [batch, units * 64]: re, im of each coefficient
 };
 
@@ -75,10 +77,10 @@ struct LinearKernels {
   void (*dft)(const Dft&, const void* x, Dtype dtype, int64_t n, const uint16_t* input_scale, const uint8_t* signs,
               float* re, float* im, float* scratch);
   int64_t x_bytes;  // that four numbers of int8 x take
-  // One column of int8 x, with one scale for every group; coefficients beyond count are zero. Null, as the next and int8,
+  // One column of int8 x, with one scale for every group, of re and im [groups * GROUP * UNIT]. Null, as the next and int8,
   // where float32 is as fast.
-  void (*quantise)(const Linear&, int64_t column, const float* re, const float* im, int64_t count, int8_t* x, float* scale,
-                   int32_t* bias);
+  void (*quantise)(const Linear&, int64_t column, const float* re, const float* im, int8_t* x, float* scale, int32_t* bias,
+                   int32_t* steep);
   // Tables of 2^code_bits points (re, im) in int8 and the float that one step stands for; of 2^state_bits, in
   // trellis_table_bytes.
   float (*tables)(const uint16_t* codebook, int64_t code_bits, uint8_t* tables);

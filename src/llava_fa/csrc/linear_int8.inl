@@ -39,67 +39,65 @@ INLINE Panel panel_of(int64_t column, int64_t batch) {
   return panel;
 }
 
-// The order in which they meet points: four re, then four im (planes); coefficients (0, 2), (1, 3) of four as (re, im, re, im);
-// or, for trellis codes, i and i + 16 of a unit like that.
-ISA void quantise(const Linear& job, int64_t column, const float* re, const float* im, int64_t count, int8_t* x, float* scale,
-                  int32_t* bias) {
+// A group's numbers in the order in which they meet points: four re, then four im (planes); coefficients (0, 2), (1, 3) of
+// four as (re, im, re, im); or, for trellis codes, i and i + 16 of a unit like that.
+INLINE void order(const Linear& job, const int8_t* re, const int8_t* im, int8_t* to) {
+  if (job.state_bits) {
+    const auto sixteen = [](const int8_t* p) TILE { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+    for (int64_t u = 0; u < GROUP; u++, re += UNIT, im += UNIT) {
+      const __m128i r = sixteen(re), j = sixteen(im), later_r = sixteen(re + HALF), later_j = sixteen(im + HALF);
+      const __m128i low = _mm_unpacklo_epi8(r, j), later_low = _mm_unpacklo_epi8(later_r, later_j);
+      const __m128i high = _mm_unpackhi_epi8(r, j), later_high = _mm_unpackhi_epi8(later_r, later_j);
+      for (const __m128i four : {_mm_unpacklo_epi16(low, later_low), _mm_unpackhi_epi16(low, later_low),
+                                 _mm_unpacklo_epi16(high, later_high), _mm_unpackhi_epi16(high, later_high)}) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), four);
+        to += 16;
+      }
+    }
+    return;
+  }
+  const bool apart = planes(static_cast<int>(job.code_bits));
+  for (int64_t i = 0; i < GROUP * UNIT; i += 4, to += 8) {
+    uint32_t r, j;
+    std::memcpy(&r, re + i, 4);
+    std::memcpy(&j, im + i, 4);
+    const uint32_t two[2] = {apart ? r : (r & 0x00ff00ffu) | (j & 0x00ff00ffu) << 8,
+                             apart ? j : (r >> 8 & 0x00ff00ffu) | (j & 0xff00ff00u)};
+    std::memcpy(to, two, 8);
+  }
+}
+
+ISA void quantise(const Linear& job, int64_t column, const float* re, const float* im, int8_t* x, float* scale, int32_t* bias,
+                  int32_t* steep) {
   constexpr int64_t LENGTH = GROUP * UNIT;
-  const Floats magic = set1(12582912.0f), zero = set1(0.0f);
+  const Ints size = set1(int32_t{0x7fffffff});
   const Panel panel = panel_of(column, job.batch);
-  for (int64_t g = 0; g < job.groups; g++) {
-    float part[2 * LENGTH];  // re, then im
-    const int64_t some = count - g * LENGTH < LENGTH ? count - g * LENGTH : LENGTH;
-    std::memset(part, 0, sizeof part);
-    std::memcpy(part, re + g * LENGTH, static_cast<size_t>(some) * sizeof(float));
-    std::memcpy(part + LENGTH, im + g * LENGTH, static_cast<size_t>(some) * sizeof(float));
-    Floats high = zero, bad = zero;
-    for (int64_t i = 0; i < 2 * LENGTH; i += LANES) {
-      const Floats v = load(part + i);
-      high = max(high, magnitude(v));
-      bad = add(bad, mul(v, zero));  // NaN if one is NaN or infinite
-    }
-    const float most = highest(high), wrong = total(bad);
-    const bool usable = wrong == 0 && most > 1e-30f;
-    scale[g * job.batch + column] = wrong == 0 ? (usable ? most / 127 : 0.0f) : wrong;
-    const Floats inverse = set1(usable ? 127 / most : 0.0f);
-    uint8_t bytes[2 * LENGTH];
-    for (int64_t i = 0; i < 2 * LENGTH; i += LANES) {
-      const Floats scaled = usable ? mul(load(part + i), inverse) : zero;
-      store_bytes(bytes + i, and_(as_ints(add(scaled, magic)), set1(int32_t{0xff})));  // its low byte is the rounded number
-    }
+  for (int64_t g = 0; g < job.groups; g++, re += LENGTH, im += LENGTH) {
+    Ints high = set1(int32_t{0});  // bits of what is not negative are in the order of the numbers, NaN the highest
+    for (int64_t i = 0; i < LENGTH; i += LANES)
+      high = max(high, max(and_(as_ints(load(re + i)), size), and_(as_ints(load(im + i)), size)));
+    int32_t lanes[LANES], highest = 0;
+    store(lanes, high);
+    for (const int32_t lane : lanes) highest = lane > highest ? lane : highest;
+    float most;
+    std::memcpy(&most, &highest, sizeof most);
+    const bool finite = highest < 0x7f800000, usable = finite && most > 1e-30f;
+    const int64_t at = g * job.batch + column;
+    int8_t rounded[2 * LENGTH] = {}, ordered[2 * LENGTH], laid[LENGTH / 2 * X_BYTES];
+    scale[at] = !finite ? __builtin_nanf("") : usable ? most / 127 : 0.0f;
+    if (usable)
+      for (int64_t i = 0; i < LENGTH; i += 32) {
+        store_nearest(rounded + i, re + i, set1(127 / most));
+        store_nearest(rounded + LENGTH + i, im + i, set1(127 / most));
+      }
     int32_t sum = 0;
-    for (int64_t i = 0; OFFSET && i < 2 * LENGTH; i++) sum -= OFFSET * static_cast<int8_t>(bytes[i]);
-    bias[g * job.batch + column] = sum;
-    uint32_t ordered[LENGTH / 2];
-    if (job.state_bits) {
-      uint8_t* to = reinterpret_cast<uint8_t*>(ordered);
-      for (int64_t i = 0; i < LENGTH; i++) {
-        const int64_t at = i / UNIT * 2 * UNIT + i % HALF * 4 + i % UNIT / HALF * 2;
-        to[at] = bytes[i];
-        to[at + 1] = bytes[LENGTH + i];
-      }
-    } else {
-      uint32_t r[LENGTH / 4], j[LENGTH / 4];
-      std::memcpy(r, bytes, LENGTH);
-      std::memcpy(j, bytes + LENGTH, LENGTH);
-      for (int64_t i = 0; i < LENGTH / 4; i++) {
-        if (planes(static_cast<int>(job.code_bits))) {
-          ordered[2 * i] = r[i];
-          ordered[2 * i + 1] = j[i];
-        } else {
-          ordered[2 * i] = (r[i] & 0x00ff00ffu) | (j[i] & 0x00ff00ffu) << 8;
-          ordered[2 * i + 1] = (r[i] >> 8 & 0x00ff00ffu) | (j[i] & 0xff00ff00u);
-        }
-      }
-    }
+    for (int64_t i = 0; OFFSET && i < 2 * LENGTH; i++) sum -= OFFSET * rounded[i];
+    bias[at] = sum;
+    steep[at] = steep_units(rounded, rounded + LENGTH, job.level);
+    order(job, rounded, rounded + LENGTH, ordered);
+    lay(ordered, laid);
     int8_t* to = x + ((g * job.batch + panel.first) * LENGTH / 2 + column - panel.first) * X_BYTES;
-    int8_t given[2 * LENGTH], size[2 * LENGTH];
-    std::memcpy(given, ordered, sizeof given);
-    for (int64_t i = 0; i < 2 * LENGTH; i++) size[i] = static_cast<int8_t>(given[i] < 0 ? -given[i] : given[i]);
-    for (int64_t i = 0; i < LENGTH / 2; i++, to += panel.width * X_BYTES) {
-      std::memcpy(to, given + 4 * i, 4);
-      if (X_BYTES == 8) std::memcpy(to + 4, size + 4 * i, 4);
-    }
+    for (int64_t i = 0; i < LENGTH / 2; i++, to += panel.width * X_BYTES) std::memcpy(to, laid + i * X_BYTES, X_BYTES);
   }
 }
 
@@ -167,8 +165,23 @@ INLINE void int8_tile(const Linear& job, int64_t group, int64_t steps, const uin
   const int64_t at = group * job.batch + column;
   const int8_t* x = job.x + at * STEPS * GROUP * X_BYTES;
   each(all, [&](auto i) TILE { sum[i] = sums(job.x_bias[at + i / R]); });
-  for (int64_t s = 0; s < steps; s++, w += 64, x += X_BYTES * C)
-    each(all, [&](auto i) TILE { dot(sum[i], load_wide(w + i % R * BUFFER), x + i / R * X_BYTES); });
+  if constexpr (PAIRED) {
+    int32_t steep = 0;
+    each(std::make_integer_sequence<int, C>(), [&](auto c) TILE { steep |= job.x_steep[at + c]; });
+    for (int64_t s = 0; s < steps; steep >>= 1) {
+      for (const int64_t stop = s + (steep & 1 ? 0 : STEPS); s < stop; s += 2, w += 128, x += 2 * X_BYTES * C)
+        each(all, [&](auto i) TILE {
+          const uint8_t* points = w + i % R * BUFFER;
+          const int8_t* of = x + i / R * X_BYTES;
+          dot(sum[i], load_wide(points), load_wide(points + 64), of, of + X_BYTES * C);
+        });
+      for (const int64_t stop = s + (steep & 1 ? STEPS : 0); s < stop; s++, w += 64, x += X_BYTES * C)
+        each(all, [&](auto i) TILE { dot(sum[i], load_wide(w + i % R * BUFFER), x + i / R * X_BYTES); });
+    }
+  } else {
+    for (int64_t s = 0; s < steps; s++, w += 64, x += X_BYTES * C)
+      each(all, [&](auto i) TILE { dot(sum[i], load_wide(w + i % R * BUFFER), x + i / R * X_BYTES); });
+  }
   each(all, [&](auto i) TILE {
     float* to = y + (i % R * job.batch + column + i / R) * ROWS;
     const Floats scale = set1(job.x_scale[at + i / R]);

@@ -19,6 +19,9 @@ INLINE Bytes signed_by(Bytes sign, Bytes v) {
 constexpr int chains(int columns) { return columns == 1 ? 4 : 2; }
 
 constexpr int64_t X_BYTES = 4;
+constexpr bool PAIRED = false;
+INLINE void lay(const int8_t* x, int8_t* to) { std::memcpy(to, x, 256); }
+INLINE int32_t steep_units(const int8_t*, const int8_t*, int32_t) { return 0; }
 // _mm512_dpbusd_epi32, whose sum GCC copies to another register and often to memory, for a third of the speed.
 INLINE void dot(Wide& sum, const Wide& w, const int8_t* x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum.part[0]) : "v"(w.part[0]), "v"(four(x)));

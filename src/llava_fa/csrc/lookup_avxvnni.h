@@ -18,6 +18,9 @@ constexpr int chains(int columns) { return columns == 1 ? 4 : columns == 2 ? 2 :
 #include "lookup_avx2.inl"
 
 constexpr int64_t X_BYTES = 4;
+constexpr bool PAIRED = false;
+INLINE void lay(const int8_t* x, int8_t* to) { std::memcpy(to, x, 256); }
+INLINE int32_t steep_units(const int8_t*, const int8_t*, int32_t) { return 0; }
 // _mm256_dpbusd_avx_epi32 (see lookup_avx512.inl).
 INLINE void dot(Wide& sum, const Wide& w, const int8_t* x) {
   const Bytes v = four(x);

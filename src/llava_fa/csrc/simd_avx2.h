@@ -40,6 +40,13 @@ INLINE void store_bytes(uint8_t* p, Ints v) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
+// 32 numbers times a factor, to the nearest int8; those that are in its range.
+INLINE void store_nearest(int8_t* p, const float* v, Floats factor) {
+  const auto nearest = [&](int i) TILE { return _mm256_cvtps_epi32(mul(load(v + 8 * i), factor)); };
+  const Ints words = _mm256_packs_epi32(nearest(0), nearest(1)), more = _mm256_packs_epi32(nearest(2), nearest(3));
+  const Ints order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+  store_all(reinterpret_cast<uint8_t*>(p), _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words, more), order));
+}
 // Of numbers that are not negative; two bytes beyond the last may be read.
 INLINE Ints gather(const int16_t* p, Ints i) { return _mm256_and_si256(_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), i, 2), _mm256_set1_epi32(0xffff)); }
 // As gather, from 32 floats.

@@ -39,6 +39,11 @@ INLINE Ints gather(const int32_t* p, Ints i) { return _mm512_i32gather_epi32(i, 
 INLINE Ints select(Mask m, Ints yes, Ints no) { return _mm512_mask_blend_epi32(m, no, yes); }
 // The low byte of each lane.
 INLINE void store_bytes(uint8_t* p, Ints v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+// 32 numbers times a factor, to the nearest int8; those that are in its range.
+INLINE void store_nearest(int8_t* p, const float* v, Floats factor) {
+  for (int i = 0; i < 32; i += 16)
+    store_bytes(reinterpret_cast<uint8_t*>(p + i), _mm512_cvtps_epi32(mul(load(v + i), factor)));
+}
 // Of numbers that are not negative; two bytes beyond the last may be read.
 INLINE Ints gather(const int16_t* p, Ints i) { return _mm512_and_si512(_mm512_i32gather_epi32(i, p, 2), _mm512_set1_epi32(0xffff)); }
 // As gather, from 32 floats.
