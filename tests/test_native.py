@@ -111,3 +111,18 @@ def test_dtypes_are_numbered_as_in_the_header():
         "torch.bfloat16": numbers["bf16"],
         "torch.float32": numbers["float32"],
     }
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_variable_is_read_at_every_call(monkeypatch, known):
+    """By what os.environ is made of, or, should a Python hide that, by asking it."""
+    if not known:
+        monkeypatch.setattr(native, "_environment", {})
+    name = "LLAVA_FA_NO_SUCH_VARIABLE"
+    assert native.variable(name) is None
+    monkeypatch.setenv(name, "ünlike")
+    assert native.variable(name) == "ünlike"
+    monkeypatch.delenv(name)
+    assert native.variable(name) is None
+    if known:
+        assert native._environment

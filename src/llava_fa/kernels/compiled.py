@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +42,7 @@ def exact_activations(kernel: native.LayerKernel | None) -> bool:
     Raises:
         FourierError: the variable says neither.
     """
-    asked = os.environ.get(SWITCH)
+    asked = native.variable(SWITCH)
     if asked and asked not in ("int8", "exact"):
         raise FourierError(f"{SWITCH}={asked}", remedy="Give int8 or exact, or unset it")
     return kernel is None or not kernel.int8 or asked == "exact"
