@@ -10,7 +10,7 @@ namespace avx2 {
 
 constexpr const char* NAME = "avx2";
 constexpr int OFFSET = 0;
-constexpr int COLUMNS = 4, BLOCKS = 1, DIRECT = 4, DIRECT_SUMS = 2;
+constexpr int COLUMNS = 4, BLOCKS = 1, DIRECT = 2, DIRECT_SUMS = 1;
 constexpr int chains(int) { return 1; }
 
 #include "lookup_avx2.inl"
@@ -40,7 +40,7 @@ constexpr bool PAIRED = true;
 // longer than r, |p x + q y| ≤ r (|x| + |y|) ≤ r (2 |x|² + 2 |y|²)^½.
 INLINE int32_t steep_units(const int8_t* re, const int8_t* im, int32_t level) {
   const Bytes most = _mm256_set1_epi16(static_cast<int16_t>(level < 0xffff ? level : 0xffff));
-  const auto squares = [](const int8_t* x) TILE {
+  const auto squares = [&](const int8_t* x) TILE {
     const Bytes size = _mm256_abs_epi8(load_bytes(reinterpret_cast<const uint8_t*>(x)));
     return _mm256_maddubs_epi16(size, size);
   };

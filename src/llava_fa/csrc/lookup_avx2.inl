@@ -104,7 +104,7 @@ struct Addends {
 
   // Of words.
   INLINE void look(const Addends& self, const Wide* first, const Wide* second, Wide* points) {
-    const auto bytes = [](const Wide* words) TILE {
+    const auto bytes = [&](const Wide* words) TILE {
       const Bytes six = _mm256_set1_epi16(63);
       Wide both;
       for (int v = 0; v < 2; v++)
