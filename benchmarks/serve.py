@@ -9,8 +9,8 @@
 and what `llava_fa.compress` makes of it at 4 and 2 bits, words at 4. It says nothing, at the speed of one that does.
 
 Servers run one after the other, each with the machine to itself, by the OpenAI API: vLLM (its environment's Python,
---vllm) with `python -m vllm.entrypoints.openai.api_server`, all cores for its worker, of which it would keep one for its
-front end, and libiomp5 preloaded where it is installed, as vLLM advises;
+--vllm) with `python -m vllm.entrypoints.openai.api_server`, all cores for its worker (it would keep one for its front
+end), and libiomp5 preloaded where it is installed, as vLLM advises;
 `llava-fa serve --engine transformers` with the Python that runs this. vLLM's dense model is measured in bf16 and in
 float32: which is faster depends on the CPU. Every client sends --requests requests one after the other: a picture of
 its own, about 30 words that begin differently (nothing is found in a prefix cache), --tokens tokens of answer exactly.
