@@ -104,7 +104,7 @@ def test_the_address_sanitizer_finds_nothing(tmp_path):
     )
     if not os.path.isabs(asan):
         pytest.skip("the compiler has no address sanitizer")
-    build(tmp_path, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover")
+    build(tmp_path, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover")
     tests, src = Path(__file__).parent.parent, CSRC.parent.parent
     code = SANITIZED.format(tests=str(tests), src=str(src), folder=str(tmp_path))
     environment = os.environ | {
