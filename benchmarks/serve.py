@@ -9,8 +9,8 @@
 and what `llava_fa.compress` makes of it at 4 and 2 bits, words at 4. It says nothing, at the speed of one that does.
 
 Servers run one after the other, each with the machine to itself, by the OpenAI API: vLLM (its environment's Python,
---vllm) with `python -m vllm.entrypoints.openai.api_server`, all cores for its worker (it would keep one for its front
-end), and libiomp5 preloaded where it is installed, as vLLM advises;
+--vllm) with `python -m vllm.entrypoints.openai.api_server`, libiomp5 preloaded where it is installed, as vLLM advises,
+cores as it divides them, one for its front end, the others for its worker; --eager starts it without a compiled graph;
 `llava-fa serve --engine transformers` with the Python that runs this. vLLM's dense model is measured in bf16 and in
 float32: which is faster depends on the CPU. Every client sends --requests requests one after the other: a picture of
 its own, about 30 words that begin differently (nothing is found in a prefix cache), --tokens tokens of answer exactly.
@@ -140,8 +140,8 @@ def _random_llava(folder: Path) -> None:
 class Server:
     """A server in a process of its own, until the block ends."""
 
-    def __init__(self, name: str, root: Path, vllm: Path, log: Path) -> None:
-        self.name, self.root, self.vllm, self.log = name, root, vllm, log
+    def __init__(self, name: str, root: Path, vllm: Path, log: Path, eager: bool) -> None:
+        self.name, self.root, self.vllm, self.log, self.eager = name, root, vllm, log, eager
 
     def __enter__(self) -> str:
         folder, dtype = SERVERS[self.name]
@@ -153,9 +153,8 @@ class Server:
             command = [self.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", self.root / folder]
             command += ["--served-model-name", "bench", "--port", port, "--max-model-len", CONTEXT]
             command += ["--max-num-seqs", 16, "--dtype", _fast_dtype() if dtype == "auto" else dtype]
-            command += ["--max-num-batched-tokens", 1024]
+            command += ["--max-num-batched-tokens", 1024, *(["--enforce-eager"] if self.eager else [])]
             env["VLLM_CPU_KVCACHE_SPACE"] = "2"
-            env["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{(os.cpu_count() or 1) - 1}"
             openmp = self.vllm.parent.parent / "lib" / "libiomp5.so"
             if openmp.exists():
                 env["LD_PRELOAD"] = str(openmp)
@@ -258,7 +257,7 @@ def measure(name: str, args: Any, rows: Rows, round_: int) -> None:
         return
     # Answers as long as was asked for: transformers serve has no such field, and its model never says the end.
     ignore = {"ignore_eos": True} if name.startswith("vllm") else {}
-    with Server(name, args.model.parent, args.vllm, args.out / f"{name}.log") as url:
+    with Server(name, args.model.parent, args.vllm, args.out / f"{name}.log", args.eager) as url:
         asyncio.run(load(url, 1, 1, 8, 1, ignore))
         for count in wanted:
             seed = 10**6 * (1 + round_) + 10**4 * count
@@ -325,6 +324,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--eager", action="store_true", help="vLLM without a compiled graph")
     parser.add_argument("--make", action="store_true", help="make the models, and nothing else")
     parser.add_argument("--ranks", action="store_true", help="print what ranks hold and send, and nothing else")
     parser.add_argument("--report", action="store_true", help="print the tables, and nothing else")
