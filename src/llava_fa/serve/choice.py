@@ -41,9 +41,8 @@ def choose(
     if device != "auto":
         why = why or f"vLLM runs where it was built for, not on --device {device}"
     if why is None:
-        return Choice(
-            "vllm", "as asked" if wanted == "vllm" else f"vLLM {support.vllm_version()} is installed and serves it"
-        )
+        found = f"vLLM {support.vllm_version()} is installed" + (" and serves it" if model is not None else "")
+        return Choice("vllm", "as asked" if wanted == "vllm" else found)
     if wanted == "vllm":
         install = "`pip install 'llava-fa[vllm]'`, or take " if support.vllm_version() is None else "Take "
         raise FourierError(f"vLLM cannot serve it: {why}", remedy=f"{install}--engine transformers", where=str(model))
