@@ -277,7 +277,9 @@ def report(rows: Rows) -> None:
     }
     print("| server | clients | requests/s | tokens/s | decode tokens/s | first token, s |\n|---|---|---|---|---|---|")
     for (name, count), (requests, tokens, decode, first) in table.items():
-        print(f"| {name} | {count} | {requests:.3f} | {tokens:.1f} | {decode:.1f} | {first:.2f} |")
+        # Of a server that answers one request after another, clients do not decode together.
+        together = f"{decode:.1f}" if count == 1 or name.startswith("vllm") else ""
+        print(f"| {name} | {count} | {requests:.3f} | {tokens:.1f} | {together} | {first:.2f} |")
     for count in counts:
         dense = [table[name, count] for name in ("vllm-bf16", "vllm-float32") if (name, count) in table]
         slow = [table[name, count] for name in ("transformers-4", "transformers-2") if (name, count) in table]
