@@ -14,11 +14,15 @@ from typing import Any
 import helpers
 import pytest
 import small_models
+import torch
 from engines import Answer, Prompt, from_transformers, from_vllm
 
 import llava_fa
 from llava_fa import FourierConfig
 from llava_fa.hub.checkpoint import read_metadata
+from llava_fa.hub.loading import load
+from llava_fa.hub.visual_tokens import attach_visual_tokens, grid_of, set_visual_tokens, visual_tokens_of
+from llava_fa.nn.visual_tokens import VisualTokens
 from llava_fa.vllm.store import Store
 
 pytestmark = pytest.mark.slow
@@ -114,3 +118,32 @@ def test_two_ranks_answer_as_transformers(name, tmp_path, monkeypatch, exact_act
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     same(from_vllm(tmp_path / "out", asked, COUNT, tensor_parallel_size=2)[0], want)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_elastic_visual_tokens_of_tiles(name, tmp_path, exact_activations):
+    """As saved, and as a request asks: tiles, unpadding and new lines of a smaller grid."""
+    folder = small_models.save(name, tmp_path / "model")
+    model, processor = load(folder, "cpu", torch.float32)
+    counts = sorted(VisualTokens(grid_of(model.config), 1).counts)[:-1]
+    assert len(counts) > 1
+    torch.manual_seed(0)
+    attach_visual_tokens(model, processor, counts[0])
+    for parameter in visual_tokens_of(model).parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    folders = {}
+    for count in counts:
+        set_visual_tokens(model, count, processor)
+        folders[count] = tmp_path / str(count)
+        model.save_pretrained(folders[count])
+        processor.save_pretrained(folders[count])
+    asked = prompts(name)[:2]
+    by_request = [
+        Prompt(one.text, one.pictures, {"visual_tokens": count} if count != counts[0] else {})
+        for count in counts
+        for one in asked
+    ]
+    want = [answer for count in counts for answer in from_transformers(folders[count], asked, COUNT)]
+    got, _ = from_vllm(folders[counts[0]], by_request, COUNT, together=True)
+    assert [len(answer.asked) for answer in got] == [len(answer.asked) for answer in want]
+    assert [answer.tokens for answer in got] == [answer.tokens for answer in want]
