@@ -238,15 +238,16 @@ def splittable(folder: Path, experts: int = 0) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("experts", [0, 8])
-def test_two_ranks_answer_as_one(experts, tmp_path, monkeypatch, exact_activations):
+@pytest.mark.parametrize(("experts", "whole"), [(0, False), (8, False), (8, True)])
+def test_two_ranks_answer_as_one(experts, whole, tmp_path, monkeypatch, exact_activations):
     out, asked = tmp_path / "out", questions(4)
     config = FourierConfig(bits=4, rank=8)
     llava_fa.compress(splittable(tmp_path / "model", experts), out, config, embeddings=None if experts else 4)
     want = from_vllm(out, asked, COUNT)[0]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    same(from_vllm(out, asked, COUNT, tensor_parallel_size=2)[0], want, 1e-5)
+    ranks = {"tensor_parallel_size": 2, "enable_expert_parallel": whole}
+    same(from_vllm(out, asked, COUNT, **ranks)[0], want, 1e-5)
 
 
 def test_what_cannot_be_split_says_so(tmp_path, monkeypatch, capfd):
