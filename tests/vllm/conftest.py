@@ -16,7 +16,7 @@ if version_refusal() is None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 else:
-    collect_ignore = ["test_embedded.py", "test_families.py", "test_openai.py", "test_vllm_server.py", "test_unasked.py"]
+    collect_ignore_glob = ["test_embedded.py", "test_families.py", "test_openai.py", "test_unasked.py", "test_vllm*.py"]
 
 
 def pytest_collection_modifyitems(items):
