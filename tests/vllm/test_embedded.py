@@ -202,6 +202,20 @@ def test_a_model_that_is_not_elastic_says_so(packed):
         from_vllm(packed, [Prompt(one.text, one.pictures, {"visual_tokens": 16})], 1)
 
 
+def test_a_class_that_would_ignore_the_number_is_refused_at_start():
+    from types import SimpleNamespace
+
+    from llava_fa.vllm.config import PackedConfig
+
+    config = PackedConfig(SimpleNamespace(layers={}, model=""))
+    told = {"visual_tokens": {"kind": "pooling", "tokens": 4}}
+    with pytest.raises(ValueError, match="always uses all its visual tokens in vLLM"):
+        config.maybe_update_config("m", SimpleNamespace(architectures=["Qwen3VLForConditionalGeneration"], **told))
+    config.maybe_update_config("m", SimpleNamespace(architectures=["Qwen3VLForConditionalGeneration"]))
+    config.maybe_update_config("m", SimpleNamespace(architectures=["LlavaForConditionalGeneration"], **told))
+    assert config.store.model == "m"
+
+
 def test_damage_is_told_by_the_layers_name(packed, tmp_path):
     from safetensors.torch import load_file, save_file
 

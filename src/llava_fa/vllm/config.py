@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from llava_fa.errors import FourierError
+from llava_fa.vllm.support import ELASTIC
+
 
 class PackedConfig(QuantizationConfig):
     """vLLM asks `get_quant_method` for every layer that it builds; the answer reads its tensors from the folder itself.
@@ -56,7 +59,18 @@ class PackedConfig(QuantizationConfig):
         return cls(Store(Metadata.from_dict(config)))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """vLLM says here which model it is."""
+        """vLLM says here which model it is.
+
+        Raises:
+            FourierError: it is told fewer visual tokens, which its class would ignore.
+        """
+        names = getattr(hf_config, "architectures", None) or []
+        if getattr(hf_config, "visual_tokens", None) is not None and not set(names) & set(ELASTIC):
+            raise FourierError(
+                f"{', '.join(names)} always uses all its visual tokens in vLLM",
+                remedy=f"Leave visual_tokens out of --hf-overrides; it is for {', '.join(ELASTIC)}",
+                where=model_name,
+            )
         self.store.model = model_name
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
