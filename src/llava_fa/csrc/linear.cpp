@@ -1,4 +1,4 @@
-// One packed layer times a batch of vectors: the choice of an instruction set, plans kept, the threads and the epilogue.
+// One packed layer times a batch of vectors: plans kept, the threads and the epilogue.
 
 #include "linear.h"
 
@@ -17,46 +17,11 @@
 #include "part.h"
 #include "threads.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 using namespace llava_fa;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
-
-#if defined(__x86_64__)
-bool has_vbmi() {
-#if defined(LLAVA_FA_EMULATE_VBMI)
-  return true;
-#elif defined(LLAVA_FA_WITHOUT_VBMI)  // for tests on a CPU with it
-  return false;
-#else
-  return __builtin_cpu_supports("avx512vbmi");
-#endif
-}
-
-bool has_avxvnni() {  // not every compiler's __builtin_cpu_supports knows it; asked once, for it takes microseconds in a VM
-  static const bool has = [] {
-    unsigned a = 0, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
-  }();
-  return has;
-}
-#endif
-
-// level: 0 portable, 1 AVX2, 2 AVX-512, which without VNNI is served by AVX2; each with what more of it the CPU has.
-const LinearKernels* linear_kernels(int64_t level) {
-#if defined(__x86_64__)
-  if (level == 2 && avx512vnni_linear() && __builtin_cpu_supports("avx512vnni"))
-    return has_vbmi() ? avx512vbmi_linear() : avx512vnni_linear();
-  if (level >= 1 && avx2_linear()) return avxvnni_linear() && has_avxvnni() ? avxvnni_linear() : avx2_linear();
-#endif
-  (void)level;
-  return portable_linear();
-}
 
 std::shared_ptr<const Dft> plan_of(const LinearKernels* kernels, int64_t size) {
   static std::mutex guard;
@@ -323,10 +288,10 @@ struct Call {
       x_float = floats.data();
       x_wide = floats.data() + columns * static_cast<size_t>(job.units * UNIT * 2);
     } else {
-      int8s.resize(columns * groups * GROUP * UNIT / 2 * static_cast<size_t>(kernels->x_bytes));
+      int8s.resize(columns * groups * GROUP * UNIT / 2 * static_cast<size_t>(kernels->x_bytes) + 63);
       int32s.resize(2 * columns * groups);
       floats.resize(columns * groups + wide);
-      x_int8 = int8s.data();
+      x_int8 = int8s.data() + (64 - reinterpret_cast<uintptr_t>(int8s.data()) % 64) % 64;  // a tile's row in one line
       x_bias = int32s.data();
       x_steep = x_bias + columns * groups;
       x_scale = floats.data();

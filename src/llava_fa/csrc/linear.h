@@ -108,5 +108,7 @@ const LinearKernels* avx2_linear();      // null where they were not built
 const LinearKernels* avxvnni_linear();   // the same
 const LinearKernels* avx512vnni_linear();  // the same
 const LinearKernels* avx512vbmi_linear();  // the same
+const LinearKernels* avx512amx_linear();   // the same
+const LinearKernels* linear_kernels(int64_t level);
 
 }  // namespace llava_fa

@@ -1,5 +1,25 @@
 // Products of int8 (in linear.inl): points and x rounded to it, sums of a group in int32.
 
+constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
+
+// f of each of I. Loops over registers are spelled out: compilers keep an array that a loop goes through in memory, and
+// write every sum back after every addition, for half of the speed.
+template <class F, int... I>
+INLINE void each(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+
+#ifdef LLAVA_FA_TILES
+#include "linear_tiles.inl"
+#else
+constexpr bool tiled(int64_t) { return false; }
+INLINE void use_tiles(int64_t) {}
+INLINE void leave_tiles() {}
+INLINE int64_t columns_of_tile(int64_t batch) { return batch; }
+template <int R>
+INLINE void tiled_columns(const Linear&, int64_t, int64_t, const uint8_t*, float*) {}
+#endif
+
 // Points to int8, one step for all of them: what it stands for.
 ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tables) {
   const int count = 1 << code_bits;
@@ -95,19 +115,14 @@ ISA void quantise(const Linear& job, int64_t column, const float* re, const floa
     bias[at] = sum;
     steep[at] = steep_units(rounded, rounded + LENGTH, job.level);
     order(job, rounded, rounded + LENGTH, ordered);
+    if (tiled(job.batch)) {
+      std::memcpy(x + at * 2 * LENGTH, ordered, 2 * LENGTH);
+      continue;
+    }
     lay(ordered, laid);
     int8_t* to = x + ((g * job.batch + panel.first) * LENGTH / 2 + column - panel.first) * X_BYTES;
     for (int64_t i = 0; i < LENGTH / 2; i++, to += panel.width * X_BYTES) std::memcpy(to, laid + i * X_BYTES, X_BYTES);
   }
-}
-
-constexpr int64_t STEPS = 16;  // vectors of four numbers of every row, in a unit
-
-// f of each of I. Loops over registers are spelled out: compilers keep an array that a loop goes through in memory, and
-// write every sum back after every addition, for half of the speed.
-template <class F, int... I>
-INLINE void each(std::integer_sequence<int, I...>, F f) {
-  (f(std::integral_constant<int, I>()), ...);
 }
 
 // codes_of ROWS rows.
@@ -191,6 +206,7 @@ INLINE void int8_tile(const Linear& job, int64_t group, int64_t steps, const uin
 
 template <int R>
 ISA void int8_columns(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, float* y) {
+  if (tiled(job.batch)) return tiled_columns<R>(job, group, steps / STEPS, w, y);
   for (Panel panel = panel_at(0, job.batch); panel.first < job.batch; panel = panel_at(panel.first + panel.width, job.batch)) {
     if (!few<4>(panel.width, [&](auto c) TILE { int8_tile<c, R>(job, group, steps, w, panel.first, y); }))
       int8_tile<COLUMNS, R>(job, group, steps, w, panel.first, y);
@@ -207,6 +223,7 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
     for (int64_t b = 0; b < count; b++) int8_blocks<Codes>(job, first + b, 1, y + b * ROWS, scratch);
     return;
   }
+  if (tiled(job.batch)) use_tiles(columns_of_tile(job.batch));
   const int64_t unit_bytes = job.code_bits * 64, row_bytes = job.state_bits ? job.words * 64 : job.units * unit_bytes;
   for (int64_t group = 0; group < job.groups; group++) {
     const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
@@ -225,6 +242,7 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
         for (int64_t i = 0; i < some; i++) int8_columns<1>(job, group, units * STEPS, w + i * BUFFER, to + i * job.batch * ROWS);
     }
   }
+  if (tiled(job.batch)) leave_tiles();
 }
 
 // Few vectors, DIRECT or DIRECT_SUMS at most: points are multiplied where they are looked up. `multiply` does that for one unit.
