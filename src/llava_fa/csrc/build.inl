@@ -32,7 +32,7 @@ const Kernels solver{LANES,  viterbi_scratch, viterbi,        beam_scratch, beam
 #include "dft.inl"
 
 const LinearKernels layer{NAME,           plan_for_lanes,  dft_scratch, packed_dft, X_BYTES,    quantise,   int8_tables,
-                          trellis_tables, trellis_addends, BLOCKS * BUFFER, int8_rows,  float_rows, dot_floats, round_to,
+                          trellis_tables, trellis_addends, BLOCKS * BUFFER, int8_rows,  float_rows, dot_floats, finish,
                           widen_all};
 #endif
 }  // namespace BUILD

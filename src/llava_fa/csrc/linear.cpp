@@ -170,19 +170,15 @@ struct Call {
     const int64_t m = layer.m, rank = layer.rank;
     for (int64_t b = 0; b < count; b++) {
       const int64_t row = (first + b) * ROWS, some = std::min(ROWS, m - row);
-      float scale[ROWS], added[ROWS] = {};
+      float scale[ROWS] = {}, added[ROWS] = {};
       for (int64_t i = 0; i < some; i++) scale[i] = bf16(layer.row_scale + row + i) * step;
       if (layer.bias) kernels->widen(layer.bias + row * bytes_of(layer.bias_dtype), layer.bias_dtype, some, added);
       for (int64_t c = 0; c < batch; c++) {
-        float* values = y + (b * batch + c) * ROWS;
-        for (int64_t i = 0; i < some; i++) values[i] *= scale[i];
-        if (rank)
-          for (int64_t i = 0; i < some; i++) {
-            const char* factor = layer.left + (row + i) * rank * bytes_of(factor_dtype);
-            values[i] += kernels->dot(factor, factor_dtype, inner + c * rank, rank);
-          }
-        for (int64_t i = 0; i < some; i++) values[i] += added[i];
-        kernels->round(values, some, layer.out + (c * m + row) * bytes_of(layer.dtype), layer.dtype);
+        float low_rank[ROWS] = {};
+        for (int64_t i = 0; rank && i < some; i++)
+          low_rank[i] = kernels->dot(layer.left + (row + i) * rank * bytes_of(factor_dtype), factor_dtype, inner + c * rank, rank);
+        kernels->finish(y + (b * batch + c) * ROWS, scale, rank ? low_rank : nullptr, added, some,
+                        layer.out + (c * m + row) * bytes_of(layer.dtype), layer.dtype);
       }
     }
   }

@@ -94,8 +94,10 @@ struct LinearKernels {
   void (*exact)(const Linear&, int64_t first, int64_t count, float* y, char* scratch);
   // Σ_j a_j x_j, j < n; a is int8 or bf16.
   float (*dot)(const void* a, Dtype dtype, const float* x, int64_t n);
-  // out [n] from float; float from x [n]: both bf16 or float32.
-  void (*round)(const float* y, int64_t n, void* out, Dtype dtype);
+  // out [n] = y · scale + low_rank + bias, each rounded to float32, n <= ROWS; low_rank may be null. out is bf16 or float32.
+  void (*finish)(const float* y, const float* scale, const float* low_rank, const float* bias, int64_t n, void* out,
+                 Dtype dtype);
+  // float from x [n], bf16 or float32.
   void (*widen)(const void* x, Dtype dtype, int64_t n, float* out);
 };
 

@@ -39,18 +39,30 @@ INLINE void widen(const void* x, Dtype dtype, int64_t n, float* out) {
 }
 
 // To nearest, ties to even; NaN stays NaN.
-ISA void round_to(const float* y, int64_t n, void* out, Dtype dtype) {
+INLINE uint16_t bf16_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+ISA void finish(const float* y, const float* scale, const float* low_rank, const float* bias, int64_t n, void* out, Dtype dtype) {
+  float values[ROWS];
+  for (int64_t i = 0; i < ROWS; i += LANES) {
+    Floats v = mul(load(y + i), load(scale + i));
+    if (low_rank) v = add(v, load(low_rank + i));
+    store(values + i, add(v, load(bias + i)));
+  }
   if (dtype == Dtype::float32) {
-    std::memcpy(out, y, static_cast<size_t>(n) * sizeof(float));
+    std::memcpy(out, values, static_cast<size_t>(n) * sizeof(float));
     return;
   }
-  uint16_t* to = static_cast<uint16_t*>(out);
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t bits;
-    std::memcpy(&bits, y + i, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-  }
+  uint16_t halves[ROWS];
+  for (int64_t i = 0; i < ROWS; i++) halves[i] = bf16_of(values[i]);
+  if (n == ROWS)  // mostly, and of a size that compilers know
+    std::memcpy(out, halves, sizeof halves);
+  else
+    std::memcpy(out, halves, static_cast<size_t>(n) * sizeof *halves);
 }
 
 ISA void widen_all(const void* x, Dtype dtype, int64_t n, float* out) { widen(x, dtype, n, out); }

@@ -9,15 +9,14 @@ INLINE void each(std::integer_sequence<int, I...>, F f) {
   (f(std::integral_constant<int, I>()), ...);
 }
 
+// Whether points are multiplied where they are looked up: few vectors. Others are multiplied by tiles, where there are some.
+INLINE bool is_direct(const Linear& job) { return job.batch <= (job.addends ? DIRECT_SUMS : job.state_bits ? 0 : DIRECT); }
+
 #ifdef LLAVA_FA_TILES
 #include "linear_tiles.inl"
+INLINE bool is_tiled(const Linear& job) { return !is_direct(job); }
 #else
-constexpr bool tiled(int64_t) { return false; }
-INLINE void use_tiles(int64_t) {}
-INLINE void leave_tiles() {}
-INLINE int64_t columns_of_tile(int64_t batch) { return batch; }
-template <int R>
-INLINE void tiled_columns(const Linear&, int64_t, int64_t, const uint8_t*, float*) {}
+INLINE bool is_tiled(const Linear&) { return false; }
 #endif
 
 // Points to int8, one step for all of them: what it stands for.
@@ -45,7 +44,7 @@ ISA float int8_tables(const uint16_t* codebook, int64_t code_bits, uint8_t* tabl
   return step;
 }
 
-// Columns that are multiplied together, whose numbers lie together: COLUMNS, of the last ones 4, and what is left.
+// Columns that are multiplied together, whose numbers lie together: all; or COLUMNS, of the last ones 4, and what is left.
 struct Panel {
   int64_t first, width;
 };
@@ -53,9 +52,10 @@ INLINE Panel panel_at(int64_t first, int64_t batch) {
   const int64_t left = batch - first;
   return {first, left >= COLUMNS ? COLUMNS : left >= 4 ? 4 : left};
 }
-INLINE Panel panel_of(int64_t column, int64_t batch) {
-  Panel panel = panel_at(column / COLUMNS * COLUMNS, batch);
-  while (column >= panel.first + panel.width) panel = panel_at(panel.first + panel.width, batch);
+INLINE Panel panel_of(int64_t column, const Linear& job) {
+  if (is_direct(job)) return {0, job.batch};
+  Panel panel = panel_at(column / COLUMNS * COLUMNS, job.batch);
+  while (column >= panel.first + panel.width) panel = panel_at(panel.first + panel.width, job.batch);
   return panel;
 }
 
@@ -91,7 +91,7 @@ ISA void quantise(const Linear& job, int64_t column, const float* re, const floa
                   int32_t* steep) {
   constexpr int64_t LENGTH = GROUP * UNIT;
   const Ints size = set1(int32_t{0x7fffffff});
-  const Panel panel = panel_of(column, job.batch);
+  const Panel panel = panel_of(column, job);
   for (int64_t g = 0; g < job.groups; g++, re += LENGTH, im += LENGTH) {
     Ints high = set1(int32_t{0});  // bits of what is not negative are in the order of the numbers, NaN the highest
     for (int64_t i = 0; i < LENGTH; i += LANES)
@@ -115,7 +115,7 @@ ISA void quantise(const Linear& job, int64_t column, const float* re, const floa
     bias[at] = sum;
     steep[at] = steep_units(rounded, rounded + LENGTH, job.level);
     order(job, rounded, rounded + LENGTH, ordered);
-    if (tiled(job.batch)) {
+    if (is_tiled(job)) {
       std::memcpy(x + at * 2 * LENGTH, ordered, 2 * LENGTH);
       continue;
     }
@@ -205,12 +205,16 @@ INLINE void int8_tile(const Linear& job, int64_t group, int64_t steps, const uin
 }
 
 template <int R>
-ISA void int8_columns(const Linear& job, int64_t group, int64_t steps, const uint8_t* w, float* y) {
-  if (tiled(job.batch)) return tiled_columns<R>(job, group, steps / STEPS, w, y);
+ISA void int8_columns(const Linear& job, int64_t group, int64_t units, const uint8_t* w, float* y) {
+#ifdef LLAVA_FA_TILES
+  tiled_columns<R>(job, group, units, w, y);
+#else
+  const int64_t steps = units * STEPS;
   for (Panel panel = panel_at(0, job.batch); panel.first < job.batch; panel = panel_at(panel.first + panel.width, job.batch)) {
     if (!few<4>(panel.width, [&](auto c) TILE { int8_tile<c, R>(job, group, steps, w, panel.first, y); }))
       int8_tile<COLUMNS, R>(job, group, steps, w, panel.first, y);
   }
+#endif
 }
 
 template <class Codes>
@@ -223,7 +227,9 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
     for (int64_t b = 0; b < count; b++) int8_blocks<Codes>(job, first + b, 1, y + b * ROWS, scratch);
     return;
   }
-  if (tiled(job.batch)) use_tiles(columns_of_tile(job.batch));
+#ifdef LLAVA_FA_TILES
+  const Tiles tiles(job.batch);
+#endif
   const int64_t unit_bytes = job.code_bits * 64, row_bytes = job.state_bits ? job.words * 64 : job.units * unit_bytes;
   for (int64_t group = 0; group < job.groups; group++) {
     const int64_t units = job.units - group * GROUP < GROUP ? job.units - group * GROUP : GROUP;
@@ -237,12 +243,11 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
       }
       float* to = y + b * job.batch * ROWS;
       if (some == BLOCKS)
-        int8_columns<BLOCKS>(job, group, units * STEPS, w, to);
+        int8_columns<BLOCKS>(job, group, units, w, to);
       else
-        for (int64_t i = 0; i < some; i++) int8_columns<1>(job, group, units * STEPS, w + i * BUFFER, to + i * job.batch * ROWS);
+        for (int64_t i = 0; i < some; i++) int8_columns<1>(job, group, units, w + i * BUFFER, to + i * job.batch * ROWS);
     }
   }
-  if (tiled(job.batch)) leave_tiles();
 }
 
 // Few vectors, DIRECT or DIRECT_SUMS at most: points are multiplied where they are looked up. `multiply` does that for one unit.
@@ -263,7 +268,7 @@ INLINE void direct(const Linear& job, int64_t first, int64_t count, int64_t row_
       each(std::make_integer_sequence<int, C * CHAINS>(),
            [&](auto i) TILE { sum[i] = sums(i % CHAINS ? 0 : job.x_bias[group * C + i / CHAINS]); });
       for (int64_t u = 0; u < units; u++, unit += unit_bytes, x += STEPS * C * X_BYTES) {
-        for (int64_t at = 0; at < unit_bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(unit + at + 8192), _MM_HINT_T0);
+        for (int64_t at = 0; at < unit_bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(unit + at + 8192), FETCH);
         multiply(unit, [&](auto step, const Wide& points) TILE {
           each(columns, [&](auto c) TILE { dot(sum[c * CHAINS + step % CHAINS], points, x + (step * C + c) * X_BYTES); });
         });

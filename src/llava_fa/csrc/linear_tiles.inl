@@ -1,18 +1,24 @@
 // Products of int8 of many vectors by matrix instructions (in linear_int8.inl). A tile of x is 16 columns or fewer by a unit's
 // numbers of each; a tile of points, as looked up, is a unit of a block; a tile of sums is those columns by the block's rows.
-// The sums, and what is made of them, are those of the other builds to the last bit.
+// The sums, and what is made of them, are those of the other builds to the last bit. x: [groups, batch, units of the group, STEPS,
+// X_BYTES].
 
 constexpr int64_t TILE_COLUMNS = 16;
 static_assert(STEPS == 16 && ROWS == 16 && X_BYTES == 4);
-
-// Whether the columns are multiplied so; then x is [groups, batch, units of the group, STEPS, X_BYTES].
-INLINE bool tiled(int64_t batch) { return batch >= TILED; }
 
 // Columns of every tile: as many each as come out even. The last tile ends with the last column, and begins in the one before.
 INLINE int64_t columns_of_tile(int64_t batch) {
   const int64_t tiles = (batch + TILE_COLUMNS - 1) / TILE_COLUMNS;
   return (batch + tiles - 1) / tiles;
 }
+
+// The calling thread's tiles, while there is one of these.
+struct Tiles {
+  ISA explicit Tiles(int64_t batch) { use_tiles(columns_of_tile(batch)); }
+  ISA ~Tiles() { leave_tiles(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
 
 // C tiles of columns, the first of them from column `first`, times R blocks.
 template <int C, int R>
@@ -36,15 +42,23 @@ INLINE void multiply_tiles(const Linear& job, int64_t group, int64_t units, cons
   }
   alignas(64) int32_t sums[C * R][TILE_COLUMNS * ROWS];
   each(all, [&](auto i) TILE { store_tile<i>(sums[i]); });
+  const int64_t batch = job.batch, block = batch * ROWS;
+  const int32_t* const biases = job.x_bias + group * batch;
+  const float* const scales = job.x_scale + group * batch;
+  const char* const later = reinterpret_cast<const char*>(job.x + (group * batch + C * width) * STRIDE);
   for (int c = 0; c < C; c++)
-    for (int64_t column = first + c * width; column < from[c] + width; column++) {
-      const int64_t at = group * job.batch + column;
-      const Ints bias = set1(job.x_bias[at]);
-      const Floats scale = set1(job.x_scale[at]);
-      for (int r = 0; r < R; r++) {
-        float* to = y + (r * job.batch + column) * ROWS;
-        store(to, fma(convert(add(load(sums[c * R + r] + (column - from[c]) * ROWS), bias)), scale, load(to)));
-      }
+    for (int64_t column = first + c * width, end = from[c] + width; column < end; column++) {
+      for (int64_t line = 0; line < STRIDE; line += 64)  // the CPU does not foresee the loads of tiles
+        _mm_prefetch(later + column * STRIDE + line, _MM_HINT_T0);
+      const Ints bias = set1(biases[column]);
+      const Floats scale = set1(scales[column]);
+      const int32_t* sum = sums[c * R] + (column - from[c]) * ROWS;
+      float* to = y + column * ROWS;
+      Floats total[R];  // all are read before one is written: to a CPU addresses that differ by 4096 look the same at first
+      each(blocks, [&](auto r) TILE {
+        total[r] = fma(convert(add(load(sum + r * TILE_COLUMNS * ROWS), bias)), scale, load(to + r * block));
+      });
+      each(blocks, [&](auto r) TILE { store(to + r * block, total[r]); });
     }
 }
 

@@ -11,6 +11,7 @@ namespace avx2 {
 constexpr const char* NAME = "avx2";
 constexpr int OFFSET = 0;
 constexpr int COLUMNS = 4, BLOCKS = 1, DIRECT = 2, DIRECT_SUMS = 1;
+constexpr auto FETCH = _MM_HINT_T0;
 constexpr int chains(int) { return 1; }
 
 #include "lookup_avx2.inl"

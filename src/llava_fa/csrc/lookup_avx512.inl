@@ -1,8 +1,9 @@
-// What both AVX-512 builds of the packed layer share: vectors of bytes, products, and points in float32.
+// What the AVX-512 builds of the packed layer share: vectors of bytes, products, and points in float32.
 
 constexpr int OFFSET = 128;
 // Rows in vectors of sums; columns of x and blocks of rows taken together, so that sums stay in registers.
-constexpr int COLUMNS = 12, BLOCKS = 2, DIRECT = 4, DIRECT_SUMS = 4;
+constexpr int COLUMNS = 12, BLOCKS = 2;
+constexpr auto FETCH = _MM_HINT_T1;  // codes to the second level: the first one's few waiting reads bound a thread's speed
 
 INLINE Bytes select_bits(int mask, Bytes yes, Bytes no) {
   return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(mask)), yes, no, 0xca);

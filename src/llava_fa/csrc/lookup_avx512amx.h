@@ -17,10 +17,10 @@ using namespace avx512;
 
 constexpr const char* NAME = "avx512amx";
 
+constexpr int DIRECT = 4, DIRECT_SUMS = 8;
+
 #include "lookup_avx512.inl"
 #include "lookup_avx512vbmi.inl"
-
-constexpr int64_t TILED = 5;  // columns from which tiles are quicker than what multiplies points where it looks them up
 
 // Tiles 0 … 7 of 1024 bytes: the rows of 0 … 5 are told by `use_tiles`, the others have 16; a row has 64 bytes.
 #ifdef LLAVA_FA_EMULATE_AMX

@@ -16,6 +16,8 @@ using namespace avx512;
 
 constexpr const char* NAME = "avx512vbmi";
 
+constexpr int DIRECT = 8, DIRECT_SUMS = 8;
+
 #include "lookup_avx512.inl"
 
 #include "lookup_avx512vbmi.inl"

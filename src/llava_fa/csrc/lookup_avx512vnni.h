@@ -13,6 +13,8 @@ using namespace avx512;
 
 constexpr const char* NAME = "avx512vnni";
 
+constexpr int DIRECT = 8, DIRECT_SUMS = 8;
+
 #include "lookup_avx512.inl"
 
 constexpr bool planes(int code_bits) { return code_bits <= 4; }
