@@ -38,7 +38,7 @@ def outputs() -> list[torch.Tensor]:
     layouts = [make(70, 600, bits) for bits in range(2, 9) for make in (best, trellis)]
     for layout, shipped in itertools.product(layouts, (False, True)):
         weight = random_weight(layout, shipped=shipped)
-        for batch in (1, 4, 17):
+        for batch in (1, 4, 8, 17, 40):
             x = torch.randn(batch, 600, generator=torch.Generator().manual_seed(layout.code_bits)).bfloat16()
             made.append(compiled.linear(x, weight))
     return made
@@ -47,7 +47,9 @@ def outputs() -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("level", "name", "flags"),
     [
-        ("avx512", "avx512vbmi", ("-DLLAVA_FA_EMULATE_VBMI",)),  # its two instructions; all else is as it will run
+        # Their own instructions are emulated; all else is as it will run.
+        ("avx512", "avx512amx", ("-DLLAVA_FA_AMX", "-DLLAVA_FA_EMULATE_AMX", "-DLLAVA_FA_EMULATE_VBMI")),
+        ("avx512", "avx512vbmi", ("-DLLAVA_FA_EMULATE_VBMI",)),
         ("avx512", "avx512vnni", ("-DLLAVA_FA_WITHOUT_VBMI",)),
         ("avx2", "avx2", ()),  # no assembler that knows AVX-VNNI
     ],

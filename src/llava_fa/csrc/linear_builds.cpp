@@ -35,7 +35,7 @@ bool has_avxvnni() {  // not every compiler's __builtin_cpu_supports knows it; a
 bool has_amx() {
 #if defined(LLAVA_FA_EMULATE_AMX)
   return true;
-#elif defined(LLAVA_FA_WITHOUT_AMX) || !defined(__linux__)
+#elif !defined(__linux__)
   return false;
 #else
   static const bool has = [] {
