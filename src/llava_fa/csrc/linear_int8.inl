@@ -10,7 +10,7 @@ INLINE void each(std::integer_sequence<int, I...>, F f) {
 }
 
 // Whether points are multiplied where they are looked up: few vectors. Others are multiplied by tiles, where there are some.
-INLINE bool is_direct(const Linear& job) { return job.batch <= (job.addends ? DIRECT_SUMS : job.state_bits ? 0 : DIRECT); }
+INLINE bool is_direct(const Linear& job) { return job.batch <= (job.addends ? direct_sums(job.code_bits) : job.state_bits ? 0 : DIRECT); }
 
 #ifdef LLAVA_FA_TILES
 #include "linear_tiles.inl"
@@ -250,7 +250,7 @@ ISA void int8_blocks(const Linear& job, int64_t first, int64_t count, float* y, 
   }
 }
 
-// Few vectors, DIRECT or DIRECT_SUMS at most: points are multiplied where they are looked up. `multiply` does that for one unit.
+// Few vectors, DIRECT or direct_sums at most: points are multiplied where they are looked up. `multiply` does that for one unit.
 template <int C, class Multiply>
 INLINE void direct(const Linear& job, int64_t first, int64_t count, int64_t row_bytes, int64_t unit_bytes, float* y,
                    Multiply multiply) {
@@ -304,7 +304,7 @@ ISA void rings_direct(const Linear& job, int64_t first, int64_t count, float* y)
 template <int BITS, bool QUADRANT = false>
 INLINE void int8_bits(const Linear& job, int64_t first, int64_t count, float* y, char* scratch) {
   if (job.addends) {
-    if (few<DIRECT_SUMS>(job.batch, [&](auto c) TILE { addends_direct<BITS, c>(job, first, count, y); })) return;
+    if (few<direct_sums(BITS)>(job.batch, [&](auto c) TILE { addends_direct<BITS, c>(job, first, count, y); })) return;
     return int8_blocks<AddendCodes<BITS>>(job, first, count, y, scratch);
   }
   if (job.state_bits) return int8_blocks<TrellisCodes<BITS>>(job, first, count, y, scratch);

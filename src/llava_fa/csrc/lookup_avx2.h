@@ -10,7 +10,8 @@ namespace avx2 {
 
 constexpr const char* NAME = "avx2";
 constexpr int OFFSET = 0;
-constexpr int COLUMNS = 4, BLOCKS = 1, DIRECT = 2, DIRECT_SUMS = 1;
+constexpr int COLUMNS = 4, BLOCKS = 1, DIRECT = 2;
+constexpr int direct_sums(int64_t) { return 1; }
 constexpr auto FETCH = _MM_HINT_T0;
 constexpr int chains(int) { return 1; }
 

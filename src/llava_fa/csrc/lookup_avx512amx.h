@@ -17,7 +17,8 @@ using namespace avx512;
 
 constexpr const char* NAME = "avx512amx";
 
-constexpr int DIRECT = 4, DIRECT_SUMS = 8;
+constexpr int DIRECT = 4;
+constexpr int direct_sums(int64_t code_bits) { return code_bits <= 4 ? 4 : 8; }
 
 #include "lookup_avx512.inl"
 #include "lookup_avx512vbmi.inl"

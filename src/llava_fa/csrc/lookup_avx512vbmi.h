@@ -16,7 +16,8 @@ using namespace avx512;
 
 constexpr const char* NAME = "avx512vbmi";
 
-constexpr int DIRECT = 8, DIRECT_SUMS = 8;
+constexpr int DIRECT = 8;
+constexpr int direct_sums(int64_t) { return 8; }
 
 #include "lookup_avx512.inl"
 

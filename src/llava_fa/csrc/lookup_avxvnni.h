@@ -12,7 +12,8 @@ using namespace avx2;
 
 constexpr const char* NAME = "avxvnni";
 constexpr int OFFSET = 128;
-constexpr int COLUMNS = 6, BLOCKS = 1, DIRECT = 2, DIRECT_SUMS = 1;
+constexpr int COLUMNS = 6, BLOCKS = 1, DIRECT = 2;
+constexpr int direct_sums(int64_t) { return 1; }
 constexpr auto FETCH = _MM_HINT_T1;
 constexpr int chains(int columns) { return columns == 1 ? 4 : 2; }
 
