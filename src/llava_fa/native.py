@@ -29,7 +29,7 @@ LEVELS = ("portable", "avx2", "avx512")
 """Instruction sets, narrowest first; a CPU that has one has those before it."""
 SWITCH = "LLAVA_FA_NATIVE"
 # As in csrc/library.cpp: raised whenever an exported function or a struct changes.
-_ABI = 7
+_ABI = 8
 
 
 @cache
@@ -154,8 +154,8 @@ def call(job: Viterbi | Beam | Greedy | Refine | TrellisBeam) -> None:
 
 
 def interleave(job: Interleave) -> None:
-    """Fill ``job.to``, which is zero at first."""
-    _loaded().llava_fa_interleave(_packed(job))
+    """Fill ``job.to``, every byte of it, on torch's threads."""
+    _loaded().llava_fa_interleave(torch.get_num_threads(), _parallel(), _packed(job))
 
 
 @cache
@@ -189,7 +189,8 @@ def _declare(library: ctypes.CDLL) -> None:
     for kernel in ("viterbi", "beam", "greedy", "refine", "trellis_beam"):
         function = getattr(library, f"llava_fa_{kernel}")
         function.argtypes, function.restype = [integer, integer, job], integer
-    library.llava_fa_interleave.argtypes = [job]
+    library.llava_fa_interleave.argtypes = [integer, address, job]
+    library.llava_fa_interleave.restype = None
     library.llava_fa_linear_name.restype = ctypes.c_char_p
     library.llava_fa_linear.argtypes = [integer, integer, address, job, integer]
     library.llava_fa_linear.restype = integer
@@ -223,6 +224,11 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def _parallel() -> int:
+    """Address of GOMP_parallel, 0 where a call must bring threads of its own."""
+    return 0 if _forked else openmp()[0]
 
 
 class LayerKernel(NamedTuple):
@@ -267,8 +273,7 @@ def linear(kernel: LayerKernel, layers: Sequence[tuple[int, ...]]) -> None:
         MemoryError: there was none left for its working space.
     """
     packed = _pack_layer(*layers[0]) if len(layers) == 1 else b"".join([_pack_layer(*fields) for fields in layers])
-    parallel = 0 if _forked else openmp()[0]
-    if kernel.function(kernel.level, torch.get_num_threads(), parallel, packed, len(layers)):
+    if kernel.function(kernel.level, torch.get_num_threads(), _parallel(), packed, len(layers)):
         raise MemoryError("no memory for the working space of a packed layer")
 
 

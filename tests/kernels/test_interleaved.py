@@ -29,6 +29,28 @@ def test_there_and_back(layout, monkeypatch):
     assert all(torch.equal(one, made[0]) for one in made)
 
 
+LARGE = [best(301, 200, bits) for bits in range(2, 9)] + [trellis(301, 70, bits) for bits in (2, 5, 8)]
+
+
+@pytest.mark.skipif(not native.levels(), reason="no compiled kernels")
+@pytest.mark.parametrize("layout", LARGE, ids=layout_id)
+def test_every_byte_is_written_whatever_the_threads(layout):
+    codes = random_tensors(layout)["codes"]
+    wanted = interleaved.interleave_reference(codes, layout)
+    sizes = (layout.out_features, layout.coefficients, layout.code_bits, layout.state_bits)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            made, back = torch.full_like(wanted, 255), torch.full_like(codes, 255)
+            native.interleave(native.Interleave(codes, made, *sizes, False))
+            native.interleave(native.Interleave(wanted, back, *sizes, True))
+            assert torch.equal(made, wanted)
+            assert torch.equal(back, codes)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_where_a_ring_code_lies(bits):
     layout = best(20, 130, bits)

@@ -1,10 +1,13 @@
 // Codes as stored (docs/format.md) ↔ in the order of the kernels (kernels/interleaved.py).
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "linear.h"
+#include "threads.h"
 
 using namespace llava_fa;
 
@@ -12,105 +15,195 @@ using namespace llava_fa;
 
 namespace {
 
-// One unit of one block: c_q, four coefficients of ROWS rows a vector, one code a byte.
-using Unit = uint8_t[8][64];
+// Blocks that a thread takes at a time.
+constexpr int64_t CHUNK = 8;
 
-// Eight codes are b bytes; of them and what follows, `left` bytes are there.
-inline __attribute__((always_inline)) void read_eight(const uint8_t* from, int64_t left, int b, uint8_t* low, uint8_t* high) {
-  uint64_t bits = 0;
-  if (left >= 8)
-    std::memcpy(&bits, from, 8);
-  else
-    std::memcpy(&bits, from, static_cast<size_t>(left));
-  const uint64_t mask = (1u << b) - 1;
-  for (int i = 0; i < 4; i++) low[i] = static_cast<uint8_t>(bits >> b * i & mask);
-  for (int i = 0; i < 4; i++) high[i] = static_cast<uint8_t>(bits >> b * (i + 4) & mask);
+constexpr uint64_t low_bits(int count) { return count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+// Numbers of 64 bits that hold the pattern once every so many bits.
+constexpr uint64_t repeat(uint64_t pattern, int every) {
+  uint64_t all = 0;
+  for (int at = 0; at < 64; at += every) all |= pattern << at;
+  return all;
 }
 
-inline __attribute__((always_inline)) void write_eight(uint8_t* to, int64_t left, int b, const uint8_t* low, const uint8_t* high) {
-  uint64_t bits = 0;
-  for (int i = 0; i < 4; i++) bits |= uint64_t{low[i]} << b * i | uint64_t{high[i]} << b * (i + 4);
-  std::memcpy(to, &bits, static_cast<size_t>(std::min<int64_t>(b, left)));
-}
-
-// Fields of 8, 4, 2 and 1 bits, of as many vectors; from the low bits of a code on. Of each: which c_q and which vector it is
-// of, the lowest of its bits in a code, its place in a byte of the vector, and its bits there.
-template <class F>
-inline __attribute__((always_inline)) void over_fields(int b, F f) {
-  for (int width = 8, low = 0, vector = 0; width; width /= 2) {
-    if (width == 8 ? b != 8 : b == 8 || !(b & width)) continue;
-    for (int q = 0; q < 8; vector++)
-      for (int place = 0; place < 8; place += width) f(q++, vector, low, place, (1 << width) - 1);
-    low += width;
+// A number of B bytes, put together in a register: a wide load of what was stored in pieces would have to wait for them.
+template <int B>
+inline uint64_t bytes(const uint8_t* from) {
+  if constexpr (B == 8) {
+    uint64_t x;
+    std::memcpy(&x, from, 8);
+    return x;
+  } else if constexpr (B >= 4) {
+    uint32_t x;
+    std::memcpy(&x, from, 4);
+    return x | bytes<B - 4>(from + 4) << 32;
+  } else if constexpr (B >= 2) {
+    uint16_t x;
+    std::memcpy(&x, from, 2);
+    return x | bytes<B - 2>(from + 2) << 16;
+  } else {
+    return B ? *from : 0;
   }
 }
 
-inline __attribute__((always_inline)) void join(const Unit& c, int b, uint8_t* vectors) {
-  over_fields(b, [&](int q, int vector, int low, int place, int mask) {
-    uint8_t* to = vectors + 64 * vector;
-    for (int i = 0; i < 64; i++) to[i] = static_cast<uint8_t>(to[i] | (c[q][i] >> low & mask) << place);
-  });
+// Eight codes of B bits ↔ a byte each: halves are moved apart, then quarters, then single codes.
+template <int B>
+inline uint64_t apart(uint64_t x) {
+  x = (x & low_bits(4 * B)) | (x >> (4 * B) & low_bits(4 * B)) << 32;
+  x = (x & repeat(low_bits(2 * B), 32)) | (x & repeat(low_bits(2 * B) << 2 * B, 32)) << (16 - 2 * B);
+  return (x & repeat(low_bits(B), 16)) | (x & repeat(low_bits(B) << B, 16)) << (8 - B);
 }
 
-inline __attribute__((always_inline)) void part(const uint8_t* vectors, int b, Unit& c) {
-  std::memset(c, 0, sizeof c);
-  over_fields(b, [&](int q, int vector, int low, int place, int mask) {
-    const uint8_t* from = vectors + 64 * vector;
-    for (int i = 0; i < 64; i++) c[q][i] = static_cast<uint8_t>(c[q][i] | (from[i] >> place & mask) << low);
-  });
+template <int B>
+inline uint64_t together(uint64_t x) {
+  x = (x & repeat(low_bits(B), 16)) | (x >> (8 - B) & repeat(low_bits(B) << B, 16));
+  x = (x & repeat(low_bits(2 * B), 32)) | (x >> (16 - 2 * B) & repeat(low_bits(2 * B) << 2 * B, 32));
+  return (x & low_bits(4 * B)) | (x >> (32 - 4 * B) & low_bits(4 * B) << 4 * B);
 }
 
-template <int B, bool BACK>
-void rings(const Interleave& job) {
-  const int64_t row_bytes = (job.coefficients * B + 7) / 8, units = (job.coefficients + UNIT - 1) / UNIT;
-  for (int64_t first = 0; first < job.m; first += ROWS)
-    for (int64_t unit = 0; unit < units; unit++) {
-      const int64_t rows = std::min(ROWS, job.m - first), at = (first / ROWS * units + unit) * B * 64;
-      Unit c = {};
-      if (BACK) part(job.source + at, B, c);
-      for (int64_t row = 0; row < rows; row++)
-        for (int eight = 0; eight < 4; eight++) {
-          const int64_t byte = unit * UNIT / 8 * B + eight * B, left = row_bytes - byte;
-          uint8_t *low = c[2 * eight] + 4 * row, *high = c[2 * eight + 1] + 4 * row;
-          if (left <= 0) break;
-          if (BACK)
-            write_eight(job.to + (first + row) * row_bytes + byte, left, B, low, high);
-          else
-            read_eight(job.source + (first + row) * row_bytes + byte, left, B, low, high);
-        }
-      if (!BACK) join(c, B, job.to + at);
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// A unit of one row: 4 B bytes as stored ↔ a dword in each of B vectors. `eight[e]` are the codes c_2e and c_2e+1.
+template <int B>
+struct Rings {
+  static constexpr int bits = B;
+
+  // Fields of 8, 4, 2 and 1 bits, of as many vectors, from the low bits of a code on. What is known when compiled is a type.
+  template <int WIDTH = 8, int LOW = 0, int VECTOR = 0, class F>
+  static inline __attribute__((always_inline)) void over_fields(F f) {
+    if constexpr (WIDTH == 8 ? B == 8 : B != 8 && (B & WIDTH)) {
+#pragma GCC unroll 8
+      for (int i = 0; i < WIDTH; i++) f(Constant<WIDTH>{}, Constant<LOW>{}, i, VECTOR + i);
+      over_fields<WIDTH / 2, LOW + WIDTH, VECTOR + WIDTH>(f);
+    } else if constexpr (WIDTH > 0) {
+      over_fields<WIDTH / 2, LOW, VECTOR>(f);
     }
+  }
+
+  static inline __attribute__((always_inline)) void forth(const uint8_t* stored, uint32_t* vectors) {
+    uint64_t eight[4];
+    for (int e = 0; e < 4; e++) eight[e] = apart<B>(bytes<B>(stored + e * B));
+    over_fields([&](auto width, auto low, int i, int vector) __attribute__((always_inline)) {
+      if constexpr (width == 8) {
+        vectors[vector] = static_cast<uint32_t>(eight[i / 2] >> i % 2 * 32);
+      } else {
+        constexpr uint64_t mask = repeat(low_bits(width), 8);
+        uint64_t pairs = 0;
+        for (int k = 0; k < 4 / width; k++) pairs |= (eight[i * (4 / width) + k] >> low & mask) << 2 * width * k;
+        vectors[vector] = static_cast<uint32_t>(pairs | pairs >> 32 << width);
+      }
+    });
+  }
+
+  static inline __attribute__((always_inline)) void back(const uint32_t* vectors, uint8_t* stored) {
+    uint64_t eight[4] = {};
+    over_fields([&](auto width, auto low, int i, int vector) __attribute__((always_inline)) {
+      if constexpr (width == 8) {
+        eight[i / 2] |= uint64_t{vectors[vector]} << i % 2 * 32;
+      } else {
+        constexpr uint64_t mask = repeat(low_bits(width), 8);
+        const uint64_t pairs = vectors[vector] | uint64_t{vectors[vector]} >> width << 32;
+        for (int k = 0; k < 4 / width; k++) eight[i * (4 / width) + k] |= (pairs >> 2 * width * k & mask) << low;
+      }
+    });
+    for (int e = 0; e < 4; e++) {
+      const uint64_t bits = together<B>(eight[e]);
+      std::memcpy(stored + e * B, &bits, B);
+    }
+  }
+};
+
+template <int B>
+struct Trellis {
+  static constexpr int bits = B;
+
+  static void forth(const uint8_t* stored, uint32_t* vectors) {
+    uint16_t words[2 * B];
+    std::memcpy(words, stored, sizeof words);
+    for (int i = 0; i < B; i++) vectors[i] = words[i] | uint32_t{words[B + i]} << 16;
+  }
+
+  static void back(const uint32_t* vectors, uint8_t* stored) {
+    uint16_t words[2 * B];
+    for (int i = 0; i < B; i++) {
+      words[i] = static_cast<uint16_t>(vectors[i]);
+      words[B + i] = static_cast<uint16_t>(vectors[i] >> 16);
+    }
+    std::memcpy(stored, words, sizeof words);
+  }
+};
+
+struct Sizes {
+  int64_t row_bytes, vectors;  // of a row as stored; of a block
+};
+
+template <class Unit>
+void forth(const Interleave& job, const Sizes& size, int64_t block) {
+  const int64_t first = block * ROWS, rows = std::min(ROWS, job.m - first);
+  uint8_t* to = job.to + block * size.vectors * 64;
+  for (int64_t v = 0; v < size.vectors; v += Unit::bits, to += 64 * Unit::bits) {
+    const int64_t count = std::min<int64_t>(Unit::bits, size.vectors - v), left = size.row_bytes - 4 * v;
+    const bool whole = left >= 4 * Unit::bits && count == Unit::bits;
+    const uint8_t* from = job.source + first * size.row_bytes + 4 * v;
+    if (rows < ROWS) std::memset(to, 0, 64 * count);
+    for (int64_t row = 0; row < rows; row++, from += size.row_bytes) {
+      uint32_t dwords[Unit::bits];
+      if (whole) {
+        Unit::forth(from, dwords);
+        for (int i = 0; i < Unit::bits; i++) std::memcpy(to + 64 * i + 4 * row, dwords + i, 4);
+        continue;
+      }
+      uint8_t stored[4 * Unit::bits] = {};
+      if (left > 0) std::memcpy(stored, from, static_cast<size_t>(std::min<int64_t>(left, sizeof stored)));
+      Unit::forth(stored, dwords);
+      for (int i = 0; i < count; i++) std::memcpy(to + 64 * i + 4 * row, dwords + i, 4);
+    }
+  }
+}
+
+template <class Unit>
+void back(const Interleave& job, const Sizes& size, int64_t block) {
+  const int64_t first = block * ROWS, rows = std::min(ROWS, job.m - first);
+  const uint8_t* from = job.source + block * size.vectors * 64;
+  for (int64_t v = 0; v < size.vectors; v += Unit::bits, from += 64 * Unit::bits) {
+    const int64_t count = std::min<int64_t>(Unit::bits, size.vectors - v), left = size.row_bytes - 4 * v;
+    uint8_t* to = job.to + first * size.row_bytes + 4 * v;
+    if (left <= 0) break;
+    for (int64_t row = 0; row < rows; row++, to += size.row_bytes) {
+      uint32_t dwords[Unit::bits] = {};
+      uint8_t stored[4 * Unit::bits];
+      for (int i = 0; i < count; i++) std::memcpy(dwords + i, from + 64 * i + 4 * row, 4);
+      Unit::back(dwords, stored);
+      std::memcpy(to, stored, static_cast<size_t>(std::min<int64_t>(left, sizeof stored)));
+    }
+  }
 }
 
 // Shifts and masks are known when compiled: they are most of the work.
-template <int B>
-void rings_of(const Interleave& job) {
-  if (B != job.code_bits) return rings_of<B + 1>(job);
-  job.back ? rings<B, true>(job) : rings<B, false>(job);
-}
-
-template <>
-void rings_of<9>(const Interleave&) {}
-
-void trellis(const uint8_t* from, uint8_t* to, int64_t m, int64_t row_bytes, int64_t words, int64_t code_bits, bool back) {
-  for (int64_t row = 0; row < m; row++)
-    for (int64_t i = 0; i < row_bytes; i++) {
-      const int64_t unit = i / (4 * code_bits), half = i / (2 * code_bits) % 2, word = unit * code_bits + i / 2 % code_bits;
-      const int64_t other = (row / ROWS * words + word) * 64 + row % ROWS * 4 + half * 2 + i % 2;
-      const int64_t stored = row * row_bytes + i;
-      if (back)
-        to[stored] = from[other];
-      else
-        to[other] = from[stored];
-    }
+template <template <int> class Unit, int B>
+void over_blocks(const Interleave& job, const Sizes& size, int64_t threads, Parallel parallel) {
+  if constexpr (B <= 8) {
+    if (B != job.code_bits) return over_blocks<Unit, B + 1>(job, size, threads, parallel);
+    const int64_t blocks = (job.m + ROWS - 1) / ROWS, chunks = (blocks + CHUNK - 1) / CHUNK;
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+      for (int64_t first; (first = next.fetch_add(CHUNK)) < blocks;)
+        for (int64_t block = first; block < std::min(first + CHUNK, blocks); block++)
+          job.back ? back<Unit<B>>(job, size, block) : forth<Unit<B>>(job, size, block);
+    };
+    on_threads(std::min(threads, chunks), parallel, work);
+  }
 }
 
 }  // namespace
 
-// source → to, which is zero at first.
-EXPORT void llava_fa_interleave(const Interleave* job) {
-  if (!job->state_bits) return rings_of<2>(*job);
-  const int64_t b = job->code_bits, count = job->coefficients;
-  const int64_t row_bytes = (count * b + job->state_bits - b + 7) / 8, words = trellis_words(count, b, job->state_bits);
-  trellis(job->source, job->to, job->m, row_bytes, words, b, job->back != 0);
+// source → to, every byte of it. parallel: GOMP_parallel, or null.
+EXPORT void llava_fa_interleave(int64_t threads, Parallel parallel, const Interleave* job) {
+  const int64_t b = job->code_bits, bits = job->coefficients * b + (job->state_bits ? job->state_bits - b : 0);
+  const int64_t words = trellis_words(job->coefficients, b, job->state_bits);
+  const Sizes size{(bits + 7) / 8, words ? words : (job->coefficients + UNIT - 1) / UNIT * b};
+  job->state_bits ? over_blocks<Trellis, 1>(*job, size, threads, parallel)
+                  : over_blocks<Rings, 2>(*job, size, threads, parallel);
 }

@@ -42,7 +42,7 @@ int64_t over_rows(int64_t threads, int64_t lanes, const Job& job, size_t scratch
 }  // namespace
 
 // Raised whenever an exported function or a struct changes, so that a library of older sources is not called.
-EXPORT int64_t llava_fa_abi() { return 7; }
+EXPORT int64_t llava_fa_abi() { return 8; }
 
 // The best level that this CPU and this build have.
 EXPORT int64_t llava_fa_level() {

@@ -63,7 +63,7 @@ def _compiled(codes: Tensor) -> bool:
 
 
 def _convert(codes: Tensor, layout: Layout, shape: tuple[int, ...], back: bool) -> Tensor:
-    source, out = codes.contiguous(), torch.zeros(shape, dtype=torch.uint8)
+    source, out = codes.contiguous(), torch.empty(shape, dtype=torch.uint8)
     sizes = (layout.out_features, layout.coefficients, layout.code_bits, layout.state_bits)
     native.interleave(native.Interleave(source, out, *sizes, back))
     return out
