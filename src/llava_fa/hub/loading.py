@@ -12,14 +12,21 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.adapter import has_adapter, loaded_with_adapter
 from llava_fa.hub.architecture import model_class
 from llava_fa.hub.complete import loaded_model, loaded_source
+from llava_fa.hub.mapped import MappedFiles
 from llava_fa.hub.original import opened, recognise
 from llava_fa.hub.processor import load_processor
 from llava_fa.hub.source import read_config, refuse_quantised, resolve_model, weight_files
 from llava_fa.hub.visual_tokens import set_visual_tokens
+from llava_fa.nn.arranged import arrange
 
 
 def load(
-    model: str | Path, device: str = "auto", dtype: torch.dtype | None = None, visual_tokens: int | None = None
+    model: str | Path,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    visual_tokens: int | None = None,
+    *,
+    answers: bool = True,
 ) -> tuple[Any, Any]:
     """(model in eval mode, processor) of ``tiny``, a folder or a hub id, original or compressed.
 
@@ -28,6 +35,8 @@ def load(
         device: a torch device, or ``"auto"`` for a GPU where there is one, else the CPU.
         dtype: of what is computed; by default bf16 where the device is fast at it, else float32.
         visual_tokens: how many tokens a picture is told in (`hub.visual_tokens`); by default as the model was saved.
+        answers: whether it is to answer: then its codes are at once put in the order of the kernels that read them
+            (`nn.arranged`), and the pages of the files that they came from are given back.
 
     Raises:
         FourierError: there is no such model, or it cannot be loaded or has no processor.
@@ -47,7 +56,10 @@ def load(
         loaded = (loaded_with_adapter if has_adapter(folder) else loaded_model)(folder, dtype=dtype)
     if visual_tokens is not None:
         set_visual_tokens(loaded, visual_tokens, processor)
-    return loaded.to(place), processor
+    loaded = loaded.to(place)
+    if answers:
+        arrange(loaded, MappedFiles().give_back)
+    return loaded, processor
 
 
 def processor_of(model: str | Path) -> Any:

@@ -28,8 +28,9 @@ class FourierLinear(PackedLinear):
     The packed tensors are buffers under the names of `Layout.tensors`. Their dtypes are part of the format:
     ``.to(dtype)``, ``.half()`` and their like cast the bias and leave them alone, so a cast never changes W.
 
-    Where a kernel runs, ``codes`` lie in the order it reads them from the first forward on (`kernels.interleaved`
-    on a CPU, `kernels.words` on a GPU; one copy, never two). `packed` and state dicts always have them as stored.
+    Where a kernel runs, ``codes`` lie in the order it reads them (`kernels.interleaved` on a CPU, `kernels.words` on a
+    GPU; one copy, never two) from the first forward on, or from when they are `nn.arranged`. `packed` and state dicts
+    always have them as stored.
 
     In a model the codebook is no buffer of the layer: ``books`` holds those of all layers (`nn.codebooks`).
 

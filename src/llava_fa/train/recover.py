@@ -231,7 +231,7 @@ class _Run:
     def _load(self, device: torch.device) -> nn.Module:
         # what is trained becomes float32; the rest is rounded by nobody on a CPU, and in bf16 on a GPU
         dtype = torch.bfloat16 if device.type == "cuda" and self.settings.bf16 else torch.float32
-        return load(self.folder, str(device), dtype)[0]
+        return load(self.folder, str(device), dtype, answers=False)[0]
 
     def _make_trainable(self) -> None:
         model, rank, factors = self.model, self.settings.rank, None

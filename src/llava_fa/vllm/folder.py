@@ -11,11 +11,10 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.checkpoint import LayerRecord, Metadata, check_content, file_keys, validate
 from llava_fa.hub.shards import Entry
 from llava_fa.hub.source import weight_files
-from llava_fa.kernels import registry
 from llava_fa.kernels.layout import FactoredLayout, Layout
+from llava_fa.nn.arranged import arrange_layer
 from llava_fa.nn.codebooks import codebook_key
-from llava_fa.nn.factored_linear import FactoredLinear, layer_from_tensors
-from llava_fa.nn.fourier_linear import FourierLinear
+from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.nn.packed_linear import PackedLinear
 from llava_fa.vllm.shares import Share, with_rows
 
@@ -88,7 +87,9 @@ class Folder:
                 tensors[prefix + key] = _read(entry, share if sliced else None)
         layout.check(tensors)
         check_content(share.name, layout, tensors)
-        return arranged(_built(layout, tensors, dtype, device), dtype)
+        layer = _built(layout, tensors, dtype, device)
+        arrange_layer(layer, dtype)
+        return layer
 
     def dense(self, share: Share, dtype: torch.dtype, device: torch.device) -> Dense:
         """Rows of a layer that was left as it is.
@@ -124,17 +125,3 @@ def _built(
     layout: Layout | FactoredLayout, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> PackedLinear:
     return layer_from_tensors(layout, {key: tensor.to(device) for key, tensor in tensors.items()}, dtype=dtype)
-
-
-def arranged(layer: PackedLinear, dtype: torch.dtype) -> PackedLinear:
-    """The layer with its codes in the order of the kernel that will read them: once, before the first call.
-
-    A graph, of torch.compile or of CUDA, knows a tensor by its address, which then stays.
-    """
-    for part in (layer.left, layer.right) if isinstance(layer, FactoredLinear) else (layer,):
-        assert isinstance(part, FourierLinear)
-        if part.layout.method == "best":
-            # The right factor of two hands on float32; the order does not depend on it.
-            probe = torch.empty(1, part.in_features, dtype=dtype, device=part.codes.device)
-            part.codes = part.packed_weight().arranged(registry.choose("best_linear", probe).order).codes  # type: ignore[union-attr]
-    return layer
