@@ -32,19 +32,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import shapes
 import torch
-from common import arguments, clip_large, memory, write_json
+from common import arguments, memory, write_json
 from torch import nn
 
 from llava_fa import FourierConfig, FourierLinear, compress, native
 from llava_fa.config import Codes
 from llava_fa.eval.runner import evaluate_world
+from llava_fa.hub.exchange import tie_all
 from llava_fa.hub.loading import load
 from llava_fa.kernels.layout import best_layout
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import STATE_BITS, trellis_points
 from llava_fa.nn.codebooks import share_codebooks
-from llava_fa.nn.fourier_embedding import FourierEmbedding, tie
+from llava_fa.nn.fourier_embedding import FourierEmbedding
+from llava_fa.nn.patches import Patches, matrix_shape
 from llava_fa.nn.surgery import classify, replace_module
 
 KEPT = ", words kept"
@@ -71,41 +74,22 @@ IMAGE_TOKENS, TEXT_TOKENS = 576, 24
 
 
 def random_llava() -> nn.Module:
-    """LLaVA of CLIP-L (24 layers, 336 pixels) and Qwen2.5-1.5B, on meta."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
-
-    text = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    config = LlavaConfig(
-        vision_config=clip_large(),
-        text_config=text,
-        image_token_index=151935,
-        image_seq_length=IMAGE_TOKENS,
-        tie_word_embeddings=True,
-    )
-    with torch.device("meta"):
-        return LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
+    """LLaVA of CLIP-L (24 layers, 336 pixels) and Qwen2.5-1.5B, on meta; no word ends its answers."""
+    config = shapes.llava_1_5b()
+    config.text_config.eos_token_id = None
+    return shapes.empty(config)
 
 
-def packed_layer(plain: nn.Linear | nn.Embedding, code_bits: int, state_bits: int = 0) -> FourierLinear:
-    """A packed layer, or embedding, of this one's shape, its codes random."""
-    m, n = plain.weight.shape
+def packed_layer(plain: nn.Module, code_bits: int, state_bits: int = 0) -> FourierLinear:
+    """A packed layer, embedding or convolution of this one's shape, its codes random."""
+    m, n = matrix_shape(plain.weight)
     layout = best_layout(m, n, code_bits, state_bits)
     tensors = {}
     for name, (dtype, shape) in layout.tensors().items():
         random = dtype == torch.uint8
         tensors[name] = torch.randint(0, 256, shape, dtype=dtype) if random else torch.ones(shape, dtype=dtype)
+    spare = -layout.row_bits % 8  # bits behind a row's last code are zero
+    tensors["codes"][:, -1] &= 255 >> spare
     tensors["row_scale"] *= n**-0.5
     tensors["codebook"] = (trellis_points if state_bits else ring_codebook)(code_bits).bfloat16()
     if isinstance(plain, nn.Embedding):
@@ -114,18 +98,27 @@ def packed_layer(plain: nn.Linear | nn.Embedding, code_bits: int, state_bits: in
             setattr(words, name, tensor)
         return words
     bias = None if plain.bias is None else torch.zeros(m, dtype=torch.bfloat16)
-    return FourierLinear.from_tensors(layout, tensors, bias, torch.bfloat16)
+    packed = FourierLinear.from_tensors(layout, tensors, bias, torch.bfloat16)
+    if (patches := Patches.of(plain)) is not None:
+        packed.convolve(patches)
+    return packed
 
 
-def materialise(model: nn.Module, code_bits: int, state_bits: int, words: bool) -> None:
-    """Put packed layers where `compress` would (unless code_bits is 0), and numbers into all that is left on meta."""
+def materialise(model: nn.Module, code_bits: int, state_bits: int, words: bool) -> dict[str, str]:
+    """Put packed layers where `compress` would (unless code_bits is 0), and numbers into all that is left on meta.
+
+    Returns:
+        What was not packed → why.
+    """
+    reasons: dict[str, str] = {}
     if code_bits:
         chosen = classify(model, embeddings=words)
+        reasons = chosen.not_compressed
         for name in chosen.layers:
             replace_module(model, name, packed_layer(model.get_submodule(name), code_bits, state_bits))
         for name in chosen.embeddings:
-            replace_module(model, name, packed := packed_layer(model.get_submodule(name), 2 * WORD_BITS))
-            tie(model, "lm_head", packed)
+            replace_module(model, name, packed_layer(model.get_submodule(name), 2 * WORD_BITS))
+        tie_all(model)
         share_codebooks(model)
     noise = torch.randn(1 << 20).bfloat16()
     for module in model.modules():
@@ -143,6 +136,7 @@ def materialise(model: nn.Module, code_bits: int, state_bits: int, words: bool) 
                     made = 1e4 ** -(torch.arange(tensor.numel()) / tensor.numel())
                 module.register_buffer(name, made, persistent=False)
     model.tie_weights()
+    return reasons
 
 
 def prepared(name: str, row: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -43,6 +43,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import shapes
 from common import Row, Rows, arguments
 
 SERVERS = {
@@ -55,86 +56,17 @@ SERVERS = {
 }
 """Name → folder beside the model's, dtype; auto: bf16, or float32 on a CPU without bf16 instructions."""
 VOCABULARY, PICTURE, CONTEXT = 151936, 112, 512
-TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' %}<image> {% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endfor %}"
-)
 
 
 def make(folder: Path) -> None:
     """The model, and what compressing makes of it."""
     import llava_fa
 
-    if not (folder / "config.json").exists():
-        partial = folder.with_suffix(".partial")
-        _random_llava(partial)
-        partial.rename(folder)
+    shapes.write(shapes.llava_1_5b(picture=PICTURE), folder)
     for bits in (4, 2):
         out = folder.parent / str(bits)
         if not (out / "config.json").exists():
             llava_fa.compress(folder, out, llava_fa.FourierConfig(bits=bits), embeddings=4)
-
-
-def _random_llava(folder: Path) -> None:
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-        Qwen2Config,
-    )
-
-    names = ["<pad>", "<unk>", "<end>", "<image>", *(f"w{index}" for index in range(4, VOCABULARY))]
-    words = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece(prefix="")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<end>",
-        additional_special_tokens=["<image>"],
-    )
-    size = {"height": PICTURE, "width": PICTURE}
-    images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
-    processor = LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        chat_template=TEMPLATE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=PICTURE,
-        patch_size=14,
-    )
-    text = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=3, tie_word_embeddings=True)
-    config.image_seq_length = (PICTURE // 14) ** 2
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 class Server:
