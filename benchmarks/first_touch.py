@@ -5,11 +5,12 @@
 
 The model: a shape of `shapes.py` with random codes, all layers and words packed (words at 4 bits). It is written to
 --root once; its files are read before anything is measured, so that they are in the disk's cache. Each repeat is a
-process of its own: *import*, *load* (`llava_fa.hub.loading.load`), *first*: from the question to the first word of the
-answer, a picture of 576 visual tokens and some words; *second*: the same question once more; *word*: seconds from the
-start of the process to the first word, as who waits for `llava-fa chat` sees them. *memory*: what the process holds
-(VmRSS) after the first word, *peak* the most until then (VmHWM), of that what is a file's (RssFile), all beside the
-size of the weight files. Medians of --repeats; --label names the rows of one version of the code.
+process of its own: *import*, *load* (`llava_fa.hub.loading.load`), *first*: from the question, some 20 words, to the
+first word of the answer (--picture: with a picture of 576 visual tokens before them); *second*: the same question once
+more; *word*: seconds from the start of the process to the first word, as who waits for `llava-fa chat` sees them.
+*memory*: what the process holds (VmRSS) after the first word, *peak* the most until then (VmHWM), *file* what of it is
+files' pages (RssFile), beside the size of the weight files. Medians of --repeats; --label names the rows of one version
+of the code.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def make(root: Path, shape: str, row: str) -> Path:
     return folder
 
 
-def child(folder: Path, begun: float) -> Row:
+def child(folder: Path, begun: float, seen: bool) -> Row:
     """One process: its times and memory."""
     import torch
     from PIL import Image
@@ -64,10 +65,10 @@ def child(folder: Path, begun: float) -> Row:
     imported = time.time()
     model, processor = load(folder)
     loaded = time.time()
-    picture = Image.effect_noise((336, 336), 64).convert("RGB")
+    pictures = [Image.effect_noise((336, 336), 64).convert("RGB")] if seen else []
     times = []
     for _ in range(2):
-        inputs = inputs_of(model, processor, [[picture]], [prompt(processor, 1, QUESTION)])
+        inputs = inputs_of(model, processor, [pictures], [prompt(processor, len(pictures), QUESTION)])
         with torch.inference_mode():
             start = time.time()
             model.generate(**inputs, max_new_tokens=1, min_new_tokens=1, do_sample=False)
@@ -96,6 +97,7 @@ def measure(folder: Path, key: dict[str, Any], rows: Rows, repeats: int) -> None
                 while opened.read(1 << 24):
                     pass
         command = [sys.executable, __file__, "--child", str(folder), "--begun", str(time.time())]
+        command += ["--picture"] if key["picture"] else []
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         size = sum(file.stat().st_size for file in files)
@@ -106,8 +108,11 @@ def report(rows: Rows) -> None:
     times, sizes = ("import", "load", "first", "second", "word"), ("files", "memory", "file", "peak")
     names = ["model", "code", *(f"{name}, s" for name in times), *(f"{name}, GB" for name in sizes)]
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
-    for name, label in dict.fromkeys((f"{row['shape']} {row['row']}", row["label"]) for row in rows):
-        own = [row for row in rows if (f"{row['shape']} {row['row']}", row["label"]) == (name, label)]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        asked = f"{row['shape']} {row['row']}{', picture' if row['picture'] else ''}"
+        groups.setdefault((asked, row["label"]), []).append(row)
+    for (name, label), own in groups.items():
         figures = [f"{statistics.median(row[key] for row in own):.2f}" for key in times]
         figures += [f"{statistics.median(row[key] for row in own) / 1e9:.2f}" for key in sizes]
         print(f"| {name} | {label} | {' | '.join(figures)} |")
@@ -117,6 +122,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--shape", default="llava-1.5-7b", choices=("llava-1.5b", "llava-1.5-7b"))
     parser.add_argument("--rows", nargs="+", default=["4-rings", "3-rings", "2-rings", "2-trellis"])
+    parser.add_argument("--picture", action="store_true", help="ask about a picture")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--label", default="now")
     parser.add_argument("--root", type=Path, default=Path("runs/first_touch"))
@@ -126,15 +132,16 @@ def main() -> None:
     parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child, args.begun)))
+        print(json.dumps(child(args.child, args.begun, args.picture)))
         return
     args.root.mkdir(parents=True, exist_ok=True)
     rows = Rows(args.root / "rows.jsonl")
     if not args.report:
         for row in args.rows:
             folder = make(args.root, args.shape, row)
+            key = {"shape": args.shape, "row": row, "label": args.label, "picture": args.picture}
             if not args.make:
-                measure(folder, {"shape": args.shape, "row": row, "label": args.label}, rows, args.repeats)
+                measure(folder, key, rows, args.repeats)
     report(rows)
 
 

@@ -8,7 +8,8 @@
 Configurations are the published ones, written out here; names and shapes of tensors are those that transformers saves
 such a model with. Matrices are normal with a variance of 1 / inputs, norms one, biases zero: activations keep their
 scale through any number of layers. A tensor's numbers depend on its name and --seed alone. With a tokenizer of invented
-words and the picture processor of the family, so that `llava-fa` takes the folder as any model's.
+words and the picture processor of the family, so that `llava-fa` takes the folder as any model's (Qwen's processors
+need torchvision, as always in transformers).
 
 bf16, in shards of about 4 GB, written some millions of numbers at a time; a shard is there whole or not at all, and one
 that is there is not written again. config.json comes last. --most: of language layers only so many as fit.
