@@ -15,6 +15,7 @@ from llava_fa import FourierConfig, FourierError, FourierLinear
 from llava_fa.hub import blocks as blockwise
 from llava_fa.hub import calibrated as calibrated_blocks
 from llava_fa.hub.calibration_data import prepare
+from llava_fa.hub.course import Original, capture
 from llava_fa.hub.inspect import inspect_model
 from llava_fa.maths import metrics
 
@@ -39,15 +40,12 @@ def stages() -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize(("reach", "target"), [(None, "outputs"), ("one unit at a time", "outputs"), (None, "weights")])
-def test_statistics_against_whole_forward_passes(tmp_path, samples, reach, target, monkeypatch):
+@pytest.mark.parametrize("target", ["outputs", "weights"])
+def test_statistics_against_whole_forward_passes(tmp_path, samples, target):
     """The oracle runs both whole models from the pixels for every stage, one with all earlier stages compressed."""
-    if reach is not None:  # as for a model whose blocks do not feed each other directly
-        monkeypatch.setattr(blockwise, "_same", lambda *_: False)
     folder = helpers.save_llava(tmp_path / "in")
     config = FourierConfig(bits=2, refine_passes=0, target=target)
     report = llava_fa.compress(folder, tmp_path / "out", config, samples)
-    monkeypatch.undo()
     reported = {layer.name: layer for layer in report.layers}
     compressed = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -112,11 +110,9 @@ def test_where_the_original_routes_other_tokens_there_is_no_drift():
     other = [x[0] + 1, torch.randn(1, 2, 4)]
     with torch.no_grad():
         [same] = calibrated_blocks.gather(
-            unit, [[layer]], [call] * 2, x, calibrated_blocks.Original(unit.copy(), [v + 1 for v in x])
+            unit, [[layer]], [call] * 2, x, Original(unit.copy(), [call] * 2, [v + 1 for v in x])
         )
-        [routed] = calibrated_blocks.gather(
-            unit, [[layer]], [call] * 2, x, calibrated_blocks.Original(unit.copy(), other)
-        )
+        [routed] = calibrated_blocks.gather(unit, [[layer]], [call] * 2, x, Original(unit.copy(), [call] * 2, other))
     tokens = torch.cat(x, 1)[0]
     torch.testing.assert_close(same.drift, torch.ones(4, 6) @ tokens / 6)
     assert routed.drift is None
@@ -218,7 +214,7 @@ def test_several_calls_of_a_block_per_sample(samples):
     inputs = [{"x": torch.randn(2, 3, 4)} for _ in range(3)]
     units = [blockwise.Unit(f"layers.{i}", model.layers[i], []) for i in range(2)]
     with torch.no_grad():
-        calls, hidden = blockwise.capture(units, model, inputs)
+        calls, hidden = capture(units, model, inputs)
     assert [len(of) for of in calls] == [6, 6]
     assert torch.equal(torch.stack(hidden), torch.cat([sample["x"] for sample in inputs]))
 
@@ -245,7 +241,7 @@ def test_a_block_that_some_samples_pass_by(passed_by):
     x = torch.randn(3, 2, 4)
     inputs = [{"x": x[0]}, {"x": x[1], "without": torch.tensor([passed_by])}, {"x": x[2]}]
     units = [blockwise.Unit(f"layers.{i}", model.layers[i], []) for i in range(3)]
-    calls, hidden = blockwise.capture(units, model, inputs)
+    calls, hidden = capture(units, model, inputs)
     assert [[call is not None for call in of] for of in calls] == [
         [index != 1 or unit != passed_by for index in range(3)] for unit in range(3)
     ]
@@ -262,7 +258,7 @@ def test_a_block_that_a_sample_runs_more_often_than_others_is_named():
     units = [blockwise.Unit(f"layers.{i}", layer, []) for i, layer in enumerate(model.layers)]
     inputs = [{"x": torch.randn(2, 4)}, {"x": torch.randn(2, 4), "twice": torch.tensor(1)}]
     with torch.no_grad(), pytest.raises(FourierError, match="runs 1 times on it") as error:
-        blockwise.capture(units, model, inputs)
+        capture(units, model, inputs)
     assert "sample 1" in str(error.value)
 
 
@@ -301,11 +297,9 @@ def test_a_block_that_attends_to_what_others_left_in_the_cache():
     model = ThenActing()
     inputs = [{"x": torch.randn(3, 4), "actions": torch.randn(2, 4)} for _ in range(2)]
     units = [blockwise.Unit(f"acting.{i}", model.acting[i], []) for i in range(2)]
-    calls, hidden = blockwise.capture(units, model, inputs)
+    calls, hidden = capture(units, model, inputs)
     alone = [blockwise.Unit(f"reading.{i}", model.reading[i], []) for i in range(2)]
-    assert all(
-        call.kwargs["past_key_values"] is None for of in blockwise.capture(alone, model, inputs)[0] for call in of
-    )
+    assert all(call.kwargs["past_key_values"] is None for of in capture(alone, model, inputs)[0] for call in of)
     state = LinearAttentionLayer()
     assert not blockwise._filled(state)
     state.has_previous_state[0] = True
@@ -350,7 +344,7 @@ def test_a_block_is_run_no_further_than_it_must_be(samples):
 
 
 def test_the_running_dtype_is_chosen_once(checkpoint, quick, samples, tmp_path, monkeypatch):
-    """float32 where the CPU emulates 16-bit floats and there is room; what an interrupted run chose is kept."""
+    """float32 where the CPU emulates 16-bit floats; what an interrupted run chose is kept."""
     from llava_fa.hub import compress as module
     from llava_fa.hub.architecture import empty_model
     from llava_fa.hub.plan import make_plan
@@ -360,17 +354,10 @@ def test_the_running_dtype_is_chosen_once(checkpoint, quick, samples, tmp_path, 
     source = open_source(helpers.save_llava(tmp_path / "in", dtype=torch.bfloat16))
     plan = make_plan(empty_model(source.folder, len(source.entries)), source, quick)
     cpu = torch.device("cpu")
-    memory = SimpleNamespace(available=0)
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: memory)
-    for fast, room, expected in (
-        (torch.float32, 1 << 40, "float32"),
-        (torch.float32, 0, "auto"),
-        (torch.bfloat16, 1 << 40, "auto"),
-    ):
+    for fast, expected in ((torch.float32, "float32"), (torch.bfloat16, "auto")):
         monkeypatch.setattr(module, "fast_dtype", lambda _, fast=fast: fast)
-        memory.available = room
-        with WorkFolder(tmp_path / f"{expected}{room}", {}) as work:
+        with WorkFolder(tmp_path / expected, {}) as work:
             assert module._running_dtype(plan, cpu, work) == expected
-            memory.available = (1 << 40) - room
+            monkeypatch.setattr(module, "fast_dtype", lambda _: None)
             assert module._running_dtype(plan, cpu, work) == expected
             assert module._running_dtype(plan, torch.device("meta"), work) == expected

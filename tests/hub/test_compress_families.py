@@ -9,9 +9,11 @@ from llava_fa import FourierConfig
 from llava_fa.hub import blocks as blockwise
 from llava_fa.hub import calibrated
 from llava_fa.hub.architecture import empty_model
+from llava_fa.hub.course import survey
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.source import open_source
 from llava_fa.hub.streaming import Job, assemble
+from llava_fa.hub.weights import Weights
 from llava_fa.hub.work_folder import WorkFolder
 
 IMAGE, START, END = 1, 3, 4
@@ -51,8 +53,8 @@ def llava_next():
     pixels, sizes = torch.randn(1, 3, 3, 28, 28), torch.tensor([[28, 56]])
     tokens = len(model.model.get_image_features(pixels, sizes).pooler_output[0])
     vision = ["vision_tower.encoder.layers.0", "vision_tower.encoder.layers.1"]
-    segments = [vision, ["multi_modal_projector"], LANGUAGE]
-    return model, {"pixel_values": pixels, "image_sizes": sizes}, tokens, segments
+    order = [*vision, "multi_modal_projector", *LANGUAGE]
+    return model, {"pixel_values": pixels, "image_sizes": sizes}, tokens, order
 
 
 def qwen(family, vision, text):
@@ -74,11 +76,11 @@ def qwen(family, vision, text):
 
 def qwen2_vl():
     model, pixels, tokens = qwen("Qwen2VL", {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}, {})
-    return model, pixels, tokens, [["visual.blocks.0", "visual.blocks.1"], ["visual.merger.mlp"], LANGUAGE]
+    return model, pixels, tokens, ["visual.blocks.0", "visual.blocks.1", "visual.merger.mlp", *LANGUAGE]
 
 
 def qwen3_vl():
-    """Features of the first vision block are added behind the first language layer: no chain there."""
+    """Features of the first vision block are added behind the first language layer."""
     vision = {
         "hidden_size": 32,
         "out_hidden_size": 48,
@@ -86,13 +88,8 @@ def qwen3_vl():
         "num_position_embeddings": 16,
     }
     model, pixels, tokens = qwen("Qwen3VL", {**vision, "deepstack_visual_indexes": [0]}, {})
-    segments = [
-        ["visual.blocks.0"],
-        ["visual.deepstack_merger_list.0"],
-        ["visual.blocks.1"],
-        ["visual.merger"],
-    ]
-    return model, pixels, tokens, [*segments, *([name] for name in LANGUAGE)]
+    order = ["visual.blocks.0", "visual.deepstack_merger_list.0", "visual.blocks.1", "visual.merger", *LANGUAGE]
+    return model, pixels, tokens, order
 
 
 def llava():
@@ -102,8 +99,8 @@ def llava():
         image_token_index=IMAGE,
     )
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    segments = [["vision_tower.encoder.layers.0", "vision_tower.encoder.layers.1"], ["multi_modal_projector"], LANGUAGE]
-    return model, {"pixel_values": torch.randn(1, 3, 28, 28)}, 16, segments
+    order = ["vision_tower.encoder.layers.0", "vision_tower.encoder.layers.1", "multi_modal_projector", *LANGUAGE]
+    return model, {"pixel_values": torch.randn(1, 3, 28, 28)}, 16, order
 
 
 def vip_llava():
@@ -116,7 +113,7 @@ def vip_llava():
     )
     model = transformers.VipLlavaForConditionalGeneration(config).eval()
     vision = ["vision_tower.encoder.layers.0", "vision_tower.encoder.layers.1"]
-    return model, {"pixel_values": torch.randn(1, 3, 28, 28)}, 16, [vision, ["multi_modal_projector"], LANGUAGE]
+    return model, {"pixel_values": torch.randn(1, 3, 28, 28)}, 16, [*vision, "multi_modal_projector", *LANGUAGE]
 
 
 def video_llava():
@@ -130,7 +127,7 @@ def video_llava():
     model = transformers.VideoLlavaForConditionalGeneration(config).eval()
     inputs = {"pixel_values_images": torch.randn(1, 3, 28, 28)}
     vision = ["image_tower.encoder.layers.0", "image_tower.encoder.layers.1"]
-    return model, inputs, 16, [vision, ["multi_modal_projector"], LANGUAGE]
+    return model, inputs, 16, [*vision, "multi_modal_projector", *LANGUAGE]
 
 
 @pytest.mark.parametrize("family", [llava, vip_llava, video_llava, llava_next, qwen2_vl, qwen3_vl])
@@ -157,9 +154,11 @@ def test_family(family, tmp_path):
     source = open_source(tmp_path / "in")
     plan = make_plan(empty_model(source.folder, len(source.entries)), source, config)
     units = blockwise.find_units(model, plan.layers)
-    segments, idle = blockwise.segments(model, units, [inputs])
-    assert [[unit.path.removeprefix("model.") for unit in segment] for segment in segments] == expected
-    assert all("video_tower" in unit.path for unit in idle), "a picture goes past what is for clips alone"
+    with Weights.of(model, [unit.path for unit in units]).gated():
+        course = survey(model, units, [inputs])
+    assert [unit.path.removeprefix("model.") for group in course.groups for unit in group.units] == expected
+    assert all(len(group.units) == 1 and not group.repeated for group in course.groups)
+    assert all("video_tower" in unit.path for unit in course.idle), "a picture goes past what is for clips alone"
     with WorkFolder(tmp_path / "data", {}) as work:
         job = Job(plan, work, lambda _: None)
         loaded = kind.from_pretrained(tmp_path / "in")

@@ -18,6 +18,7 @@ from llava_fa.hub import allocation, blocks
 from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.calibrated import compress_calibrated
 from llava_fa.hub.conversion import Converted
+from llava_fa.hub.course import capture
 from llava_fa.hub.plan import make_plan
 from llava_fa.hub.source import open_source
 from llava_fa.hub.streaming import Job, assemble
@@ -248,7 +249,7 @@ def test_the_same_matrices_of_all_experts_are_one_stage(subject, monkeypatch):
     inputs = [{"input_ids": torch.arange(5, 25)[None]}]
     units = blocks.find_units(model, plan.layers)
     mixed = next(unit for unit in units if any(".experts." in layer.name for layer in unit.layers))
-    calls, hidden = blocks.capture([mixed], model, inputs)
+    calls, hidden = capture([mixed], model, inputs)
 
     def stages():
         found = blocks.stages(mixed, calls[0], hidden)

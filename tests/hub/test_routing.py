@@ -9,7 +9,8 @@ import transformers
 from torch.nn import functional
 
 from llava_fa.hub import blocks, calibrated
-from llava_fa.hub.calibrated import Original, gather, in_turn_sums
+from llava_fa.hub.calibrated import gather, in_turn_sums
+from llava_fa.hub.course import Original, capture
 from llava_fa.hub.routing import experts_of, followed, in_turn
 from llava_fa.nn.experts import Experts, unfuse
 
@@ -57,9 +58,14 @@ class Walk:
         self.path = MIXED[kind]
         self.x = {name: self._given(of, inputs) for name, of in (("given", self.noisy), ("original", model))}
         self.unit = self._unit(self.noisy)
-        self.calls, self.hidden = blocks.capture([self.unit], self.noisy, inputs)
+        self.calls, self.hidden = capture([self.unit], self.noisy, inputs)
         self.calls = self.calls[0]
-        self.original = Original(self._unit(model), blocks.capture([self._unit(model)], model, inputs)[1])
+        self.original = self._original(model, inputs)
+
+    def _original(self, model, inputs):
+        unit = self._unit(model)
+        [calls], hidden = capture([unit], model, inputs)
+        return Original(unit, calls, hidden)
 
     def _unit(self, model):
         experts = model.get_submodule(self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.hub.blocks import evenly, forward, hooked
+from llava_fa.hub.course import passes
 from llava_fa.solver.attention import EPSILON, attention_density
 
 SAMPLES = 4
@@ -29,7 +31,7 @@ def densities(
     entries on and below its diagonal. Memory: the maps of one layer at a time.
 
     Args:
-        model: loaded, in evaluation mode; its attention implementation is "eager" meanwhile.
+        model: in memory or streamed, in evaluation mode; its attention implementation is "eager" meanwhile.
         inputs: prepared samples, each a batch of one; at most `SAMPLES` of them are used.
 
     Raises:
@@ -48,8 +50,8 @@ def densities(
 
     modules = {n: m for n, m in model.named_modules() if {"q_proj", "k_proj"} <= dict(m.named_children()).keys()}
     with hooked(modules, see), eager(model):
-        for index in evenly(len(inputs), SAMPLES):
-            forward(model, inputs[index], index)
+        looked_at = evenly(len(inputs), SAMPLES)
+        passes(model, [functools.partial(forward, model, inputs[index], index) for index in looked_at])
     return {name: [round(value, 6) for value in (total / counts[name]).tolist()] for name, total in sums.items()}
 
 

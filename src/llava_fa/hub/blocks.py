@@ -1,9 +1,8 @@
-"""The blocks of a model, in the order in which it runs them, and the samples that pass through them one at a time.
+"""The blocks of a model, and what samples call them with.
 
 A unit is an element of a module list (vision layers, language layers) or what linear layers stand alone (the
-projector). Consecutive units whose output is the next one's input form a segment: the model runs once on every sample,
-up to the segment's last unit, everything the units were called with is kept, and the hidden states then move through
-the segment unit by unit.
+projector). It can be run again on what it was called with, to see what its layers are given (`replay`). `hub.course`
+brings the samples to one unit after the other.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -27,8 +26,6 @@ from llava_fa.solver.statistics import SecondMoment
 Inputs = Sequence[Mapping[str, Tensor]]
 _STAGE_BYTES = 2 << 30
 """Most that the statistics of one stage of experts take."""
-_PROBED = 8
-"""Samples tried until every unit has been seen at work."""
 _CACHE = "past_key_values"
 
 
@@ -45,8 +42,9 @@ class Unit:
         return self.module.get_submodule(layer.name[len(self.path) + 1 :])
 
     def copy(self) -> Unit:
-        """The same with weights of its own."""
-        return Unit(self.path, copy.deepcopy(self.module), self.layers)
+        """The same weights in a module of their own, which keeps them where the unit's are exchanged."""
+        shared: dict[int, Any] = {id(parameter): parameter for parameter in self.module.parameters()}
+        return Unit(self.path, copy.deepcopy(self.module, shared), self.layers)
 
 
 @dataclasses.dataclass
@@ -58,25 +56,33 @@ class Call:
     kwargs: dict[str, Any]
     keyword: str | None
     """Name of the hidden states' parameter, None when they came first by position."""
+    present: Callable[[], AbstractContextManager[None]] = nullcontext
+    """While this lasts all of it is in memory."""
 
     @classmethod
-    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """From what a forward hook is given; of a cache only what `_prefix` says, since a block is run more than once.
+    def of(
+        cls,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        present: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Call:
+        """From what a module is about to be run with, so that its own entries in a cache are not there yet.
 
-        The hook runs before the module, so that its own entries in the cache are not there yet.
+        Of a cache it has only what `_prefix` says, since a block is run more than once.
         """
         kwargs = {key: _prefix(module, value) if key == _CACHE else value for key, value in kwargs.items()}
         if args and isinstance(args[0], Tensor):
-            return cls(args[0], args[1:], kwargs, None)
+            return cls(args[0], args[1:], kwargs, None, present)
         keyword = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        return cls(kwargs.pop(keyword), args, kwargs, keyword)
+        return cls(kwargs.pop(keyword), args, kwargs, keyword, present)
 
     def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
         """The same call with other hidden states."""
         kwargs = {key: copy.deepcopy(value) if key == _CACHE else value for key, value in self.kwargs.items()}
         if self.keyword is None:
-            return _first(module(hidden, *self.args, **kwargs))
-        return _first(module(*self.args, **{self.keyword: hidden}, **kwargs))
+            return first_of(module(hidden, *self.args, **kwargs))
+        return first_of(module(*self.args, **{self.keyword: hidden}, **kwargs))
 
 
 def _prefix(module: nn.Module, cache: Any) -> Any:
@@ -110,12 +116,13 @@ class _Stop(Exception):  # noqa: N818  no error: it is how a pass ends
 def find_units(model: nn.Module, layers: Sequence[PlannedLayer]) -> list[Unit]:
     """The units of the layers, each layer in exactly one."""
     paths = {layer.name: _block(model, layer.name) for layer in layers}
-    inside = [path for path in paths.values() if path is not None]
+    alone = {name: name.rpartition(".")[0] for name, path in paths.items() if path is None}
+    inside = [*(path for path in paths.values() if path is not None), *alone.values()]
     units: dict[str, Unit] = {}
     for layer in layers:
         path = paths[layer.name]
-        if path is None:  # stands alone: its parent, unless that is a container of whole towers
-            path = layer.name.rpartition(".")[0]
+        if path is None:  # its parent, unless that holds other units
+            path = alone[layer.name]
             if path == "" or any(other.startswith(path + ".") for other in inside):
                 path = layer.name
         units.setdefault(path, Unit(path, model.get_submodule(path), [])).layers.append(layer)
@@ -131,41 +138,6 @@ def _block(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def segments(model: nn.Module, units: list[Unit], inputs: Inputs) -> tuple[list[list[Unit]], list[Unit]]:
-    """Units in order of execution, joined where one's output is the next one's input; those never run."""
-    best: list[tuple[Unit, Tensor, Tensor]] = []
-    by_path = {unit.path: unit for unit in units}
-    for index, sample in enumerate(inputs[:_PROBED]):
-        seen: dict[str, tuple[Unit, Tensor, Tensor]] = {}
-
-        def note(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any, seen: Any = seen) -> None:
-            if path not in seen:
-                seen[path] = by_path[path], Call.of(module, args, kwargs).hidden.clone(), _first(output).clone()
-
-        with hooked({unit.path: unit.module for unit in units}, note, with_kwargs=True):
-            forward(model, sample, index)
-        best = max(best, list(seen.values()), key=len)
-        if len(best) == len(units):
-            break
-    segments: list[list[Unit]] = []
-    previous: Tensor | None = None
-    for unit, hidden, output in best:
-        if (
-            previous is not None
-            and _same(previous, hidden)
-            and unit.path.rpartition(".")[0] == segments[-1][-1].path.rpartition(".")[0]
-        ):
-            segments[-1].append(unit)
-        else:
-            segments.append([unit])
-        previous = output
-    return segments, [unit for unit in units if all(unit is not other for other, _, _ in best)]
-
-
-def _same(output: Tensor, following: Tensor) -> bool:
-    return output.shape == following.shape and torch.equal(output, following)
-
-
 def advance(unit: Unit, calls: Sequence[Call | None], hidden: list[Tensor]) -> None:
     """Replace the hidden states of all samples by what the unit makes of them; they stay where it does not run."""
     for i, call in enumerate(calls):
@@ -173,62 +145,10 @@ def advance(unit: Unit, calls: Sequence[Call | None], hidden: list[Tensor]) -> N
             hidden[i] = _run(unit, call, hidden[i]).cpu()
 
 
-def capture(units: list[Unit], model: nn.Module, inputs: Inputs) -> tuple[list[list[Call | None]], list[Tensor]]:
-    """Run the samples up to the last unit: calls by unit, and the hidden states that enter the units, on the CPU.
-
-    Returns:
-        (calls, hidden), calls of every unit as long as hidden: None where the unit is passed by, as layers that attend
-        to pictures are by a text alone. Hidden states are those of the first unit that runs; a sample that reaches none
-        of them is left out.
-
-    Raises:
-        FourierError: the model fails on a sample, or runs one unit more often than another (named).
-    """
-    calls: list[list[Call | None]] = [[] for _ in units]
-    hidden: list[Tensor] = []
-    # After the output, not the input: a unit may be called several times per sample (image tiles) before
-    # the model goes on, and then the whole forward has to run.
-    last = {"": units[-1].module} if _called_once(units[-1], model, inputs[0]) else {}
-    ran: dict[int, list[Call]] = {}
-
-    def note(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call.of(module, args, kwargs)
-        if index == next(iter(ran), index):  # the first that runs
-            hidden.append(call.hidden.cpu().clone())
-        ran.setdefault(index, []).append(dataclasses.replace(call, hidden=torch.empty(0)))
-
-    def stop(*_: Any) -> None:
-        raise _Stop
-
-    modules = {index: unit.module for index, unit in enumerate(units)}
-    with hooked(modules, note, before=True, with_kwargs=True), hooked(last, stop):
-        for number, sample in enumerate(inputs):
-            ran.clear()
-            forward(model, sample, number)
-            times = max(map(len, ran.values()), default=0)
-            for index, unit in enumerate(units):
-                own: Sequence[Call | None] = ran.get(index, [None] * times)
-                if len(own) != times:
-                    raise FourierError(
-                        f"{unit.path} runs {len(own)} times on it, and another block of the same list {times} times",
-                        remedy="Leave the sample out, or this part of the model with skip",
-                        where=f"calibration sample {number}",
-                    )
-                calls[index] += own
-    return calls, hidden
-
-
 def running(calls: Sequence[Call | None], hidden: Sequence[Tensor]) -> tuple[list[Call], list[Tensor]]:
     """The calls that a unit does run in, and their hidden states."""
     pairs = [(call, x) for call, x in zip(calls, hidden, strict=True) if call is not None]
     return [call for call, _ in pairs], [x for _, x in pairs]
-
-
-def _called_once(unit: Unit, model: nn.Module, sample: Mapping[str, Tensor]) -> bool:
-    calls: list[str] = []
-    with hooked({unit.path: unit.module}, lambda path, *_: calls.append(path), before=True):
-        forward(model, sample, 0)
-    return len(calls) == 1
 
 
 def stages(unit: Unit, calls: list[Call], hidden: list[Tensor]) -> list[list[list[PlannedLayer]]]:
@@ -300,7 +220,8 @@ def replay(
 
 
 def _run(unit: Unit, call: Call, hidden: Tensor) -> Tensor:
-    return call.run(unit.module, hidden.to(next(unit.module.parameters()).device))
+    with call.present():
+        return call.run(unit.module, hidden.to(next(unit.module.parameters()).device))
 
 
 @contextmanager
@@ -360,5 +281,6 @@ def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int, **option
         ) from error
 
 
-def _first(output: Any) -> Tensor:
+def first_of(output: Any) -> Tensor:
+    """The hidden states among what a module gives."""
     return output if isinstance(output, Tensor) else output[0]

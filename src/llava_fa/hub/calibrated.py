@@ -1,29 +1,33 @@
 """Calibrated compression, block by block, with the inputs that the compressed layers before produce.
 
-The samples go through the model twice side by side, unit by unit (`hub.blocks`): once through the layers compressed so
+The samples go through the model twice side by side, unit by unit (`hub.course`): once through the layers compressed so
 far, giving every layer its inputs x̂, and once through the original ones, giving x. The second moment of x̂ says which
 errors cost little; the drift from x to x̂ says what the layers before have spoilt, and a layer whose config has the
 target ``outputs`` makes up for as much of it as it can (`solver.drift`). Within a block the layers that share an input
 share one statistic, and are compressed stage by stage (q, k, v → o → gate, up → down), each stage seeing the stages
 before it compressed. Experts run twice, the first time on tokens in turn (`hub.routing`).
 
-Memory: the model in its own dtype and a copy of one block; the hidden states of one block for all samples (samples ×
-tokens × width), twice; and the second moments of one stage (width² floats each), twice.
+Memory: the model, or, where it is streamed (`hub.streamed`), one block of it; that block's compressed weights beside
+the original ones; what samples hold between two blocks (hidden states: samples × tokens × width), twice; and the second
+moments of one stage (width² floats each), twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from llava_fa.hub.blocks import Call, Inputs, Unit, advance, capture, find_units, replay, running, segments, stages
-from llava_fa.hub.plan import PlannedLayer
+from llava_fa.hub.blocks import Call, Inputs, Unit, find_units, replay, stages
+from llava_fa.hub.course import Journey, Original, Visit, survey
+from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.routing import experts_of, followed, in_turn
 from llava_fa.hub.streaming import Job
+from llava_fa.hub.weights import Weights
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import packed_weight
 from llava_fa.nn.factored_linear import layer_from_tensors
@@ -36,14 +40,6 @@ _ROWS = 4096
 """Inputs gathered before they are multiplied: n² additions once in a while, not once a sample."""
 _NO_INPUT = "no calibration input reached it; compressed without data"
 _OTHERS = "no calibration input was sent to it; fitted to those of the experts beside it"
-
-
-@dataclasses.dataclass
-class Original:
-    """A unit with the weights it had, and the hidden states that original units before it give."""
-
-    unit: Unit
-    hidden: list[Tensor]
 
 
 @dataclasses.dataclass
@@ -104,71 +100,56 @@ def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs) -> None:
 
     Args:
         job: what to compress; weights are read from the checkpoint, not from ``model``.
-        model: the whole model, loaded, in evaluation mode, on its device. Its weights are overwritten.
+        model: the whole model, in evaluation mode, on its device: in memory, where its weights are exchanged, or
+            streamed (`hub.streamed`).
         inputs: prepared samples (`calibration_data.prepare`), each a batch of one.
 
     Raises:
         FourierError: the model fails on a sample (named), or a layer cannot be approximated (named).
     """
-    chains, idle = segments(model, find_units(model, job.plan.layers), inputs)
-    # Before the first layer is compressed; where the first segment starts nothing ever drifts.
-    origins = [
-        capture(_active(job, segment), model, inputs)[1]
-        if index and job.missing(_layers(segment)) and _follows(segment)
-        else None
-        for index, segment in enumerate(chains)
-    ]
-    for layer in job.plan.embeddings:  # before the layers, which then see what the compressed words give
-        if job.missing([layer]):
-            job.compress(layer)
-        _use_part(job, layer, model.get_submodule(layer.name))
-    for segment, origin in zip(chains, origins, strict=True):
-        _compress_segment(job, segment, model, inputs, origin)
-    for layer in job.missing(_layers(idle)):  # unused heads: no inputs to learn from
+    units = find_units(model, job.plan.layers)
+    weights = Weights.of(model, part_names(model, job.plan))
+    with weights.gated():
+        course = survey(model, units, inputs)
+        missing = [job.missing(_layers(group.units)) for group in course.groups]
+        count = max((number for number, layers in enumerate(missing, 1) if layers), default=0)
+        active = course.groups[:count]
+        follows = any(layer.config.follows_outputs for layers in missing for layer in layers)
+        for layer in job.plan.embeddings:  # before the layers, which then see what the compressed words give
+            if job.missing([layer]):
+                job.compress(layer)
+            _use_part(job, weights, layer, keep=follows)
+        journey = Journey(weights, course, inputs, active, follows)
+        with closing(journey.visits()) as visits:
+            for visit in visits:
+                _compress_unit(job, weights, visit, keep=follows)
+        weights.forget_originals()
+        for group in course.groups[count:]:
+            for layer in _layers(group.units):
+                _use_part(job, weights, layer)
+    unreached = [unit for group in journey.left.values() for unit in group.units]
+    for layer in job.missing(_layers([*course.idle, *unreached])):  # unused heads: no inputs to learn from
         job.compress(layer, notes=(_NO_INPUT,), tokens=0)
+
+
+def part_names(model: nn.Module, plan: Plan) -> list[str]:
+    """Modules that are parts of the model while it is calibrated (`hub.weights`)."""
+    return [*(unit.path for unit in find_units(model, plan.layers)), *(layer.name for layer in plan.embeddings)]
 
 
 def _layers(units: Sequence[Unit]) -> list[PlannedLayer]:
     return [layer for unit in units for layer in unit.layers]
 
 
-def _active(job: Job, segment: list[Unit]) -> list[Unit]:
-    """The units of a segment up to the last in which anything is left to compress."""
-    last = max((index for index, unit in enumerate(segment) if job.missing(unit.layers)), default=-1)
-    return segment[: last + 1]
-
-
-def _follows(units: Sequence[Unit]) -> bool:
-    return any(layer.config.follows_outputs for layer in _layers(units))
-
-
-def _compress_segment(
-    job: Job, segment: list[Unit], model: nn.Module, inputs: Inputs, origin: list[Tensor] | None
-) -> None:
-    """Compress a segment; ``origin`` is what the original model gives it, None where that is what it gets."""
-    active = _active(job, segment)
-    calls, hidden = capture(active, model, inputs) if active else ([], [])
-    if origin is None and _follows(segment):
-        origin = list(hidden)
-    for index, unit in enumerate(active):
-        original = None if origin is None else Original(unit.copy(), origin)
-        before = None if original is None else Original(original.unit, running(calls[index], original.hidden)[1])
-        _compress_unit(job, unit, *running(calls[index], hidden), before)
-        if index + 1 < len(active):
-            advance(unit, calls[index], hidden)
-            if original is not None:
-                advance(original.unit, calls[index], original.hidden)
-        calls[index] = []
-    for unit in segment[len(active) :]:
-        for layer in unit.layers:
-            _use_part(job, layer, unit.linear(layer))
-
-
-def _compress_unit(job: Job, unit: Unit, calls: list[Call], hidden: list[Tensor], original: Original | None) -> None:
-    for stage in stages(unit, calls, hidden):
+def _compress_unit(job: Job, weights: Weights, visit: Visit, keep: bool) -> None:
+    if not job.missing(visit.unit.layers):
+        for layer in visit.unit.layers:
+            _use_part(job, weights, layer, keep)
+        return
+    for stage in stages(visit.unit, visit.calls, visit.hidden):
         layers = [layer for group in stage for layer in group]
         if job.missing(layers):
-            groups = gather(unit, stage, calls, hidden, original)
+            groups = gather(visit.unit, stage, visit.calls, visit.hidden, visit.original)
             for group, statistics in zip(stage, groups, strict=True):
                 for layer in job.missing(group):
                     if statistics is None:
@@ -178,7 +159,7 @@ def _compress_unit(job: Job, unit: Unit, calls: list[Call], hidden: list[Tensor]
                         notes = () if statistics.tokens else (_OTHERS,)
                         job.compress(layer, statistics.moment, drift, notes, statistics.tokens)
         for layer in layers:
-            _use_part(job, layer, unit.linear(layer))
+            _use_part(job, weights, layer, keep)
 
 
 def gather(
@@ -233,7 +214,7 @@ def _add(
     runs = replay(unit, calls, hidden, leaders)
     pairs = ((compressed, compressed) for compressed in runs)
     if original is not None:
-        pairs = zip(runs, replay(original.unit, calls, original.hidden, leaders), strict=True)
+        pairs = zip(runs, replay(original.unit, original.calls, original.hidden, leaders), strict=True)
     for given, before in pairs:
         for name, inputs in given.items():
             sums[name].add(inputs, before[name])
@@ -241,10 +222,17 @@ def _add(
         total.flush()
 
 
-def _use_part(job: Job, layer: PlannedLayer, module: nn.Module) -> None:
+def _use_part(job: Job, weights: Weights, layer: PlannedLayer, keep: bool = False) -> None:
     """From here on the model computes with the compressed weight, exactly as it is stored."""
-    packed, weight = job.work.load(layer.name), module.weight
+    name = f"{layer.name}.weight"
+    weights.set(name, functools.partial(stored_weight, job, layer), keep and (layer.embedding or weights.shared(name)))
+
+
+def stored_weight(job: Job, layer: PlannedLayer) -> Tensor:
+    """The weight that a finished layer stands for, [m, n]."""
+    packed = job.work.load(layer.name)
     if layer.embedding and isinstance(layer.layout, Layout):
+        weight = torch.empty(layer.shape)
         write_rows(packed_weight(layer.layout, packed), weight)
-    else:
-        weight.copy_(layer_from_tensors(layer.layout, packed).dequantize().view_as(weight))
+        return weight
+    return layer_from_tensors(layer.layout, packed).dequantize()

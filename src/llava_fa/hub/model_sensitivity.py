@@ -11,7 +11,7 @@ columns), and what one block of calibrated compression takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from llava_fa.config import FourierConfig
 from llava_fa.errors import FourierError, located
 from llava_fa.hub import blocks
 from llava_fa.hub.calibrated import gather
+from llava_fa.hub.course import Journey, survey
 from llava_fa.hub.plan import PlannedLayer
+from llava_fa.hub.weights import Weights
 from llava_fa.nn.patches import inputs_of, outputs_of
 from llava_fa.solver.sensitivity import error_directions, error_powers
 
@@ -114,13 +116,15 @@ def output_powers(
     """
     powers: dict[str, list[tuple[Tensor, Tensor]]] = {}
     directions: dict[str, Tensor] = {}
-    chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)
-    for segment in chains:
-        calls, hidden = blocks.capture(segment, model, inputs)
-        for index, unit in enumerate(segment):
-            met = blocks.running(calls[index], hidden)
-            for stage in blocks.stages(unit, *met):
-                groups = gather(unit, stage, *met)
+    units = blocks.find_units(model, layers)
+    weights = Weights.of(model, [unit.path for unit in units])
+    with ExitStack() as stack:
+        stack.enter_context(weights.gated())
+        course = survey(model, units, inputs)
+        journey = Journey(weights, course, inputs, course.groups, originals=False)
+        for visit in stack.enter_context(closing(journey.visits())):
+            for stage in blocks.stages(visit.unit, visit.calls, visit.hidden):
+                groups = gather(visit.unit, stage, visit.calls, visit.hidden)
                 for group, statistics in zip(stage, groups, strict=True):
                     for layer in group if statistics is not None else ():
                         tell(layer.name)
@@ -131,7 +135,4 @@ def output_powers(
                                 sketch = error_directions(weight, of[0], moment, SKETCH)
                             directions[layer.name] = sketch
                             powers[layer.name] = [error_powers(weight, config, moment) for config in of]
-            if index < len(segment) - 1:
-                blocks.advance(unit, calls[index], hidden)
-            calls[index] = []
     return powers, directions

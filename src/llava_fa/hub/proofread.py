@@ -14,19 +14,21 @@ replaced, so that a killed run ends with the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from llava_fa.hub.blocks import Inputs, forward, input_moments
+from llava_fa.hub.course import passes
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import Measurement
 from llava_fa.hub.streaming import Job, approximated
+from llava_fa.hub.weights import Weights
 from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.solver.statistics import SecondMoment
 
@@ -58,20 +60,27 @@ class Answers:
     @torch.no_grad()
     def of(cls, model: nn.Module, inputs: Inputs, starts: Sequence[int]) -> Answers:
         """Read by the original model: one pass over the samples."""
-        likeliest = [_log_probabilities(model, inputs, starts, index).max(-1) for index in range(len(inputs))]
-        return cls(inputs, starts, [one.indices for one in likeliest], [one.values for one in likeliest])
+
+        def likeliest(index: int) -> tuple[Tensor, Tensor]:
+            values, indices = _log_probabilities(model, inputs, starts, index).max(-1)
+            return indices, values
+
+        found = passes(model, [functools.partial(likeliest, index) for index in range(len(inputs))])
+        return cls(inputs, starts, [tokens for tokens, _ in found], [logs for _, logs in found])
 
     @torch.no_grad()
     def lost(self, model: nn.Module, indices: Iterable[int]) -> dict[int, Tensor]:
         """Nats that each token the original was sure of has lost in this model: sample → float32 [tokens], ≥ 0."""
-        losses = {}
-        for index in indices:
+
+        def loss(index: int) -> Tensor:
             now = _log_probabilities(model, self.inputs, self.starts, index)
             there = now.gather(-1, self.tokens[index][:, None])[:, 0]
             sure = self.logs[index] > math.log(SURE)
             lost = torch.where(sure, self.logs[index] - there, 0.0).clamp_min(0)
-            losses[index] = lost.nan_to_num(nan=0.0, posinf=_INFINITE)  # float16 overflows: nothing to compare
-        return losses
+            return lost.nan_to_num(nan=0.0, posinf=_INFINITE)  # float16 overflows: nothing to compare
+
+        every = list(indices)
+        return dict(zip(every, passes(model, [functools.partial(loss, index) for index in every]), strict=True))
 
 
 def _log_probabilities(model: nn.Module, inputs: Inputs, starts: Sequence[int], index: int) -> Tensor:
@@ -111,7 +120,7 @@ def proofread(job: Job, model: nn.Module, answers: Answers) -> None:
         answers: the original's (`Answers.of`).
     """
     every, redrawn = range(len(answers.inputs)), {}
-    modules = _modules(job.plan)
+    modules, weights = _modules(job.plan), Weights.of(model)
     for _ in range(MODULES):
         job.tell("proofreading")
         lost = answers.lost(model, every)
@@ -121,7 +130,7 @@ def proofread(job: Job, model: nn.Module, answers: Answers) -> None:
         costs = {}
         for name, layers in modules.items() if broken else ():
             job.tell("proofreading", name)
-            with _original(model, layers):
+            with weights.swapped({f"{layer.name}.weight": layer.read for layer in layers}):
                 costs[name] = _cost(answers.lost(model, broken))
         name = min(costs, key=costs.__getitem__, default="")
         if not costs or 2 * costs[name] > before:
@@ -146,32 +155,11 @@ def _modules(plan: Plan) -> dict[str, list[PlannedLayer]]:
     return modules
 
 
-def _weights(model: nn.Module, layers: Sequence[PlannedLayer]) -> list[Tensor]:
-    return [model.get_parameter(f"{layer.name}.weight") for layer in layers]
-
-
-def _set(weights: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    for weight, value in zip(weights, values, strict=True):
-        weight.copy_(value)
-
-
-@contextmanager
-def _original(model: nn.Module, layers: Sequence[PlannedLayer]) -> Iterator[None]:
-    """Inside, these layers have the weights of the checkpoint."""
-    weights = _weights(model, layers)
-    compressed = [weight.clone() for weight in weights]
-    _set(weights, (layer.read() for layer in layers))
-    try:
-        yield
-    finally:
-        _set(weights, compressed)
-
-
 def _moments(model: nn.Module, answers: Answers, layers: Sequence[PlannedLayer]) -> dict[str, SecondMoment]:
     """Second moments of the inputs of each layer; those of cross-attention have not one input but two."""
     with input_moments({layer.name: model.get_submodule(layer.name) for layer in layers}) as moments:
-        for index in range(len(answers.inputs)):
-            _log_probabilities(model, answers.inputs, answers.starts, index)
+        given = model, answers.inputs, answers.starts
+        passes(model, [functools.partial(_log_probabilities, *given, index) for index in range(len(answers.inputs))])
     return moments
 
 
@@ -187,13 +175,14 @@ def _redraw(
 
     ``before``: cost of the broken samples, and of all.
     """
-    moments = _moments(model, answers, layers)
-    weights = _weights(model, layers)
-    first_draw = [weight.clone() for weight in weights]
-    best: tuple[float, list[Tensor], Redrawn] = (before[0], first_draw, {})
+    moments, weights = _moments(model, answers, layers), Weights.of(model)
+    least = before[0]
+    best: dict[str, Callable[[], Tensor]] = {}
+    redrawn: Redrawn = {}
     for draw in range(1, DRAWS + 1):
         candidates: Redrawn = {}
-        for weight, layer in zip(weights, layers, strict=True):
+        values: dict[str, Callable[[], Tensor]] = {}
+        for layer in layers:
             job.tell("proofreading", layer.name)
             seed = layer.config.seed + draw
             note = f"drawn anew with seed {seed}: with the first the answers to {len(broken)} samples broke"
@@ -201,14 +190,17 @@ def _redraw(
             seen = moments[layer.name]
             result, measurement = approximated(again, job.plan, seen.value(), notes=(note,), tokens=seen.count)
             candidates[layer.name] = result.tensors, measurement
-            weight.copy_(result.dequantize())
-        cost = _cost(answers.lost(model, broken))
-        if cost < best[0]:
-            best = cost, [weight.clone() for weight in weights], candidates
+            values[f"{layer.name}.weight"] = result.dequantize
+        with weights.swapped(values):
+            cost = _cost(answers.lost(model, broken))
+        if cost < least:
+            least, best, redrawn = cost, values, candidates
         if 4 * cost < before[0]:
             break
-    _set(weights, best[1])
-    if best[2] and _cost(answers.lost(model, range(len(answers.inputs)))) < before[1]:
-        return best[2]
-    _set(weights, first_draw)
-    return {}
+    with weights.swapped(best):
+        holds = bool(best) and _cost(answers.lost(model, range(len(answers.inputs)))) < before[1]
+    if not holds:
+        return {}
+    for name, value in best.items():
+        weights.set(name, value)
+    return redrawn

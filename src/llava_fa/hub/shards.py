@@ -27,7 +27,7 @@ CHUNK = 16 << 20
 COPY_AGAIN = "Copy or download it again"
 _SHORT = "the file is cut short"
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -39,8 +39,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()} | {
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "U32": 32, "U64": 64, "C64": 64},
 }
@@ -83,23 +83,21 @@ class Entry:
         Raises:
             FourierError: one that is not read here, such as float8.
         """
-        if self.dtype not in _DTYPES:
+        if self.dtype not in DTYPES:
             raise FourierError(
                 f"{self.name} has dtype {self.dtype}", remedy="Give a float16, bfloat16 or float32 checkpoint"
             ).at(self.file.name)
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
         dtype = self.torch_dtype
         with reading(self.file), open(self.file, "rb") as file:
             file.seek(self.start)
-            buffer = bytearray(self.nbytes)
-            if file.readinto(buffer) != self.nbytes:
+            buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+            if file.readinto(memoryview(buffer.numpy())) != self.nbytes:
                 raise _damaged(self.file, f"{_SHORT}: {self.name} is incomplete")
-        if not buffer:
-            return torch.empty(self.shape, dtype=dtype)
-        return torch.frombuffer(buffer, dtype=dtype).reshape(self.shape)
+        return buffer.view(dtype).reshape(self.shape)
 
     def chunks(self) -> Iterator[bytes]:
         """The raw bytes, a few MB at a time."""

@@ -3,6 +3,7 @@
     manifest.json     what is compressed how: source fingerprint, config, calibration fingerprint, version
     lock              held (flock) by the run at work
     parts/NAME.safetensors   one finished layer: its tensors, and its `Measurement` in the metadata
+    hidden/           hidden states that memory has no room for; of no use to another run
     result/           the finished model being put together; renamed to OUT as the last step
 
 Every file appears complete or not at all, so whatever bears its final name can be trusted.
@@ -47,7 +48,7 @@ class WorkFolder:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self.parts = self.path / "parts"
-        self.result = self.path / "result"
+        self.result, self.hidden = self.path / "result", self.path / "hidden"
         self._manifest = json.loads(json.dumps(manifest))
         self._fresh = fresh
 
@@ -60,7 +61,8 @@ class WorkFolder:
                 self._clear()
             self._check_manifest()
             self.parts.mkdir(exist_ok=True)
-            shutil.rmtree(self.result, ignore_errors=True)
+            for left in (self.result, self.hidden):
+                shutil.rmtree(left, ignore_errors=True)
             self._lock = lock.pop_all()  # held from here on
         return self
 

@@ -1,0 +1,339 @@
+"""Samples brought to one unit after the other, all of them to each before any goes on.
+
+They pass through the model side by side (`hub.lockstep`), once as it has become so far, and, where that is asked for,
+once more as it was. A unit has its weights while samples are at it, and no longer (`hub.weights`).
+
+A unit that the model runs several times on a sample (as towers run the tiles of a picture) needs what it is called with
+the next time before the first time is over. Its calls are therefore those of a pass ahead of the others, which ends
+behind it; such units, one after the other, are a group, through which the hidden states move on their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from llava_fa.errors import FourierError
+from llava_fa.hub.blocks import Call, Inputs, Unit, advance, first_of, forward, running
+from llava_fa.hub.lockstep import Arrival, Walk
+from llava_fa.hub.weights import Weights
+
+_PROBED = 8
+"""Samples tried until every unit has been seen at work."""
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass
+class Original:
+    """A unit with the weights it had, and what the original model calls it with."""
+
+    unit: Unit
+    calls: list[Call]
+    hidden: list[Tensor]
+
+
+@dataclasses.dataclass
+class Visit:
+    """A unit in the order of execution, its weights in memory, and what all samples call it with."""
+
+    unit: Unit
+    calls: list[Call]
+    hidden: list[Tensor]
+    original: Original | None
+
+
+@dataclasses.dataclass
+class Group:
+    """Units that are visited together: one, or those that run several times on a sample and feed each other."""
+
+    units: list[Unit]
+    repeated: bool
+
+
+@dataclasses.dataclass
+class Course:
+    """What a model runs in which order.
+
+    Attributes:
+        order: parts, each once.
+        groups: of the units that run.
+        idle: units that no sample reaches.
+    """
+
+    order: list[str]
+    groups: list[Group]
+    idle: list[Unit]
+
+
+def passes(model: nn.Module, travels: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Passes through a model, and what each gives; side by side where its weights are on the disk.
+
+    Raises:
+        FourierError: one fails.
+    """
+    weights = Weights.of(model)
+    if not weights.streamed:
+        return [travel() for travel in travels]
+    with Walk(weights.rank, weights.shelf) as walk:
+        travellers = [walk.start(index, travel) for index, travel in enumerate(travels)]
+        while (front := walk.front()) is not None:
+            path, arrivals = front
+            with weights.entered(path):
+                for arrival in arrivals:
+                    walk.answer(arrival, weights.forward(path))
+        return [traveller.result for traveller in travellers]
+
+
+def survey(model: nn.Module, units: Sequence[Unit], inputs: Inputs) -> Course:
+    """The course, as the first few samples take it."""
+    weights = Weights.of(model)
+    sequences: list[list[str]] = []
+    chained: dict[str, bool] = {}
+    by_path = {unit.path: unit for unit in units}
+    for index, sample in enumerate(inputs[:_PROBED]):
+        sequences.append(_look(weights, by_path, functools.partial(forward, model, sample, index), chained))
+        if by_path.keys() <= {path for sequence in sequences for path in sequence}:
+            break
+    order = _merged(sequences, weights.rank)
+    groups: list[Group] = []
+    previous = ""
+    for path in (path for path in order if path in by_path):
+        repeated = any(sequence.count(path) > 1 for sequence in sequences)
+        beside = path.rpartition(".")[0] == previous.rpartition(".")[0]
+        if repeated and groups and groups[-1].repeated and beside and chained[path]:
+            groups[-1].units.append(by_path[path])
+        else:
+            groups.append(Group([by_path[path]], repeated))
+        previous = path
+    return Course(order, groups, [unit for unit in units if unit.path not in order])
+
+
+def _look(
+    weights: Weights, units: Mapping[str, Unit], travel: Callable[[], Any], chained: dict[str, bool]
+) -> list[str]:
+    """The parts that one pass runs, in order; and whether a unit is always given the very output of the one before."""
+    last: list[Any] = [None]
+
+    def run(path: str, /, *args: Any, **kwargs: Any) -> Any:
+        if path in units:
+            hidden = Call.of(units[path].module, args, dict(kwargs)).hidden
+            chained[path] = chained.get(path, True) and hidden is last[0]
+        output = weights.forward(path)(*args, **kwargs)
+        last[0] = first_of(output)
+        return output
+
+    with Walk(weights.rank) as walk:
+        traveller = walk.start(0, travel)
+        while (arrival := traveller.waits) is not None:
+            with weights.entered(arrival.path):
+                walk.answer(arrival, functools.partial(run, arrival.path))
+        return traveller.visits
+
+
+def _merged(sequences: Sequence[Sequence[str]], rank: Mapping[str, int]) -> list[str]:
+    """One order for all: that of the longest; what it lacks comes behind what it follows in another.
+
+    Where nothing tells which of two is first, the model's own order does, ``rank``.
+    """
+    order: list[str] = []
+    for sequence in sorted(sequences, key=lambda sequence: len(set(sequence)), reverse=True):
+        at = 0
+        for path in sequence:
+            if path not in order:
+                while at < len(order) and order[at] not in sequence and rank[order[at]] < rank[path]:
+                    at += 1
+                order.insert(at, path)
+            at = order.index(path) + 1
+    return order
+
+
+class Record:
+    """What some units are called with by passes that reach them several times.
+
+    Args:
+        units: of one group.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = {unit.path: unit for unit in units}
+        self._calls: dict[int, dict[str, list[Call]]] = {}
+        self._hidden: dict[int, list[Tensor]] = {}
+
+    def note(self, arrival: Arrival) -> None:
+        """Take down a call, before it is answered; of hidden states those of the first unit that runs, on the CPU."""
+        unit = self.units.get(arrival.path)
+        if unit is None:
+            return
+        with arrival.present():
+            call = Call.of(unit.module, arrival.args, arrival.kwargs)
+            ran = self._calls.setdefault(arrival.label, {})
+            if arrival.path == next(iter(ran), arrival.path):
+                self._hidden.setdefault(arrival.label, []).append(call.hidden.cpu().clone())
+        ran.setdefault(arrival.path, []).append(dataclasses.replace(call, hidden=torch.empty(0)))
+
+    def result(self) -> tuple[list[list[Call | None]], list[Tensor]]:
+        """Calls by unit, and the hidden states that enter the units, in the order of samples.
+
+        Returns:
+            (calls, hidden), calls of every unit as long as hidden: None where the unit is passed by, as layers that
+            attend to pictures are by a text alone. A sample that reaches none of the units is left out.
+
+        Raises:
+            FourierError: a sample runs one unit more often than another (named).
+        """
+        calls: list[list[Call | None]] = [[] for _ in self.units]
+        for number, ran in sorted(self._calls.items()):
+            times = max(map(len, ran.values()))
+            for own, path in zip(calls, self.units, strict=True):
+                met: Sequence[Call | None] = ran.get(path, [None] * times)
+                if len(met) != times:
+                    raise FourierError(
+                        f"{path} runs {len(met)} times on it, and another block of the same list {times} times",
+                        remedy="Leave the sample out, or this part of the model with skip",
+                        where=f"calibration sample {number}",
+                    )
+                own += met
+        return calls, [x for _, hidden in sorted(self._hidden.items()) for x in hidden]
+
+
+def capture(
+    units: Sequence[Unit], model: nn.Module, inputs: Inputs, ends: Collection[str] = ()
+) -> tuple[list[list[Call | None]], list[Tensor]]:
+    """Run the samples to see what the units are called with (`Record.result`).
+
+    Args:
+        ends: parts that a pass ends in front of.
+
+    Raises:
+        FourierError: the model fails on a sample, or runs one unit more often than another (named).
+    """
+    weights, record = Weights.of(model, [unit.path for unit in units]), Record(units)
+    with weights.gated(), Walk(weights.rank, weights.shelf) as walk:
+        for index, sample in enumerate(inputs):
+            walk.start(index, functools.partial(forward, model, sample, index))
+        _ahead(walk, weights, [record], ends, original=False)
+    return record.result()
+
+
+def _ahead(walk: Walk, weights: Weights, records: Sequence[Record], ends: Collection[str], original: bool) -> None:
+    """Let passes, through the original model or the present one, go on up to certain parts, or to their end."""
+    while True:
+        left = [one for one in walk.waiting() if one.original == original and one.path not in ends]
+        if not left:
+            return
+        path = walk.first(left)
+        with weights.entered(path, original):
+            for arrival in left:
+                if arrival.path == path:
+                    for record in records:
+                        record.note(arrival)
+                    walk.answer(arrival, weights.forward(path))
+
+
+class Journey:
+    """One run through all units of a model (`visits`).
+
+    Args:
+        weights: of the model, its gates in place.
+        course: of the same.
+        inputs: prepared samples, each a batch of one.
+        groups: those to be visited.
+        originals: whether the original model is run beside.
+    """
+
+    def __init__(
+        self, weights: Weights, course: Course, inputs: Inputs, groups: Sequence[Group], originals: bool
+    ) -> None:
+        self.weights, self.inputs, self.originals = weights, inputs, originals
+        self._rank: Mapping[str, int] = {path: index for index, path in enumerate(course.order)}
+        self.left = {group.units[0].path: group for group in groups}
+        self._known: dict[str, tuple[list[list[Call | None]], list[Tensor]]] = {}
+
+    def visits(self) -> Iterator[Visit]:
+        """Every unit; the samples go through what it has become when the next is asked for."""
+        with Walk(self._rank, self.weights.shelf) as walk:
+            for index, sample in enumerate(self.inputs):
+                travel = functools.partial(forward, self.weights.model, sample, index)
+                walk.start(index, travel)
+                if self.originals:
+                    walk.start(index, travel, original=True)
+            while self.left and (front := walk.front()) is not None:
+                path, arrivals = front
+                if path not in self.left:
+                    self._pass(walk, path, arrivals)
+                elif self.left[path].repeated:
+                    yield from self._repeated(walk, path)
+                else:
+                    yield from self._once(walk, path, arrivals)
+
+    def _pass(self, walk: Walk, path: str, arrivals: Sequence[Arrival]) -> None:
+        """Let samples through a part as it is, and those of the original model through what it was."""
+        apart = self.weights.differs(path)
+        for kind in (True, False) if apart else (None,):
+            some = [one for one in arrivals if kind is None or one.original == kind]
+            if some:
+                with self.weights.entered(path, original=bool(kind)):
+                    for arrival in some:
+                        walk.answer(arrival, self.weights.forward(path))
+
+    def _once(self, walk: Walk, path: str, arrivals: Sequence[Arrival]) -> Iterator[Visit]:
+        [unit] = self.left.pop(path).units
+        given, known = ([one for one in arrivals if one.original == kind] for kind in (False, True))
+        if not given:
+            self._pass(walk, path, arrivals)
+            return
+        before = self._before(unit) if known else None
+        with self.weights.entered(path):
+            before = unit.copy() if known and before is None else before
+            original = None
+            if before is not None and [one.label for one in known] == [one.label for one in given]:
+                original = Original(before, *_calls(unit, known))
+            yield Visit(unit, *_calls(unit, given), original)
+            del original
+            if self.left:
+                for arrival in known:
+                    walk.answer(arrival, before.module.forward)  # type: ignore[union-attr]
+                del before
+                for arrival in given:
+                    walk.answer(arrival, self.weights.forward(path))
+
+    def _before(self, unit: Unit) -> Unit | None:
+        """The original unit, where something of it has been exchanged before it is visited."""
+        if not self.weights.differs(unit.path):
+            return None
+        with self.weights.entered(unit.path, original=True):
+            return unit.copy()
+
+    def _repeated(self, walk: Walk, path: str) -> Iterator[Visit]:
+        """The units of a group; the samples are still in front of it when this is over."""
+        ends = {place for place, other in self.left.items() if not other.repeated}
+        if self.originals and path not in self._known:
+            begins = {place: Record(other.units) for place, other in self.left.items() if other.repeated}
+            _ahead(walk, self.weights, list(begins.values()), ends, original=True)
+            self._known |= {place: record.result() for place, record in begins.items()}
+        group = self.left.pop(path)
+        calls, hidden = capture(group.units, self.weights.model, self.inputs, ends)
+        known = self._known.pop(path, None)
+        for index, unit in enumerate(group.units):
+            before = self._before(unit) if known else None
+            with self.weights.entered(unit.path):
+                original = None
+                if known is not None:
+                    before = before or unit.copy()
+                    original = Original(before, *running(known[0][index], known[1]))
+                yield Visit(unit, *running(calls[index], hidden), original)
+                advance(unit, calls[index], hidden)
+                if known is not None:
+                    advance(before, known[0][index], known[1])
+            calls[index] = []
+
+
+def _calls(unit: Unit, arrivals: Sequence[Arrival]) -> tuple[list[Call], list[Tensor]]:
+    calls = [Call.of(unit.module, one.args, one.kwargs, one.present) for one in arrivals]
+    return calls, [call.hidden for call in calls]
