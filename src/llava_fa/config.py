@@ -243,7 +243,7 @@ class Budget:
         if (self.bits is None) == (self.size is None):
             raise FourierError("a budget is either bits or a size", remedy="Give one of the two")
         if self.size is not None:
-            object.__setattr__(self, "size", _size(self.size))
+            object.__setattr__(self, "size", size_of(self.size, "a budget"))
             return
         if not (is_number(self.bits) and 0 < self.bits <= 64):  # type: ignore[operator]
             raise FourierError(f"a budget of {shown(self.bits)} bits per weight", remedy="Give a number such as 2.25")
@@ -279,14 +279,19 @@ _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 
-def _size(value: Any) -> int:
+def size_of(value: Any, what: str) -> int:
+    """Bytes, given as a number or as text such as ``"1.1GB"``.
+
+    Raises:
+        FourierError: neither, or not a positive number of 63 bits; ``what`` it is of.
+    """
     text = value if isinstance(value, str) else repr(value) if is_number(value) else ""
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
     if match is not None and match[2].upper() in _UNITS:
         count = float(match[1]) * _UNITS[match[2].upper()]  # too many digits are an infinity
         if 1 <= count < 2**63:
             return int(count)
-    raise FourierError(f"a budget of size {shown(value)}", remedy="Give bytes, or text such as 950MB or 1.1GB")
+    raise FourierError(f"{what} of size {shown(value)}", remedy="Give bytes, or text such as 950MB or 1.1GB")
 
 
 def format_size(count: float) -> str:

@@ -121,6 +121,7 @@ def compress(
     ] = None,
     skip_bad_rows: options.SkipBadRows = False,
     device: Annotated[str, typer.Option(help="Where the model runs on calibration samples.")] = "cpu",
+    memory: options.Memory = None,
     fresh: options.Fresh = False,
     json_output: options.Json = False,
 ) -> None:
@@ -130,6 +131,7 @@ def compress(
     refuse(both, "--bits and --amplitude-bits exclude each other: the sum of the two decides")
     refuse(casp_keep is not None and not casp, "--casp-keep goes with --casp")
     refuse(images is not None and calibration is None, "--images goes with --calibration FILE.json")
+    refuse(memory is not None and calibration is None, "--memory goes with --calibration")
     refuse(skip_bad_rows and calibration is None, "--skip-bad-rows goes with --calibration")
     refuse(recover is not None and calibration is None, "--recover goes with --calibration, which it trains on")
     sources.check_images(calibration, images)
@@ -159,6 +161,7 @@ def compress(
             vision_tower=vision_tower,
             drop_unused=drop_unused,
             device=device,
+            memory=memory,  # type: ignore[arg-type]  # text becomes bytes
             skip_bad_rows=skip_bad_rows,
             command=output.given_command(context, out="OUT"),
         )

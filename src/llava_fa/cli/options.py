@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from llava_fa.bounds import COUNT, MOST_BYTES, SEED, is_text
-from llava_fa.config import Budget
+from llava_fa.config import Budget, size_of
 from llava_fa.errors import FourierError
 
 
@@ -62,6 +62,14 @@ def _size(text: str) -> str:
     return text
 
 
+def _memory(text: str) -> str:
+    try:
+        size_of(text, "memory")
+    except FourierError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
 def _tokens_or_auto(text: str) -> str:
     number = text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0
     refuse(text != "auto" and not number, f"{text[:40]!r} is neither a number nor auto")
@@ -88,6 +96,15 @@ Size = Annotated[
         parser=_size,
         metavar="SIZE",
         help="Budget for the size of the whole model, such as `1.1GB`; instead of --bits.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        parser=_memory,
+        metavar="SIZE",
+        help="Memory that a calibrated run may take, such as `6GB`: where the whole model does not fit, it is read "
+        "block by block, with the same result. [default: what is free]",
     ),
 ]
 MaxTokens = Annotated[int, count("Longest answer, in tokens.")]

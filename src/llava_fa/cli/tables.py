@@ -33,6 +33,9 @@ def show_plan(plan: Plan) -> None:
         shares = ", ".join(f"{count} layers {bits:g}" for bits, count in sorted(counts.items()))
         console.print(f"bits: {shares}; {_prediction(plan.budget)}")
         return
+    if plan.memory:
+        console.print(plan.memory)
+        return
     weights = sum(layer.numel for layer in plan.layers)
     console.print(f"compressing {len(plan.layers)} layers, {weights / 1e6:.1f} M weights")
     if plan.embeddings:

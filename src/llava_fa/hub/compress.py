@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
@@ -22,21 +21,25 @@ from llava_fa.hub import allocation, attention_density, proofread, provenance
 from llava_fa.hub.adapter import has_adapter, identity, merged, remove_merged
 from llava_fa.hub.architecture import model_of
 from llava_fa.hub.blocks import evenly
-from llava_fa.hub.calibrated import compress_calibrated
+from llava_fa.hub.calibrated import compress_calibrated, part_names
 from llava_fa.hub.calibration_data import answer_start, fingerprint, prepare_all
 from llava_fa.hub.checkpoint import codebook_digest
 from llava_fa.hub.complete import loaded_source
 from llava_fa.hub.inspect import describe
 from llava_fa.hub.loading import check_device, context_length, fast_dtype
+from llava_fa.hub.memory import need
 from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.original import opened
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.processor import load_processor
 from llava_fa.hub.report import Progress, ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
+from llava_fa.hub.shelf import Shelf
 from llava_fa.hub.source import Source, beside, open_source, resolve_model
+from llava_fa.hub.streamed import streamed_model
 from llava_fa.hub.streaming import Job, assemble, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
+from llava_fa.hub.weights import Weights
 from llava_fa.hub.work_folder import WorkFolder, check_space, disk_errors, refuse_existing
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
@@ -64,6 +67,7 @@ def compress(
     drop_unused: bool = False,
     device: str | torch.device = "cpu",
     skip_bad_rows: bool = False,
+    memory: int | str | None = None,
     fresh: bool = False,
     progress: ProgressCallback | None = None,
     on_plan: Callable[[Plan], None] | None = None,
@@ -71,9 +75,9 @@ def compress(
     """Compress every linear layer of vision tower, projector and language model, and, if asked, its word embeddings.
 
     Without calibration data the checkpoint is streamed: memory holds the largest layer, not the model, and
-    what is known of a layer's inputs comes from the norm in front of it. With data the model is loaded, and
-    each layer is fitted to the inputs that the already compressed layers before it produce (`hub.calibrated`
-    says how, and what memory that takes). Killed at any moment, the same call goes on from the last finished
+    what is known of a layer's inputs comes from the norm in front of it. With data each layer is fitted to the inputs
+    that the already compressed layers before it produce (`hub.calibrated` says how); the model is in memory where it
+    fits, and else streamed as well. Killed at any moment, the same call goes on from the last finished
     layer (they wait in ``OUT.partial``) and ends with the same bytes as a run in one go.
 
     Args:
@@ -96,10 +100,13 @@ def compress(
             tokens, ``mtp.*``); by default they are copied as they are, for programs that know them.
         device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
         skip_bad_rows: take the next for a sample that cannot be used, and list it in the report, instead of stopping.
+        memory: bytes that a calibrated run may take, a number or text such as ``"6GB"``: where the whole model does not
+            fit, its weights are read block by block. By default it does that where the model has not half of the memory
+            that is free. The result is the same.
         fresh: throw away what an interrupted run left, instead of resuming.
         progress: called with a `Progress` before each layer and after the last.
-        on_plan: called with the `Plan` (which layers, which not and why) before any work, and once more, under a
-            budget, when it is settled who gets what.
+        on_plan: called with the `Plan` (which layers, which not and why) before any work; once more, with samples, when
+            it is known what memory that takes; and once more, under a budget, when it is settled who gets what.
 
     Returns:
         A `Report`; bits per weight, ratio and each layer's errors, as JSON through ``.to_dict()``.
@@ -122,6 +129,7 @@ def compress(
         drop_unused=drop_unused,
         device=device,
         skip_bad_rows=skip_bad_rows,
+        memory=memory,
     )
     return carry_out(request, out, fresh=fresh, progress=progress, on_plan=on_plan)
 
@@ -168,8 +176,7 @@ def _compressed(
         job = Job(plan, work, show_progress)
         model = None
         if data is not None and (job.done < job.total or not proofread.settle(work)):
-            job.tell("loading the model")
-            model = _load(source, _running_dtype(plan, device, work), device)
+            model = _loaded(request, job, empty, data, device, show)
             if request.visual_tokens is not None:
                 set_visual_tokens(model, request.visual_tokens)
         if request.budget is not None:
@@ -188,6 +195,7 @@ def _compressed(
             answers = proofread.Answers.of(model, data.inputs, data.answers)
             compress_calibrated(job, model, data.inputs)
             proofread.proofread(job, model, answers)
+            Weights.of(model).shelf.clear()
             del model
         measured = {layer.name: work.measurement(layer.name) for layer in job.plan.all_layers}
         job.tell("writing")
@@ -293,21 +301,48 @@ class _Calibration:
 def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> str:
     """What the model computes with on the samples; the weights that are compressed are the checkpoint's, exactly.
 
-    As it is stored (``"auto"``), but on CPUs float32 where they would emulate 16-bit floats, several times slower, and
-    there is memory for it; float16 otherwise becomes bf16, since it overflows and is slow there too. What an
-    interrupted run had chosen is kept, so that all layers see the same arithmetic. All by transformers' names.
+    As it is stored (``"auto"``), but on CPUs float32 where they would emulate 16-bit floats, several times slower;
+    float16 otherwise becomes bf16, since it overflows and is slow there too. What an interrupted run had chosen is
+    kept, so that all layers see the same arithmetic. All by transformers' names.
     """
     if (decided := work.read_json(_DTYPE_FILE)) is not None:
         return decided
     name = "auto"
     if device.type == "cpu":
-        size = 4 * sum(entry.numel for entry in plan.source.entries.values())
-        if fast_dtype(device) == torch.float32 and size <= psutil.virtual_memory().available / 2:
+        if fast_dtype(device) == torch.float32:
             name = "float32"
         elif any(layer.weight.dtype == "F16" for layer in plan.all_layers):
             name = "bfloat16"
     work.write_json(_DTYPE_FILE, name)
     return name
+
+
+def _computed_with(dtype: str, source: Source) -> torch.dtype:
+    """The dtype that a name of `from_pretrained`'s means; of weights as they are stored that of the largest."""
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    return max(source.entries.values(), key=lambda entry: entry.nbytes).torch_dtype
+
+
+def _loaded(
+    request: CompressionRequest,
+    job: Job,
+    empty: torch.nn.Module,
+    data: _Calibration,
+    device: torch.device,
+    show: Callable[[Plan], None],
+) -> torch.nn.Module:
+    """The model, in memory or streamed; what that takes is told, or refused, before."""
+    plan, names = job.plan, part_names(empty, job.plan)
+    dtype = _running_dtype(plan, device, job.work)
+    needed = need(plan, empty, _computed_with(dtype, plan.source), data.inputs, names)
+    streams = needed.streams(request.memory, device)
+    show(dataclasses.replace(plan, memory=needed.told(request.memory, streams)))
+    job.tell("loading the model")
+    if not streams:
+        return _load(plan.source, dtype, device)
+    shelf = Shelf(needed.limit(request.memory), job.work.hidden)
+    return streamed_model(plan.source, plan.arrangement, dtype, device, names, shelf)
 
 
 def _load(source: Source, dtype: str, device: torch.device) -> torch.nn.Module:

@@ -91,6 +91,8 @@ class Plan:
     unseen: tuple[str, ...] = ()
     """Of ``layers`` those that could not be seen at work (`feeds.observe`): without data nothing is known of their
     inputs."""
+    memory: str = ""
+    """Of a calibrated run, when it is known: what memory it takes, in words."""
 
     @property
     def all_layers(self) -> tuple[PlannedLayer, ...]:

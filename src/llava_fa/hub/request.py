@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_fa.bounds import COUNT, whole
-from llava_fa.config import Budget, Casp, FourierConfig
+from llava_fa.config import Budget, Casp, FourierConfig, size_of
 from llava_fa.errors import FourierError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class CompressionRequest:
         model, config, calibration, budget, casp, embeddings, visual_tokens, vision_tower, drop_unused, device: as
             for `llava_fa.compress`. ``calibration`` is read once, when it is needed (`data.rows.SampleSource` names a
             file).
+        memory: bytes that a calibrated run may take (`hub.memory`); None: what the machine has.
         skip_bad_rows: a calibration sample that cannot be used gives its place to the next, and is listed in the
             report; otherwise it is an error.
         command: the command it came from, with OUT for the new folder; kept beside the weights (`hub.provenance`).
@@ -43,6 +44,7 @@ class CompressionRequest:
     vision_tower: str | Path | None = None
     drop_unused: bool = False
     device: str | torch.device = "cpu"
+    memory: int | None = None
     skip_bad_rows: bool = False
     command: str | None = None
 
@@ -59,6 +61,8 @@ class CompressionRequest:
             )
         if self.embeddings is not None:
             FourierConfig(bits=self.embeddings)  # checks it
+        if self.memory is not None:
+            object.__setattr__(self, "memory", size_of(self.memory, "memory"))
         if self.visual_tokens is not None:
             whole("visual_tokens", self.visual_tokens, 1, COUNT)
         if self.budget is None and self.casp is None:

@@ -1,0 +1,146 @@
+"""What a calibrated run takes of memory, told before it begins, and whether its weights can all be in memory.
+
+The numbers are bounds of what the parts of the work were seen to take, not what they may take in the worst case: a
+model's own forward is transformers'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from llava_fa.config import format_size
+from llava_fa.errors import FourierError
+from llava_fa.hub.blocks import find_units
+from llava_fa.hub.plan import Plan, PlannedLayer
+from llava_fa.hub.weights import parts_of
+
+_SQUARES, _SQUARES_FOLLOWED, _COPIES = 18, 26, 30
+"""Of a layer [m, n] that is fitted: bytes for each of n² (where the original model is followed, or not) and of m n."""
+_HELD = 3
+"""Hidden states that a sample holds between two parts beside the ones that can be put away: what words and pictures
+were made into, and what a deeper layer is to be given."""
+_LEAST = 64 << 20
+"""Bytes of hidden states that stay in memory at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes of memory that a calibrated run takes.
+
+    Attributes:
+        base: the process before it.
+        model: all weights, as they are computed with.
+        outside: those of them that are in memory all the time where the model is streamed.
+        part: the largest part.
+        fitting: the largest of: a unit, its compressed weights beside it, and the statistics of one stage and what they
+            are worked into.
+        held: what samples hold of hidden states whether or not others are put away.
+        shelved: hidden states that can be put away.
+    """
+
+    base: int
+    model: int
+    outside: int
+    part: int
+    fitting: int
+    held: int
+    shelved: int
+
+    @property
+    def streamed(self) -> int:
+        """Of a run that reads its weights part by part, as many hidden states put away as can be."""
+        return self.base + self.outside + max(self.part, self.fitting) + self.held + min(self.shelved, _LEAST)
+
+    @property
+    def whole(self) -> int:
+        """Of a run with the whole model in memory."""
+        return self.base + self.model + self.fitting + self.held + self.shelved
+
+    def streams(self, memory: int | None, device: torch.device) -> bool:
+        """Whether the weights stay on the disk: the model does not fit.
+
+        Args:
+            memory: bytes that the run may take; None: what the machine has to spare.
+            device: where the model is.
+
+        Raises:
+            FourierError: even so it takes more than it may.
+        """
+        if memory is None:
+            if device.type == "cuda":
+                return 2 * self.model > torch.cuda.mem_get_info(device)[0]
+            return 2 * self.model > psutil.virtual_memory().available
+        if self.whole <= memory:
+            return False
+        if self.streamed > memory:
+            takes, may = format_size(self.streamed), format_size(memory)
+            raise FourierError(
+                f"calibration takes about {takes} of memory, and {may} are allowed",
+                remedy=f"Give --memory {format_size(self.streamed * 1.05).replace(' ', '')}, or fewer samples",
+            )
+        return True
+
+    def limit(self, memory: int | None) -> int:
+        """Bytes of hidden states that may stay in memory where the model is streamed."""
+        if memory is None:
+            return max(_LEAST, psutil.virtual_memory().available // 4)
+        return max(_LEAST, memory - self.streamed)
+
+    def told(self, memory: int | None, streams: bool) -> str:
+        """For people, before the run."""
+        if not streams:
+            return f"calibration takes about {format_size(self.whole)} of memory, the whole model in it"
+        total = self.streamed - min(self.shelved, _LEAST) + min(self.shelved, self.limit(memory))
+        put_away = max(0, self.shelved - self.limit(memory))
+        more = f", {format_size(put_away)} of hidden states on the disk" if put_away else ""
+        return f"calibration takes about {format_size(total)} of memory, the model block by block{more}"
+
+
+def need(
+    plan: Plan, empty: nn.Module, dtype: torch.dtype, inputs: Sequence[Mapping[str, Tensor]], names: Sequence[str]
+) -> Need:
+    """What calibrating this model takes.
+
+    Args:
+        plan: what is compressed.
+        empty: the model on the meta device.
+        dtype: that it computes with.
+        inputs: prepared samples.
+        names: modules that are parts whatever their size (`calibrated.part_names`).
+    """
+    size = dtype.itemsize
+    parts = {path: _numel(part) for path, part in parts_of(empty, names).items()}
+    follows = any(layer.config.follows_outputs for layer in plan.layers)
+    fitting = 0
+    for unit in find_units(empty, plan.layers):
+        ours = sum(layer.numel for layer in unit.layers)
+        largest = max(_fitting(layer, follows) for layer in unit.layers)
+        fitting = max(fitting, size * (_numel(unit.module) + ours) + largest)
+    width = int(getattr(empty.config.get_text_config(), "hidden_size", 0))
+    streams = 2 if follows else 1
+    words = sum(sample["input_ids"].numel() for sample in inputs) * width * size
+    pictures = sum(x.numel() for sample in inputs for x in sample.values() if x.is_floating_point()) * size
+    total = _numel(empty)
+    return Need(
+        base=psutil.Process().memory_info().rss,
+        model=size * total,
+        outside=size * (total - sum(parts.values())),
+        part=size * max(parts.values(), default=0),
+        fitting=fitting,
+        held=streams * (_HELD * words + pictures),
+        shelved=streams * max(words, 2 * pictures),
+    )
+
+
+def _fitting(layer: PlannedLayer, follows: bool) -> int:
+    m, n = layer.shape
+    return (_SQUARES_FOLLOWED if follows else _SQUARES) * n * n + _COPIES * m * n
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

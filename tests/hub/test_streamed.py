@@ -1,0 +1,230 @@
+"""A model whose weights stay on the disk: the same as a loaded one, and the same bytes of a compression."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+import transformers
+from transformers import AutoProcessor
+
+import llava_fa
+from llava_fa import Budget, FourierConfig, FourierError
+from llava_fa.hub import compress as whole
+from llava_fa.hub import shelf as shelf_module
+from llava_fa.hub.absent import Absent, Promised
+from llava_fa.hub.architecture import empty_model
+from llava_fa.hub.blocks import forward
+from llava_fa.hub.calibrated import part_names
+from llava_fa.hub.calibration_data import prepare
+from llava_fa.hub.complete import arranged, loaded_source
+from llava_fa.hub.course import passes
+from llava_fa.hub.memory import Need
+from llava_fa.hub.plan import make_plan
+from llava_fa.hub.source import open_source
+from llava_fa.hub.streamed import streamed_model
+from llava_fa.hub.weights import Weights
+from llava_fa.nn.experts import unfuse
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+CPU = torch.device("cpu")
+SOME = ("llava", "qwen2_5_vl", "gemma3", "qwen3_vl_moe")
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """A function: from here on models are streamed, or not; hidden states beyond so many bytes go to the disk."""
+
+    def choose(streams=True, limit=0):
+        monkeypatch.setattr(Need, "streams", lambda *_: streams)
+        monkeypatch.setattr(Need, "limit", lambda *_: limit)
+        monkeypatch.setattr(shelf_module, "_LEAST", 0)
+
+    return choose
+
+
+def both(folder: Path, dtype):
+    """The model streamed, and loaded."""
+    source = open_source(folder)
+    plan = make_plan(empty_model(source.home, len(source.entries)), source, FourierConfig())
+    tables = [name for name, module in _modules(folder) if isinstance(module, torch.nn.Embedding)]
+    names = [*part_names(empty_model(source.home, len(source.entries)), plan), *tables]
+    model = streamed_model(source, arranged(source), dtype, CPU, names)
+    loaded = loaded_source(source, dtype=dtype)
+    unfuse(loaded)
+    return model, loaded
+
+
+def _modules(folder):
+    source = open_source(folder)
+    return empty_model(source.home, len(source.entries)).named_modules()
+
+
+def assert_equal(model, loaded):
+    """Every parameter and buffer, inside of parts and outside, to the bit, in its order of elements."""
+    weights, seen = Weights.of(model), set()
+
+    def compare(name, value):
+        expected = loaded.get_parameter(name) if name in parameters else loaded.get_buffer(name)
+        assert type(value.data) is torch.Tensor
+        assert torch.equal(value, expected), name
+        assert (value.dtype, value.stride()) == (expected.dtype, expected.stride()), name
+        seen.add(name)
+
+    parameters = dict(loaded.named_parameters(remove_duplicate=False))
+    for path, part in weights.parts.items():
+        with weights.entered(path):
+            for name, value in part.named_parameters():
+                compare(f"{path}.{name}", value)
+        assert any(isinstance(value, Absent) for value in part.parameters())
+    for name, value in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        assert not isinstance(value, Promised), name
+        if not isinstance(value, Absent):
+            compare(name, value)
+    tied = set(getattr(loaded, "all_tied_weights_keys", None) or ())
+    assert parameters.keys() | dict(loaded.named_buffers()).keys() <= seen | tied
+    assert model.training == loaded.training
+
+
+DOZEN = (
+    *("llava_next", "qwen3_vl", "internvl", "paligemma", "smolvlm", "mistral3", "glm4v", "molmo2", "qwen3_5"),
+    *("llava_onevision", "idefics2", "mllama", "llama4", "deepseek_vl", "aria", "kimi_k25", "gemma4"),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*SOME, *(pytest.param(family, marks=pytest.mark.slow) for family in DOZEN)])
+@torch.no_grad()
+def test_a_streamed_model_is_the_loaded_one(family, dtype, tmp_path):
+    """Weights, buffers and answers, those of several samples side by side."""
+    import families
+    from made_up import with_picture, words
+    from shrunken import shake, small_config
+
+    if family not in families.mapping():
+        pytest.skip("this transformers does not have it")
+    torch.manual_seed(0)
+    model = getattr(transformers, families.mapping()[family])(small_config(family)).eval()
+    shake(model)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    streamed, loaded = both(tmp_path, dtype)
+    assert_equal(streamed, loaded)
+    inputs = [with_picture(loaded), words(loaded), with_picture(loaded, seed=1)]
+    inputs = [sample for sample in inputs if sample is not None]
+    expected = [forward(loaded, sample, 0).logits for sample in inputs]
+    found = passes(streamed, [functools.partial(forward, streamed, sample, 0) for sample in inputs])
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.logits, other)
+    assert torch.equal(forward(streamed, inputs[0], 0).logits, expected[0])  # without anyone who brings the weights
+    assert_equal(streamed, loaded)
+
+
+@torch.no_grad()
+def test_every_weight_is_read_once_for_all_samples(checkpoint, samples):
+    model, _ = both(checkpoint, torch.float32)
+    weights, read = Weights.of(model), []
+    true = weights._read
+    weights._read = lambda names: (read.extend(names), true(names))[1]
+    inputs = list(prepare(samples, AutoProcessor.from_pretrained(checkpoint)))
+    passes(model, [functools.partial(forward, model, sample, 0) for sample in inputs])
+    assert len(read) == len(set(read)) > 50
+
+
+@torch.no_grad()
+def test_a_weight_that_is_read_elsewhere_is_fetched(checkpoint):
+    model, loaded = both(checkpoint, torch.float32)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    weight, expected = model.get_parameter(name), loaded.get_parameter(name)
+    x = torch.randn(2, weight.shape[1])
+    assert (weight.device, weight.dtype, weight.shape) == (expected.device, expected.dtype, expected.shape)
+    assert torch.equal(torch.nn.functional.linear(x, weight), torch.nn.functional.linear(x, expected))
+    assert torch.equal(weight[2:3], expected[2:3])
+    Weights.of(model).set(name, lambda: 2 * expected)
+    assert torch.equal(weight[2:3], 2 * expected[2:3])
+
+
+KINDS = {
+    "plain": {},
+    "weights": {"config": FourierConfig(bits=2, refine_passes=0, target="weights")},
+    "budget": {"config": FourierConfig(bits=4, refine_passes=0), "budget": Budget(bits=3.3)},
+    "embeddings": {"embeddings": 4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_bytes_as_in_memory(kind, checkpoint, quick, samples, tmp_path, digest, streamed, monkeypatch):
+    written = []
+    true = shelf_module.Shelf._written
+    monkeypatch.setattr(shelf_module.Shelf, "_written", lambda self, x: (written.append(1), true(self, x))[1])
+    options = {"config": quick, **KINDS[kind]}
+    streamed(False)
+    llava_fa.compress(checkpoint, tmp_path / "whole", calibration=samples, **options)
+    assert not written
+    streamed()
+    loads = []
+    monkeypatch.setattr(whole, "_load", lambda *_: loads.append(1))
+    llava_fa.compress(checkpoint, tmp_path / "streamed", calibration=samples, **options)
+    assert digest(tmp_path / "streamed") == digest(tmp_path / "whole")
+    assert written
+    assert not loads
+    assert not (tmp_path / "streamed.partial").exists()
+
+
+@pytest.mark.parametrize("at", [1, 9, 20])
+def test_killed_and_resumed_either_way(
+    at, checkpoint, quick, samples, calibrated, tmp_path, digest, streamed, monkeypatch
+):
+    """Begun streamed and ended in memory, or the other way round."""
+    for first in (True, False):
+        out, left, true = tmp_path / str(first), [at], whole.WorkFolder.save
+
+        def save(self, *args, left=left, true=true):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            true(self, *args)
+
+        streamed(first)
+        with monkeypatch.context() as patch:
+            patch.setattr(whole.WorkFolder, "save", save)
+            with pytest.raises(KeyboardInterrupt):
+                llava_fa.compress(checkpoint, out, quick, samples)
+        streamed(not first)
+        llava_fa.compress(checkpoint, out, quick, samples)
+        assert digest(out) == digest(calibrated[0])
+
+
+def test_memory_that_is_too_little_is_refused_with_what_it_takes(checkpoint, quick, samples, tmp_path):
+    with pytest.raises(FourierError, match=r"calibration takes about .* and 100\.0 MB are allowed.*Give --memory \d"):
+        llava_fa.compress(checkpoint, tmp_path / "out", quick, samples, memory="100MB")
+    told = []
+    report = llava_fa.compress(
+        checkpoint, tmp_path / "out", quick, samples, memory="100GB", on_plan=lambda plan: told.append(plan.memory)
+    )
+    assert report.layers
+    assert told[0] == ""
+    assert "the whole model in it" in told[1]
+    with pytest.raises(FourierError, match="memory of size"):
+        llava_fa.compress(checkpoint, tmp_path / "other", quick, samples, memory="much")
+
+
+def test_the_choice_between_the_two():
+    need = Need(base=100, model=1000, outside=10, part=50, fitting=40, held=5, shelved=7)
+    assert need.whole == 100 + 1000 + 40 + 5 + 7
+    assert need.streamed == 100 + 10 + 50 + 5 + 7
+    assert not need.streams(1152, CPU)
+    assert need.streams(1151, CPU)
+    assert need.streams(172, CPU)
+    with pytest.raises(FourierError):
+        need.streams(171, CPU)
+
+
+def test_helpers_model_has_several_shards(checkpoint):
+    """So that weights come from more than one file."""
+    assert len(list(checkpoint.glob("*.safetensors"))) > 1
+    assert helpers.save_llava
