@@ -70,7 +70,7 @@ class Walk:
     def _unit(self, model):
         experts = model.get_submodule(self.path)
         layers = [
-            SimpleNamespace(name=f"{self.path}.{kind}.{i}", shape=tuple(linear.weight.shape))
+            SimpleNamespace(name=f"{self.path}.{kind}.{i}", shape=tuple(linear.weight.shape), read=linear.weight.detach)
             for kind in ("gate_up", "down")
             for i, linear in enumerate(getattr(experts, kind))
         ]
@@ -117,6 +117,8 @@ def test_in_turn_they_are_those_of_all_tokens(kind, monkeypatch):
         found = sums[layer.name].statistics()
         assert found.tokens == 0
         expected = [total / len(given) for total in moments(*inputs)]
+        if kind == "down":  # fewer rows than columns: W D
+            expected[1] = layer.read() @ expected[1]
         torch.testing.assert_close(found.moment.double(), expected[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.drift.double(), expected[1], rtol=1e-4, atol=1e-5)
 

@@ -68,3 +68,17 @@ def test_bad_inputs_name_the_layer():
     moment = SecondMoment(2)
     moment.add(torch.ones(1, 2))
     assert corrected_weight(torch.eye(2), moment.value(), torch.full((2, 2), 0.5)).isfinite().all()
+
+
+def test_through_the_weight_it_is_the_same():
+    """Of a weight with fewer rows than columns, W D is enough."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x, seen = (torch.randn(size, 12, generator=generator) for size in (5, 300, 300))
+    moment, whole, through = SecondMoment(12), Drift(12), Drift(12, weight=weight)
+    moment.add(seen)
+    for drift in (whole, through):
+        drift.add(x, seen)
+    torch.testing.assert_close(through.value(), weight @ whole.value(), rtol=1e-4, atol=1e-5)
+    found = corrected_weight(weight, moment.value(), through.value())
+    assert not torch.equal(found, weight)
+    torch.testing.assert_close(found, corrected_weight(weight, moment.value(), whole.value()), rtol=1e-4, atol=1e-5)

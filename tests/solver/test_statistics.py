@@ -65,3 +65,12 @@ def test_wrong_width_and_nothing_seen():
         SecondMoment(3, name="up").add(torch.zeros(2, 4))
     with pytest.raises(FourierError, match="up: no input reached this layer"):
         SecondMoment(3, name="up").value()
+
+
+def test_the_sums_can_be_given_up(monkeypatch):
+    monkeypatch.setattr(statistics, "_ROWS", 3)
+    moment = SecondMoment(7)
+    moment.add(torch.randn(20, 7, generator=torch.Generator().manual_seed(0)))
+    kept = moment.value()
+    assert torch.equal(moment.value(spend=True), kept)
+    assert not moment._panels

@@ -44,28 +44,45 @@ _OTHERS = "no calibration input was sent to it; fitted to those of the experts b
 
 @dataclasses.dataclass
 class Statistics:
-    """Of the inputs x̂ of a group of layers: E[x̂ x̂ᵀ], and E[(x - x̂) x̂ᵀ] where x was followed; float32 [n, n].
+    """Of the inputs x̂ of a group of layers: Ĥ = E[x̂ x̂ᵀ], float32 [n, n], and, where x was followed, their drift.
 
-    ``tokens``: how many x̂ there were.
+    Attributes:
+        moment: Ĥ.
+        drift: D = E[(x - x̂) x̂ᵀ] [n, n]; or W D, the rows of all layers of the group below each other.
+        tokens: how many x̂ there were.
+        rows: layer → its rows of W D.
     """
 
     moment: Tensor
     drift: Tensor | None
     tokens: int
+    rows: dict[str, slice] = dataclasses.field(default_factory=dict)
+
+    def drift_of(self, layer: PlannedLayer) -> Tensor | None:
+        """What `solver.drift` needs of one layer; None where its config, or the samples, have nothing to follow."""
+        if self.drift is None or not layer.config.follows_outputs:
+            return None
+        return self.drift[self.rows[layer.name]] if self.rows else self.drift
 
 
 class Sums:
     """What is added up of one layer's inputs: x̂, and beside it x where the original model is followed."""
 
-    def __init__(self, moment: SecondMoment, drift: Drift | None) -> None:
-        self.moment, self.drift, self.tokens = moment, drift, 0
+    def __init__(self, moment: SecondMoment, drift: Drift | None, rows: dict[str, slice]) -> None:
+        self.moment, self.drift, self.rows, self.tokens = moment, drift, rows, 0
         self.waiting: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
-    def of(cls, layer: PlannedLayer, follows: bool) -> Sums:
-        """Nothing yet."""
-        n = layer.shape[1]
-        return cls(SecondMoment(n, name=layer.name), Drift(n, name=layer.name) if follows else None)
+    def of(cls, group: Sequence[PlannedLayer], follows: bool) -> Sums:
+        """Nothing yet, of layers that share an input."""
+        name, n = group[0].name, group[0].shape[1]
+        moment, rows, weight = SecondMoment(n, name=name), {}, None
+        if follows and (count := sum(layer.shape[0] for layer in group)) < n:  # W D is less than D
+            weight, end = torch.empty(count, n), 0
+            for layer in group:
+                rows[layer.name] = slice(end, end := end + layer.shape[0])
+                weight[rows[layer.name]] = layer.read()
+        return cls(moment, Drift(n, name=name, weight=weight) if follows else None, rows)
 
     def add(self, inputs: list[Tensor], before: list[Tensor]) -> None:
         """Take in the inputs of one call, and those of the original model; without its own where these differ."""
@@ -91,7 +108,9 @@ class Sums:
         """Of all that was added; None of nothing."""
         if not self.moment.count:
             return None
-        return Statistics(self.moment.value(), None if self.drift is None else self.drift.value(), self.tokens)
+        drift = None if self.drift is None else self.drift.value()
+        self.drift = None
+        return Statistics(self.moment.value(spend=True), drift, self.tokens, self.rows)
 
 
 @torch.no_grad()
@@ -155,8 +174,7 @@ def _compress_unit(job: Job, weights: Weights, visit: Visit, keep: bool) -> None
                     if statistics is None:
                         job.compress(layer, notes=(_NO_INPUT,), tokens=0)
                     else:
-                        drift = statistics.drift if layer.config.follows_outputs else None
-                        notes = () if statistics.tokens else (_OTHERS,)
+                        notes, drift = () if statistics.tokens else (_OTHERS,), statistics.drift_of(layer)
                         job.compress(layer, statistics.moment, drift, notes, statistics.tokens)
         for layer in layers:
             _use_part(job, weights, layer, keep)
@@ -178,7 +196,7 @@ def gather(
     drift is None.
     """
     leaders = [group[0] for group in stage]
-    sums = {layer.name: Sums.of(layer, original is not None) for layer in leaders}
+    sums = {group[0].name: Sums.of(group, original is not None) for group in stage}
     with followed(unit, None if original is None else original.unit):
         _add(sums, unit, leaders, calls, hidden, original)
     missed = [layer for layer in leaders if not sums[layer.name].tokens and experts_of(unit, layer.name)]
@@ -191,7 +209,7 @@ def in_turn_sums(
     unit: Unit, layers: list[PlannedLayer], calls: list[Call], hidden: list[Tensor], original: Original | None = None
 ) -> dict[str, Sums]:
     """Of matrices of one kind of a block's experts: what they are given where tokens go to the experts in turn."""
-    sums = {layer.name: Sums.of(layer, original is not None) for layer in layers}
+    sums = {layer.name: Sums.of([layer], original is not None) for layer in layers}
     experts, tokens = experts_of(unit, layers[0].name), sum(x.shape[:-1].numel() for x in hidden)
     assert experts is not None
     each = min(experts.count, -(-_SHOWN * layers[0].shape[1] * experts.count // tokens))

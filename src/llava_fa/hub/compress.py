@@ -44,6 +44,7 @@ from llava_fa.hub.work_folder import WorkFolder, check_space, disk_errors, refus
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
 from llava_fa.nn.experts import unfuse
+from llava_fa.solver.scratch import scratch
 
 _DTYPE_FILE = "dtype.json"
 """Of the work folder."""
@@ -172,11 +173,17 @@ def _compressed(
     beside(source.home)  # said now, not when all the work is done
     check_space(out.parent, plan.output_bytes + plan.part_bytes + _SPARE)
     data = None if request.calibration is None else _Calibration.of(source, request, context_length(empty))
-    with WorkFolder(out, _manifest(request, source, data), fresh) as work, _memory_errors(device):
+    with (
+        WorkFolder(out, _manifest(request, source, data), fresh) as work,
+        _memory_errors(device),
+        contextlib.ExitStack() as stack,
+    ):
         job = Job(plan, work, show_progress)
         model = None
         if data is not None and (job.done < job.total or not proofread.settle(work)):
             model = _loaded(request, job, empty, data, device, show)
+            if Weights.of(model).streamed:
+                stack.enter_context(scratch(work.hidden))
             if request.visual_tokens is not None:
                 set_visual_tokens(model, request.visual_tokens)
         if request.budget is not None:

@@ -12,6 +12,7 @@ diag(signs) has orthonormal rows, so T⁻¹ = Tᵀ; it is never formed. An odd n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -78,9 +79,17 @@ def packed_idft(z: Tensor, signs: Tensor, n: int) -> Tensor:
     return out
 
 
-def transform_moment(moment: Tensor, signs: Tensor, scale: Tensor | None = None) -> Tensor:
-    """T diag(scale) H diag(scale) Tᵀ for a symmetric H [n, n] → [padded(n), padded(n)], by two FFTs and symmetrised."""
-    both = packed_dft_rows(packed_dft_rows(moment, signs, scale).T, signs, scale)
+def transform_moment(
+    moment: Tensor, signs: Tensor, scale: Tensor | None = None, spent: Callable[[], None] = lambda: None
+) -> Tensor:
+    """T diag(scale) H diag(scale) Tᵀ for a symmetric H [n, n] → [padded(n), padded(n)], by two FFTs and symmetrised.
+
+    ``spent`` is called when H has been read for the last time.
+    """
+    one = packed_dft_rows(moment, signs, scale)
+    spent()
+    both = packed_dft_rows(one.T, signs, scale)
+    del one
     for start in range(0, len(both), _SIDE):  # block by block, in place
         for other in range(0, start + 1, _SIDE):
             below = both[start : start + _SIDE, other : other + _SIDE]

@@ -16,6 +16,7 @@ from llava_fa.solver.approximation import Approximation
 from llava_fa.solver.best import solve_best
 from llava_fa.solver.factored import solve_factored
 from llava_fa.solver.paper import solve_paper
+from llava_fa.solver.scratch import Away
 
 
 def approximate(
@@ -60,7 +61,11 @@ def approximate(
     if config.method == "paper":
         tensors, history, more = solve_paper(scaled, config, usable)
     else:
-        tensors, history, more = (solve_factored if config.inner_rank else solve_best)(scaled, config, usable, scales)
+        with Away(usable) as away:
+            if config.inner_rank:
+                tensors, history, more = solve_factored(scaled, config, usable, scales)
+            else:
+                tensors, history, more = solve_best(scaled, config, usable, scales, away.now)
     for name in ("r_max", "row_scale", "left.row_scale", "left_scale" if "left_scale" in tensors else "left"):
         if name in tensors:
             tensors[name] = tensors[name] * unit

@@ -8,6 +8,8 @@ optimised is what is stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,11 @@ def scales_for(power: Tensor, moment: Tensor | None) -> Tensor:
 
 
 def solve_best(
-    weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor | None = None
+    weight: Tensor,
+    config: FourierConfig,
+    moment: Tensor | None,
+    scales: Tensor | None = None,
+    spent: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], tuple[float, ...], tuple[str, ...]]:
     """Stored tensors, the loss after each alternation, and notes.
 
@@ -82,8 +88,9 @@ def solve_best(
         moment: what may be used: H [n, n] (feedback), its diagonal [n], or None.
         scales: s, float32 [n], exactly representable in bf16; None for those that `input_scales` chooses, ones without
             calibration.
+        spent: called when H [n, n] has been read for the last time.
     """
-    problem = _Problem(weight, config, moment, scales)
+    problem = _Problem(weight, config, moment, scales, spent)
     history: list[float] = []
     best: dict[str, Tensor] = {}
     if config.rank:
@@ -170,7 +177,12 @@ class _Problem:
     """One layer in the transformed domain: A = W diag(s) Tᵀ [m, N] and the norm its error is measured in."""
 
     def __init__(
-        self, weight: Tensor, config: FourierConfig, moment: Tensor | None, scales: Tensor | None = None
+        self,
+        weight: Tensor,
+        config: FourierConfig,
+        moment: Tensor | None,
+        scales: Tensor | None = None,
+        spent: Callable[[], None] = lambda: None,
     ) -> None:
         self.weight, self.config, self.n = weight, config, weight.shape[1]
         if scales is None:
@@ -187,7 +199,7 @@ class _Problem:
         if moment.ndim == 1:
             self.weights = _floored(moment).sqrt()
             return
-        self.moment = dft.transform_moment(moment, self.signs, 1 / scales)
+        self.moment = dft.transform_moment(moment, self.signs, 1 / scales, spent)
         root, damping = feedback.damped_root(self.moment, config.damping)
         if damping != config.damping:
             self.notes = (f"damping raised to {damping:g}",)

@@ -28,7 +28,7 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
     Args:
         weight: W [m, n], any float dtype.
         moment: Ĥ = E[x̂ x̂ᵀ] [n, n].
-        drift: D = E[(x - x̂) x̂ᵀ] [n, n].
+        drift: D = E[(x - x̂) x̂ᵀ] [n, n]; or, of a weight with fewer rows than columns, W D [m, n].
     """
     values = weight.detach().to(torch.float32)
     mean = float(moment.diagonal().mean(dtype=torch.float64))
@@ -36,6 +36,11 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
         return values
     factor, _ = damped_factor(moment, damping)
     out = torch.empty_like(values)
+    if len(drift) < drift.shape[1]:
+        for start in range(0, len(values), _ROWS):
+            solved = factor.solve_rows(drift[start : start + _ROWS].to(torch.float64))
+            torch.add(values[start : start + _ROWS], solved.to(torch.float32), out=out[start : start + _ROWS])
+        return out
     if values.shape[0] <= values.shape[1]:  # rows of W to solve for, else those of D: float64 is slow
         for start in range(0, len(values), _ROWS):
             rows = values[start : start + _ROWS]

@@ -1,0 +1,69 @@
+"""Room in memory: a large matrix waits on the disk while what is made of it is worked on."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+from torch import Tensor
+
+_LEAST = 64 << 20
+"""Bytes of a matrix that is worth it."""
+_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
+
+
+@contextlib.contextmanager
+def scratch(folder: Path | None) -> Iterator[None]:
+    """While it lasts large matrices may be put into this folder, which is made then; None: nowhere."""
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
+class Away:
+    """A matrix that can be put away, and is back at the end (use as a context manager).
+
+    Args:
+        matrix: on the CPU, or nothing; whatever shares its memory has nothing to show meanwhile.
+    """
+
+    def __init__(self, matrix: Tensor | None) -> None:
+        self._matrix = matrix
+        self._file: Path | None = None
+
+    def __enter__(self) -> Away:
+        return self
+
+    def now(self) -> None:
+        """Put it away, where there is a folder for it and it is large."""
+        x, folder = self._matrix, _folder.get()
+        if x is None or folder is None or self._file is not None or x.device.type != "cpu":
+            return
+        memory = x.untyped_storage()
+        alone = memory.resizable() and memory.nbytes() == x.nbytes and x.is_contiguous()
+        if not alone or memory.nbytes() < _LEAST:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "matrix"
+        with open(self._file, "wb") as file:
+            file.write(_bytes(x))
+        memory.resize_(0)
+
+    def __exit__(self, *_: object) -> None:
+        if self._matrix is None or self._file is None:
+            return
+        x = self._matrix
+        x.untyped_storage().resize_(x.nbytes)
+        with open(self._file, "rb") as file:
+            file.readinto(_bytes(x))
+        self._file.unlink()
+
+
+def _bytes(x: Tensor) -> ctypes.Array[ctypes.c_char]:
+    """Its memory; numpy's view of it would keep it from being given up."""
+    return (ctypes.c_char * x.nbytes).from_address(x.data_ptr())
