@@ -53,3 +53,14 @@ def test_a_layer_is_the_same(folder, options):
     assert found.output_error == expected.output_error
     for name, value in expected.tensors.items():
         assert torch.equal(found.tensors[name], value)
+
+
+def test_zeros_that_are_not_written_take_no_memory():
+    size = 4200
+    x = scratch.zeros(size, torch.device("cpu"))
+    assert x.shape == (size, size)
+    assert x.dtype == torch.float32
+    assert not x[::100].any()
+    x[3, 4:] = 1
+    assert float(x.sum()) == size - 4
+    assert scratch.zeros(8, torch.device("meta")).is_meta

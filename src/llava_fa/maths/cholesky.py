@@ -22,10 +22,10 @@ class UpperFactor:
     def __init__(self, panels: list[Tensor], inverses: list[Tensor]) -> None:
         self.panels, self.inverses = panels, inverses
 
-    def square(self, dtype: torch.dtype) -> Tensor:
-        """R [size, size]."""
+    def square(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """R [size, size]; into ``out``, which is zero."""
         size = self.panels[0].shape[1]
-        root = torch.zeros(size, size, dtype=dtype, device=self.panels[0].device)
+        root = torch.zeros(size, size, dtype=dtype, device=self.panels[0].device) if out is None else out
         for panel in self.panels:
             start = size - panel.shape[1]
             root[start : start + panel.shape[0], start:] = panel

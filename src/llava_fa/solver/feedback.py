@@ -16,6 +16,7 @@ from llava_fa import native
 from llava_fa.errors import FourierError
 from llava_fa.maths.cholesky import UpperFactor, upper_factor
 from llava_fa.maths.nearest import NearestCode
+from llava_fa.solver.scratch import zeros
 
 # Columns per block: corrections within a block are small products, those between blocks one GEMM.
 _BLOCK = 128
@@ -51,16 +52,16 @@ def damped_factor(moment: Tensor, damping: float) -> tuple[UpperFactor, float]:
 def damped_root(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     """R of `damped_factor` as one matrix [N, N] float32, and the damping that it took."""
     factor, damping = damped_factor(moment, damping)
-    return factor.square(torch.float32), damping
+    return factor.square(torch.float32, zeros(len(moment), moment.device)), damping
 
 
 def unit_upper(root: Tensor) -> Tensor:
     """M = R blkdiag(R_pp)⁻¹ [N, N]: the unit upper factor of H = M D Mᵀ in 2×2 blocks."""
     size, inverse = root.shape[0], torch.linalg.inv(pair_blocks(root))
-    unit = torch.empty_like(root)
+    unit = zeros(size, root.device)
     for start in range(0, size, _ROWS):  # the product works on copies
-        rows = root[start : start + _ROWS]
-        unit[start : start + _ROWS] = torch.einsum("rpa,pab->rpb", rows.view(-1, size // 2, 2), inverse).flatten(1)
+        rows = root[start : start + _ROWS, start:].reshape(-1, (size - start) // 2, 2)
+        unit[start : start + _ROWS, start:] = torch.einsum("rpa,pab->rpb", rows, inverse[start // 2 :]).flatten(1)
     return unit
 
 

@@ -1,13 +1,15 @@
-"""Room in memory: a large matrix waits on the disk while what is made of it is worked on."""
+"""Room in memory for large matrices: one that waits on the disk while others are worked on, one that is half zero."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 _LEAST = 64 << 20
@@ -23,6 +25,14 @@ def scratch(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         _folder.reset(token)
+
+
+def zeros(size: int, device: torch.device) -> Tensor:
+    """0 float32 [size, size]; what is never written, such as one half of a triangular matrix, takes no memory."""
+    if device.type != "cpu" or 4 * size * size < _LEAST or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(size, size, device=device)
+    pages = mmap.mmap(-1, 4 * size * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32).view(size, size)
 
 
 class Away:
