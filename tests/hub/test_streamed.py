@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 import llava_fa
 from llava_fa import Budget, FourierConfig, FourierError
 from llava_fa.hub import compress as whole
+from llava_fa.hub import model_sensitivity
 from llava_fa.hub import shelf as shelf_module
 from llava_fa.hub.absent import Absent, Promised
 from llava_fa.hub.architecture import empty_model
@@ -99,6 +100,7 @@ DOZEN = (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", [*SOME, *(pytest.param(family, marks=pytest.mark.slow) for family in DOZEN)])
+@pytest.mark.filterwarnings("ignore:Casting complex values")  # Llama 4's rotation, where the model is made
 @torch.no_grad()
 def test_a_streamed_model_is_the_loaded_one(family, dtype, tmp_path):
     """Weights, buffers and answers, those of several samples side by side."""
@@ -228,3 +230,42 @@ def test_helpers_model_has_several_shards(checkpoint):
     """So that weights come from more than one file."""
     assert len(list(checkpoint.glob("*.safetensors"))) > 1
     assert helpers.save_llava
+
+
+def by_autograd(model, name, directions, inputs, answers, seed):
+    """`fisher` of one layer, one whole backward pass after the other."""
+    generator, layer = torch.Generator().manual_seed(seed), model.get_submodule(name)
+    seen, total, tokens = [], 0.0, 0
+    hook = layer.register_forward_hook(lambda _, args, y: seen.append((args[0].detach(), y)))
+    for sample, start in zip(inputs, answers, strict=True):
+        seen.clear()
+        logits = model(**sample).logits[0, start - 1 : -1] / model_sensitivity.TEMPERATURE
+        p = logits.detach().softmax(-1)
+        for _ in range(2):
+            noise = torch.randn(p.shape, generator=generator) * p.sqrt()
+            aim = (logits * (noise - p * noise.sum(-1, keepdim=True))).sum()
+            gradients = torch.autograd.grad(aim, [y for _, y in seen], retain_graph=True)
+            m = sum(g.flatten(0, -2).T @ x.flatten(0, -2) for g, (x, _) in zip(gradients, seen, strict=True))
+            total = total + (m @ directions).square().sum(1).double()
+        tokens += len(p)
+    hook.remove()
+    return total / (2 * tokens)
+
+
+def test_gradients_part_by_part_are_those_of_whole_passes(checkpoint, samples, monkeypatch):
+    """Streamed, what is called again from the disk, or in memory."""
+    monkeypatch.setattr(shelf_module, "_LEAST", 0)
+    model, loaded = both(checkpoint, torch.float32)
+    inputs = list(prepare(samples, AutoProcessor.from_pretrained(checkpoint)))
+    names = (
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj",
+        "model.multi_modal_projector.linear_1",
+        "model.language_model.layers.1.mlp.down_proj",
+    )
+    directions = {name: torch.randn(loaded.get_submodule(name).in_features, 8) for name in names}
+    found = [model_sensitivity.fisher(one, directions, inputs, [9, 8, 7], 3) for one in (loaded, model)]
+    for name in names:
+        assert torch.equal(found[0][name], found[1][name])
+        expected = by_autograd(loaded, name, directions[name], inputs, [9, 8, 7], 3)
+        torch.testing.assert_close(found[0][name], expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
+    assert all(isinstance(value, Absent) for part in Weights.of(model).parts.values() for value in part.parameters())

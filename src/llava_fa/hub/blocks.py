@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
@@ -279,6 +280,14 @@ def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int, **option
             remedy="Check the sample, and that the processor files belong to the model",
             where=f"calibration sample {index}",
         ) from error
+
+
+def answer_logits(model: nn.Module, inputs: Inputs, starts: Sequence[int], index: int) -> Tensor:
+    """[tokens, words] of a sample's answer alone, which begins at its start: those of every token can be gigabytes."""
+    count = inputs[index]["input_ids"].shape[1] - starts[index] + 1
+    knows = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": count} if knows else {}
+    return forward(model, inputs[index], index, **options).logits[0, -count:-1]  # type: ignore[no-any-return]
 
 
 def first_of(output: Any) -> Tensor:

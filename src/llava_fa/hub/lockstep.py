@@ -27,10 +27,17 @@ class Stop(BaseException):
 
 
 class Arrival:
-    """What a sample is waiting with in front of a part: the arguments of the part's forward."""
+    """What a sample is waiting with in front of a part: the arguments of the part's forward.
 
-    def __init__(self, traveller: Traveller, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ``back`` is what it has beside these where it comes back to the part with gradients (`hub.recompute`), ``phase`` how
+    often it has set out to come back.
+    """
+
+    def __init__(
+        self, traveller: Traveller, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], back: Any = None
+    ) -> None:
         self.traveller, self.path, self.args, self.kwargs = traveller, path, args, kwargs
+        self.back, self.phase = back, traveller.phase
         self._shelf: Shelf | None = None
         self._tensors: list[Tensor] = []
 
@@ -88,7 +95,9 @@ class Traveller(threading.Thread):
     Attributes:
         waits: what it waits with; None before it has begun and when it has ended.
         result: of the pass.
-        visits: the parts that it has reached, in order.
+        visits: the parts that it has reached, in order; on the way there alone.
+        phase: how often it has set out to come back with gradients; the pass itself says so.
+        shelf: where what it needs later may lie.
     """
 
     def __init__(self, label: int, travel: Callable[[], Any], original: bool = False) -> None:
@@ -97,6 +106,8 @@ class Traveller(threading.Thread):
         self.waits: Arrival | None = None
         self.result: Any = None
         self.visits: list[str] = []
+        self.phase = 0
+        self.shelf: Shelf | None = None
         self._travel, self._grad = travel, torch.is_grad_enabled()  # a thread begins with gradients
         self._error: BaseException | None = None
         self._answer: Any = None
@@ -119,10 +130,11 @@ class Traveller(threading.Thread):
         finally:
             self._back.release()
 
-    def reach(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def reach(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], back: Any = None) -> Any:
         """In the thread: wait in front of a part for what it gives."""
-        self.visits.append(path)
-        self.waits = Arrival(self, path, args, kwargs)
+        if back is None:
+            self.visits.append(path)
+        self.waits = Arrival(self, path, args, kwargs, back)
         self._back.release()
         self._given.acquire()
         answer, self._answer = self._answer, None
@@ -166,7 +178,8 @@ class Walk:
 
     Args:
         rank: part → its place in the order in which the model runs them. Where many wait, those in front of the first
-            of their parts are next (one that has no place is before all others): then all have come to it that will.
+            of their parts are next (one that has no place is before all others): then all have come to it that will. On
+            the way back it is the last of them, once nobody is left on the way there.
         shelf: where waiting tensors lie.
     """
 
@@ -187,6 +200,7 @@ class Walk:
         before = threading.stack_size(_STACK)
         try:
             traveller = Traveller(label, travel, original)
+            traveller.shelf = self.shelf
             traveller.start()
             self.travellers.append(traveller)
         finally:
@@ -206,12 +220,17 @@ class Walk:
         waiting = self.waiting()
         if not waiting:
             return None
-        path = self.first(waiting)
-        return path, [arrival for arrival in waiting if arrival.path == path]
+        place = min(self._place(one) for one in waiting)
+        arrivals = [one for one in waiting if self._place(one) == place]
+        return place[-1], arrivals
 
     def first(self, arrivals: Iterable[Arrival]) -> str:
         """The first of the parts that these wait in front of."""
-        return min((one.path for one in arrivals), key=lambda path: self.rank.get(path, -1))
+        return min(self._place(one) for one in arrivals)[-1]
+
+    def _place(self, arrival: Arrival) -> tuple[int, int, str]:
+        rank = self.rank.get(arrival.path, -1)
+        return arrival.phase, rank if arrival.back is None else -rank, arrival.path
 
     def answer(self, arrival: Arrival, forward: Callable[..., Any]) -> None:
         """Run a part for one sample, and let the sample go on to the next.

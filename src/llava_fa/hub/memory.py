@@ -109,7 +109,11 @@ class Need:
 
 
 def need(
-    plan: Plan, empty: nn.Module, dtype: torch.dtype, inputs: Sequence[Mapping[str, Tensor]], names: Sequence[str]
+    plan: Plan,
+    empty: nn.Module,
+    dtype: torch.dtype,
+    inputs: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
 ) -> Need:
     """What calibrating this model takes.
 

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from llava_fa.hub.blocks import Inputs, forward, input_moments
+from llava_fa.hub.blocks import Inputs, answer_logits, input_moments
 from llava_fa.hub.course import passes
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.plan import Plan, PlannedLayer
@@ -84,12 +83,7 @@ class Answers:
 
 
 def _log_probabilities(model: nn.Module, inputs: Inputs, starts: Sequence[int], index: int) -> Tensor:
-    """Of the answer alone: logits of every token of a sample can be gigabytes."""
-    count = inputs[index]["input_ids"].shape[1] - starts[index] + 1
-    knows = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": count} if knows else {}
-    logits = forward(model, inputs[index], index, **options).logits[0, -count:-1]
-    return logits.float().log_softmax(-1).cpu()
+    return answer_logits(model, inputs, starts, index).float().log_softmax(-1).cpu()
 
 
 def _cost(lost: dict[int, Tensor]) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llava_fa.hub.absent import Promised, absent
 from llava_fa.hub.lockstep import current
+from llava_fa.hub.recompute import can_run_again, differentiable
 from llava_fa.hub.shelf import Shelf
 
 _SMALL = 4 << 20
@@ -66,6 +67,7 @@ class Weights:
 
     Attributes:
         parts: path → module.
+        watched: parts through which gradients go whether or not anything before them has one.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Weights:
         self.model, self.shelf, self._device = model, shelf or Shelf(), device or torch.device("cpu")
         self.parts = parts_of(model, units)
         self.rank = {path: index for index, path in enumerate(self.parts)}
+        self.watched: frozenset[str] = frozenset()
         self._read = read
         self._slots: dict[str, list[_Slot]] = {}
         self._canonical: dict[str, str] = {}
@@ -157,7 +160,10 @@ class Weights:
 
     def _gate(self, path: str, *args: Any, **kwargs: Any) -> Any:
         traveller = current()
-        if traveller is not None:
+        again = not torch.is_grad_enabled() or can_run_again(args, kwargs)
+        if traveller is not None and again and torch.is_grad_enabled():
+            return differentiable(traveller, path, args, kwargs, path in self.watched)
+        if traveller is not None and again:
             return traveller.reach(path, args, kwargs)
         with self.entered(path):
             return self.forward(path)(*args, **kwargs)
@@ -250,6 +256,15 @@ class Weights:
                 self._changed.pop(name)
                 if compute_before is not None:
                     self._changed[name] = compute_before
+
+    @contextmanager
+    def watching(self, parts: Mapping[str, Collection[str]]) -> Iterator[None]:
+        """While it lasts the parts that have something here are `watched`."""
+        self.watched = frozenset(path for path, inside in parts.items() if inside)
+        try:
+            yield
+        finally:
+            self.watched = frozenset()
 
     def differs(self, path: str) -> bool:
         """Whether a part has other weights now than the original model goes on with."""
