@@ -286,13 +286,12 @@ def test_a_model_in_memory(tmp_path):
 
 def test_a_device_out_of_memory(folder, tmp_path, samples, monkeypatch):
     """Said with the way out, whether the whole model or one block was running, or its answers were read."""
-    import llava_fa.hub.blocks as blockwise
-    from llava_fa.hub import proofread
+    from llava_fa.hub import blocks, course, proofread
 
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for owner, name in ((blockwise.Call, "run"), (blockwise, "_first"), (proofread, "proofread")):
+    for owner, name in ((blocks.Call, "run"), (course, "first_of"), (proofread, "proofread")):
         with monkeypatch.context() as context:
             context.setattr(owner, name, fail)
             fails(

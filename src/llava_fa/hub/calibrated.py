@@ -22,6 +22,7 @@ from contextlib import closing, nullcontext
 import torch
 from torch import Tensor, nn
 
+from llava_fa.errors import located
 from llava_fa.hub.blocks import Call, Inputs, Unit, find_units, replay, stages
 from llava_fa.hub.course import Journey, Original, Visit, survey
 from llava_fa.hub.plan import Plan, PlannedLayer
@@ -32,6 +33,7 @@ from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import packed_weight
 from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.nn.fourier_embedding import write_rows
+from llava_fa.solver.approximate import checked_weight
 from llava_fa.solver.statistics import Drift, SecondMoment
 
 _SHOWN = 4
@@ -81,7 +83,8 @@ class Sums:
             weight, end = torch.empty(count, n), 0
             for layer in group:
                 rows[layer.name] = slice(end, end := end + layer.shape[0])
-                weight[rows[layer.name]] = layer.read()
+                with located(layer.name):
+                    weight[rows[layer.name]] = checked_weight(layer.read())
         return cls(moment, Drift(n, name=name, weight=weight) if follows else None, rows)
 
     def add(self, inputs: list[Tensor], before: list[Tensor]) -> None:

@@ -27,7 +27,7 @@ _SQUARES, _SQUARES_FOLLOWED, _COPIES = 10, 16, 16
 _TOKENS = 16 * 4096
 """Bytes for each of a layer's inputs of tokens that wait to be added up (`calibrated.Sums`)."""
 _PIECE = 4 << 20
-_MMAP_THRESHOLD = -3  # of malloc.h
+_MMAP_THRESHOLD = -3  # as glibc numbers it
 _HELD = 3
 """Hidden states that a sample holds between two parts beside the ones that can be put away: what words and pictures
 were made into, and what a deeper layer is to be given."""
