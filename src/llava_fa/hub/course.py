@@ -24,7 +24,7 @@ from llava_fa.hub.lockstep import Arrival, Walk
 from llava_fa.hub.weights import Weights
 
 _PROBED = 8
-"""Samples tried until every unit has been seen at work."""
+"""Samples that tell the course: some pass units by."""
 
 Result = TypeVar("Result")
 
@@ -91,15 +91,10 @@ def passes(model: nn.Module, travels: Sequence[Callable[[], Result]]) -> list[Re
 
 
 def survey(model: nn.Module, units: Sequence[Unit], inputs: Inputs) -> Course:
-    """The course, as the first few samples take it."""
+    """The course, as the first few samples take it, side by side."""
     weights = Weights.of(model)
-    sequences: list[list[str]] = []
-    chained: dict[str, bool] = {}
     by_path = {unit.path: unit for unit in units}
-    for index, sample in enumerate(inputs[:_PROBED]):
-        sequences.append(_look(weights, by_path, functools.partial(forward, model, sample, index), chained))
-        if by_path.keys() <= {path for sequence in sequences for path in sequence}:
-            break
+    sequences, chained = _look(weights, by_path, inputs[:_PROBED])
     order = _merged(sequences, weights.rank)
     groups: list[Group] = []
     previous = ""
@@ -114,26 +109,30 @@ def survey(model: nn.Module, units: Sequence[Unit], inputs: Inputs) -> Course:
     return Course(order, groups, [unit for unit in units if unit.path not in order])
 
 
-def _look(
-    weights: Weights, units: Mapping[str, Unit], travel: Callable[[], Any], chained: dict[str, bool]
-) -> list[str]:
-    """The parts that one pass runs, in order; and whether a unit is always given the very output of the one before."""
-    last: list[Any] = [None]
+def _look(weights: Weights, units: Mapping[str, Unit], inputs: Inputs) -> tuple[list[list[str]], dict[str, bool]]:
+    """The parts that each sample runs, in order; whether a unit is always given the very output of the one before."""
+    last: dict[int, Any] = {}
+    chained: dict[str, bool] = {}
 
-    def run(path: str, /, *args: Any, **kwargs: Any) -> Any:
+    def run(label: int, path: str, /, *args: Any, **kwargs: Any) -> Any:
         if path in units:
             hidden = Call.of(units[path].module, args, dict(kwargs)).hidden
-            chained[path] = chained.get(path, True) and hidden is last[0]
+            chained[path] = chained.get(path, True) and hidden is last.get(label)
         output = weights.forward(path)(*args, **kwargs)
-        last[0] = first_of(output)
+        last[label] = first_of(output)
         return output
 
-    with Walk(weights.rank) as walk:
-        traveller = walk.start(0, travel)
-        while (arrival := traveller.waits) is not None:
-            with weights.entered(arrival.path):
-                walk.answer(arrival, functools.partial(run, arrival.path))
-        return traveller.visits
+    with Walk(weights.rank, weights.shelf) as walk:
+        travellers = [
+            walk.start(index, functools.partial(forward, weights.model, sample, index))
+            for index, sample in enumerate(inputs)
+        ]
+        while (front := walk.front()) is not None:
+            path, arrivals = front
+            with weights.entered(path):
+                for arrival in arrivals:
+                    walk.answer(arrival, functools.partial(run, arrival.label, path))
+        return [traveller.visits for traveller in travellers], chained
 
 
 def _merged(sequences: Sequence[Sequence[str]], rank: Mapping[str, int]) -> list[str]:
