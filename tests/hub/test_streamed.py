@@ -158,6 +158,16 @@ KINDS = {
 }
 
 
+def test_progress_tells_the_part_whose_weights_are_read(checkpoint, quick, samples, tmp_path, streamed):
+    streamed()
+    told = []
+    llava_fa.compress(checkpoint, tmp_path / "out", config=quick, calibration=samples, progress=told.append)
+    for stage in ("reading the answers", "following the samples"):
+        names = [progress.name for progress in told if progress.stage == stage]
+        assert "model.language_model.layers.1" in names, stage
+        assert len(set(names)) > 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bytes_as_in_memory(kind, checkpoint, quick, samples, tmp_path, digest, streamed, monkeypatch):
     written = []

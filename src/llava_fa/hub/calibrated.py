@@ -132,6 +132,7 @@ def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs) -> None:
     units = find_units(model, job.plan.layers)
     weights = Weights.of(model, part_names(model, job.plan))
     with weights.gated():
+        job.tell("following the samples")
         course = survey(model, units, inputs)
         missing = [job.missing(_layers(group.units)) for group in course.groups]
         count = max((number for number, layers in enumerate(missing, 1) if layers), default=0)

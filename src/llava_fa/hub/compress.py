@@ -184,6 +184,7 @@ def _compressed(
             model = _loaded(request, job, empty, data, device, show)
             if Weights.of(model).streamed:
                 stack.enter_context(scratch(work.hidden))
+                Weights.of(model).told = lambda path: job.tell(job.stage, path)
             if request.visual_tokens is not None:
                 set_visual_tokens(model, request.visual_tokens)
         if request.budget is not None:

@@ -47,11 +47,13 @@ class Job:
         finished = [layer for layer in plan.all_layers if layer.name in work]
         self.plan, self.work, self.callback = plan, work, callback
         self.resumed = self.done = len(finished)
+        self.stage = ""
         self.weights = sum(layer.numel for layer in finished)
         self.total, self.all_weights = len(plan.all_layers), sum(layer.numel for layer in plan.all_layers)
 
     def tell(self, stage: str, name: str = "") -> None:
         """Report the present state."""
+        self.stage = stage
         self.callback(Progress(stage, name, self.done, self.total, self.weights, self.all_weights, self.resumed))
 
     def missing(self, layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:

@@ -68,6 +68,7 @@ class Weights:
     Attributes:
         parts: path → module.
         watched: parts through which gradients go whether or not anything before them has one.
+        told: called with a part's path whenever its weights are read from the checkpoint.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Weights:
         self.parts = parts_of(model, units)
         self.rank = {path: index for index, path in enumerate(self.parts)}
         self.watched: frozenset[str] = frozenset()
+        self.told: Callable[[str], object] = lambda _: None
         self._read = read
         self._slots: dict[str, list[_Slot]] = {}
         self._canonical: dict[str, str] = {}
@@ -178,6 +180,8 @@ class Weights:
         if self._inside.get(path):  # as they are
             yield
             return
+        if self._read is not None:
+            self.told(path)
         swapped = self._enter(self._names[path], original)
         self._inside[path] = 1
         try:
