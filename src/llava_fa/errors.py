@@ -1,11 +1,14 @@
 """The one exception the package raises on purpose, and how those of libraries become it."""
 
 import contextlib
+import errno
 import reprlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 _LONGEST = 1000
 """Characters of each part of a message."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FourierError(ValueError):
@@ -100,3 +103,24 @@ def explained(
         said = words(error) if words else ""
         said = f" ({said if len(said) <= _LONGEST_SAID else said[: _LONGEST_SAID - 1] + '…'})" if words else ""
         raise FourierError(what + said, remedy=remedy, where=where) from error
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a disk into one error that tells the way out."""
+    try:
+        yield
+    except FourierError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise FourierError(
+                "the disk is full",
+                remedy="Finished layers are kept: free some space and run the same command again, it resumes",
+                where=str(path),
+            ) from error
+        raise FourierError(
+            f"cannot write there ({error.strerror or error})",
+            remedy="Give an OUT in a folder you may write to",
+            where=str(path),
+        ) from error

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llava_fa.errors import FourierError
-from llava_fa.hub.blocks import forward
+from llava_fa.hub.blocks import Unit, forward
 from llava_fa.hub.course import capture, passes, survey
 from llava_fa.hub.lockstep import Walk
 from llava_fa.hub.shelf import Shelf
@@ -183,3 +183,36 @@ def test_a_course_is_in_the_order_of_execution(model):
 
 def test_results_in_the_order_of_passes(model):
     assert passes(model, [lambda i=i: i for i in range(3)]) == [0, 1, 2]
+
+
+class Stubborn(nn.Module):
+    """Runs its last layer whatever happens to the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x, use_cache=False):
+        try:
+            return self.layers[0](x)
+        finally:
+            self.layers[1](x)
+
+
+def test_a_pass_that_goes_on_when_it_is_to_end_ends():
+    model = Stubborn()
+    weights = Weights(model, ["layers.0", "layers.1"])
+    with torch.no_grad(), weights.gated(), Walk(weights.rank) as walk:
+        traveller = walk.start(0, functools.partial(forward, model, {"x": torch.randn(1, 4)}, 0))
+    assert not traveller.is_alive()
+
+
+def test_the_course_is_that_of_samples_with_pictures_wherever_they_are(model):
+    """Here the first layers run several times on the last sample, which has the most numbers."""
+    few = [{"x": torch.randn(1, 4), "without": torch.tensor([2])} for _ in range(20)]
+    inputs = [*few, {"x": torch.randn(9, 4), "tiles": torch.tensor(3)}, *few]
+    units = [Unit(f"layers.{index}", layer, []) for index, layer in enumerate(model.layers)]
+    with torch.no_grad(), Weights.of(model, [unit.path for unit in units]).gated():
+        course = survey(model, units, inputs)
+    assert not course.idle
+    assert [group.repeated for group in course.groups] == [True, False, False, False]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_fa import FourierConfig, approximate
+from llava_fa import FourierConfig, FourierError, approximate
 from llava_fa.solver import scratch
 
 
@@ -64,3 +64,12 @@ def test_zeros_that_are_not_written_take_no_memory():
     x[3, 4:] = 1
     assert float(x.sum()) == size - 4
     assert scratch.zeros(8, torch.device("meta")).is_meta
+
+
+def test_a_matrix_that_cannot_be_written_is_still_there(folder):
+    folder.write_text("a file where the folder is to be")
+    matrix = torch.randn(6, 6)
+    expected = matrix.clone()
+    with pytest.raises(FourierError, match="room/matrix: cannot write there"), scratch.Away(matrix) as away:
+        away.now()
+    assert torch.equal(matrix, expected)

@@ -57,11 +57,11 @@ def write_report(
 ) -> dict[str, Any]:
     """Measure, write the file, and say what it shows."""
     from llava_fa.cli.progress import step_progress
+    from llava_fa.errors import disk_errors
     from llava_fa.eval.report.answers import mean_divergence
     from llava_fa.eval.report.collect import collect
     from llava_fa.eval.report.page import page
     from llava_fa.hub.shards import write_text
-    from llava_fa.hub.work_folder import disk_errors
 
     out = out.expanduser().absolute()
     if out.is_dir() or not out.parent.is_dir():

@@ -16,7 +16,7 @@ import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
 from llava_fa.data.samples import Sample
-from llava_fa.errors import explained
+from llava_fa.errors import disk_errors, explained
 from llava_fa.hub import allocation, attention_density, proofread, provenance
 from llava_fa.hub.adapter import has_adapter, identity, merged, remove_merged
 from llava_fa.hub.architecture import model_of
@@ -40,7 +40,7 @@ from llava_fa.hub.streamed import streamed_model
 from llava_fa.hub.streaming import Job, assemble, compress_streaming
 from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
 from llava_fa.hub.weights import Weights
-from llava_fa.hub.work_folder import WorkFolder, check_space, disk_errors, refuse_existing
+from llava_fa.hub.work_folder import WorkFolder, check_space, refuse_existing
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
 from llava_fa.nn.experts import unfuse

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
-from llava_fa.hub.blocks import Call, Inputs, Unit, advance, first_of, forward, running
+from llava_fa.hub.blocks import Call, Inputs, Unit, advance, evenly, first_of, forward, running
 from llava_fa.hub.lockstep import Arrival, Walk
 from llava_fa.hub.weights import Weights
 
 _PROBED = 8
-"""Samples that tell the course: some pass units by."""
+"""Samples that tell the course, at most: some pass units by, some run them several times."""
 
 Result = TypeVar("Result")
 
@@ -91,10 +91,10 @@ def passes(model: nn.Module, travels: Sequence[Callable[[], Result]]) -> list[Re
 
 
 def survey(model: nn.Module, units: Sequence[Unit], inputs: Inputs) -> Course:
-    """The course, as the first few samples take it, side by side."""
+    """The course, as some samples take it, side by side."""
     weights = Weights.of(model)
     by_path = {unit.path: unit for unit in units}
-    sequences, chained = _look(weights, by_path, inputs[:_PROBED])
+    sequences, chained = _look(weights, by_path, {index: inputs[index] for index in _telling(inputs)})
     order = _merged(sequences, weights.rank)
     groups: list[Group] = []
     previous = ""
@@ -109,7 +109,16 @@ def survey(model: nn.Module, units: Sequence[Unit], inputs: Inputs) -> Course:
     return Course(order, groups, [unit for unit in units if unit.path not in order])
 
 
-def _look(weights: Weights, units: Mapping[str, Unit], inputs: Inputs) -> tuple[list[list[str]], dict[str, bool]]:
+def _telling(inputs: Inputs) -> list[int]:
+    """The samples with the most numbers in their pictures, and others evenly spaced."""
+    sizes = [sum(x.numel() for x in sample.values() if x.is_floating_point()) for sample in inputs]
+    largest = sorted(range(len(inputs)), key=lambda index: -sizes[index])
+    return sorted({*largest[: _PROBED // 2], *evenly(len(inputs), _PROBED // 2)})
+
+
+def _look(
+    weights: Weights, units: Mapping[str, Unit], inputs: Mapping[int, Mapping[str, Tensor]]
+) -> tuple[list[list[str]], dict[str, bool]]:
     """The parts that each sample runs, in order; whether a unit is always given the very output of the one before."""
     last: dict[int, Any] = {}
     chained: dict[str, bool] = {}
@@ -125,7 +134,7 @@ def _look(weights: Weights, units: Mapping[str, Unit], inputs: Inputs) -> tuple[
     with Walk(weights.rank, weights.shelf) as walk:
         travellers = [
             walk.start(index, functools.partial(forward, weights.model, sample, index))
-            for index, sample in enumerate(inputs)
+            for index, sample in inputs.items()
         ]
         while (front := walk.front()) is not None:
             path, arrivals = front

@@ -111,7 +111,7 @@ class Traveller(threading.Thread):
         self._travel, self._grad = travel, torch.is_grad_enabled()  # a thread begins with gradients
         self._error: BaseException | None = None
         self._answer: Any = None
-        self._away = False
+        self._away = self._ending = False
         self._given, self._back = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(self) -> None:
@@ -132,6 +132,8 @@ class Traveller(threading.Thread):
 
     def reach(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], back: Any = None) -> Any:
         """In the thread: wait in front of a part for what it gives."""
+        if self._ending:  # on its way out, by a `finally` of the model's
+            raise Stop
         if back is None:
             self.visits.append(path)
         self.waits = Arrival(self, path, args, kwargs, back)
@@ -158,6 +160,7 @@ class Traveller(threading.Thread):
 
     def end(self) -> None:
         """End the pass wherever it is."""
+        self._ending = True
         if self._away:  # whoever waited for it was interrupted
             self._back.acquire()
             self._away = False

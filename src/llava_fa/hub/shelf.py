@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llava_fa.errors import disk_errors
 from llava_fa.hub.shards import tensor_chunks
-from llava_fa.hub.work_folder import disk_errors
 
 _LEAST = 1 << 16
 """Bytes of a tensor that is worth the trouble."""

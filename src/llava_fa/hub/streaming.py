@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from llava_fa.config import FourierConfig
-from llava_fa.errors import located
+from llava_fa.errors import disk_errors, located
 from llava_fa.hub import ledger
 from llava_fa.hub.checkpoint import NAMES, ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest, names_digest
 from llava_fa.hub.plan import Plan, PlannedLayer
@@ -22,7 +22,7 @@ from llava_fa.hub.provenance import record_tokens
 from llava_fa.hub.report import Measurement, Progress, ProgressCallback
 from llava_fa.hub.shards import Entry, Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE, beside, read_object
-from llava_fa.hub.work_folder import WorkFolder, disk_errors
+from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.maths import metrics
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.approximate import approximate

@@ -12,24 +12,22 @@ Every file appears complete or not at all, so whatever bears its final name can 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from llava_fa.config import format_size
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, disk_errors
 from llava_fa.hub.report import Measurement
 from llava_fa.hub.shards import Entry, Item, file_metadata, read_header, write_file, write_text
 
 _MANIFEST = "manifest.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WorkFolder:
@@ -174,27 +172,6 @@ def check_space(path: Path, needed: int) -> None:
             remedy="Free some space, or give an OUT on another disk",
             where=str(path),
         )
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a disk into one error that tells the way out."""
-    try:
-        yield
-    except FourierError:
-        raise
-    except OSError as error:
-        if error.errno in _FULL:
-            raise FourierError(
-                "the disk is full",
-                remedy="Finished layers are kept: free some space and run the same command again, it resumes",
-                where=str(path),
-            ) from error
-        raise FourierError(
-            f"cannot write there ({error.strerror or error})",
-            remedy="Give an OUT in a folder you may write to",
-            where=str(path),
-        ) from error
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llava_fa.errors import disk_errors
+
 _LEAST = 64 << 20
 """Bytes of a matrix that is worth it."""
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
@@ -58,10 +60,12 @@ class Away:
         alone = memory.resizable() and memory.nbytes() == x.nbytes and x.is_contiguous()
         if not alone or memory.nbytes() < _LEAST:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / "matrix"
-        with open(self._file, "wb") as file:
-            file.write(_bytes(x))
+        path = folder / "matrix"
+        with disk_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(_bytes(x))
+        self._file = path  # only now: what was not written whole is still in memory
         memory.resize_(0)
 
     def __exit__(self, *_: object) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from llava_fa.bounds import COUNT, from_environment
 from llava_fa.config import QUANT_METHOD
 from llava_fa.data.textfiles import reading
-from llava_fa.errors import FourierError
+from llava_fa.errors import FourierError, disk_errors
 from llava_fa.hub import adapter
 from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.complete import carry_unused
@@ -31,7 +31,7 @@ from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
 from llava_fa.hub.report import TRAINING, peak_rss_bytes
 from llava_fa.hub.shards import CHUNK, write_text
 from llava_fa.hub.source import quantisation, read_config, resolve_model, weight_files
-from llava_fa.hub.work_folder import WorkFolder, disk_errors
+from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.maths.metrics import weight_error
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.nn.trainable import make_packed, make_trainable

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_fa.data.textfiles import read_json
+from llava_fa.errors import disk_errors
 from llava_fa.hub.shards import write_text
 from llava_fa.hub.source import resolve_model, weight_files
-from llava_fa.hub.work_folder import disk_errors
 
 
 def fingerprint(model: str) -> str:
