@@ -132,7 +132,7 @@ class Traveller(threading.Thread):
 
     def reach(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], back: Any = None) -> Any:
         """In the thread: wait in front of a part for what it gives."""
-        if self._ending:  # on its way out, by a `finally` of the model's
+        if self._ending:  # on its way out, by what the model does at the end whatever happens
             raise Stop
         if back is None:
             self.visits.append(path)
