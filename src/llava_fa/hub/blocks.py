@@ -110,7 +110,7 @@ def _filled(layer: Any) -> bool:
     return bool(length is not None and length()) or any(states.values())
 
 
-class _Stop(Exception):  # noqa: N818  no error: it is how a pass ends
+class _Stop(Exception):  # noqa: N818  no error: it is how a unit's run ends
     """Ends a forward pass that has gone far enough."""
 
 
@@ -261,7 +261,7 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int, **options: Any) -> Any:
-    """The model's output on one sample, with further arguments of its own; None where a hook ended the pass.
+    """The model's output on one sample, with further arguments of its own.
 
     Raises:
         FourierError: the model fails on the sample, which is named.
@@ -270,8 +270,6 @@ def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int, **option
     moved = {key: x.to(device, dtype) if x.is_floating_point() else x.to(device) for key, x in sample.items()}
     try:
         return model(**moved, use_cache=False, **options)
-    except _Stop:
-        return None
     except (FourierError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a sample the model cannot take: shapes, token counts
