@@ -44,7 +44,9 @@ def densities(
         maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if not isinstance(maps, Tensor) or maps.dim() != 4:
             return
-        density = attention_density(maps.float(), _causal(maps), epsilon).sum(0).cpu()
+        allowed = _causal(maps)
+        heads = [attention_density(head, allowed, epsilon).sum(0) for head in maps.unbind(1)]  # one in the cache
+        density = torch.stack(heads).cpu()
         sums[name] = sums.get(name, torch.zeros_like(density)) + density
         counts[name] = counts.get(name, 0) + len(maps)
 

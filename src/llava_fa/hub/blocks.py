@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
 from llava_fa.hub.plan import PlannedLayer
+from llava_fa.hub.settled import Settled
+from llava_fa.hub.shelf import Shelf
 from llava_fa.nn.experts import Experts
 from llava_fa.nn.patches import inputs_of, matrix_shape
 from llava_fa.solver.statistics import SecondMoment
@@ -32,11 +35,15 @@ _CACHE = "past_key_values"
 
 @dataclasses.dataclass
 class Unit:
-    """A module that is run as a whole, and the layers in it that are to be compressed."""
+    """A module that is run as a whole, and the layers in it that are to be compressed.
+
+    ``settled`` has what those of them gave that will not change any more, while the unit is compressed.
+    """
 
     path: str
     module: nn.Module
     layers: list[PlannedLayer]
+    settled: Settled | None = None
 
     def linear(self, layer: PlannedLayer) -> nn.Module:
         """The module of one of its layers."""
@@ -46,6 +53,24 @@ class Unit:
         """The same weights in a module of their own, which keeps them where the unit's are exchanged."""
         shared: dict[int, Any] = {id(parameter): parameter for parameter in self.module.parameters()}
         return Unit(self.path, copy.deepcopy(self.module, shared), self.layers)
+
+    @contextmanager
+    def settling(self, shelf: Shelf) -> Iterator[None]:
+        """While it lasts outputs of layers that are settled are kept (`settle`)."""
+        self.settled = Settled({layer.name: self.linear(layer) for layer in self.layers}, shelf)
+        try:
+            yield
+        finally:
+            self.settled = None
+
+    def settle(self, layers: Sequence[PlannedLayer]) -> None:
+        """From here on these layers stay as they are."""
+        if self.settled is not None:
+            self.settled.add([layer.name for layer in layers])
+
+    def call(self, number: int) -> AbstractContextManager[None]:
+        """While it lasts the unit runs on one of its calls."""
+        return nullcontext() if self.settled is None else self.settled.call(number)
 
 
 @dataclasses.dataclass
@@ -141,9 +166,11 @@ def _block(model: nn.Module, name: str) -> str | None:
 
 def advance(unit: Unit, calls: Sequence[Call | None], hidden: list[Tensor]) -> None:
     """Replace the hidden states of all samples by what the unit makes of them; they stay where it does not run."""
+    number = itertools.count()
     for i, call in enumerate(calls):
         if call is not None:
-            hidden[i] = _run(unit, call, hidden[i]).cpu()
+            with unit.call(next(number)):
+                hidden[i] = _run(unit, call, hidden[i]).cpu()
 
 
 def running(calls: Sequence[Call | None], hidden: Sequence[Tensor]) -> tuple[list[Call], list[Tensor]]:
@@ -211,10 +238,10 @@ def replay(
             raise _Stop
 
     with _shown(unit, layers, note):
-        for call, x in zip(calls, hidden, strict=True):
+        for number, (call, x) in enumerate(zip(calls, hidden, strict=True)):
             seen.clear()
             seen.update({layer.name: [] for layer in layers})
-            with suppress(_Stop):
+            with unit.call(number), suppress(_Stop):
                 _run(unit, call, x)
             yield dict(seen)
             once = once or all(len(inputs) == 1 for inputs in seen.values())

@@ -169,7 +169,8 @@ def _compress_unit(job: Job, weights: Weights, visit: Visit, keep: bool) -> None
         for layer in visit.unit.layers:
             _use_part(job, weights, layer, keep)
         return
-    for stage in stages(visit.unit, visit.calls, visit.hidden):
+    every = stages(visit.unit, visit.calls, visit.hidden)
+    for number, stage in enumerate(every, 1):
         layers = [layer for group in stage for layer in group]
         if job.missing(layers):
             groups = gather(visit.unit, stage, visit.calls, visit.hidden, visit.original)
@@ -182,6 +183,10 @@ def _compress_unit(job: Job, weights: Weights, visit: Visit, keep: bool) -> None
                         job.compress(layer, statistics.moment, drift, notes, statistics.tokens)
         for layer in layers:
             _use_part(job, weights, layer, keep)
+        if number < len(every):
+            visit.unit.settle(layers)
+            if visit.original is not None:  # its experts are given tokens that others chose, and their own in the end
+                visit.original.unit.settle([one for one in layers if experts_of(visit.unit, one.name) is None])
 
 
 def gather(
@@ -217,6 +222,9 @@ def in_turn_sums(
     experts, tokens = experts_of(unit, layers[0].name), sum(x.shape[:-1].numel() for x in hidden)
     assert experts is not None
     each = min(experts.count, -(-_SHOWN * layers[0].shape[1] * experts.count // tokens))
+    unit = dataclasses.replace(unit, settled=None)  # what experts gave, they gave to tokens of their own
+    if original is not None:
+        original = dataclasses.replace(original, unit=dataclasses.replace(original.unit, settled=None))
     with in_turn(unit, each), nullcontext() if original is None else in_turn(original.unit, each):
         _add(sums, unit, layers, calls, hidden, original)
     for total in sums.values():

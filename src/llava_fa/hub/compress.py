@@ -27,7 +27,7 @@ from llava_fa.hub.checkpoint import codebook_digest
 from llava_fa.hub.complete import loaded_source
 from llava_fa.hub.inspect import describe
 from llava_fa.hub.loading import check_device, context_length, fast_dtype
-from llava_fa.hub.memory import give_back_at_once, need
+from llava_fa.hub.memory import need
 from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.original import opened
 from llava_fa.hub.plan import Plan, make_plan
@@ -347,11 +347,12 @@ def _loaded(
     streams = needed.streams(request.memory, device)
     show(dataclasses.replace(plan, memory=needed.told(request.memory, streams)))
     job.tell("loading the model")
-    if not streams:
-        return _load(plan.source, dtype, device)
-    give_back_at_once()
-    shelf = Shelf(needed.limit(request.memory), job.work.hidden)
-    return streamed_model(plan.source, plan.arrangement, dtype, device, names, shelf)
+    shelf = Shelf(needed.limit(request.memory, streams), job.work.hidden)
+    if streams:
+        return streamed_model(plan.source, plan.arrangement, dtype, device, names, shelf)
+    model = _load(plan.source, dtype, device)
+    Weights(model, names, shelf=shelf).attach()
+    return model
 
 
 def _load(source: Source, dtype: str, device: torch.device) -> torch.nn.Module:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -302,14 +303,15 @@ class Journey:
             original = None
             if before is not None and [one.label for one in known] == [one.label for one in given]:
                 original = Original(before, *_calls(unit, known))
-            yield Visit(unit, *_calls(unit, given), original)
-            del original
-            if self.left:
-                for arrival in known:
-                    walk.answer(arrival, before.module.forward)  # type: ignore[union-attr]
-                del before
-                for arrival in given:
-                    walk.answer(arrival, self.weights.forward(path))
+            with _settling(self.weights, unit, before):
+                yield Visit(unit, *_calls(unit, given), original)
+                del original
+                if self.left:
+                    for number, arrival in enumerate(known):
+                        walk.answer(arrival, functools.partial(_run, before, number, before.module.forward))  # type: ignore[union-attr]
+                    del before
+                    for number, arrival in enumerate(given):
+                        walk.answer(arrival, functools.partial(_run, unit, number, self.weights.forward(path)))
 
     def _before(self, unit: Unit) -> Unit | None:
         """The original unit, where something of it has been exchanged before it is visited."""
@@ -335,11 +337,31 @@ class Journey:
                 if known is not None:
                     before = before or unit.copy()
                     original = Original(before, *running(known[0][index], known[1]))
-                yield Visit(unit, *running(calls[index], hidden), original)
-                advance(unit, calls[index], hidden)
-                if known is not None:
-                    advance(before, known[0][index], known[1])
+                with _settling(self.weights, unit, before):
+                    yield Visit(unit, *running(calls[index], hidden), original)
+                    advance(unit, calls[index], hidden)
+                    if known is not None:
+                        advance(before, known[0][index], known[1])
             calls[index] = []
+
+
+@contextmanager
+def _settling(weights: Weights, *units: Unit | None) -> Iterator[None]:
+    """While it lasts the units keep what their layers gave.
+
+    On a CPU: a GPU multiplies sooner than it hands over and takes back.
+    """
+    with ExitStack() as stack:
+        for unit in units:
+            if unit is not None and next(unit.module.parameters()).device.type == "cpu":
+                stack.enter_context(unit.settling(weights.shelf))
+        yield
+
+
+def _run(unit: Unit, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The unit's forward on one of its calls."""
+    with unit.call(number):
+        return forward(*args, **kwargs)
 
 
 def _calls(unit: Unit, arrivals: Sequence[Arrival]) -> tuple[list[Call], list[Tensor]]:

@@ -6,9 +6,7 @@ model's own forward is transformers'.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 
 import psutil
@@ -19,6 +17,7 @@ from llava_fa.config import format_size
 from llava_fa.errors import FourierError
 from llava_fa.hub.blocks import find_units
 from llava_fa.hub.plan import Plan, PlannedLayer
+from llava_fa.hub.routing import experts_of
 from llava_fa.hub.weights import parts_of
 
 _SQUARES, _SQUARES_FOLLOWED, _COPIES = 10, 16, 16
@@ -26,8 +25,6 @@ _SQUARES, _SQUARES_FOLLOWED, _COPIES = 10, 16, 16
 [n, n], since m is not less than n), and for each of m n."""
 _TOKENS = 16 * 4096
 """Bytes for each of a layer's inputs of tokens that wait to be added up (`calibrated.Sums`)."""
-_PIECE = 4 << 20
-_MMAP_THRESHOLD = -3  # as glibc numbers it
 _HELD = 3
 """Hidden states that a sample holds between two parts beside the ones that can be put away: what words and pictures
 were made into, and what a deeper layer is to be given."""
@@ -47,7 +44,7 @@ class Need:
         fitting: the largest of: a unit, its compressed weights beside it, and the statistics of one stage and what they
             are worked into.
         held: what samples hold of hidden states whether or not others are put away.
-        shelved: hidden states that can be put away.
+        shelved: hidden states, and what the layers of a block gave, that can be put away.
     """
 
     base: int
@@ -65,8 +62,8 @@ class Need:
 
     @property
     def whole(self) -> int:
-        """Of a run with the whole model in memory."""
-        return self.base + self.model + self.fitting + self.held + self.shelved
+        """Of a run with the whole model in memory, as many hidden states put away as can be."""
+        return self.base + self.model + self.fitting + self.held + min(self.shelved, _LEAST)
 
     def streams(self, memory: int | None, device: torch.device) -> bool:
         """Whether the weights stay on the disk: the model does not fit.
@@ -92,20 +89,20 @@ class Need:
             )
         return True
 
-    def limit(self, memory: int | None) -> int:
-        """Bytes of hidden states that may stay in memory where the model is streamed."""
+    def limit(self, memory: int | None, streams: bool) -> int:
+        """Bytes of hidden states that may stay in memory."""
         if memory is None:
             return max(_LEAST, psutil.virtual_memory().available // 4)
-        return max(_LEAST, memory - self.streamed)
+        return max(_LEAST, memory - (self.streamed if streams else self.whole))
 
     def told(self, memory: int | None, streams: bool) -> str:
         """For people, before the run."""
-        if not streams:
-            return f"calibration takes about {format_size(self.whole)} of memory, the whole model in it"
-        total = self.streamed - min(self.shelved, _LEAST) + min(self.shelved, self.limit(memory))
-        put_away = max(0, self.shelved - self.limit(memory))
-        more = f", {format_size(put_away)} of hidden states on the disk" if put_away else ""
-        return f"calibration takes about {format_size(total)} of memory, the model block by block{more}"
+        least = self.streamed if streams else self.whole
+        stay = min(self.shelved, self.limit(memory, streams))
+        total = format_size(least - min(self.shelved, _LEAST) + stay)
+        more = f", {format_size(self.shelved - stay)} of hidden states on the disk" if stay < self.shelved else ""
+        how = "the model block by block" if streams else "the whole model in it"
+        return f"calibration takes about {total} of memory, {how}{more}"
 
 
 def need(
@@ -127,14 +124,17 @@ def need(
     size = dtype.itemsize
     parts = {path: _numel(part) for path, part in parts_of(empty, names).items()}
     follows = any(layer.config.follows_outputs for layer in plan.layers)
-    fitting = 0
+    fitting = given = 0
     for unit in find_units(empty, plan.layers):
         ours = sum(layer.numel for layer in unit.layers)
         largest = max(_fitting(layer, follows) for layer in unit.layers)
         fitting = max(fitting, size * (_numel(unit.module) + ours) + largest)
+        outputs = [layer.shape[0] for layer in unit.layers if experts_of(unit, layer.name) is None]
+        given = max(given, sum(outputs[:-1]))
     width = int(getattr(empty.config.get_text_config(), "hidden_size", 0))
     streams = 2 if follows else 1
-    words = sum(sample["input_ids"].numel() for sample in inputs) * width * size
+    tokens = sum(sample["input_ids"].numel() for sample in inputs)
+    words = tokens * width * size
     pictures = sum(x.numel() for sample in inputs for x in sample.values() if x.is_floating_point()) * size
     total = _numel(empty)
     return Need(
@@ -144,7 +144,7 @@ def need(
         part=size * max(parts.values(), default=0),
         fitting=fitting,
         held=streams * (_HELD * words + pictures),
-        shelved=streams * max(words, 2 * pictures),
+        shelved=streams * (max(words, 2 * pictures) + tokens * given * size),
     )
 
 
@@ -152,16 +152,6 @@ def _fitting(layer: PlannedLayer, follows: bool) -> int:
     m, n = layer.shape
     squares = _SQUARES_FOLLOWED if follows and m >= n else _SQUARES
     return max(squares * n * n, 6 * n * n + _TOKENS * n) + _COPIES * m * n
-
-
-def give_back_at_once() -> None:
-    """Let glibc's malloc return what is freed in pieces of `_PIECE` and more.
-
-    Of its own it keeps up to 32 MB of each: seen on a layer of 6144 inputs, 654 MB instead of 472.
-    """
-    change = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if change is not None:
-        change(_MMAP_THRESHOLD, _PIECE)
 
 
 def _numel(module: nn.Module) -> int:

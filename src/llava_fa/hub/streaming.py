@@ -29,6 +29,7 @@ from llava_fa.solver.approximate import approximate
 from llava_fa.solver.approximation import Approximation
 from llava_fa.solver.drift import corrected_weight
 from llava_fa.solver.portions import approximate_portions
+from llava_fa.solver.scratch import given_back
 
 SHARD_BYTES = 4_000_000_000
 """Largest weight file written (as far as one tensor allows)."""
@@ -70,7 +71,8 @@ class Job:
     ) -> None:
         """Approximate one layer (`approximated`) and keep it in the work folder."""
         self.tell("compressing", layer.name)
-        result, measurement = approximated(layer, self.plan, second_moment, drift, notes, tokens)
+        with given_back():
+            result, measurement = approximated(layer, self.plan, second_moment, drift, notes, tokens)
         self.work.save(layer.name, result.tensors, measurement)
         self.done, self.weights = self.done + 1, self.weights + layer.numel
 

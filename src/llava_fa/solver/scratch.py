@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,6 +17,8 @@ from llava_fa.errors import disk_errors
 
 _LEAST = 64 << 20
 """Bytes of a matrix that is worth it."""
+_PIECE, _PIECE_BETWEEN = 4 << 20, 32 << 20
+_MMAP_THRESHOLD = -3  # as glibc numbers it
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 
@@ -35,6 +38,24 @@ def zeros(size: int, device: torch.device) -> Tensor:
         return torch.zeros(size, size, device=device)
     pages = mmap.mmap(-1, 4 * size * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.float32).view(size, size)
+
+
+@contextlib.contextmanager
+def given_back() -> Iterator[None]:
+    """While it lasts, where there is a `scratch` folder, malloc returns what is freed in pieces of `_PIECE` and more.
+
+    Of its own glibc's keeps up to 32 MB of each: seen on a layer of 6144 inputs, 654 MB instead of 472. Elsewhere it
+    may: fresh pages for every product of a model's forward take a third of its time.
+    """
+    change = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and _folder.get() else None
+    if change is None:
+        yield
+        return
+    change(_MMAP_THRESHOLD, _PIECE)
+    try:
+        yield
+    finally:
+        change(_MMAP_THRESHOLD, _PIECE_BETWEEN)
 
 
 class Away:

@@ -1,0 +1,72 @@
+"""What settled layers gave is given again, and only where it would come again."""
+
+import pytest
+import torch
+from torch import nn
+
+from llava_fa.hub.settled import Settled
+from llava_fa.hub.shelf import Shelf
+
+
+class Block(nn.Module):
+    """Three layers, the last of which changes what the first one gave in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(128, 128) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        z = self.second(y)
+        y += z
+        return self.third(y) + self.first(y)
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Block().requires_grad_(False)
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_settled_layers_multiply_once(block, tmp_path, limit):
+    layers = dict(block.named_children())
+    multiplied = {name: [] for name in layers}
+    for name, layer in layers.items():
+        own = layer.forward
+        layer.forward = lambda x, name=name, own=own: multiplied[name].append(1) or own(x)
+    settled = Settled(layers, Shelf(limit, tmp_path / "hidden"))
+    inputs = [torch.randn(200, 128), torch.randn(300, 128)]
+    want = [block(x) for x in inputs]
+    before = {name: layer.__dict__["forward"] for name, layer in layers.items()}
+    for names in ((), ("first",), ("first", "second")):
+        settled.add(names)
+        for _ in range(2):
+            for number, x in enumerate(inputs):
+                with settled.call(number):
+                    assert torch.equal(block(x), want[number])
+    assert {name: layer.__dict__["forward"] for name, layer in layers.items()} == before
+    # By round, of two inputs each: the wanted; nothing settled; first; first and second. first runs twice, the second
+    # time behind a layer that is not settled.
+    assert len(multiplied["first"]) == 4 + 8 + (2 + 4) + 4
+    assert len(multiplied["second"]) == 2 + 4 + 4 + 2
+    assert len(multiplied["third"]) == 2 + 4 + 4 + 4
+
+
+def test_what_was_kept_before_a_layer_changed_is_not_behind_it(block):
+    layers = dict(block.named_children())
+    settled, x = Settled(layers, Shelf()), torch.randn(8, 128)
+    settled.add(["first", "third"])
+    with settled.call(0):
+        block(x)
+    block.second.weight = nn.Parameter(torch.randn(128, 128), requires_grad=False)
+    with settled.call(0):
+        found = block(x)
+    assert torch.equal(found, block(x))
+
+
+def test_a_run_that_fails_leaves_the_layers_as_they_were(block):
+    layers = dict(block.named_children())
+    with pytest.raises(RuntimeError), Settled(layers, Shelf()).call(0):
+        block(torch.randn(3))
+    assert not any("forward" in layer.__dict__ for layer in layers.values())
