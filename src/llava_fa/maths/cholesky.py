@@ -12,7 +12,7 @@ _SIDE = 256  # b
 
 
 class UpperFactor:
-    """R upper triangular with R Rᵀ = A + δI, float64, as panels.
+    """R upper triangular with R Rᵀ = A + δI, float64 as `upper_factor` makes it, as panels.
 
     Attributes:
         panels: panel k is [b, size - k b], rows k b … of R from their diagonal block on.
@@ -31,8 +31,14 @@ class UpperFactor:
             root[start : start + panel.shape[0], start:] = panel
         return root
 
+    def rounded(self) -> UpperFactor:
+        """The same in float32; this one is used up."""
+        for index, (panel, inverse) in enumerate(zip(self.panels, self.inverses, strict=True)):
+            self.panels[index], self.inverses[index] = panel.to(torch.float32), inverse.to(torch.float32)
+        return self
+
     def solve_rows(self, rows: Tensor) -> Tensor:
-        """X [p, size] with X R Rᵀ = B, in place of B, float64.
+        """X [p, size] with X R Rᵀ = B, in place of B, in the factor's dtype.
 
         Y Rᵀ = B from the last columns to the first, Y_j = (B_j - Σ_{l>j} Y_l R_jlᵀ) R_jj⁻ᵀ, then X R = Y the other way.
         """

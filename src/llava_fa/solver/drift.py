@@ -13,7 +13,7 @@ from llava_fa.solver.feedback import damped_factor
 
 DAMPING = 0.1
 """λ: how strongly the corrected weight is held to the original one (docs/results.md)."""
-# Rows solved for at a time: what is solved is float64, and as wide as the matrix.
+# Rows solved for at a time, each as wide as the matrix.
 _ROWS = 512
 
 
@@ -34,21 +34,19 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
     mean = float(moment.diagonal().mean(dtype=torch.float64))
     if mean == 0 or not bool(drift.any()):
         return values
-    factor, _ = damped_factor(moment, damping)
+    factor = damped_factor(moment, damping)[0].rounded()  # so much damping leaves float32 enough to solve with
     out = torch.empty_like(values)
     if len(drift) < drift.shape[1]:
         for start in range(0, len(values), _ROWS):
-            solved = factor.solve_rows(drift[start : start + _ROWS].to(torch.float64))
-            torch.add(values[start : start + _ROWS], solved.to(torch.float32), out=out[start : start + _ROWS])
+            solved = factor.solve_rows(drift[start : start + _ROWS].to(torch.float32, copy=True))
+            torch.add(values[start : start + _ROWS], solved, out=out[start : start + _ROWS])
         return out
-    if values.shape[0] <= values.shape[1]:  # rows of W to solve for, else those of D: float64 is slow
+    if values.shape[0] <= values.shape[1]:  # rows of W to solve for, else those of D
         for start in range(0, len(values), _ROWS):
             rows = values[start : start + _ROWS]
-            solved = factor.solve_rows((rows @ drift.to(torch.float32)).to(torch.float64))
-            torch.add(rows, solved.to(torch.float32), out=out[start : start + _ROWS])
+            torch.add(rows, factor.solve_rows(rows @ drift.to(torch.float32)), out=out[start : start + _ROWS])
         return out
     out.copy_(values)
     for start in range(0, len(drift), _ROWS):
-        solved = factor.solve_rows(drift[start : start + _ROWS].to(torch.float64, copy=True))
-        out.addmm_(values[:, start : start + _ROWS], solved.to(torch.float32))
+        out.addmm_(values[:, start : start + _ROWS], factor.solve_rows(drift[start : start + _ROWS].clone()))
     return out
