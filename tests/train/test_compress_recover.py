@@ -10,6 +10,7 @@ import pytest
 import llava_fa
 from llava_fa import CompressionRequest, FourierConfig, FourierError
 from llava_fa.data.rows import SampleSource
+from llava_fa.hub import larger
 
 
 class KilledError(Exception):
@@ -62,6 +63,12 @@ def test_killed_in_training_it_goes_on_from_the_compressed_model(request_of, kil
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     with pytest.raises(FourierError, match="it exists already"):
         llava_fa.compress_and_recover(request_of(), tmp_path / "cut", 1)
+
+
+def test_an_original_larger_than_memory_is_asked_once(request_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(larger, "_room", lambda *_: 0)
+    report = llava_fa.compress_and_recover(request_of(), tmp_path / "out", 1)
+    assert (report.training["settings"]["cache_teacher"], report.training["settings"]["hidden"]) == (64, 0)
 
 
 def test_other_samples_are_other_work(request_of, rows, killed, tmp_path):

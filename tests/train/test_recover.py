@@ -15,7 +15,9 @@ from transformers import LlavaForConditionalGeneration
 import llava_fa
 from llava_fa import FourierError
 from llava_fa.data.rows import Rows
+from llava_fa.hub import larger
 from llava_fa.hub.inspect import inspect_model
+from llava_fa.hub.weights import Weights
 from llava_fa.nn.factored_linear import packed_layers
 from llava_fa.train.data import Collator, Conversations
 from llava_fa.train.recover import recover
@@ -324,3 +326,22 @@ def test_settings_that_cannot_be():
 def test_out_is_never_overwritten(compressed, rows, tmp_path):
     with pytest.raises(FourierError, match="exists already"):
         recover(compressed, tmp_path, data(rows), FAST)
+
+
+def test_a_teacher_larger_than_memory_is_asked_once(compressed, original, rows, tmp_path, monkeypatch):
+    settings = changed(rank=2, cache_teacher=16)
+    recover(compressed, tmp_path / "whole", data(rows), settings, teacher=original)
+    monkeypatch.setattr(larger, "_room", lambda *_: 0)
+    entered, true = [], Weights.entered
+
+    def note(self, path, *more):
+        entered.append(path)
+        return true(self, path, *more)
+
+    monkeypatch.setattr(Weights, "entered", note)
+    recover(compressed, tmp_path / "streamed", data(rows), settings, teacher=original)
+    assert digest(tmp_path / "streamed") == digest(tmp_path / "whole")
+    assert entered.count("model.language_model.layers.0") == 1  # for all samples at once
+    for other in ({"hidden": 1.0}, {"cache_teacher": 0}):
+        with pytest.raises(FourierError, match=r"does not fit in memory.*--cache-teacher"):
+            recover(compressed, tmp_path / "other", data(rows), changed(rank=2, **other), teacher=original, fresh=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_fa.cli import options, output
+from llava_fa.cli.progress import parts_read
+from llava_fa.config import size_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Way:
     endpoint_model: str | None
     device: str
     visual_tokens: str | None
+    memory: str | None = None
 
     def check(self) -> None:
         """Wrong usage where they contradict each other, or ask of a server what needs the model itself."""
@@ -31,6 +34,7 @@ class Way:
         if elsewhere is None:
             return
         refuse(self.device != "auto", f"{elsewhere} runs where it was started", "--device")
+        refuse(self.memory is not None, f"{elsewhere} has memory of its own", "--memory")
         refuse(
             self.visual_tokens == "auto",
             f"the model is asked again and again with other numbers of tokens, which {elsewhere} does not do",
@@ -61,9 +65,12 @@ class Way:
         if self.engine == "vllm":
             return self._vllm(model, number, stack)
         from llava_fa.eval.answerers import Elastic, Loaded
-        from llava_fa.hub.loading import load
+        from llava_fa.hub.larger import load_within
 
-        return (Elastic if elastic else Loaded)(*load(model, self.device, visual_tokens=number))
+        memory = None if self.memory is None else size_of(self.memory, "memory")
+        told = parts_read()
+        loaded = load_within(model, self.device, visual_tokens=number, memory=memory, told=told)
+        return (Elastic if elastic else Loaded)(*loaded)
 
     def _server(self, stack: contextlib.ExitStack) -> Any:
         with output.needing("what asks a server", "serve"):

@@ -121,7 +121,13 @@ def compress(
     ] = None,
     skip_bad_rows: options.SkipBadRows = False,
     device: Annotated[str, typer.Option(help="Where the model runs on calibration samples.")] = "cpu",
-    memory: options.Memory = None,
+    memory: Annotated[
+        str | None,
+        options.memory(
+            "Memory that a calibrated run may take, such as `6GB`: where the whole model does not fit, it is read "
+            "block by block, with the same result."
+        ),
+    ] = None,
     fresh: options.Fresh = False,
     json_output: options.Json = False,
 ) -> None:

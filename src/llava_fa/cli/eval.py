@@ -46,6 +46,13 @@ def evaluate(
     blank: Annotated[bool, typer.Option(help="Show a grey picture instead: what is known without looking.")] = False,
     visual_tokens: options.VisualTokens = None,
     batch_size: Annotated[int | None, options.count("Questions at a time. [default: 16, of the world 64]")] = None,
+    memory: Annotated[
+        str | None,
+        options.memory(
+            "Memory that the model may take, such as `6GB`: an original that does not fit is read from the disk again "
+            "for every token."
+        ),
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="What runs the model: `transformers`, or `vllm`, started for this run.")
     ] = "transformers",
@@ -72,7 +79,7 @@ def evaluate(
     refuse(task != "video" and frames is not None, f"{task} is not shown in frames of yours", "--frames")
     most = MOST_CLIPS if task == "world-video" else MOST_PICTURES
     refuse(generated and limit is not None and limit > most, f"at most {most} are drawn of {task}", "--limit")
-    way = Way(engine, tuple(engine_arg or ()), endpoint, endpoint_model, device, visual_tokens)
+    way = Way(engine, tuple(engine_arg or ()), endpoint, endpoint_model, device, visual_tokens, memory)
     way.check()
     from llava_fa.cli.progress import counting
     from llava_fa.eval.benchmarks import benchmark

@@ -98,15 +98,13 @@ Size = Annotated[
         help="Budget for the size of the whole model, such as `1.1GB`; instead of --bits.",
     ),
 ]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        parser=_memory,
-        metavar="SIZE",
-        help="Memory that a calibrated run may take, such as `6GB`: where the whole model does not fit, it is read "
-        "block by block, with the same result. [default: what is free]",
-    ),
-]
+
+
+def memory(says: str) -> Any:
+    """``--memory SIZE``, and what may take so much."""
+    return typer.Option(parser=_memory, metavar="SIZE", help=f"{says} [default: what is free]")
+
+
 MaxTokens = Annotated[int, count("Longest answer, in tokens.")]
 VisualTokens = Annotated[
     str | None,

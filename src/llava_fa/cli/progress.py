@@ -127,3 +127,16 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """A (done, all) callback that shows a bar on a terminal's stderr, and nothing elsewhere."""
     with step_progress(what, plain=False) as update:
         yield lambda done, total: update(what, done, total)
+
+
+def parts_read() -> Callable[[str], None]:
+    """A callback that is told of every part of a model read from the disk, and says so now and then."""
+    console, last = output.stderr(), -PLAIN_SECONDS
+
+    def update(part: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
+            console.print(f"larger than memory: reading {part}", markup=False)
+
+    return update

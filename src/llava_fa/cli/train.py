@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from llava_fa.bounds import COUNT, MOST_BATCH, MOST_PROCESSES, MOST_WEIGHT, from_environment
 from llava_fa.cli import options, output, sources
-from llava_fa.config import format_size
+from llava_fa.config import format_size, size_of
 
 if TYPE_CHECKING:
     from llava_fa.train.recover import TrainingReport
@@ -63,6 +63,10 @@ def train(
             metavar="K",
         ),
     ] = 0,
+    memory: Annotated[
+        str | None,
+        options.memory("Memory that the teacher may take, such as `6GB`: one that does not fit is read part by part."),
+    ] = None,
     images: options.Images = None,
     samples: Annotated[int | None, options.count("Samples to draw. [default: all]")] = None,
     skip_bad_rows: options.SkipBadRows = False,
@@ -123,6 +127,7 @@ def train(
             out,
             settings=settings,
             teacher=teacher,
+            memory=None if memory is None else size_of(memory, "memory"),
             data_name=f"{data} {samples}" + " matryoshka" * matryoshka,
             fresh=fresh,
             report=report,

@@ -9,15 +9,17 @@ file appears when it is whole, and is not asked for again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_fa.errors import FourierError
+from llava_fa.hub.course import passes
 from llava_fa.hub.shards import Entry, Item, read_header, write_file
 from llava_fa.train.data import on_device
-from llava_fa.train.loss import ModelTeacher
+from llava_fa.train.loss import Inputs, ModelTeacher
 
 _IN_A_FILE = 64
 
@@ -54,7 +56,9 @@ def ask(
     folder: Path,
     k: int,
 ) -> CachedTargets:
-    """Ask the teacher about every sample that is not in the folder yet, one at a time.
+    """Ask the teacher about every sample that is not in the folder yet.
+
+    One at a time; those of a file side by side where the teacher's weights are on the disk (`course.passes`).
 
     Raises:
         FourierError: what the dataset or the teacher say.
@@ -63,19 +67,29 @@ def ask(
     device = next(teacher.model.parameters()).device
     for first in range(0, len(dataset), _IN_A_FILE):
         path = _file(folder, first, len(dataset))
-        if not path.exists():
-            items = []
-            for index in range(first, min(first + _IN_A_FILE, len(dataset))):
-                log_p = teacher(on_device(collator([dataset[index]]), device), hidden=False).log_p
-                top = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
-                if not bool(torch.isfinite(top.values).all()):
-                    raise FourierError("the teacher's answer is not finite", remedy="Load it in bf16 or float32")
-                items += [
-                    Item.of(f"{index}.log_p", top.values.to(torch.float16)),
-                    Item.of(f"{index}.ids", top.indices.to(torch.int32)),
-                ]
-            write_file(path, items)
+        if path.exists():
+            continue
+        some = range(first, min(first + _IN_A_FILE, len(dataset)))
+        given = [on_device(collator([dataset[index]]), device) for index in some]
+        items = []
+        for index, top in zip(
+            some, passes(teacher.model, [partial(_likeliest, teacher, x, k) for x in given]), strict=True
+        ):
+            items += [
+                Item.of(f"{index}.log_p", top.values.to(torch.float16)),
+                Item.of(f"{index}.ids", top.indices.to(torch.int32)),
+            ]
+        write_file(path, items)
     return CachedTargets(dataset, folder)
+
+
+def _likeliest(teacher: ModelTeacher, inputs: Inputs, k: int) -> Any:
+    """``values`` and ``indices`` [answers, k]."""
+    log_p = teacher(inputs, hidden=False).log_p
+    top = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
+    if not bool(torch.isfinite(top.values).all()):
+        raise FourierError("the teacher's answer is not finite", remedy="Load it in bf16 or float32")
+    return top
 
 
 def _file(folder: Path, index: int, count: int) -> Path:

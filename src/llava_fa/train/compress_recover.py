@@ -17,6 +17,7 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.compress import carry_out
 from llava_fa.hub.flops import read_model_config
 from llava_fa.hub.inspect import inspect_model
+from llava_fa.hub.larger import stays_on_disk
 from llava_fa.hub.plan import Plan
 from llava_fa.hub.provenance import record
 from llava_fa.hub.report import ProgressCallback, Report
@@ -27,6 +28,9 @@ from llava_fa.train.data import DataFactory, training_data
 from llava_fa.train.matryoshka import matryoshka
 from llava_fa.train.recover import recover
 from llava_fa.train.settings import DEFAULT_PARTS, TrainingSettings
+
+_LIKELIEST = 64
+"""Tokens that are kept of an original's word where it is asked once: its hidden states would be too many to keep."""
 
 
 def compress_and_recover(
@@ -43,7 +47,8 @@ def compress_and_recover(
     """Compress a model, then train it back towards its original, for all numbers of visual tokens if it has them.
 
     Trained are low-rank factors, scales, norms, biases and the projector; where the request's configuration has no
-    rank, factors get a rank of a 64th of the language model's width. Killed at any moment, the same call goes on: the
+    rank, factors get a rank of a 64th of the language model's width. An original that does not fit in memory is asked
+    once (`hub.larger`), and its hidden states teach nothing. Killed at any moment, the same call goes on: the
     compressed model waits beside ``out`` until the trained one is there.
 
     Args:
@@ -109,14 +114,17 @@ def train_back(
     samples, out = _samples(request), Path(out).expanduser().absolute()
     config = read_model_config(compressed)
     elastic = getattr(config, FIELD, None)
+    device = "cpu" if str(request.device) == "cpu" else "auto"
+    away = stays_on_disk(request.model, device, memory=request.memory)
     settings = TrainingSettings(
         steps=steps,
         rank=request.config.rank or max(1, config.get_text_config().hidden_size // 64),
         parts=DEFAULT_PARTS + ("visual_tokens",) * (elastic is not None),
-        hidden=2.0,
+        hidden=0.0 if away else 2.0,
+        cache_teacher=_LIKELIEST if away else 0,
         skip_bad_rows=request.skip_bad_rows,
         save_every=20,
-        device="cpu" if str(request.device) == "cpu" else "auto",
+        device=device,
     )
     options: dict[str, Any] = {"data": training_data(samples, settings) if data is None else data(settings)}
     if elastic is not None:
@@ -127,6 +135,7 @@ def train_back(
         out,
         settings=settings,
         teacher=request.model,
+        memory=request.memory,
         data_name=f"{name} {request.visual_tokens}",
         fresh=fresh,
         report=report,

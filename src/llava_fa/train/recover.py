@@ -24,6 +24,7 @@ from llava_fa.hub import adapter
 from llava_fa.hub.architecture import quiet_transformers
 from llava_fa.hub.complete import carry_unused
 from llava_fa.hub.inspect import describe
+from llava_fa.hub.larger import load_within
 from llava_fa.hub.ledger import LEDGER
 from llava_fa.hub.loading import context_length, load, processor_of
 from llava_fa.hub.processor import load_processor
@@ -31,6 +32,7 @@ from llava_fa.hub.quantizer import FourierQuantizationConfig, mark_compressed
 from llava_fa.hub.report import TRAINING, peak_rss_bytes
 from llava_fa.hub.shards import CHUNK, write_text
 from llava_fa.hub.source import quantisation, read_config, resolve_model, weight_files
+from llava_fa.hub.weights import Weights
 from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.maths.metrics import weight_error
 from llava_fa.nn.factored_linear import packed_layers
@@ -92,6 +94,7 @@ def recover(
     settings: TrainingSettings | None = None,
     *,
     teacher: str | Path | None = None,
+    memory: int | None = None,
     data_name: str = "",
     prepare: Callable[[nn.Module], None] | None = None,
     wrap_loss: Callable[[RecoveryLoss, nn.Module], LossFunction] | None = None,
@@ -109,6 +112,8 @@ def recover(
         data: what it is trained on (`train.data.DataFactory`).
         settings: see `TrainingSettings`.
         teacher: the model this one was compressed from; without it, cross-entropy alone.
+        memory: bytes that the teacher may make this process take (`hub.larger`): one that does not fit is read part by
+            part, once, and so its word must be cached.
         data_name: what the data are, for the resumption check: a run resumes with the data it began with.
         prepare: called with the loaded model before its parameters are chosen: to attach modules.
         wrap_loss: (loss, model) → the loss to train with: to average over several views of a batch.
@@ -141,7 +146,7 @@ def recover(
     }
     work, first = WorkFolder(out, manifest, fresh), not from_environment("RANK", 0, 0, COUNT)
     with work if first else contextlib.nullcontext():  # the first process makes it, the others use it
-        run = _Run(folder, settings, data, teacher, prepare)
+        run = _Run(folder, settings, data, teacher, memory, prepare)
         if settings.cache_teacher:
             run.cache(work.path / "teacher", first)
         trainer = RecoveryTrainer(
@@ -189,6 +194,7 @@ class _Run:
         settings: TrainingSettings,
         data: DataFactory,
         teacher: str | Path | None,
+        memory: int | None,
         prepare: Callable[[nn.Module], None] | None,
     ) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() and settings.device == "auto" else "cpu")
@@ -199,7 +205,13 @@ class _Run:
         self.teacher: nn.Module | None = None
         if teacher is not None:
             check_tokenizers(self.processor, processor_of(teacher), str(teacher))
-            self.teacher = load(teacher, str(device))[0]
+            self.teacher = load_within(teacher, str(device), memory=memory)[0]
+            if Weights.of(self.teacher).streamed and (settings.hidden or not settings.cache_teacher):
+                raise FourierError(
+                    "the teacher does not fit in memory, and would be read from the disk at every step",
+                    remedy="Let it speak once: --cache-teacher 64, without --hidden",
+                    where=str(teacher),
+                )
         self.model = self._load(device)
         quantised = getattr(self.model.config, "quantization_config", None)
         self.before = quantised.metadata if isinstance(quantised, FourierQuantizationConfig) else None
@@ -226,7 +238,8 @@ class _Run:
             ask(ModelTeacher(self.teacher), self.dataset, self.collator, folder, self.settings.cache_teacher)
         self.dataset = CachedTargets(self.dataset, folder)
         self.loss.teacher = None
-        self.teacher = self.teacher.to("cpu")
+        if not Weights.of(self.teacher).streamed:
+            self.teacher = self.teacher.to("cpu")
 
     def _load(self, device: torch.device) -> nn.Module:
         # what is trained becomes float32; the rest is rounded by nobody on a CPU, and in bf16 on a GPU
