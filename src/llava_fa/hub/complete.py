@@ -60,9 +60,12 @@ def loaded_model(folder: Path, **options: Any) -> Any:
     if recognise(read_config(folder)) is not None:
         with opened(folder) as source:
             return loaded_source(source, **options)
-    check_complete(folder)
+    kind, config = model_class(folder)
+    packed = quantisation(read_config(folder)) == QUANT_METHOD
+    if not packed or kind.__name__ not in (config.architectures or ()):  # else the quantizer does, before it loads
+        check_complete(folder)
     with _loading(folder):
-        return model_class(folder)[0].from_pretrained(folder, **options).eval()
+        return kind.from_pretrained(folder, **options).eval()
 
 
 def loaded_source(source: Source, **options: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from llava_fa.errors import FourierError
@@ -66,15 +68,17 @@ def tie_all(model: nn.Module) -> None:
             tie(model, key.removesuffix(".weight"), embedding)
 
 
-def find(model: nn.Module, name: str) -> str:
-    """The name a layer of the checkpoint has in this model, which may be its base model, or contain it."""
+def find(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The names that layers of the checkpoint have in this model, which may be its base model, or contain it."""
     modules = {name for name, _ in model.named_modules()}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in modules:
-            return candidate
-    raise FourierError(
-        f"config.json lists this layer, but {type(model).__name__} has no such module",
-        remedy="Load it with the class named in config.json's architectures",
-        where=name,
-    )
+    prefix, found = f"{getattr(model, 'base_model_prefix', '')}.", {}
+    for name in names:
+        here = next((one for one in (name, name.removeprefix(prefix), prefix + name) if one in modules), None)
+        if here is None:
+            raise FourierError(
+                f"config.json lists this layer, but {type(model).__name__} has no such module",
+                remedy="Load it with the class named in config.json's architectures",
+                where=name,
+            )
+        found[name] = here
+    return found

@@ -134,7 +134,7 @@ class FourierHfQuantizer(HfQuantizer):
     def _expect_layers(self, model: nn.Module, files: list[Path]) -> None:
         for name in unfuse(model, lambda name: any(within(layer, name) for layer in self.metadata.layers)):
             keep_parent(model, name)
-        places = {name: find(model, name) for name in self.metadata.layers}
+        places = find(model, self.metadata.layers)
         link(model, places.values())
         if files:
             entries = validate(files, self.metadata)
@@ -250,7 +250,8 @@ def mark_compressed(model: nn.Module, quantizer: FourierHfQuantizer | None = Non
 
 def _renamed(metadata: Metadata, model: nn.Module) -> Metadata:
     """The metadata under the names of this model, which may be the base of the one that was saved, or contain it."""
-    layers = {find(model, name): record for name, record in metadata.layers.items()}
+    places = find(model, metadata.layers)
+    layers = {places[name]: record for name, record in metadata.layers.items()}
     if list(layers) == list(metadata.layers):
         return metadata
     prefix = f"{model.base_model_prefix}."
