@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
@@ -68,9 +67,9 @@ class Unit:
         if self.settled is not None:
             self.settled.add([layer.name for layer in layers])
 
-    def call(self, number: int) -> AbstractContextManager[None]:
-        """While it lasts the unit runs on one of its calls."""
-        return nullcontext() if self.settled is None else self.settled.call(number)
+    def running(self, call: Call) -> AbstractContextManager[None]:
+        """While it lasts the unit runs on this call."""
+        return nullcontext() if self.settled is None else self.settled.call(call)
 
 
 @dataclasses.dataclass
@@ -166,11 +165,9 @@ def _block(model: nn.Module, name: str) -> str | None:
 
 def advance(unit: Unit, calls: Sequence[Call | None], hidden: list[Tensor]) -> None:
     """Replace the hidden states of all samples by what the unit makes of them; they stay where it does not run."""
-    number = itertools.count()
     for i, call in enumerate(calls):
         if call is not None:
-            with unit.call(next(number)):
-                hidden[i] = _run(unit, call, hidden[i]).cpu()
+            hidden[i] = _run(unit, call, hidden[i]).cpu()
 
 
 def running(calls: Sequence[Call | None], hidden: Sequence[Tensor]) -> tuple[list[Call], list[Tensor]]:
@@ -238,17 +235,17 @@ def replay(
             raise _Stop
 
     with _shown(unit, layers, note):
-        for number, (call, x) in enumerate(zip(calls, hidden, strict=True)):
+        for call, x in zip(calls, hidden, strict=True):
             seen.clear()
             seen.update({layer.name: [] for layer in layers})
-            with unit.call(number), suppress(_Stop):
+            with suppress(_Stop):
                 _run(unit, call, x)
             yield dict(seen)
             once = once or all(len(inputs) == 1 for inputs in seen.values())
 
 
 def _run(unit: Unit, call: Call, hidden: Tensor) -> Tensor:
-    with call.present():
+    with call.present(), unit.running(call):
         return call.run(unit.module, hidden.to(next(unit.module.parameters()).device))
 
 

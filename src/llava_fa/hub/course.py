@@ -300,18 +300,18 @@ class Journey:
         before = self._before(unit) if known else None
         with self.weights.entered(path):
             before = unit.copy() if known and before is None else before
-            original = None
+            original, calls, theirs = None, _calls(unit, given), _calls(unit, known)
             if before is not None and [one.label for one in known] == [one.label for one in given]:
-                original = Original(before, *_calls(unit, known))
+                original = Original(before, *theirs)
             with _settling(self.weights, unit, before):
-                yield Visit(unit, *_calls(unit, given), original)
+                yield Visit(unit, *calls, original)
                 del original
                 if self.left:
-                    for number, arrival in enumerate(known):
-                        walk.answer(arrival, functools.partial(_run, before, number, before.module.forward))  # type: ignore[union-attr]
+                    for arrival, call in zip(known, theirs[0], strict=True):
+                        walk.answer(arrival, functools.partial(_run, before, call, before.module.forward))  # type: ignore[union-attr]
                     del before
-                    for number, arrival in enumerate(given):
-                        walk.answer(arrival, functools.partial(_run, unit, number, self.weights.forward(path)))
+                    for arrival, call in zip(given, calls[0], strict=True):
+                        walk.answer(arrival, functools.partial(_run, unit, call, self.weights.forward(path)))
 
     def _before(self, unit: Unit) -> Unit | None:
         """The original unit, where something of it has been exchanged before it is visited."""
@@ -358,9 +358,9 @@ def _settling(weights: Weights, *units: Unit | None) -> Iterator[None]:
         yield
 
 
-def _run(unit: Unit, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run(unit: Unit, call: Call, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The unit's forward on one of its calls."""
-    with unit.call(number):
+    with unit.running(call):
         return forward(*args, **kwargs)
 
 

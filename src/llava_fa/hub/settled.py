@@ -29,16 +29,16 @@ class Settled:
     def __init__(self, layers: Mapping[str, nn.Module], shelf: Shelf) -> None:
         self._layers, self._shelf = layers, shelf
         self._names: set[str] = set()
-        self._kept: dict[int, list[Tensor]] = {}
+        self._kept: dict[int, tuple[object, list[Tensor]]] = {}
 
     def add(self, names: Collection[str]) -> None:
         """From here on the weights of these layers stay as they are."""
         self._names.update(names)
 
     @contextmanager
-    def call(self, number: int) -> Iterator[None]:
-        """While it lasts the block runs once, on this call."""
-        kept = self._kept.setdefault(number, [])
+    def call(self, call: object) -> Iterator[None]:
+        """While it lasts the block runs once, on this call: the very object, every time."""
+        _, kept = self._kept.setdefault(id(call), (call, []))
         self._shelf.take(kept)
         run = _Run(self._names, kept)
         before = {name: module.__dict__.get("forward") for name, module in self._layers.items()}
