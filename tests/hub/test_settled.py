@@ -1,9 +1,13 @@
 """What settled layers gave is given again, and only where it would come again."""
 
+import helpers
 import pytest
 import torch
+import transformers
 from torch import nn
 
+import llava_fa
+from llava_fa.hub.blocks import Unit
 from llava_fa.hub.settled import Settled
 from llava_fa.hub.shelf import Shelf
 
@@ -70,3 +74,29 @@ def test_a_run_that_fails_leaves_the_layers_as_they_were(block):
     with pytest.raises(RuntimeError), Settled(layers, Shelf()).call(0):
         block(torch.randn(3))
     assert not any("forward" in layer.__dict__ for layer in layers.values())
+
+
+@pytest.mark.parametrize("kind", ["llava", "mixture"])
+def test_a_compression_has_the_bytes_that_it_has_without(
+    kind, checkpoint, quick, samples, tmp_path, digest, monkeypatch
+):
+    folder, kept = checkpoint, []
+    if kind == "mixture":
+        folder = helpers.save_text_model(tmp_path / "mixture")
+        config = transformers.AutoConfig.from_pretrained(folder).to_dict() | {"num_local_experts": 4}
+        config = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
+        transformers.MixtralForCausalLM(transformers.MixtralConfig(**config)).save_pretrained(folder)
+        said = ["what is this", "who said that, and why", "tell me of it"]
+        samples = [[{"role": "user", "content": x}, {"role": "assistant", "content": "that"}] for x in said]
+    true = Settled.call
+
+    def call(self, one):
+        kept.append(len(self._names))
+        return true(self, one)
+
+    monkeypatch.setattr(Settled, "call", call)
+    llava_fa.compress(folder, tmp_path / "kept", config=quick, calibration=samples)
+    assert max(kept) > 3
+    monkeypatch.setattr(Unit, "settle", lambda *_: None)
+    llava_fa.compress(folder, tmp_path / "run", config=quick, calibration=samples)
+    assert digest(tmp_path / "kept") == digest(tmp_path / "run")
