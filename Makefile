@@ -48,7 +48,7 @@ $(WEB)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/llav
 
 # Triton is 1 GB that CPUs have no use for, and its interpreter must be asked for before it is imported: apart.
 test-triton: $(TRITON)/.ready
-	TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest --timeout 900 tests/kernels/test_triton.py
+	TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest --timeout 900 tests/kernels/test_triton.py tests/solver/test_triton_search.py
 	$(TRITON)/bin/python -m pytest tests/kernels/test_triton_compiles.py
 
 $(TRITON)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/llava_fa/csrc/*)

@@ -13,10 +13,7 @@ until --seconds are over. One JSON object a line into --out. Prints the tables o
 
 from __future__ import annotations
 
-import re
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +21,9 @@ from typing import Any
 
 import torch
 from common import Rows, arguments
+from gpu_compile import compile_all
 
+from llava_fa import gpu
 from llava_fa.kernels import doctor, run, triton, words
 from llava_fa.kernels.layout import best_layout
 from llava_fa.kernels.packed import BestWeight
@@ -186,83 +185,6 @@ def grouped() -> Iterator[dict[str, Any]]:
             yield {**case, "error over PyTorch's": 0.0, "ok": right}
 
 
-def compile_all(architectures: list[int]) -> Iterator[dict[str, Any]]:
-    """Every kernel of a 3584 × 18944 and an 18944 × 3584 layer, compiled for GPUs that need not be there."""
-    import triton as triton_lang
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from llava_fa.kernels import triton_kernels as kernels
-
-    tools = Path(triton_lang.__file__).parent / "backends" / "nvidia" / "bin"
-    types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-
-    def build(name: str, function: Any, pointers: dict[str, str], numbers: dict[str, int], constants: Any, warps: int):
-        signature = {**pointers, **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}
-        signature = {key: signature[key] for key in function.arg_names}
-        even = [key for key in signature if key in pointers or (key in numbers and numbers[key] % 16 == 0)]
-        attributes = {(function.arg_names.index(key),): [["tt.divisibility", 16]] for key in even}
-        source = ASTSource(function, signature, constants, attributes)
-        for architecture in architectures:
-            start = time.monotonic()
-            made = triton_lang.compile(
-                source, GPUTarget("cuda", architecture, 32), {"num_warps": warps, **triton.OPTIONS}
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                cubin = Path(folder) / "kernel.cubin"
-                cubin.write_bytes(made.asm["cubin"])
-                usage = subprocess.run(
-                    [tools / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-                ).stdout
-            registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-            row = {"kernel": name, "sm": architecture, "warps": warps, "registers": registers, "stack": stack}
-            row |= {"local": local, "shared": made.metadata.shared, "seconds": round(time.monotonic() - start, 1)}
-            row["tensor cores"] = (
-                "wgmma" if "wgmma" in made.asm["ptx"] else "mma" if "mma.sync" in made.asm["ptx"] else ""
-            )
-            print(row, flush=True)
-            yield row
-
-    for n in (3584, 18944):
-        first, second = triton.split(n)
-        pointers = dict.fromkeys(("input_scale", "right_scale", "left_scale"), "*bf16") | {"right": "*i8"}
-        pointers |= dict.fromkeys(("first", "second", "twiddle", "z", "low"), "*fp32") | {"x": "*bf16", "signs": "*u8"}
-        numbers = {"n": n, "N1": first, "N2": second, "blocks": 1, "rank": 1, "batch": 1}
-        pointers |= {"chosen": "*i32", "table": "*i64"}
-        constants = {"CODES": 4, "TERMS": 1, "SCALED": True, **triton.transform_tile(second)}
-        warps = constants.pop("num_warps")
-        for name, grouped in ((f"transform {n}", False), (f"transform {n}, grouped", True)):
-            constants["GROUPED"] = grouped
-            yield from build(name, kernels.transform_kernel, pointers, numbers, constants, warps)
-    for bits, state in [(2, 0), (3, 0), (4, 0), (6, 0), (7, 0), (8, 0), (4, 12), (5, 12)]:
-        cases = [(1, torch.bfloat16, False), (16, torch.bfloat16, False)]
-        if (bits, state) in ((3, 0), (8, 0), (4, 12)):
-            cases += [(16, torch.float32, False), (512, torch.bfloat16, False), (512, torch.float16, False)]
-            cases += [(1, torch.bfloat16, True)]
-        for batch, dtype, grouped in cases:
-            units = words.units(best_layout(18944, 3584, bits, state))
-            tile = triton.tiles(18944, batch, units, dtype)
-            exact = batch == 1 or dtype == torch.float32
-            pointers = {"y": types[dtype], "codes": "*i32", "points": "*i32", "z": "*fp32" if exact else "*bf16"}
-            pointers |= {"row_scale": "*bf16", "left": "*i8", "low": "*fp32", "bias": types[dtype]}
-            numbers = {"m": 18944, "quads": units // 4, "rank": 1}
-            codes, count = words.unit(bits)
-            constants = {"BITS": bits, "WINDOW": state or bits, "CODES": codes, "WORDS": count, "LOW_RANK": True}
-            constants |= {"HAS_BIAS": True, "BLOCK_M": tile.rows, "BLOCK_U": tile.units, "BLOCK_R": 16}
-            function = kernels.vector_kernel
-            if batch == 1:
-                pointers |= {"chosen": "*i32", "table": "*i64"}
-                numbers["numbers"] = units * 2 * codes
-                constants["GROUPED"] = grouped
-            else:
-                function = kernels.matrix_kernel
-                numbers |= {"batch": batch, "blocks": 1}
-                constants |= {"TERMS": 1 if exact else triton._TERMS[dtype], "BLOCK_B": tile.inputs}
-            kind = f"{bits}-bit {'trellis' if state else 'rings'}, batch {batch}, {str(dtype)[6:]}"
-            kind += ", grouped" if grouped else ""
-            yield from build(kind, function, pointers, numbers, constants, tile.warps)
-
-
 def report(rows: list[dict[str, Any]]) -> None:
     print("\n| m × n | batch | torch bf16 | " + " | ".join(f"{name}: µs, of copy, × bf16" for name in OURS) + " |")
     print("|---" * (len(OURS) + 3) + "|")
@@ -296,7 +218,7 @@ def main() -> None:
         raise SystemExit(f"spills: {spilt}" if spilt else 0)
     copy = copy_bandwidth()
     device = torch.cuda.get_device_name()
-    print(keep({"device": device, "copy TB/s": copy / 1e12, "triton": triton.triton_version()}), flush=True)
+    print(keep({"device": device, "copy TB/s": copy / 1e12, "triton": gpu.triton_version()}), flush=True)
     cases = [(SHAPES[0], 1), (SHAPES[0], 16), *((shape, b) for b in (1, 16, 4, 512) for shape in SHAPES)]
     rows = []
     for i, (shape, batch) in enumerate(dict.fromkeys(cases)):

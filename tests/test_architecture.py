@@ -9,7 +9,16 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "llava_fa"
 MAP = Path(__file__).parent.parent / "docs" / "architecture.md"
 ORDER = ("maths", "kernels", "solver", "nn", "data", "hub", "vllm", "train", "world", "eval", "serve", "web", "cli")
-TOP = {"bounds", "config", "errors", "native"}
+TOP = {
+    "bounds",
+    "config",
+    "errors",
+    "gpu",
+    "native",
+    "triton_search",
+    "triton_search_kernels",
+    "triton_trellis_kernels",
+}
 FILES = sorted(SRC.rglob("*.py"))
 
 

@@ -1,9 +1,10 @@
 """The compiled kernels (csrc): which of them run here, why, and how they are called.
 
 They are optional. Each has a PyTorch form that defines it, beside the call; where the library is missing (no C++
-compiler when the package was installed), or the tensors are not float32 on a CPU, that form runs. The environment
-variable `LLAVA_FA_NATIVE` chooses: unset, the widest instructions that this CPU has; ``avx512``, ``avx2`` or
-``portable``, those or an error; ``off``, PyTorch. It is read at every call.
+compiler when the package was installed), or the tensors are not float32, that form runs. The solver's have a third
+form, for GPUs (`triton_search`); `serves` and `call` choose. On CPUs the environment variable `LLAVA_FA_NATIVE`
+chooses: unset, the widest instructions that this one has; ``avx512``, ``avx2`` or ``portable``, those or an error;
+``off``, PyTorch. It is read at every call.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llava_fa import gpu, triton_search
 from llava_fa.errors import FourierError
 
 LEVELS = ("portable", "avx2", "avx512")
@@ -109,9 +111,16 @@ def using(level: str) -> Iterator[None]:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels run on these: float32, on a CPU, with a library that is there and not switched off."""
-    ours = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
-    return ours and choice()[0] is not None
+    """Whether the solver's kernels run on these: all float32 and in one place, where there are kernels.
+
+    On a CPU that is a library that is there and not switched off; on a GPU, Triton (`gpu.refusal`).
+    """
+    device = tensors[0].device
+    if not all(tensor.dtype == torch.float32 and tensor.device == device for tensor in tensors):
+        return False
+    if device.type == "cuda":
+        return gpu.refusal(device) is None
+    return device.type == "cpu" and choice()[0] is not None
 
 
 # The structs of csrc/kernels.h and csrc/linear.h, field by field, in their order; a number or an address takes eight
@@ -138,14 +147,17 @@ _pack_layer = struct.Struct(f"{len(Layer._fields)}q").pack
 
 
 def call(job: Viterbi | Beam | Greedy | Refine | TrellisBeam) -> None:
-    """Run a kernel of the solver on torch's number of threads.
+    """Run a kernel of the solver: on torch's number of threads, or on the GPU that its tensors are on.
 
     Tensors are passed by address, as they lie there: the caller answers for their shape, dtype and contiguity. The
     interpreter goes on with other threads meanwhile.
 
     Raises:
-        MemoryError: there was none left for its working space.
+        MemoryError: there was none left for its working space; torch.OutOfMemoryError on a GPU.
     """
+    if job[0].device.type != "cpu":
+        triton_search.run(job)
+        return
     level = choice()[0]
     assert level is not None
     name = _symbol(type(job).__name__)
@@ -277,6 +289,8 @@ def linear(kernel: LayerKernel, layers: Sequence[tuple[int, ...]]) -> None:
         raise MemoryError("no memory for the working space of a packed layer")
 
 
-def trellis_row_bytes() -> int:
+def trellis_row_bytes(device: torch.device) -> int:
     """What the kernel `TrellisBeam` keeps of every row between two blocks."""
+    if device.type != "cpu":
+        return triton_search.trellis_row_bytes()
     return int(_loaded().llava_fa_trellis_row_bytes())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from packed_layers import LAYOUTS, best, layout_id, random_tensors, trellis
 from torch import nn
 
-from llava_fa import FourierError, FourierLinear
+from llava_fa import FourierError, FourierLinear, gpu
 from llava_fa.kernels import definition, doctor, registry, triton, words
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import order_of, packed_weight
@@ -171,12 +171,12 @@ def test_doctor_finds_every_size_of_code_right():
 
 
 def test_the_switch(monkeypatch):
-    monkeypatch.setenv(triton.SWITCH, "off")
+    monkeypatch.setenv(gpu.SWITCH, "off")
     assert triton.refusal(torch.zeros(1)) == "LLAVA_FA_TRITON=off"
-    monkeypatch.setenv(triton.SWITCH, "on")
+    monkeypatch.setenv(gpu.SWITCH, "on")
     with pytest.raises(FourierError, match=r"LLAVA_FA_TRITON=on.*off"):
         triton.refusal(torch.zeros(1))
-    monkeypatch.delenv(triton.SWITCH)
+    monkeypatch.delenv(gpu.SWITCH)
     assert "not in torch.float64" in triton.refusal(torch.zeros(1).double())
 
 

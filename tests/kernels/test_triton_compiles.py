@@ -26,10 +26,10 @@ def test_every_kernel(architecture, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 32
+    assert len(rows) == 39
     for row in rows:
         assert row["local"] == 0, row
-        assert row["stack"] <= (64 if "float32" in row["kernel"] or "512" in row["kernel"] else 0), row
+        assert row["stack"] <= (64 if "float32" in row["kernel"] or "512" in row["kernel"] else 8), row
         assert row["shared"] <= 100 << 10, row
         half = "batch" in row["kernel"] and "batch 1," not in row["kernel"] and "float32" not in row["kernel"]
         assert bool(row["tensor cores"]) == half, row

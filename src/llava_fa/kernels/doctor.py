@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_fa import native
+from llava_fa import gpu, native
 from llava_fa.kernels import compiled, definition, registry, triton
 from llava_fa.kernels.layout import best_layout
 from llava_fa.kernels.packed import BestWeight
@@ -81,7 +81,7 @@ def _trellis(kernel: native.LayerKernel | None) -> str | None:
 
 def _gpu() -> dict[str, Any]:
     """The GPU, and what a packed layer runs there."""
-    nothing: dict[str, Any] = {"device": None, "triton": triton.triton_version(), "implementation": None}
+    nothing: dict[str, Any] = {"device": None, "triton": gpu.triton_version(), "implementation": None}
     if not torch.cuda.is_available():
         return {**nothing, "reason": "torch sees no GPU"}
     choice = registry.choose("best_linear", torch.empty(1, 2, dtype=torch.bfloat16, device="cuda"))

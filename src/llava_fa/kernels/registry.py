@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_fa import native
+from llava_fa import gpu, native
 from llava_fa.errors import FourierError
 from llava_fa.kernels import compiled, pytorch, triton
 from llava_fa.kernels.packed import best_weight, paper_weight
@@ -82,9 +82,7 @@ def _choose(op: str, x: Tensor) -> tuple[str, str]:
         return forced[-1], "asked for by registry.use"
     if "triton" in available and x.device.type == "cuda":
         refusal = triton.refusal(x)
-        return (
-            ("triton", f"Triton {triton.triton_version()} on {x.device}") if refusal is None else ("pytorch", refusal)
-        )
+        return ("triton", f"Triton {gpu.triton_version()} on {x.device}") if refusal is None else ("pytorch", refusal)
     if "compiled" in available:
         kernel = compiled.kernel_for(x)
         if kernel is None:

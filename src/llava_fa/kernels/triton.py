@@ -10,33 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llava_fa.errors import FourierError
+from llava_fa import gpu
 from llava_fa.kernels import words
 from llava_fa.kernels.packed import BestWeight
 from llava_fa.kernels.pytorch import factor, unpack_signs
 from llava_fa.maths.dft import packed_dft, padded
 
-SWITCH = "LLAVA_FA_TRITON"
-"""``off``: PyTorch on GPUs too."""
 _SERVED = (torch.bfloat16, torch.float16, torch.float32)
 # z is so many bf16 numbers for inputs of this dtype; float32 inputs keep it in float32.
 _TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 1}
 # Inputs up to which the transform is a kernel of ours, and the longest of its two sums.
 _FEW, _LONGEST = 16, 256
-_OLDEST = (8, 0)
-
-
 # Stages: loads are fetched ahead in the source; Triton's pipeline would take the look-ups through shared memory.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
@@ -66,42 +58,14 @@ def tiles(m: int, batch: int, units: int, dtype: torch.dtype) -> Tiles:
     return Tiles(128, 128 if dtype == torch.bfloat16 else 64, 32, 8)  # two terms of z want the registers
 
 
-def triton_version() -> str | None:
-    """Of the installed Triton; None where there is none."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "of unknown version"
-
-
-@cache
-def _unfit(device: torch.device) -> str | None:
-    if triton_version() is None:
-        return "Triton is not installed (pip install triton)"
-    if torch.version.hip:
-        return "the Triton kernels are made for NVIDIA GPUs"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST:
-        return f"compute capability {capability[0]}.{capability[1]} has no bf16 tensor cores"
-    return None
-
-
 def refusal(x: Tensor) -> str | None:
     """Why these kernels do not multiply this input; None where they do.
 
     Raises:
         FourierError: `LLAVA_FA_TRITON` is neither unset nor ``off``.
     """
-    asked = os.environ.get(SWITCH, "")
-    if asked not in ("", "off"):
-        raise FourierError(f"{SWITCH}={asked}", remedy="Give off, or unset it")
-    if asked:
-        return f"{SWITCH}=off"
-    if x.dtype not in _SERVED:
-        return f"the Triton kernels compute in float32, not in {x.dtype}"
-    return _unfit(x.device)
+    dtype = None if x.dtype in _SERVED else f"the Triton kernels compute in float32, not in {x.dtype}"
+    return gpu.switched_off() or dtype or gpu.refusal(x.device)
 
 
 def split(size: int) -> tuple[int, int] | None:

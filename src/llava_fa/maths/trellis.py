@@ -104,9 +104,9 @@ class Trellis:
         """
         steps, rows = target.shape[0] // 2, target.shape[1]
         states = torch.empty(steps, rows, dtype=torch.int32, device=target.device)
-        if self.code_bits <= MAX_CODE_BITS and native.serves(target, self._table):
-            aims = target.contiguous()
-            native.call(native.Viterbi(aims, steps, rows, self._table, self.state_bits, self.code_bits, states))
+        if self.code_bits <= MAX_CODE_BITS and native.serves(target):
+            aims, table = target.contiguous(), self._table.to(target.device)
+            native.call(native.Viterbi(aims, steps, rows, table, self.state_bits, self.code_bits, states))
             return states
         batch = max(1, _HISTORY // (4 * steps * self.groups * _ROWS)) * _ROWS
         for first in range(0, rows, batch):

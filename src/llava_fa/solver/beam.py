@@ -58,7 +58,7 @@ class _Beam:
         """As `run`, up to rounding: of costs within 2^-19 of each other either may be kept."""
         columns, rows = target.shape
         error, metric = target.clone(), blocks.flatten(1)[:, [0, 1, 3]].contiguous()
-        codes = torch.empty(columns // 2, rows, dtype=torch.int32)
+        codes = torch.empty(columns // 2, rows, dtype=torch.int32, device=target.device)
         tables = self.near, self.neighbours, self.search.tables()
         native.call(native.Beam(error, base, columns, rows, unit.contiguous(), metric, *tables, codes))
         return error, codes

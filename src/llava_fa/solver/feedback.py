@@ -131,7 +131,7 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
     for block, pairs in column_blocks(size, _BLOCK):
         gradient, own, within = moment[block] @ error, inverse[pairs].contiguous(), moment[block, block].contiguous()
         if compiled:
-            by_row = torch.empty(rows, dtype=torch.int32)
+            by_row = torch.empty(rows, dtype=torch.int32, device=error.device)
             tables = within, own, search.tables(), codes[pairs], by_row
             native.call(native.Refine(error[block], gradient, len(gradient), rows, *tables))
             changed += int(by_row.sum())

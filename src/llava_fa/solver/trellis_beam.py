@@ -63,7 +63,7 @@ def _round_compiled(target: Tensor, unit: Tensor, metric: Tensor, near: NearbyWi
     assert near.packed is not None
     size, rows = target.shape
     metric = metric.flatten(1)[:, [0, 1, 3]].contiguous()
-    paths = torch.empty(rows, native.trellis_row_bytes(), dtype=torch.uint8)
+    paths = torch.empty(rows, native.trellis_row_bytes(target.device), dtype=torch.uint8, device=target.device)
     for block, pairs in column_blocks(size, _BLOCK):
         base = corrected(target, unit, target, block, max(0, block.start - _BLOCK))
         ahead = unit[block, block.start : block.stop + _BLOCK].contiguous()
@@ -192,6 +192,7 @@ class NearbyWindows:
         there = copy.copy(self)
         there.trellis = Trellis(self.trellis.points.to(device), self.trellis.code_bits)
         there.lists, there.first = self.lists.to(device), self.first.to(device)
+        there.packed = None if self.packed is None else self.packed.to(device)
         return there
 
     def __call__(self, aim: Tensor, window: Tensor | None) -> Tensor:
