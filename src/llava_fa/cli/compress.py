@@ -120,7 +120,9 @@ def compress(
         ),
     ] = None,
     skip_bad_rows: options.SkipBadRows = False,
-    device: Annotated[str, typer.Option(help="Where the model runs on calibration samples.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where layers are fitted, and the model runs on samples: `auto`, `cpu`, `cuda`, …")
+    ] = "auto",
     memory: Annotated[
         str | None,
         options.memory(

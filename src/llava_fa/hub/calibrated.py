@@ -260,9 +260,9 @@ def _use_part(job: Job, weights: Weights, layer: PlannedLayer, keep: bool = Fals
 
 def stored_weight(job: Job, layer: PlannedLayer) -> Tensor:
     """The weight that a finished layer stands for, [m, n]."""
-    packed = job.work.load(layer.name)
+    packed = {key: value.to(job.device) for key, value in job.work.load(layer.name).items()}
     if layer.embedding and isinstance(layer.layout, Layout):
-        weight = torch.empty(layer.shape)
+        weight = torch.empty(layer.shape, device=job.device)
         write_rows(packed_weight(layer.layout, packed), weight)
         return weight
     return layer_from_tensors(layer.layout, packed).dequantize()

@@ -66,7 +66,7 @@ def compress(
     visual_tokens: int | None = None,
     vision_tower: str | Path | None = None,
     drop_unused: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     skip_bad_rows: bool = False,
     memory: int | str | None = None,
     fresh: bool = False,
@@ -99,7 +99,9 @@ def compress(
             the weights nor where ``mm_vision_tower`` of config.json says.
         drop_unused: leave out tensors that no module of transformers' model has (such as a head that predicts several
             tokens, ``mtp.*``); by default they are copied as they are, for programs that know them.
-        device: where the model runs on the calibration samples; the fitting itself is done on the CPU.
+        device: where layers are fitted and the model runs on the calibration samples: ``"cpu"``, ``"cuda"``, …;
+            ``"auto"`` is a GPU where there is one, else the CPU. Its arithmetic is not a CPU's: codes differ where two
+            are equally good.
         skip_bad_rows: take the next for a sample that cannot be used, and list it in the report, instead of stopping.
         memory: bytes that a calibrated run may take, a number or text such as ``"6GB"``: where the whole model does not
             fit, its weights are read block by block. By default it does that where the model has not half of the memory
@@ -178,7 +180,7 @@ def _compressed(
         _memory_errors(device),
         contextlib.ExitStack() as stack,
     ):
-        job = Job(plan, work, show_progress)
+        job = Job(plan, work, show_progress, device)
         model = None
         if data is not None and (job.done < job.total or not proofread.settle(work)):
             model = _loaded(request, job, empty, data, device, show)

@@ -42,7 +42,7 @@ def load(
         FourierError: there is no such model, or it cannot be loaded or has no processor.
     """
     folder = resolve_model(model)
-    place = check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = check_device(device)
     refuse_quantised(config := read_config(folder), folder)
     weight_files(folder)
     dtype = dtype or fast_dtype(place)
@@ -81,11 +81,13 @@ def context_length(model: Any) -> int:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The device, if there is one of that name here; `FourierError` if not."""
+    """The device, if there is one of that name here, ``"auto"`` a GPU or else the CPU; `FourierError` if not."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise FourierError(f"{device!r} is not a device", remedy="Give cpu, cuda, cuda:1, mps, …") from None
+        raise FourierError(f"{device!r} is not a device", remedy="Give auto, cpu, cuda, cuda:1, mps, …") from None
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise FourierError(
             f"there is no {place} here ({torch.cuda.device_count()} GPUs seen)", remedy="Give device cpu"

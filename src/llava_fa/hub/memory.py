@@ -77,7 +77,7 @@ class Need:
         """
         if memory is None:
             if device.type == "cuda":
-                return 2 * self.model > torch.cuda.mem_get_info(device)[0]
+                return self.model + max(self.model, self.fitting) > torch.cuda.mem_get_info(device)[0]
             return 2 * self.model > psutil.virtual_memory().available
         if self.whole <= memory:
             return False

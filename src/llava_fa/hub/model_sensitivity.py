@@ -202,8 +202,8 @@ def output_powers(
                     for layer in group if statistics is not None else ():
                         tell(layer.name)
                         with located(layer.name):
-                            weight = layer.read()
                             of, moment = configs[layer.name], statistics.moment
+                            weight = layer.read().to(moment.device)
                             if layer is group[0]:  # the others of the group have the same inputs
                                 sketch = error_directions(weight, of[0], moment, SKETCH)
                             directions[layer.name] = sketch

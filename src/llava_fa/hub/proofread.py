@@ -182,7 +182,9 @@ def _redraw(
             note = f"drawn anew with seed {seed}: with the first the answers to {len(broken)} samples broke"
             again = dataclasses.replace(layer, config=layer.config.replace(seed=seed))
             seen = moments[layer.name]
-            result, measurement = approximated(again, job.plan, seen.value(), notes=(note,), tokens=seen.count)
+            result, measurement = approximated(
+                again, job.plan, seen.value(), notes=(note,), tokens=seen.count, device=job.device
+            )
             candidates[layer.name] = result.tensors, measurement
             values[f"{layer.name}.weight"] = result.dequantize
         with weights.swapped(values):

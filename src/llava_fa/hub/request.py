@@ -43,7 +43,7 @@ class CompressionRequest:
     visual_tokens: int | None = None
     vision_tower: str | Path | None = None
     drop_unused: bool = False
-    device: str | torch.device = "cpu"
+    device: str | torch.device = "auto"
     memory: int | None = None
     skip_bad_rows: bool = False
     command: str | None = None

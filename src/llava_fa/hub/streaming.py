@@ -24,6 +24,7 @@ from llava_fa.hub.shards import Entry, Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE, beside, read_object
 from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.maths import metrics
+from llava_fa.maths.device import halving, precise
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.approximate import approximate
 from llava_fa.solver.approximation import Approximation
@@ -31,6 +32,7 @@ from llava_fa.solver.drift import corrected_weight
 from llava_fa.solver.portions import approximate_portions
 from llava_fa.solver.scratch import given_back
 
+CPU = torch.device("cpu")
 SHARD_BYTES = 4_000_000_000
 """Largest weight file written (as far as one tensor allows)."""
 
@@ -42,9 +44,11 @@ class Job:
         plan: what is compressed; a budget's is exchanged for one with bits when these are settled.
         work: where finished layers are kept; open.
         callback: told of every step.
+        device: where layers are fitted.
     """
 
-    def __init__(self, plan: Plan, work: WorkFolder, callback: ProgressCallback) -> None:
+    def __init__(self, plan: Plan, work: WorkFolder, callback: ProgressCallback, device: torch.device = CPU) -> None:
+        self.device = precise(device)
         finished = [layer for layer in plan.all_layers if layer.name in work]
         self.plan, self.work, self.callback = plan, work, callback
         self.resumed = self.done = len(finished)
@@ -72,7 +76,9 @@ class Job:
         """Approximate one layer (`approximated`) and keep it in the work folder."""
         self.tell("compressing", layer.name)
         with given_back():
-            result, measurement = approximated(layer, self.plan, second_moment, drift, notes, tokens)
+            result, measurement = approximated(
+                layer, self.plan, second_moment, drift, notes, tokens, device=self.device
+            )
         self.work.save(layer.name, result.tensors, measurement)
         self.done, self.weights = self.done + 1, self.weights + layer.numel
 
@@ -91,13 +97,13 @@ def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
     return layer.feed.read_second_moment(plan.arrangement.weights.get, layer.shape[1])
 
 
-def _reader(layer: PlannedLayer) -> Callable[[int, int], torch.Tensor]:
+def _reader(layer: PlannedLayer, device: torch.device) -> Callable[[int, int], torch.Tensor]:
     """Some rows of a weight at a time; one that is computed from others is computed once, and held."""
     stored = layer.weight
     if isinstance(stored, Entry):
-        return lambda start, end: stored.rows(start, end).read().flatten(1)
+        return lambda start, end: stored.rows(start, end).read().flatten(1).to(device)
     whole = layer.read()
-    return lambda start, end: whole[start:end]
+    return lambda start, end: whole[start:end].to(device)
 
 
 def approximated(
@@ -107,6 +113,8 @@ def approximated(
     drift: torch.Tensor | None = None,
     notes: tuple[str, ...] = (),
     tokens: int | None = None,
+    *,
+    device: torch.device = CPU,
 ) -> tuple[Approximation, Measurement]:
     """One layer as it is stored, and what was measured on it.
 
@@ -116,24 +124,33 @@ def approximated(
     Without a second moment from data, what the norm in front promises takes its place, unless calibration is
     off; an output error under that promise would be no measurement, and is not reported.
 
-    ``tokens`` is how many inputs the second moment is made of: told, and nothing else.
+    ``tokens`` is how many inputs the second moment is made of: told, and nothing else. All is worked out on the
+    device; where that runs out of memory the layer is begun again, less of it at a time.
     """
     measured = second_moment is not None
     with located(layer.name):
         if not measured and layer.config.calibration != "none":
             second_moment = norm_moment(layer, plan)
+        given = second_moment
         if layer.at_once < layer.numel and not measured:
-            result = approximate_portions(_reader(layer), layer.shape, layer.config, second_moment)
+            read = _reader(layer, device)
+            result = halving(lambda: approximate_portions(read, layer.shape, layer.config, given), device)
             return result, Measurement(result.weight_error, None, notes + result.notes, tokens)
-        target = layer.read()
-        if drift is not None:
-            target = corrected_weight(target, second_moment, drift)
-        result = approximate(target, layer.config, second_moment)
-        del target
+        result = halving(lambda: _fitted(layer, given, drift, device), device)
         error = result.weight_error
         if drift is not None:  # read again rather than kept: memory is counted in copies of it
-            error = metrics.weight_error(layer.read(), result.dequantize())
+            error = metrics.weight_error(layer.read().to(device), result.dequantize())
     return result, Measurement(error, result.output_error if measured else None, notes + result.notes, tokens)
+
+
+def _fitted(
+    layer: PlannedLayer, moment: torch.Tensor | None, drift: torch.Tensor | None, device: torch.device
+) -> Approximation:
+    target = layer.read().to(device)
+    if drift is not None:
+        assert moment is not None
+        target = corrected_weight(target, moment.to(device), drift.to(device))
+    return approximate(target, layer.config, moment)
 
 
 def assemble(

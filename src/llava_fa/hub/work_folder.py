@@ -117,7 +117,7 @@ class WorkFolder:
         """Keep one finished layer."""
         metadata = {"measurement": json.dumps(measurement)}
         with disk_errors(self.path):
-            write_file(self._part(name), [Item.of(key, value) for key, value in tensors.items()], metadata)
+            write_file(self._part(name), [Item.of(key, value.cpu()) for key, value in tensors.items()], metadata)
 
     def entries(self, name: str) -> dict[str, Entry]:
         """The tensors of a finished layer, by tensor name."""

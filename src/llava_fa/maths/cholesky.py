@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SIDE = 256  # b
+_SIDE, _SIDE_ON_GPU = 256, 2048  # b: products of less would leave a GPU idle
 
 
 class UpperFactor:
@@ -66,15 +66,15 @@ def upper_factor(matrix: Tensor, shift: float) -> UpperFactor | None:
         matrix: A, symmetric [size, size], any float dtype; its upper triangle is read.
         shift: δ.
     """
-    size = matrix.shape[0]
-    starts = range(0, size, _SIDE)
-    counts = [min(_SIDE, size - start) * (size - start) for start in starts]
+    size, width = matrix.shape[0], _SIDE if matrix.device.type == "cpu" else _SIDE_ON_GPU
+    starts = range(0, size, width)
+    counts = [min(width, size - start) * (size - start) for start in starts]
     # One piece of memory: of many, each less than what malloc gives back by itself, most would stay with the process.
     room = torch.split(torch.empty(sum(counts), dtype=torch.float64, device=matrix.device), counts)
     panels: list[Tensor] = []  # the last rows first
     inverses: list[Tensor] = []
     for start, piece in reversed(list(zip(starts, room, strict=True))):
-        stop = min(start + _SIDE, size)
+        stop = min(start + width, size)
         panel = piece.view(stop - start, size - start).copy_(matrix[start:stop, start:])
         panel[:, : stop - start].diagonal().add_(shift)
         at = size - start

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_fa.errors import FourierError
+from llava_fa.maths.device import at_a_time
 from llava_fa.maths.hashing import splitmix
 
 _ROOT2 = math.sqrt(2.0)
@@ -90,10 +91,11 @@ def transform_moment(
     spent()
     both = packed_dft_rows(one.T, signs, scale)
     del one
-    for start in range(0, len(both), _SIDE):  # block by block, in place
-        for other in range(0, start + 1, _SIDE):
-            below = both[start : start + _SIDE, other : other + _SIDE]
-            above = both[other : other + _SIDE, start : start + _SIDE]
+    side = at_a_time(_SIDE, both.device)
+    for start in range(0, len(both), side):  # block by block, in place
+        for other in range(0, start + 1, side):
+            below = both[start : start + side, other : other + side]
+            above = both[other : other + side, start : start + side]
             mean = (below + above.T).mul_(0.5)
             below.copy_(mean)
             above.copy_(mean.T)
@@ -107,7 +109,7 @@ def packed_dft_rows(matrix: Tensor, signs: Tensor, scale: Tensor | None = None) 
     """
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     out = torch.empty(matrix.shape[0], padded(matrix.shape[1]), dtype=dtype, device=matrix.device)
-    step = max(1, _NUMBERS // max(1, matrix.shape[1]))
+    step = max(1, at_a_time(_NUMBERS, matrix.device) // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
         rows = matrix[start : start + step]
         out[start : start + step] = packed_dft(rows if scale is None else rows * scale, signs)

@@ -29,7 +29,7 @@ def approximate(
     """Approximate W [m, n] (out × in, any float dtype) as `config` says.
 
     Args:
-        weight: W, finite, 2-D.
+        weight: W, finite, 2-D; all is done on its device.
         second_moment: H = E(x xᵀ) [n, n] of the layer's inputs; or its diagonal [n] (for instance γ² of the
             norm layer in front); or None. How much of it is used is `config.calibration`'s business; the
             output error is measured under all of it.
@@ -46,7 +46,7 @@ def approximate(
     values = checked_weight(weight)
     m, n = values.shape
     check_rank(max(config.rank, config.inner_rank), (m, n // 2 + 1 if config.method == "paper" else n))
-    moment = None if second_moment is None else _checked_moment(second_moment, n)
+    moment = None if second_moment is None else _checked_moment(second_moment.to(values.device), n)
     usable = usable_moment(config, moment)
     notes: tuple[str, ...] = ()
     output_error = None
@@ -55,7 +55,7 @@ def approximate(
         moment = usable = None
     if config.method == "paper" and input_scale is not None:
         raise FourierError("method 'paper' has no input_scale", remedy="Leave it out, or use method='best'")
-    scales = None if input_scale is None else _checked_scale(input_scale, n)
+    scales = None if input_scale is None else _checked_scale(input_scale.to(values.device), n)
     unit = _unit(_largest(values))
     scaled = values if unit == 1 else values / unit
     if config.method == "paper":

@@ -123,7 +123,7 @@ def refit_left(weight: Tensor, right: Tensor, moment: Tensor | None, *, damping:
     shaped = _symmetric(passed @ right.T).to(torch.float64)
     mean = float(shaped.diagonal().mean())
     if mean == 0:
-        return torch.zeros(weight.shape[0], right.shape[0])
+        return weight.new_zeros(weight.shape[0], right.shape[0])
     shaped.diagonal().add_(damping * mean)
     left: Tensor = torch.linalg.solve(shaped, passed.to(torch.float64) @ weight.T.to(torch.float64)).T
     return left.to(torch.float32).contiguous()

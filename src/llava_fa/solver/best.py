@@ -9,12 +9,14 @@ optimised is what is stored.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava_fa.config import FourierConfig
 from llava_fa.maths import dft
+from llava_fa.maths.device import at_a_time, slices
 from llava_fa.maths.lowrank import times, weighted_low_rank
 from llava_fa.maths.nearest import NearestCode, nearest_code
 from llava_fa.maths.trellis import trellis
@@ -29,8 +31,8 @@ _FLOOR = 1e-4
 # Hypotheses per row in error feedback: 4 lower the output error by 4 % against 1, 8 by another 1 % at twice
 # the time.
 _BEAM_WIDTH = 4
-# Rows worked on at a time, and by the Viterbi search, which shares them out among threads.
-ROWS, _TRELLIS_ROWS = 64, 512
+# Rows worked on at a time, and by searches, which share them out among threads.
+ROWS, _SEARCHED = 64, 512
 # Alternation between factors and codes stops when it gains less than this share of the loss.
 _LEAST_GAIN = 2e-3
 
@@ -167,7 +169,7 @@ def random_errors(weight: Tensor, config: FourierConfig, moment: Tensor | None, 
     """
     problem = _Problem(weight, config, moment)
     generator = torch.Generator().manual_seed(config.seed)
-    white = torch.randn(count, dft.padded(weight.shape[1]), generator=generator)
+    white = torch.randn(count, dft.padded(weight.shape[1]), generator=generator).to(weight.device)
     if problem.moment is not None:
         white = torch.linalg.solve_triangular(problem.unit, white, upper=True, left=False, unitriangular=True)
     return problem.spatial(white)
@@ -234,7 +236,7 @@ class _Problem:
         row_scale = self.weight.new_empty(m)
         codes = torch.empty(m, size // 2, dtype=torch.int32, device=self.weight.device)
         rows = self.weight.new_empty(0 if self.moment is None else size, m)
-        step = _TRELLIS_ROWS if through and self.moment is None else ROWS
+        step = at_a_time(_SEARCHED if through and self.moment is None else ROWS, self.weight.device)
         for start in range(0, m, step):
             part = slice(start, start + step)
             target = self.target(stored, part)
@@ -257,18 +259,23 @@ class _Problem:
         assert moment is not None
         if through:
             del moment
-            return round_trellis(rows, unit, blocks, nearby_windows(self.config.code_bits, rows.device)).T.contiguous()
-        codes = round_with_beam(rows, unit, blocks, self.search, _BEAM_WIDTH)
+            near = nearby_windows(self.config.code_bits, rows.device)
+            return _in_parts((rows,), round_trellis, unit, blocks, near).T.contiguous()
+        codes = _in_parts((rows,), round_with_beam, unit, blocks, self.search, _BEAM_WIDTH)
         del unit
+        return _in_parts((rows, codes), self._refined, moment).T.contiguous()
+
+    def _refined(self, rows: Tensor, codes: Tensor, moment: Tensor) -> Tensor:
+        """The codes [N/2, m] of rows, of which the errors [N, m] are given, after all passes of `feedback.refine`."""
         for _ in range(self.config.refine_passes):
             if feedback.refine(codes, rows, moment, self.search) == 0:
                 break
-        return codes.T.contiguous()
+        return codes
 
     def _nearest(self, rows: Tensor) -> Tensor:
         """The nearest ring codes int32 [m, N/2] of rows divided by their scale [m, N], a few at a time."""
         codes = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=torch.int32, device=rows.device)
-        step = max(1, (1 << 20) // rows.shape[1])
+        step = max(1, at_a_time(1 << 20, rows.device) // rows.shape[1])
         for start in range(0, rows.shape[0], step):
             part = rows[start : start + step]
             codes[start : start + step] = self.search(part[:, 0::2], part[:, 1::2])
@@ -302,6 +309,21 @@ class _Problem:
     def spatial(self, transformed: Tensor) -> Tensor:
         """Rows [·, N] of the transformed domain as rows [·, n] of W."""
         return dft.packed_idft(transformed, self.signs, self.n) / self.scales
+
+
+def _in_parts(of_rows: tuple[Tensor, ...], search: Callable[..., Tensor], *given: Any) -> Tensor:
+    """What a search finds, [N/2, m], that is given matrices with a column a row of W, the first of which it changes;
+    on a GPU some rows at a time.
+    """
+    parts = slices(of_rows[0].shape[1], _SEARCHED, of_rows[0].device)
+    if len(parts) == 1:
+        return search(*of_rows, *given)
+    found = []
+    for part in parts:
+        some = [matrix[:, part].contiguous() for matrix in of_rows]
+        found.append(search(*some, *given))
+        of_rows[0][:, part] = some[0]
+    return torch.cat(found, dim=1)
 
 
 def _row_scale(target: Tensor) -> tuple[Tensor, Tensor]:

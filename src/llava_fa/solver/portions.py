@@ -86,7 +86,7 @@ def _first_pass(
         norms.append(float(rows.square().sum(dtype=torch.float64)))
     assert energy is not None
     if config.calibration == "none":
-        return torch.ones(n), norms
+        return energy.new_ones(n, dtype=torch.float32), norms
     if moment is not None and not bool(moment.any()):
         moment = None
-    return scales_for(energy / m, None if moment is None else moment.to(torch.float32)), norms
+    return scales_for(energy / m, None if moment is None else moment.to(energy.device, torch.float32)), norms

@@ -60,7 +60,7 @@ def error_directions(weight: Tensor, config: FourierConfig, moment: Tensor, coun
     """
     values = checked_weight(weight)
     if not bool(moment.any()):
-        return torch.zeros(values.shape[1], count)
+        return values.new_zeros(values.shape[1], count)
     rows = random_errors(values, config, usable_moment(config, moment), count)
     power = (rows @ moment * rows).sum()  # under all of H, whatever of it the calibration may see
     return rows.T / power.sqrt() if power > 0 else torch.zeros_like(rows.T)
@@ -81,7 +81,7 @@ def error_powers(weight: Tensor, config: FourierConfig, moment: Tensor | None) -
         FourierError: a weight that is not a finite matrix; a second moment that is not positive semi-definite.
     """
     values = checked_weight(weight)
-    nothing = torch.zeros(values.shape[0], dtype=torch.float64)
+    nothing = values.new_zeros(values.shape[0], dtype=torch.float64)
     if moment is not None and not bool(moment.any()):
         return nothing, nothing
     usable = usable_moment(config, moment)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llava_fa.errors import FourierError
+from llava_fa.maths.device import precise
 
 # Samples are multiplied in float32 in slices of this many, each sum then added in float64: a float32 sum of
 # thousands of squares is good to 1e-5, and no error grows with the number of samples.
@@ -32,6 +33,11 @@ class SecondMoment:
         for rows in () if diagonal else _slices(n):
             self._panels[rows.start] = torch.zeros(rows.stop - rows.start, n - rows.start, dtype=torch.float64)
 
+    def _begin(self, device: torch.device) -> None:
+        """Keep the sums on the device of the inputs, if it has room for them."""
+        self._panels = dict(zip(self._panels, _begun(list(self._panels.values()), device), strict=True))
+        self._sum = _begun([self._sum], device)[0]
+
     def add(self, x: Tensor) -> None:
         """Take in x [..., n], any float dtype.
 
@@ -41,6 +47,8 @@ class SecondMoment:
         if x.ndim == 0 or x.shape[-1] != self.n:
             raise FourierError(f"inputs of shape {tuple(x.shape)}", remedy=f"Expected [..., {self.n}]", where=self.name)
         samples = x.detach().reshape(-1, self.n)
+        if not self.count:
+            self._begin(samples.device)
         for start in range(0, samples.shape[0], _SLICE):
             block = samples[start : start + _SLICE].to(torch.float32)
             # The diagonal sees every value, so a non-finite one cannot hide.
@@ -69,7 +77,7 @@ class SecondMoment:
         if len(self._sum):
             return _mean(self._sum, self.count, self.name)
         _check_count(self.count, self.name)
-        mean = torch.empty(self.n, self.n, dtype=torch.float32)
+        mean = torch.empty(self.n, self.n, dtype=torch.float32, device=next(iter(self._panels.values())).device)
         for first in list(self._panels):
             panel = self._panels.pop(first) if spend else self._panels[first]
             stop = first + len(panel)
@@ -102,6 +110,9 @@ class Drift:
             FourierError: NaN or Inf in x, naming the layer.
         """
         original, given = original.detach().reshape(-1, self.n), given.detach().reshape(-1, self.n)
+        if not self.count:
+            self._sum = _begun([self._sum], given.device)[0]
+            self.weight = None if self.weight is None else self.weight.to(self._sum.device)
         for start in range(0, given.shape[0], _SLICE):
             block = given[start : start + _SLICE].to(torch.float32)
             apart = original[start : start + _SLICE].to(torch.float32) - block
@@ -125,6 +136,15 @@ class Drift:
             FourierError: nothing was added.
         """
         return _mean(self._sum, self.count, self.name)
+
+
+def _begun(zeros: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The same zeros there; where they are, if that has no room for all of them, or no float64."""
+    there = precise(device)
+    try:
+        return [one if one.device == there else torch.zeros_like(one, device=there) for one in zeros]
+    except torch.OutOfMemoryError:
+        return zeros
 
 
 def _check_count(count: int, name: str) -> None:

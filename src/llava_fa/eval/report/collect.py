@@ -224,9 +224,7 @@ def _compare(
         run.differing = len(where)
         differing[run.model] = [where[i] for i in evenly(len(where), _CANDIDATES)]
     wanted = sorted({*even, *(i for chosen in differing.values() for i in chosen)})
-    place = check_device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    )
+    place = check_device(settings.device)
     # float32 on a CPU that has the memory, so that no model's own rounding is taken for divergence
     assert first.report is not None
     enough = 3 * first.report.compressed_bytes < psutil.virtual_memory().available

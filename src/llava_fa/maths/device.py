@@ -1,0 +1,50 @@
+"""What differs from device to device: how much is worked on at a time, and where float64 is.
+
+On a CPU as much is worked on at a time as stays in its caches; on a GPU as much as keeps it busy, half as much once it
+has run out of memory. Rows of a weight have nothing to do with one another, so that codes do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+# Times what a CPU works on.
+_TIMES = 64
+_halved: dict[torch.device, int] = {}
+T = TypeVar("T")
+
+
+def at_a_time(count: int, device: torch.device) -> int:
+    """``count`` on a CPU, a multiple of it elsewhere."""
+    return count if device.type == "cpu" else count * max(1, _TIMES >> _halved.get(device, 0))
+
+
+def slices(total: int, count: int, device: torch.device) -> list[slice]:
+    """All of ``total`` on a CPU, whose kernels share it out themselves; elsewhere pieces of ``count`` `at_a_time`."""
+    step = total if device.type == "cpu" else at_a_time(count, device)
+    return [slice(start, min(start + step, total)) for start in range(0, total, max(1, step))]
+
+
+def halving(run: Callable[[], T], device: torch.device) -> T:
+    """What ``run`` gives; it is run again, with half as much at a time, whenever the device runs out of memory.
+
+    Raises:
+        torch.OutOfMemoryError: even with as little at a time as on a CPU; or on a CPU.
+    """
+    while True:
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            if device.type == "cpu" or _TIMES >> _halved.get(device, 0) <= 1:
+                raise
+        # Only here is all given up that the failed try had held.
+        _halved[device] = _halved.get(device, 0) + 1
+        torch.cuda.empty_cache()
+
+
+def precise(device: torch.device) -> torch.device:
+    """The device, or the CPU in the place of one that has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
