@@ -153,6 +153,7 @@ def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs) -> None:
     unreached = [unit for group in journey.left.values() for unit in group.units]
     for layer in job.missing(_layers([*course.idle, *unreached])):  # unused heads: no inputs to learn from
         job.compress(layer, notes=(_NO_INPUT,), tokens=0)
+    job.overlap.settle()
 
 
 def part_names(model: nn.Module, plan: Plan) -> list[str]:
@@ -174,6 +175,7 @@ def _compress_unit(job: Job, weights: Weights, visit: Visit, keep: bool) -> None
         layers = [layer for group in stage for layer in group]
         if job.missing(layers):
             groups = gather(visit.unit, stage, visit.calls, visit.hidden, visit.original)
+            job.overlap.expect(job.missing(layers))
             for group, statistics in zip(stage, groups, strict=True):
                 for layer in job.missing(group):
                     if statistics is None:
@@ -260,6 +262,7 @@ def _use_part(job: Job, weights: Weights, layer: PlannedLayer, keep: bool = Fals
 
 def stored_weight(job: Job, layer: PlannedLayer) -> Tensor:
     """The weight that a finished layer stands for, [m, n]."""
+    job.overlap.settle()
     packed = {key: value.to(job.device) for key, value in job.work.load(layer.name).items()}
     if layer.embedding and isinstance(layer.layout, Layout):
         weight = torch.empty(layer.shape, device=job.device)

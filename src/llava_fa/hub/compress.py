@@ -181,6 +181,7 @@ def _compressed(
         contextlib.ExitStack() as stack,
     ):
         job = Job(plan, work, show_progress, device)
+        stack.callback(job.overlap.close)
         model = None
         if data is not None and (job.done < job.total or not proofread.settle(work)):
             model = _loaded(request, job, empty, data, device, show)

@@ -17,6 +17,7 @@ from llava_fa.config import FourierConfig
 from llava_fa.errors import disk_errors, located
 from llava_fa.hub import ledger
 from llava_fa.hub.checkpoint import NAMES, ORIGINAL_BYTES, LayerRecord, Metadata, codebook_digest, names_digest
+from llava_fa.hub.overlap import Overlap
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.provenance import record_tokens
 from llava_fa.hub.report import Measurement, Progress, ProgressCallback
@@ -49,6 +50,7 @@ class Job:
 
     def __init__(self, plan: Plan, work: WorkFolder, callback: ProgressCallback, device: torch.device = CPU) -> None:
         self.device = precise(device)
+        self.overlap = Overlap(work, self.device)
         finished = [layer for layer in plan.all_layers if layer.name in work]
         self.plan, self.work, self.callback = plan, work, callback
         self.resumed = self.done = len(finished)
@@ -63,6 +65,7 @@ class Job:
 
     def missing(self, layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
         """Those of the layers that have no part yet."""
+        self.overlap.settle()
         return [layer for layer in layers if layer.name not in self.work]
 
     def compress(
@@ -76,18 +79,22 @@ class Job:
         """Approximate one layer (`approximated`) and keep it in the work folder."""
         self.tell("compressing", layer.name)
         with given_back():
+            read = self.overlap.reader(layer)
             result, measurement = approximated(
-                layer, self.plan, second_moment, drift, notes, tokens, device=self.device
+                layer, self.plan, second_moment, drift, notes, tokens, device=self.device, read=read
             )
-        self.work.save(layer.name, result.tensors, measurement)
+        self.overlap.write(layer.name, result.tensors, measurement)
         self.done, self.weights = self.done + 1, self.weights + layer.numel
 
 
 def compress_streaming(job: Job) -> None:
     """Compress every planned layer that has no part yet, in the order of the files; one layer in memory."""
     in_order = sorted(job.plan.all_layers, key=lambda layer: (layer.weight.file.name, layer.weight.start))
-    for layer in job.missing(in_order):
+    missing = job.missing(in_order)
+    job.overlap.expect(missing)
+    for layer in missing:
         job.compress(layer)
+    job.overlap.settle()
 
 
 def norm_moment(layer: PlannedLayer, plan: Plan) -> torch.Tensor | None:
@@ -115,6 +122,7 @@ def approximated(
     tokens: int | None = None,
     *,
     device: torch.device = CPU,
+    read: Callable[[], torch.Tensor] | None = None,
 ) -> tuple[Approximation, Measurement]:
     """One layer as it is stored, and what was measured on it.
 
@@ -125,7 +133,8 @@ def approximated(
     off; an output error under that promise would be no measurement, and is not reported.
 
     ``tokens`` is how many inputs the second moment is made of: told, and nothing else. All is worked out on the
-    device; where that runs out of memory the layer is begun again, less of it at a time.
+    device; where that runs out of memory the layer is begun again, less of it at a time. ``read`` gives the weight
+    where it is at hand.
     """
     measured = second_moment is not None
     with located(layer.name):
@@ -133,24 +142,30 @@ def approximated(
             second_moment = norm_moment(layer, plan)
         given = second_moment
         if layer.at_once < layer.numel and not measured:
-            read = _reader(layer, device)
-            result = halving(lambda: approximate_portions(read, layer.shape, layer.config, given), device)
+            rows = _reader(layer, device)
+            result = halving(lambda: approximate_portions(rows, layer.shape, layer.config, given), device)
             return result, Measurement(result.weight_error, None, notes + result.notes, tokens)
-        result = halving(lambda: _fitted(layer, given, drift, device), device)
+        weight = read or layer.read
+        result = halving(lambda: _fitted(weight, device, layer.config, given, drift), device)
         error = result.weight_error
         if drift is not None:  # read again rather than kept: memory is counted in copies of it
-            error = metrics.weight_error(layer.read().to(device), result.dequantize())
+            error = metrics.weight_error(weight().to(device), result.dequantize())
     return result, Measurement(error, result.output_error if measured else None, notes + result.notes, tokens)
 
 
 def _fitted(
-    layer: PlannedLayer, moment: torch.Tensor | None, drift: torch.Tensor | None, device: torch.device
+    read: Callable[[], torch.Tensor],
+    device: torch.device,
+    config: FourierConfig,
+    moment: torch.Tensor | None,
+    drift: torch.Tensor | None,
 ) -> Approximation:
-    target = layer.read().to(device)
+    target = read().to(device)
     if drift is not None:
         assert moment is not None
-        target = corrected_weight(target, moment.to(device), drift.to(device))
-    return approximate(target, layer.config, moment)
+        moment = moment.to(device)
+        target = corrected_weight(target, moment, drift.to(device))
+    return approximate(target, config, moment)
 
 
 def assemble(
