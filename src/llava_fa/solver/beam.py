@@ -36,11 +36,13 @@ def round_with_beam(target: Tensor, unit: Tensor, blocks: Tensor, search: Neares
     size, rows = target.shape
     codes = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
     beam = _Beam(search, width)
+    metric = torch.stack([blocks[:, 0, 0], blocks[:, 0, 1], blocks[:, 1, 1]], dim=1)
     compiled = native.serves(target, unit, blocks) and width == _COMPILED_WIDTH
     for block, pairs in column_blocks(size, _BLOCK):
         base = corrected(target, unit, target, block, block.start)
-        here = target[block], base, unit[block, block], blocks[pairs]
-        target[block], codes[pairs] = beam.compiled(*here) if compiled else beam.run(*here)
+        here = target[block], base, unit[block, block]
+        found = beam.compiled(*here, metric[pairs]) if compiled else beam.run(*here, blocks[pairs])
+        target[block], codes[pairs] = found
     return codes
 
 
@@ -54,10 +56,12 @@ class _Beam:
         self.near = search.codebook[self.neighbours]  # [points, tried, 2]
         self.neighbours = self.neighbours.to(torch.int32)
 
-    def compiled(self, target: Tensor, base: Tensor, unit: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """As `run`, up to rounding: of costs within 2^-19 of each other either may be kept."""
+    def compiled(self, target: Tensor, base: Tensor, unit: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+        """As `run`, up to rounding: of costs within 2^-19 of each other either may be kept. The metric is a, b, c of
+        R_pp = (a b; 0 c) [columns / 2, 3].
+        """
         columns, rows = target.shape
-        error, metric = target.clone(), blocks.flatten(1)[:, [0, 1, 3]].contiguous()
+        error = target.clone()
         codes = torch.empty(columns // 2, rows, dtype=torch.int32, device=target.device)
         tables = self.near, self.neighbours, self.search.tables()
         native.call(native.Beam(error, base, columns, rows, unit.contiguous(), metric, *tables, codes))

@@ -125,7 +125,7 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
     to it replaces the old one where that lowers the loss (in the metric of H_pp), so the loss never rises.
     """
     size, rows = error.shape
-    changed = 0
+    changed = torch.zeros((), dtype=torch.int64, device=error.device)  # asked for once: a GPU would wait each time
     inverse = torch.linalg.inv(pair_blocks(moment))
     compiled = native.serves(error, moment)
     for block, pairs in column_blocks(size, _BLOCK):
@@ -134,19 +134,19 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
             by_row = torch.empty(rows, dtype=torch.int32, device=error.device)
             tables = within, own, search.tables(), codes[pairs], by_row
             native.call(native.Refine(error[block], gradient, len(gradient), rows, *tables))
-            changed += int(by_row.sum())
+            changed += by_row.sum()
         else:
             changed += _refine_block(codes[pairs], error[block], gradient, within, own, search)
-    return changed
+    return int(changed)
 
 
 def _refine_block(
     codes: Tensor, error: Tensor, gradient: Tensor, moment: Tensor, inverse: Tensor, search: NearestCode
-) -> int:
+) -> Tensor:
     """The pass over one block's pairs: its part of codes, of E (both in place), of H E, of H, and its H_pp⁻¹;
     csrc/refine.inl up to rounding.
     """
-    changed = 0
+    changed = torch.zeros((), dtype=torch.int64, device=error.device)
     moved = torch.zeros_like(gradient)
     for at in range(0, error.shape[0], 2):
         here = slice(at, at + 2)
@@ -166,5 +166,5 @@ def _refine_block(
         codes[at // 2] = torch.where(better, code, codes[at // 2])
         error[here] += step
         moved[here] = step
-        changed += int(better.sum())
+        changed += better.sum()
     return changed
