@@ -1,6 +1,8 @@
-"""How right and how fast one packed layer is on a GPU, against torch's bf16 layer and the memory's own speed.
+"""How right and how fast one packed layer is on a GPU, against torch's bf16 layer and the memory's own speed; and how
+right and how fast layers are fitted there (gpu_fitting.py).
 
     PYTHONPATH=src python3 benchmarks/gpu.py [--out runs/gpu.jsonl] [--seconds 240] [--sweep]
+    PYTHONPATH=src python3 benchmarks/gpu.py --fitting [--model FOLDER]    # of these only the fitting
     PYTHONPATH=src python3 benchmarks/gpu.py --compile      # no GPU needed: registers, spills, shared memory per kernel
 
 With a GPU: the goals' cases, then every size of code, batch and dtype on small odd shapes against float64, then the
@@ -8,7 +10,12 @@ other times. Every contender has copies of its weights that together exceed twic
 round are captured in one CUDA graph, and CUDA events time replays, alternating between contenders; figures are medians.
 *of copy* is a layer's bytes at the measured copy bandwidth (bytes read plus bytes written per second), over the time of
 the layer, transform included; *eager* is a call from Python, launches included. --sweep tries other tiles. Cases run
-until --seconds are over. One JSON object a line into --out. Prints the tables of docs/results.md, "Kernels on a GPU".
+until --seconds are over.
+
+Then, for as long, the fitting: small layers against the CPU's codes and errors, then each shape of a 7B model, whose
+sum is held to the goals. --model: a folder such as `benchmarks/shapes.py` makes of llava-1.5-7b is compressed without
+data, reading and writing included. One JSON object a line into --out. Prints the tables of docs/results.md, "Kernels on
+a GPU".
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from typing import Any
 import torch
 from common import Rows, arguments
 from gpu_compile import compile_all
+from gpu_fitting import measure as measure_fitting
 
 from llava_fa import gpu
 from llava_fa.kernels import doctor, run, triton, words
@@ -203,22 +211,9 @@ def report(rows: list[dict[str, Any]]) -> None:
                 print(f"goal {shape}, batch {batch}, {name}: {figures}: {met}")
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"))
-    parser.add_argument("--seconds", type=float, default=240)
-    parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--sm", nargs="+", type=int, default=[90, 80])
-    args = parser.parse_args()
-    stop = time.monotonic() + args.seconds
-    keep = Rows(args.out).add
-    if args.compile:
-        spilt = [row for row in map(keep, compile_all(args.sm)) if row["stack"] > 64 or row["local"]]
-        raise SystemExit(f"spills: {spilt}" if spilt else 0)
+def packed_layers(keep: Callable[[dict[str, Any]], dict[str, Any]], args: Any, stop: float) -> None:
     copy = copy_bandwidth()
-    device = torch.cuda.get_device_name()
-    print(keep({"device": device, "copy TB/s": copy / 1e12, "triton": gpu.triton_version()}), flush=True)
+    print(keep({"copy TB/s": copy / 1e12}), flush=True)
     cases = [(SHAPES[0], 1), (SHAPES[0], 16), *((shape, b) for b in (1, 16, 4, 512) for shape in SHAPES)]
     rows = []
     for i, (shape, batch) in enumerate(dict.fromkeys(cases)):
@@ -242,6 +237,31 @@ def main() -> None:
         rows.append(keep(measure(*shape, batch, copy, ours)))
         print({key: round(value, 2) for key, value in rows[-1].items()}, flush=True)
     report(rows)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"))
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--fitting", action="store_true")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--sm", nargs="+", type=int, default=[90, 80])
+    args = parser.parse_args()
+    stop = time.monotonic() + args.seconds
+    keep = Rows(args.out).add
+    if args.compile:
+        spilt = [row for row in map(keep, compile_all(args.sm)) if row["stack"] > 64 or row["local"]]
+        raise SystemExit(f"spills: {spilt}" if spilt else 0)
+    print(keep({"device": torch.cuda.get_device_name(), "triton": gpu.triton_version()}), flush=True)
+    if not args.fitting:
+        packed_layers(keep, args, stop)
+    wrong = []
+    for row in measure_fitting(time.monotonic() + args.seconds, args.model, args.out.parent):
+        print(keep(row), flush=True)
+        wrong += [row] if row.get("ok") is False else []
+    print("fitted as on the CPU" if not wrong else f"NOT fitted as on the CPU: {wrong}")
 
 
 if __name__ == "__main__":
