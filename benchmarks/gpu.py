@@ -252,7 +252,7 @@ def main() -> None:
     stop = time.monotonic() + args.seconds
     keep = Rows(args.out).add
     if args.compile:
-        spilt = [row for row in map(keep, compile_all(args.sm)) if row["stack"] > 64 or row["local"]]
+        spilt = [row for row in map(keep, compile_all(args.sm)) if row["stack"] > 96 or row["local"]]
         raise SystemExit(f"spills: {spilt}" if spilt else 0)
     print(keep({"device": torch.cuda.get_device_name(), "triton": gpu.triton_version()}), flush=True)
     if not args.fitting:

@@ -43,7 +43,7 @@ def viterbi_kernel(
     best = winners + place * steps * GROUPS
     tl.debug_barrier()
     for t in range(0, steps):
-        aim = target + 2 * t * rows + row
+        aim = target + (row * 0 + 2 * t) * rows + row  # 64 bits
         cost = tl.load(costs + (t & 1) * GROUPS + (window & (GROUPS - 1))) + norm
         cost += re_weight * tl.load(aim) + im_weight * tl.load(aim + rows)
         least, low = tl.min(cost, axis=1, return_indices=True)
@@ -57,7 +57,7 @@ def viterbi_kernel(
     for i in range(0, steps):
         t = steps - 1 - i
         found = at << BITS | tl.load(best + t * GROUPS + at).to(tl.int32)
-        tl.store(states + t * rows + row, found)
+        tl.store(states + (row * 0 + t) * rows + row, found)
         at = found & (GROUPS - 1)
 
 
