@@ -1,4 +1,4 @@
-"""The Cholesky factor of a large symmetric matrix, in float64 and in the room of a triangle.
+"""The Cholesky factor of a large symmetric matrix, in the room of a triangle.
 
 LAPACK's works on a whole square, in which one half holds nothing: 8 size² bytes instead of 4.
 """
@@ -12,7 +12,7 @@ _SIDE, _SIDE_ON_GPU = 256, 2048  # b: products of less would leave a GPU idle
 
 
 class UpperFactor:
-    """R upper triangular with R Rᵀ = A + δI, float64 as `upper_factor` makes it, as panels.
+    """R upper triangular with R Rᵀ = A + δI, as panels.
 
     Attributes:
         panels: panel k is [b, size - k b], rows k b … of R from their diagonal block on.
@@ -30,12 +30,6 @@ class UpperFactor:
             start = size - panel.shape[1]
             root[start : start + panel.shape[0], start:] = panel
         return root
-
-    def rounded(self) -> UpperFactor:
-        """The same in float32; this one is used up."""
-        for index, (panel, inverse) in enumerate(zip(self.panels, self.inverses, strict=True)):
-            self.panels[index], self.inverses[index] = panel.to(torch.float32), inverse.to(torch.float32)
-        return self
 
     def solve_rows(self, rows: Tensor) -> Tensor:
         """X [p, size] with X R Rᵀ = B, in place of B, in the factor's dtype.
@@ -56,7 +50,7 @@ class UpperFactor:
         return rows
 
 
-def upper_factor(matrix: Tensor, shift: float) -> UpperFactor | None:
+def upper_factor(matrix: Tensor, shift: float, dtype: torch.dtype = torch.float64) -> UpperFactor | None:
     """R of A + δI; None where that is not positive definite.
 
     From the last panel to the first, R_ij = (A_ij - Σ_{l>j} R_il R_jlᵀ) R_jj⁻ᵀ and
@@ -65,12 +59,13 @@ def upper_factor(matrix: Tensor, shift: float) -> UpperFactor | None:
     Args:
         matrix: A, symmetric [size, size], any float dtype; its upper triangle is read.
         shift: δ.
+        dtype: of R; float32, twice as fast, is enough where δ is large.
     """
     size, width = matrix.shape[0], _SIDE if matrix.device.type == "cpu" else _SIDE_ON_GPU
     starts = range(0, size, width)
     counts = [min(width, size - start) * (size - start) for start in starts]
     # One piece of memory: of many, each less than what malloc gives back by itself, most would stay with the process.
-    room = torch.split(torch.empty(sum(counts), dtype=torch.float64, device=matrix.device), counts)
+    room = torch.split(torch.empty(sum(counts), dtype=dtype, device=matrix.device), counts)
     panels: list[Tensor] = []  # the last rows first
     inverses: list[Tensor] = []
     for start, piece in reversed(list(zip(starts, room, strict=True))):

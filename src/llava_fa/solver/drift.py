@@ -34,7 +34,7 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
     mean = float(moment.diagonal().mean(dtype=torch.float64))
     if mean == 0 or not bool(drift.any()):
         return values
-    factor = damped_factor(moment, damping)[0].rounded()  # so much damping leaves float32 enough to solve with
+    factor, _ = damped_factor(moment, damping, torch.float32)  # enough, so strongly damped
     out = torch.empty_like(values)
     if len(drift) < drift.shape[1]:
         for start in range(0, len(values), _ROWS):

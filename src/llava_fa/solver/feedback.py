@@ -24,8 +24,8 @@ _BLOCK = 128
 _ROWS = 128
 
 
-def damped_factor(moment: Tensor, damping: float) -> tuple[UpperFactor, float]:
-    """R with R Rᵀ = H + δI, δ = damping × mean diagonal, in float64.
+def damped_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> tuple[UpperFactor, float]:
+    """R with R Rᵀ = H + δI, δ = damping × mean diagonal.
 
     R upper is the Cholesky factor of H in reversed order: it hands the feedback its coefficients without ever
     inverting H. When it fails, damping is raised tenfold, up to 1.
@@ -38,7 +38,7 @@ def damped_factor(moment: Tensor, damping: float) -> tuple[UpperFactor, float]:
     """
     mean = float(moment.diagonal().mean(dtype=torch.float64))
     while True:
-        factor = upper_factor(moment, damping * mean)
+        factor = upper_factor(moment, damping * mean, dtype)
         if factor is not None:
             return factor, damping
         if damping >= 1:
