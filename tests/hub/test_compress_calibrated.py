@@ -345,7 +345,7 @@ def test_a_block_is_run_no_further_than_it_must_be(samples):
 
 def test_the_running_dtype_is_chosen_once(checkpoint, quick, samples, tmp_path, monkeypatch):
     """float32 where the CPU emulates 16-bit floats; what an interrupted run chose is kept."""
-    from llava_fa.hub import compress as module
+    from llava_fa.hub import calibrated_model as module
     from llava_fa.hub.architecture import empty_model
     from llava_fa.hub.plan import make_plan
     from llava_fa.hub.source import open_source
@@ -357,7 +357,7 @@ def test_the_running_dtype_is_chosen_once(checkpoint, quick, samples, tmp_path, 
     for fast, expected in ((torch.float32, "float32"), (torch.bfloat16, "auto")):
         monkeypatch.setattr(module, "fast_dtype", lambda _, fast=fast: fast)
         with WorkFolder(tmp_path / expected, {}) as work:
-            assert module._running_dtype(plan, cpu, work) == expected
+            assert module.running_dtype(plan, cpu, work) == expected
             monkeypatch.setattr(module, "fast_dtype", lambda _: None)
-            assert module._running_dtype(plan, cpu, work) == expected
-            assert module._running_dtype(plan, torch.device("meta"), work) == expected
+            assert module.running_dtype(plan, cpu, work) == expected
+            assert module.running_dtype(plan, torch.device("meta"), work) == expected

@@ -14,6 +14,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import llava_fa
+from llava_fa.hub import shares
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the kernel's limit is Linux's")]
 
@@ -25,9 +26,10 @@ CHILD = """
     import torch, transformers
     import llava_fa
     from llava_fa import FourierConfig
-    from llava_fa.hub import memory
+    from llava_fa.hub import memory, shares
 
-    folder, out, room, bits = sys.argv[1:]
+    folder, out, room, bits, share = sys.argv[1:]
+    shares.SHARE = int(share)
     torch.set_num_threads(2)
     torch.randn(600, 600).bfloat16() @ torch.randn(600, 600).bfloat16()  # what the libraries take for themselves
     status = lambda key: next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key + ":"))
@@ -60,10 +62,10 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
-def run(folder: Path, out: Path, room: int, bits: float = 4) -> dict:
-    """The child's figures, with so many bytes above what it had at the start."""
+def run(folder: Path, out: Path, room: int, bits: float = 4, share: int = shares.SHARE) -> dict:
+    """The child's figures, with so many bytes above what it had at the start; shares have so many tokens."""
     child = textwrap.dedent(CHILD).replace("SPARE", str(SPARE))
-    program = [sys.executable, "-c", child, str(folder), str(out), str(room), str(bits)]
+    program = [sys.executable, "-c", child, str(folder), str(out), str(room), str(bits), str(share)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -79,6 +81,14 @@ def test_a_run_keeps_to_what_it_may_take(folder, tmp_path):
     assert free["peak"] > tight["peak"] + (100 << 20)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "tight" / name).read_bytes() == (tmp_path / "free" / name).read_bytes()
+
+
+def test_so_does_one_whose_samples_are_in_several_shares(folder, tmp_path):
+    room = ROOM + (90 << 20)
+    found = run(folder, tmp_path / "out", room, share=300)
+    assert "error" not in found, found
+    assert "block by block" in found["told"][1], found
+    assert found["peak"] <= found["base"] + room
 
 
 def test_what_it_cannot_keep_to_is_refused(folder, tmp_path):

@@ -144,7 +144,7 @@ def test_queries_and_keys_of_cross_attention_have_two_inputs(samples):
             self.name, self.shape = name, tuple(model.get_submodule(name).weight.shape)
 
     one, other = Layer(BROKEN), Layer(BROKEN.replace("layers.0", "layers.1"))
-    found = proofread._moments(model, answers, [one, other])  # here: of two modules
+    found = proofread.moments(model, answers, [one, other], [0, 1])  # here: of two modules
     assert found.keys() == {one.name, other.name}
     assert not torch.equal(found[one.name].value(), found[other.name].value())
 

@@ -252,8 +252,11 @@ def save(plan: Plan, work: WorkFolder) -> None:
 def load(plan: Plan, work: WorkFolder) -> Plan | None:
     """The plan with the allocation that the work folder holds; None where it has none yet."""
     allocation = work.read_json(FILE)
-    if allocation is None:
-        return None
+    return None if allocation is None else apply(plan, allocation)
+
+
+def apply(plan: Plan, allocation: Mapping[str, Any]) -> Plan:
+    """The plan with an allocation that `save` has kept."""
     layers = []
     for layer in plan.layers:
         values, sensitivity, loss = allocation["layers"][layer.name]

@@ -83,6 +83,8 @@ class Call:
     """Name of the hidden states' parameter, None when they came first by position."""
     present: Callable[[], AbstractContextManager[None]] = nullcontext
     """While this lasts all of it is in memory."""
+    label: int = 0
+    """Of the sample."""
 
     @classmethod
     def of(

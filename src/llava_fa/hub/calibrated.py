@@ -16,104 +16,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llava_fa.errors import located
 from llava_fa.hub.blocks import Call, Inputs, Unit, find_units, replay, stages
-from llava_fa.hub.course import Journey, Original, Visit, survey
+from llava_fa.hub.course import Course, Group, Journey, Numbered, Original, Visit, survey
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.routing import experts_of, followed, in_turn
+from llava_fa.hub.shares import split
 from llava_fa.hub.streaming import Job
+from llava_fa.hub.sums import Blank, Statistics, Sums
+from llava_fa.hub.team import Alone, Route, Team
 from llava_fa.hub.weights import Weights
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import packed_weight
 from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.nn.fourier_embedding import write_rows
-from llava_fa.solver.approximate import checked_weight
-from llava_fa.solver.statistics import Drift, SecondMoment
 
 _SHOWN = 4
 """How many tokens in turn an expert is shown to which its router sent none, in widths n, if there are so many."""
-_ROWS = 4096
-"""Inputs gathered before they are multiplied: n² additions once in a while, not once a sample."""
 _NO_INPUT = "no calibration input reached it; compressed without data"
 _OTHERS = "no calibration input was sent to it; fitted to those of the experts beside it"
-
-
-@dataclasses.dataclass
-class Statistics:
-    """Of the inputs x̂ of a group of layers: Ĥ = E[x̂ x̂ᵀ], float32 [n, n], and, where x was followed, their drift.
-
-    Attributes:
-        moment: Ĥ.
-        drift: D = E[(x - x̂) x̂ᵀ] [n, n]; or W D, the rows of all layers of the group below each other.
-        tokens: how many x̂ there were.
-        rows: layer → its rows of W D.
-    """
-
-    moment: Tensor
-    drift: Tensor | None
-    tokens: int
-    rows: dict[str, slice] = dataclasses.field(default_factory=dict)
-
-    def drift_of(self, layer: PlannedLayer) -> Tensor | None:
-        """What `solver.drift` needs of one layer; None where its config, or the samples, have nothing to follow."""
-        if self.drift is None or not layer.config.follows_outputs:
-            return None
-        return self.drift[self.rows[layer.name]] if self.rows else self.drift
-
-
-class Sums:
-    """What is added up of one layer's inputs: x̂, and beside it x where the original model is followed."""
-
-    def __init__(self, moment: SecondMoment, drift: Drift | None, rows: dict[str, slice]) -> None:
-        self.moment, self.drift, self.rows, self.tokens = moment, drift, rows, 0
-        self.waiting: list[tuple[Tensor, Tensor]] = []
-
-    @classmethod
-    def of(cls, group: Sequence[PlannedLayer], follows: bool) -> Sums:
-        """Nothing yet, of layers that share an input."""
-        name, n = group[0].name, group[0].shape[1]
-        moment, rows, weight = SecondMoment(n, name=name), {}, None
-        if follows and (count := sum(layer.shape[0] for layer in group)) < n:  # W D is less than D
-            weight, end = torch.empty(count, n), 0
-            for layer in group:
-                rows[layer.name] = slice(end, end := end + layer.shape[0])
-                with located(layer.name):
-                    weight[rows[layer.name]] = checked_weight(layer.read())
-        return cls(moment, Drift(n, name=name, weight=weight) if follows else None, rows)
-
-    def add(self, inputs: list[Tensor], before: list[Tensor]) -> None:
-        """Take in the inputs of one call, and those of the original model; without its own where these differ."""
-        if self.drift is not None and [x.shape for x in inputs] != [x.shape for x in before]:
-            self.flush()
-            self.drift = None
-        self.waiting += zip(inputs, inputs if self.drift is None else before, strict=True)
-        if sum(len(x) for x, _ in self.waiting) >= _ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Multiply what waits."""
-        if not self.waiting:
-            return
-        inputs, before = (torch.cat(part) for part in zip(*self.waiting, strict=True))
-        self.waiting.clear()
-        self.moment.add(inputs)
-        self.tokens += len(inputs)
-        if self.drift is not None:
-            self.drift.add(before, inputs)
-
-    def statistics(self) -> Statistics | None:
-        """Of all that was added; None of nothing."""
-        if not self.moment.count:
-            return None
-        drift = None if self.drift is None else self.drift.value()
-        self.drift = None
-        return Statistics(self.moment.value(spend=True), drift, self.tokens, self.rows)
 
 
 @torch.no_grad()
@@ -129,31 +56,65 @@ def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs) -> None:
     Raises:
         FourierError: the model fails on a sample (named), or a layer cannot be approximated (named).
     """
-    units = find_units(model, job.plan.layers)
+    team = Alone(job, split(inputs))
+    follow(job, model, team, dict(enumerate(inputs)), route_of(job, model, inputs))
+
+
+@torch.no_grad()
+def route_of(job: Job, model: nn.Module, inputs: Inputs) -> Route:
+    """Where samples come, up to the last unit that has a layer without a part."""
+    job.tell("following the samples")
     weights = Weights.of(model, part_names(model, job.plan))
     with weights.gated():
-        job.tell("following the samples")
-        course = survey(model, units, inputs)
-        missing = [job.missing(_layers(group.units)) for group in course.groups]
-        count = max((number for number, layers in enumerate(missing, 1) if layers), default=0)
-        active = course.groups[:count]
-        follows = any(layer.config.follows_outputs for layers in missing for layer in layers)
-        for layer in job.plan.embeddings:  # before the layers, which then see what the compressed words give
-            if job.missing([layer]):
-                job.compress(layer)
-            _use_part(job, weights, layer, keep=follows)
-        journey = Journey(weights, course, inputs, active, follows)
-        with closing(journey.visits()) as visits:
+        course = survey(model, find_units(model, job.plan.layers), inputs)
+    missing = [job.missing(_layers(group.units)) for group in course.groups]
+    count = max((number for number, layers in enumerate(missing, 1) if layers), default=0)
+    names = [([unit.path for unit in group.units], group.repeated) for group in course.groups]
+    follows = any(layer.config.follows_outputs for layers in missing for layer in layers)
+    idle = [unit.path for unit in course.idle]
+    return Route(course.order, names[:count], [paths for paths, _ in names[count:]], idle, follows)
+
+
+@torch.no_grad()
+def follow(job: Job, model: nn.Module, team: Team, inputs: Numbered, route: Route) -> None:
+    """Take some of the samples along a route, and fit layers meanwhile until all are.
+
+    Args:
+        job: what to compress.
+        model: as of `compress_calibrated`.
+        team: who has the others.
+        inputs: the team's own samples.
+        route: the same for all.
+    """
+    units = {unit.path: unit for unit in find_units(model, job.plan.layers)}
+    weights = Weights.of(model, part_names(model, job.plan))
+    with weights.gated():
+        groups = [Group([units[path] for path in paths], repeated) for paths, repeated in route.groups]
+        course = Course(route.order, groups, [units[path] for path in route.idle])
+        words = job.plan.embeddings  # before the layers, which then see what the compressed words give
+        team.fit("embeddings", [[layer] for layer in words], lambda _: None, lambda layer, _: job.compress(layer))
+        team.fetch(words)
+        for layer in words:
+            _use_part(job, weights, layer, keep=route.follows)
+        journey = Journey(weights, course, inputs, groups, route.follows)
+        with closing(journey.visits(functools.partial(_agreed, team, journey, iter(range(1 << 62))))) as visits:
             for visit in visits:
-                _compress_unit(job, weights, visit, keep=follows)
+                _compress_unit(job, weights, team, visit, keep=route.follows)
         weights.forget_originals()
-        for group in course.groups[count:]:
-            for layer in _layers(group.units):
-                _use_part(job, weights, layer)
+        rest = _layers([units[path] for paths in route.done for path in paths])
+        team.fetch(rest)
+        for layer in rest:
+            _use_part(job, weights, layer)
     unreached = [unit for group in journey.left.values() for unit in group.units]
-    for layer in job.missing(_layers([*course.idle, *unreached])):  # unused heads: no inputs to learn from
-        job.compress(layer, notes=(_NO_INPUT,), tokens=0)
+    left = [[layer] for layer in _layers([*course.idle, *unreached])]  # unused heads: no inputs to learn from
+    team.fit("the rest", left, lambda _: None, functools.partial(_fit, job))
     job.overlap.settle()
+
+
+def _agreed(team: Team, journey: Journey, steps: Iterator[int], path: str | None) -> str | None:
+    """The first of the units that the samples of all wait in front of."""
+    waiting = team.together(f"step {next(steps)}", dict.fromkeys(team.shares, path)).values()
+    return min((one for one in waiting if one is not None), key=journey.rank.__getitem__, default=None)
 
 
 def part_names(model: nn.Module, plan: Plan) -> list[str]:
@@ -165,30 +126,86 @@ def _layers(units: Sequence[Unit]) -> list[PlannedLayer]:
     return [layer for unit in units for layer in unit.layers]
 
 
-def _compress_unit(job: Job, weights: Weights, visit: Visit, keep: bool) -> None:
-    if not job.missing(visit.unit.layers):
-        for layer in visit.unit.layers:
-            _use_part(job, weights, layer, keep)
+class _Met(NamedTuple):
+    """What a share's samples find in a unit.
+
+    Attributes:
+        tokens: that come to it.
+        follows: whether the original model comes to it as often.
+        stages: of its layers, by name, where this is known; None without a call.
+    """
+
+    tokens: int
+    follows: bool
+    stages: list[list[list[str]]] | None
+
+
+class _Given(NamedTuple):
+    """What a unit is called with by some of the samples, and the original model's."""
+
+    calls: list[Call]
+    hidden: list[Tensor]
+    original: Original | None
+
+
+def _compress_unit(job: Job, weights: Weights, team: Team, visit: Visit, keep: bool) -> None:
+    if not team.missing(visit.unit.layers):
+        _use(job, weights, team, visit.unit.layers, keep)
         return
-    every = stages(visit.unit, visit.calls, visit.hidden)
-    for number, stage in enumerate(every, 1):
+    given = {number: _some(visit, samples) for number, samples in team.shares.items()}
+    met = team.together(visit.unit.path, _met(visit, given)).values()
+    order = next((one.stages for one in met if one.stages is not None), [])
+    follows = all(one.follows for one in met if one.tokens)
+    if not follows:
+        given = {number: some._replace(original=None) for number, some in given.items()}
+    by_name = {layer.name: layer for layer in visit.unit.layers}
+    for number, names in enumerate(order, 1):
+        stage = [[by_name[name] for name in group] for group in names]
         layers = [layer for group in stage for layer in group]
-        if job.missing(layers):
-            groups = gather(visit.unit, stage, visit.calls, visit.hidden, visit.original)
-            job.overlap.expect(job.missing(layers))
-            for group, statistics in zip(stage, groups, strict=True):
-                for layer in job.missing(group):
-                    if statistics is None:
-                        job.compress(layer, notes=(_NO_INPUT,), tokens=0)
-                    else:
-                        notes, drift = () if statistics.tokens else (_OTHERS,), statistics.drift_of(layer)
-                        job.compress(layer, statistics.moment, drift, notes, statistics.tokens)
-        for layer in layers:
-            _use_part(job, weights, layer, keep)
-        if number < len(every):
+        if team.missing(layers):
+            known = _statistics(team, visit.unit, stage, given, follows, sum(one.tokens for one in met))
+            team.fit(names[0][0], stage, known, functools.partial(_fit, job))
+        _use(job, weights, team, layers, keep)
+        if number < len(order):
             visit.unit.settle(layers)
             if visit.original is not None:  # its experts are given tokens that others chose, and their own in the end
                 visit.original.unit.settle([one for one in layers if experts_of(visit.unit, one.name) is None])
+
+
+def _some(visit: Visit, samples: range) -> _Given:
+    """What of a visit is of some samples."""
+    calls, hidden = _of(samples, visit.calls, visit.hidden)
+    if visit.original is None:
+        return _Given(calls, hidden, None)
+    return _Given(
+        calls, hidden, Original(visit.original.unit, *_of(samples, visit.original.calls, visit.original.hidden))
+    )
+
+
+def _of(samples: range, calls: list[Call], hidden: list[Tensor]) -> tuple[list[Call], list[Tensor]]:
+    pairs = [(call, x) for call, x in zip(calls, hidden, strict=True) if call.label in samples]
+    return [call for call, _ in pairs], [x for _, x in pairs]
+
+
+def _met(visit: Visit, given: Mapping[int, _Given]) -> dict[int, _Met]:
+    met = {
+        number: _Met(sum(x.shape[:-1].numel() for x in some.hidden), some.original is not None, None)
+        for number, some in given.items()
+    }
+    first = next((number for number, one in met.items() if one.tokens), None)
+    if first is not None:
+        order = stages(visit.unit, visit.calls, visit.hidden)
+        names = [[[layer.name for layer in group] for group in stage] for stage in order]
+        met[first] = met[first]._replace(stages=names)
+    return met
+
+
+def _fit(job: Job, layer: PlannedLayer, statistics: Statistics | None) -> None:
+    if statistics is None:
+        job.compress(layer, notes=(_NO_INPUT,), tokens=0)
+    else:
+        notes, drift = () if statistics.tokens else (_OTHERS,), statistics.drift_of(layer)
+        job.compress(layer, statistics.moment, drift, notes, statistics.tokens)
 
 
 def gather(
@@ -206,29 +223,82 @@ def gather(
     Where the original model gives a layer another number of inputs, there is nothing to compare them with, and the
     drift is None.
     """
+    given = {0: _Given(calls, hidden, original)}
+    tokens = sum(x.shape[:-1].numel() for x in hidden)
+    known = _statistics(Alone(None, {0: range(len(calls))}), unit, stage, given, original is not None, tokens)
+    return [known(group[0]) for group in stage]
+
+
+def _statistics(
+    team: Team,
+    unit: Unit,
+    stage: list[list[PlannedLayer]],
+    given: Mapping[int, _Given],
+    follows: bool,
+    tokens: int,
+) -> Callable[[PlannedLayer], Statistics | None]:
+    """`gather` of all shares: of the first layer of a group; each may be asked for once."""
     leaders = [group[0] for group in stage]
-    sums = {group[0].name: Sums.of(group, original is not None) for group in stage}
-    with followed(unit, None if original is None else original.unit):
-        _add(sums, unit, leaders, calls, hidden, original)
-    missed = [layer for layer in leaders if not sums[layer.name].tokens and experts_of(unit, layer.name)]
+    blanks = {group[0].name: Blank.of(group, follows) for group in stage}
+
+    def routed(number: int) -> dict[str, Sums]:
+        some = given[number]
+        if not some.calls:
+            return {}
+        sums = {name: blank.sums() for name, blank in blanks.items()}
+        with followed(unit, None if some.original is None else some.original.unit):
+            _add(sums, unit, leaders, *some)
+        return sums
+
+    total = team.total(leaders[0].name, "routed", blanks, routed)
+    missed = [layer for layer in leaders if not total.tokens.get(layer.name) and experts_of(unit, layer.name)]
+    spread = None
     if missed:
-        sums |= in_turn_sums(unit, missed, calls, hidden, original)
-    return [sums.pop(layer.name).statistics() for layer in leaders]  # each is given up as it is read
+        for layer in missed:
+            total.drop(layer.name)
+        blanks = {layer.name: Blank.of([layer], follows) for layer in missed}
+        turns = functools.partial(_in_turn, unit, missed, blanks, given, tokens)
+        spread = team.total(leaders[0].name, "in turn", blanks, turns)
+
+    def known(layer: PlannedLayer) -> Statistics | None:
+        sums = (spread if spread is not None and layer in missed else total).take(layer.name)
+        return None if sums is None else sums.statistics()
+
+    return known
 
 
 def in_turn_sums(
     unit: Unit, layers: list[PlannedLayer], calls: list[Call], hidden: list[Tensor], original: Original | None = None
 ) -> dict[str, Sums]:
     """Of matrices of one kind of a block's experts: what they are given where tokens go to the experts in turn."""
-    sums = {layer.name: Sums.of([layer], original is not None) for layer in layers}
-    experts, tokens = experts_of(unit, layers[0].name), sum(x.shape[:-1].numel() for x in hidden)
+    blanks = {layer.name: Blank.of([layer], original is not None) for layer in layers}
+    tokens = sum(x.shape[:-1].numel() for x in hidden)
+    return _in_turn(unit, layers, blanks, {0: _Given(calls, hidden, original)}, tokens, 0)
+
+
+def _in_turn(
+    unit: Unit,
+    layers: list[PlannedLayer],
+    blanks: Mapping[str, Blank],
+    given: Mapping[int, _Given],
+    tokens: int,
+    number: int,
+) -> dict[str, Sums]:
+    """`in_turn_sums` of a share, of so many tokens that all shares have."""
+    some = given[number]
+    if not some.calls:
+        return {}
+    sums = {name: blank.sums() for name, blank in blanks.items()}
+    experts = experts_of(unit, layers[0].name)
     assert experts is not None
     each = min(experts.count, -(-_SHOWN * layers[0].shape[1] * experts.count // tokens))
     unit = dataclasses.replace(unit, settled=None)  # what experts gave, they gave to tokens of their own
+    original = some.original
     if original is not None:
         original = dataclasses.replace(original, unit=dataclasses.replace(original.unit, settled=None))
-    with in_turn(unit, each), nullcontext() if original is None else in_turn(original.unit, each):
-        _add(sums, unit, layers, calls, hidden, original)
+    beside = nullcontext() if original is None else in_turn(original.unit, each, number)
+    with in_turn(unit, each, number), beside:
+        _add(sums, unit, layers, some.calls, some.hidden, original)
     for total in sums.values():
         total.tokens = 0
     return sums
@@ -252,6 +322,12 @@ def _add(
             sums[name].add(inputs, before[name])
     for total in sums.values():
         total.flush()
+
+
+def _use(job: Job, weights: Weights, team: Team, layers: Sequence[PlannedLayer], keep: bool) -> None:
+    team.fetch(layers)
+    for layer in layers:
+        _use_part(job, weights, layer, keep)
 
 
 def _use_part(job: Job, weights: Weights, layer: PlannedLayer, keep: bool = False) -> None:

@@ -21,33 +21,28 @@ from llava_fa.hub import allocation, attention_density, proofread, provenance
 from llava_fa.hub.adapter import has_adapter, identity, merged, remove_merged
 from llava_fa.hub.architecture import model_of
 from llava_fa.hub.blocks import evenly
-from llava_fa.hub.calibrated import compress_calibrated, part_names
+from llava_fa.hub.calibrated import compress_calibrated, route_of
+from llava_fa.hub.calibrated_model import calibrated_model, running_dtype
 from llava_fa.hub.calibration_data import answer_start, fingerprint, prepare_all
 from llava_fa.hub.checkpoint import codebook_digest
-from llava_fa.hub.complete import loaded_source
+from llava_fa.hub.crew import Crew
 from llava_fa.hub.inspect import describe
-from llava_fa.hub.loading import check_device, context_length, fast_dtype
-from llava_fa.hub.memory import need
+from llava_fa.hub.loading import check_device, context_length
 from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.original import opened
 from llava_fa.hub.plan import Plan, make_plan
 from llava_fa.hub.processor import load_processor
 from llava_fa.hub.report import Progress, ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
-from llava_fa.hub.shelf import Shelf
 from llava_fa.hub.source import Source, beside, open_source, resolve_model
-from llava_fa.hub.streamed import streamed_model
 from llava_fa.hub.streaming import Job, assemble, compress_streaming
-from llava_fa.hub.visual_tokens import set_visual_tokens, with_visual_tokens
+from llava_fa.hub.visual_tokens import with_visual_tokens
 from llava_fa.hub.weights import Weights
 from llava_fa.hub.work_folder import WorkFolder, check_space, refuse_existing
 from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
-from llava_fa.nn.experts import unfuse
 from llava_fa.solver.scratch import scratch
 
-_DTYPE_FILE = "dtype.json"
-"""Of the work folder."""
 _PARTS = 3
 """Raised whenever parts are written otherwise (`hub.work_folder`)."""
 _SPARE = 64_000_000
@@ -144,14 +139,18 @@ def carry_out(
     fresh: bool = False,
     progress: ProgressCallback | None = None,
     on_plan: Callable[[Plan], None] | None = None,
+    crew: Crew | None = None,
 ) -> Report:
-    """`compress` as a request says it; the other arguments, the result and the errors are the same."""
+    """`compress` as a request says it; the other arguments, the result and the errors are the same.
+
+    ``crew``: who fits the layers in the place of this process (`cluster.crew`); the result is the same.
+    """
     out = Path(out).expanduser().absolute()
     refuse_existing(out)
     device = check_device(request.device)
     show_progress: ProgressCallback = progress or (lambda _: None)
     with _source(request, out, show_progress) as source:
-        return _compressed(request, source, out, device, fresh, show_progress, on_plan or (lambda _: None))
+        return _compressed(request, source, out, device, fresh, show_progress, on_plan or (lambda _: None), crew)
 
 
 def _compressed(
@@ -162,6 +161,7 @@ def _compressed(
     fresh: bool,
     show_progress: ProgressCallback,
     show: Callable[[Plan], None],
+    crew: Crew | None,
 ) -> Report:
     start = time.monotonic()
     empty = model_of(source)
@@ -184,12 +184,12 @@ def _compressed(
         stack.callback(job.overlap.close)
         model = None
         if data is not None and (job.done < job.total or not proofread.settle(work)):
-            model = _loaded(request, job, empty, data, device, show)
+            dtype = running_dtype(plan, device, work)
+            job.tell("loading the model")
+            model = calibrated_model(request, plan, empty, dtype, data.inputs, work.hidden, show)
             if Weights.of(model).streamed:
                 stack.enter_context(scratch(work.hidden))
                 Weights.of(model).told = lambda path: job.tell(job.stage, path)
-            if request.visual_tokens is not None:
-                set_visual_tokens(model, request.visual_tokens)
         if request.budget is not None:
             job.plan = _allocated(request, job, model, data)
             show(job.plan)
@@ -199,13 +199,19 @@ def _compressed(
             density = attention_density.densities(model, data.inputs)
             work.write_json(attention_density.FILE, density)
         job.tell("compressing")
+        fit = compress_streaming if crew is None else functools.partial(crew.fit_all, request=request)
         if data is None:
-            compress_streaming(job)
+            fit(job)
+        elif model is not None and crew is not None:
+            route = route_of(job, model, data.inputs)
+            model = None
+            with crew.walk(job, request, empty, dtype, data.inputs, data.answers, route) as reader:
+                proofread.proofread(job, reader)
         elif model is not None:
             job.tell("reading the answers")
             answers = proofread.Answers.of(model, data.inputs, data.answers)
             compress_calibrated(job, model, data.inputs)
-            proofread.proofread(job, model, answers)
+            proofread.proofread(job, proofread.Here(model, answers))
             Weights.of(model).shelf.clear()
             del model
         measured = {layer.name: work.measurement(layer.name) for layer in job.plan.all_layers}
@@ -307,66 +313,3 @@ class _Calibration:
         """Where the answer of each sample begins."""
         pairs = zip(self.samples, self.inputs, strict=True)
         return [answer_start(sample, inputs, self.processor) for sample, inputs in pairs]
-
-
-def _running_dtype(plan: Plan, device: torch.device, work: WorkFolder) -> str:
-    """What the model computes with on the samples; the weights that are compressed are the checkpoint's, exactly.
-
-    As it is stored (``"auto"``), but on CPUs float32 where they would emulate 16-bit floats, several times slower;
-    float16 otherwise becomes bf16, since it overflows and is slow there too. What an interrupted run had chosen is
-    kept, so that all layers see the same arithmetic. All by transformers' names.
-    """
-    if (decided := work.read_json(_DTYPE_FILE)) is not None:
-        return decided
-    name = "auto"
-    if device.type == "cpu":
-        if fast_dtype(device) == torch.float32:
-            name = "float32"
-        elif any(layer.weight.dtype == "F16" for layer in plan.all_layers):
-            name = "bfloat16"
-    work.write_json(_DTYPE_FILE, name)
-    return name
-
-
-def _computed_with(dtype: str, source: Source) -> torch.dtype:
-    """The dtype that a name of `from_pretrained`'s means; of weights as they are stored that of the largest."""
-    if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
-    return max(source.entries.values(), key=lambda entry: entry.nbytes).torch_dtype
-
-
-def _loaded(
-    request: CompressionRequest,
-    job: Job,
-    empty: torch.nn.Module,
-    data: _Calibration,
-    device: torch.device,
-    show: Callable[[Plan], None],
-) -> torch.nn.Module:
-    """The model, in memory or streamed; what that takes is told, or refused, before."""
-    plan, names = job.plan, part_names(empty, job.plan)
-    dtype = _running_dtype(plan, device, job.work)
-    needed = need(plan, empty, _computed_with(dtype, plan.source), data.inputs, names)
-    streams = needed.streams(request.memory, device)
-    show(dataclasses.replace(plan, memory=needed.told(request.memory, streams)))
-    job.tell("loading the model")
-    shelf = Shelf(needed.limit(request.memory, streams), job.work.hidden)
-    if streams:
-        return streamed_model(plan.source, plan.arrangement, dtype, device, names, shelf)
-    model = _load(plan.source, dtype, device)
-    Weights(model, names, shelf=shelf).attach()
-    return model
-
-
-def _load(source: Source, dtype: str, device: torch.device) -> torch.nn.Module:
-    loading = explained(
-        f"the model cannot be loaded to {device}",
-        remedy="Choose another --device, or compress without calibration, which streams",
-        where=str(source.folder),
-        kinds=(RuntimeError, AssertionError),  # torch says a missing or full device in both ways
-        words=str,
-    )
-    with loading:
-        model: torch.nn.Module = loaded_source(source, dtype=dtype).to(device)
-        unfuse(model)
-        return model

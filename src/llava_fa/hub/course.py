@@ -28,6 +28,8 @@ _PROBED = 8
 """Samples that tell the course, at most: some pass units by, some run them several times."""
 
 Result = TypeVar("Result")
+Numbered = Mapping[int, Mapping[str, Tensor]]
+"""Samples by their numbers: some of all."""
 
 
 @dataclasses.dataclass
@@ -70,6 +72,11 @@ class Course:
     order: list[str]
     groups: list[Group]
     idle: list[Unit]
+
+
+def numbered(inputs: Inputs | Numbered) -> Numbered:
+    """Samples by their numbers."""
+    return inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs))
 
 
 def passes(model: nn.Module, travels: Sequence[Callable[[], Result]]) -> list[Result]:
@@ -184,7 +191,7 @@ class Record:
             ran = self._calls.setdefault(arrival.label, {})
             if arrival.path == next(iter(ran), arrival.path):
                 self._hidden.setdefault(arrival.label, []).append(call.hidden.cpu().clone())
-        ran.setdefault(arrival.path, []).append(dataclasses.replace(call, hidden=torch.empty(0)))
+        ran.setdefault(arrival.path, []).append(dataclasses.replace(call, hidden=torch.empty(0), label=arrival.label))
 
     def result(self) -> tuple[list[list[Call | None]], list[Tensor]]:
         """Calls by unit, and the hidden states that enter the units, in the order of samples.
@@ -212,7 +219,7 @@ class Record:
 
 
 def capture(
-    units: Sequence[Unit], model: nn.Module, inputs: Inputs, ends: Collection[str] = ()
+    units: Sequence[Unit], model: nn.Module, inputs: Inputs | Numbered, ends: Collection[str] = ()
 ) -> tuple[list[list[Call | None]], list[Tensor]]:
     """Run the samples to see what the units are called with (`Record.result`).
 
@@ -224,7 +231,7 @@ def capture(
     """
     weights, record = Weights.of(model, [unit.path for unit in units]), Record(units)
     with weights.gated(), Walk(weights.rank, weights.shelf) as walk:
-        for index, sample in enumerate(inputs):
+        for index, sample in numbered(inputs).items():
             walk.start(index, functools.partial(forward, model, sample, index))
         _ahead(walk, weights, [record], ends, original=False)
     return record.result()
@@ -257,29 +264,44 @@ class Journey:
     """
 
     def __init__(
-        self, weights: Weights, course: Course, inputs: Inputs, groups: Sequence[Group], originals: bool
+        self,
+        weights: Weights,
+        course: Course,
+        inputs: Inputs | Numbered,
+        groups: Sequence[Group],
+        originals: bool,
     ) -> None:
-        self.weights, self.inputs, self.originals = weights, inputs, originals
-        self._rank: Mapping[str, int] = {path: index for index, path in enumerate(course.order)}
+        self.weights, self.inputs, self.originals = weights, numbered(inputs), originals
+        self.rank: Mapping[str, int] = {path: index for index, path in enumerate(course.order)}
         self.left = {group.units[0].path: group for group in groups}
         self._known: dict[str, tuple[list[list[Call | None]], list[Tensor]]] = {}
 
-    def visits(self) -> Iterator[Visit]:
-        """Every unit; the samples go through what it has become when the next is asked for."""
-        with Walk(self._rank, self.weights.shelf) as walk:
-            for index, sample in enumerate(self.inputs):
+    def visits(self, agree: Callable[[str | None], str | None] = lambda path: path) -> Iterator[Visit]:
+        """Every unit; the samples go through what it has become when the next is asked for.
+
+        Args:
+            agree: where others have other samples: given the first unit that these wait in front of (None: they have
+                come to their end), the first of all. Visits to where none of these come have no calls.
+        """
+        with Walk(self.rank, self.weights.shelf) as walk:
+            for index, sample in self.inputs.items():
                 travel = functools.partial(forward, self.weights.model, sample, index)
                 walk.start(index, travel)
                 if self.originals:
                     walk.start(index, travel, original=True)
-            while self.left and (front := walk.front()) is not None:
-                path, arrivals = front
-                if path not in self.left:
+            while self.left:
+                path, arrivals = walk.front() or (None, [])
+                if path is not None and path not in self.left:
                     self._pass(walk, path, arrivals)
-                elif self.left[path].repeated:
-                    yield from self._repeated(walk, path)
+                    continue
+                first = agree(path)
+                if first is None:
+                    return
+                group = self.left.pop(first)
+                if group.repeated:
+                    yield from self._repeated(walk, group)
                 else:
-                    yield from self._once(walk, path, arrivals)
+                    yield from self._once(walk, group.units[0], arrivals if first == path else [])
 
     def _pass(self, walk: Walk, path: str, arrivals: Sequence[Arrival]) -> None:
         """Let samples through a part as it is, and those of the original model through what it was."""
@@ -291,14 +313,10 @@ class Journey:
                     for arrival in some:
                         walk.answer(arrival, self.weights.forward(path))
 
-    def _once(self, walk: Walk, path: str, arrivals: Sequence[Arrival]) -> Iterator[Visit]:
-        [unit] = self.left.pop(path).units
+    def _once(self, walk: Walk, unit: Unit, arrivals: Sequence[Arrival]) -> Iterator[Visit]:
         given, known = ([one for one in arrivals if one.original == kind] for kind in (False, True))
-        if not given:
-            self._pass(walk, path, arrivals)
-            return
         before = self._before(unit) if known else None
-        with self.weights.entered(path):
+        with self.weights.entered(unit.path):
             before = unit.copy() if known and before is None else before
             original, calls, theirs = None, _calls(unit, given), _calls(unit, known)
             if before is not None and [one.label for one in known] == [one.label for one in given]:
@@ -311,7 +329,7 @@ class Journey:
                         walk.answer(arrival, functools.partial(_run, before, call, before.module.forward))  # type: ignore[union-attr]
                     del before
                     for arrival, call in zip(given, calls[0], strict=True):
-                        walk.answer(arrival, functools.partial(_run, unit, call, self.weights.forward(path)))
+                        walk.answer(arrival, functools.partial(_run, unit, call, self.weights.forward(unit.path)))
 
     def _before(self, unit: Unit) -> Unit | None:
         """The original unit, where something of it has been exchanged before it is visited."""
@@ -320,14 +338,15 @@ class Journey:
         with self.weights.entered(unit.path, original=True):
             return unit.copy()
 
-    def _repeated(self, walk: Walk, path: str) -> Iterator[Visit]:
+    def _repeated(self, walk: Walk, group: Group) -> Iterator[Visit]:
         """The units of a group; the samples are still in front of it when this is over."""
+        path = group.units[0].path
         ends = {place for place, other in self.left.items() if not other.repeated}
         if self.originals and path not in self._known:
-            begins = {place: Record(other.units) for place, other in self.left.items() if other.repeated}
+            groups = {path: group, **self.left}
+            begins = {place: Record(other.units) for place, other in groups.items() if other.repeated}
             _ahead(walk, self.weights, list(begins.values()), ends, original=True)
             self._known |= {place: record.result() for place, record in begins.items()}
-        group = self.left.pop(path)
         calls, hidden = capture(group.units, self.weights.model, self.inputs, ends)
         known = self._known.pop(path, None)
         for index, unit in enumerate(group.units):
@@ -365,5 +384,8 @@ def _run(unit: Unit, call: Call, forward: Callable[..., Any], *args: Any, **kwar
 
 
 def _calls(unit: Unit, arrivals: Sequence[Arrival]) -> tuple[list[Call], list[Tensor]]:
-    calls = [Call.of(unit.module, one.args, one.kwargs, one.present) for one in arrivals]
+    calls = [
+        dataclasses.replace(Call.of(unit.module, one.args, one.kwargs, one.present), label=one.label)
+        for one in arrivals
+    ]
     return calls, [call.hidden for call in calls]

@@ -18,13 +18,14 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.blocks import find_units
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.routing import experts_of
+from llava_fa.hub.shares import split
 from llava_fa.hub.weights import parts_of
 
 _SQUARES, _SQUARES_FOLLOWED, _COPIES = 10, 16, 16
 """Of a layer [m, n] that is fitted: bytes for each of n² (more where the original model is followed and the drift is
 [n, n], since m is not less than n), and for each of m n."""
 _TOKENS = 16 * 4096
-"""Bytes for each of a layer's inputs of tokens that wait to be added up (`calibrated.Sums`)."""
+"""Bytes for each of a layer's inputs of tokens that wait to be added up (`sums.Sums`)."""
 _HELD = 3
 """Hidden states that a sample holds between two parts beside the ones that can be put away: what words and pictures
 were made into, and what a deeper layer is to be given."""
@@ -124,10 +125,11 @@ def need(
     size = dtype.itemsize
     parts = {path: _numel(part) for path, part in parts_of(empty, names).items()}
     follows = any(layer.config.follows_outputs for layer in plan.layers)
+    shares = split(inputs)
     fitting = given = 0
     for unit in find_units(empty, plan.layers):
         ours = sum(layer.numel for layer in unit.layers)
-        largest = max(_fitting(layer, follows) for layer in unit.layers)
+        largest = max(_fitting(layer, follows, len(shares)) for layer in unit.layers)
         fitting = max(fitting, size * (_numel(unit.module) + ours) + largest)
         outputs = [layer.shape[0] for layer in unit.layers if experts_of(unit, layer.name) is None]
         given = max(given, sum(outputs[:-1]))
@@ -148,10 +150,13 @@ def need(
     )
 
 
-def _fitting(layer: PlannedLayer, follows: bool) -> int:
+def _fitting(layer: PlannedLayer, follows: bool, shares: int) -> int:
     m, n = layer.shape
     squares = _SQUARES_FOLLOWED if follows and m >= n else _SQUARES
-    return max(squares * n * n, 6 * n * n + _TOKENS * n) + _COPIES * m * n
+    gathered = 6 * n * n + _TOKENS * n
+    if shares > 1:  # the sums of one share beside those of the ones before it
+        gathered += 4 * n * n + (8 * n * min(m, n) if follows else 0)
+    return max(squares * n * n, gathered) + _COPIES * m * n
 
 
 def _numel(module: nn.Module) -> int:

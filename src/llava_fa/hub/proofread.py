@@ -16,7 +16,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from llava_fa.hub.course import passes
 from llava_fa.hub.families import is_query_or_key, is_vision
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.report import Measurement
+from llava_fa.hub.shares import split
 from llava_fa.hub.streaming import Job, approximated
 from llava_fa.hub.weights import Weights
 from llava_fa.hub.work_folder import WorkFolder
@@ -40,6 +43,7 @@ SAMPLES, MODULES, DRAWS = 8, 3, 6
 _INFINITE = 1e4
 """Nats that stand for a probability of zero, so that costs stay comparable."""
 
+NONE: Mapping[str, Callable[[], Tensor]] = MappingProxyType({})
 Redrawn = dict[str, tuple[dict[str, Tensor], Measurement]]
 
 
@@ -82,6 +86,58 @@ class Answers:
         return dict(zip(every, passes(model, [functools.partial(loss, index) for index in every]), strict=True))
 
 
+class Reader(Protocol):
+    """The compressed model, as it is read.
+
+    Attributes:
+        count: how many samples there are.
+    """
+
+    count: int
+
+    def lost(self, indices: Iterable[int], values: Mapping[str, Callable[[], Tensor]] = NONE) -> dict[int, Tensor]:
+        """`Answers.lost` of some samples, where meanwhile some parameters are what these give."""
+
+    def moments(self, layers: Sequence[PlannedLayer]) -> dict[str, SecondMoment]:
+        """Second moments of the inputs of each layer over all samples."""
+
+    def keep(self, values: Mapping[str, Callable[[], Tensor]]) -> None:
+        """From here on these parameters are what these give."""
+
+
+class Here:
+    """A `Reader` in this process.
+
+    Args:
+        model: computes with the compressed weights.
+        answers: the original's.
+    """
+
+    def __init__(self, model: nn.Module, answers: Answers) -> None:
+        self.model, self.answers, self.count = model, answers, len(answers.inputs)
+
+    def lost(self, indices: Iterable[int], values: Mapping[str, Callable[[], Tensor]] = NONE) -> dict[int, Tensor]:
+        """See `Reader`."""
+        with Weights.of(self.model).swapped(values):
+            return self.answers.lost(self.model, indices)
+
+    def moments(self, layers: Sequence[PlannedLayer]) -> dict[str, SecondMoment]:
+        """See `Reader`; added share by share."""
+        total: dict[str, SecondMoment] = {}
+        for samples in split(self.answers.inputs).values():
+            for name, moment in moments(self.model, self.answers, layers, samples).items():
+                if name in total:
+                    total[name].merge(*moment.state())
+                else:
+                    total[name] = moment
+        return total
+
+    def keep(self, values: Mapping[str, Callable[[], Tensor]]) -> None:
+        """See `Reader`."""
+        for name, value in values.items():
+            Weights.of(self.model).set(name, value)
+
+
 def _log_probabilities(model: nn.Module, inputs: Inputs, starts: Sequence[int], index: int) -> Tensor:
     return answer_logits(model, inputs, starts, index).float().log_softmax(-1).cpu()
 
@@ -105,31 +161,29 @@ def _again(name: str) -> str:
 
 
 @torch.no_grad()
-def proofread(job: Job, model: nn.Module, answers: Answers) -> None:
+def proofread(job: Job, reader: Reader) -> None:
     """Find broken answers, and draw the queries and keys that broke them anew.
 
     Args:
         job: with a part for every layer; those of redrawn layers are replaced.
-        model: computes with the compressed weights; it is left with those that are stored.
-        answers: the original's (`Answers.of`).
+        reader: of the compressed model; it is left with the weights that are stored.
     """
-    every, redrawn = range(len(answers.inputs)), {}
-    modules, weights = _modules(job.plan), Weights.of(model)
+    redrawn: Redrawn = {}
+    modules = _modules(job.plan)
     for _ in range(MODULES):
         job.tell("proofreading")
-        lost = answers.lost(model, every)
+        lost = reader.lost(range(reader.count))
         worst_first = sorted(lost, key=lambda index: -_worst(lost[index]))
         broken = [index for index in worst_first if _worst(lost[index]) > BROKEN][:SAMPLES]
         before = _cost({index: lost[index] for index in broken})
         costs = {}
         for name, layers in modules.items() if broken else ():
             job.tell("proofreading", name)
-            with weights.swapped({f"{layer.name}.weight": layer.read for layer in layers}):
-                costs[name] = _cost(answers.lost(model, broken))
+            costs[name] = _cost(reader.lost(broken, {f"{layer.name}.weight": layer.read for layer in layers}))
         name = min(costs, key=costs.__getitem__, default="")
         if not costs or 2 * costs[name] > before:
             break  # nothing broke, or no single module is to blame
-        redrawn |= _redraw(job, model, answers, modules.pop(name), broken, (before, _cost(lost)))
+        redrawn |= _redraw(job, reader, modules.pop(name), broken, (before, _cost(lost)))
     for name, (tensors, measurement) in redrawn.items():
         job.work.save(_again(name), tensors, measurement)
     job.work.write_json(FILE, list(redrawn))
@@ -149,18 +203,19 @@ def _modules(plan: Plan) -> dict[str, list[PlannedLayer]]:
     return modules
 
 
-def _moments(model: nn.Module, answers: Answers, layers: Sequence[PlannedLayer]) -> dict[str, SecondMoment]:
+def moments(
+    model: nn.Module, answers: Answers, layers: Sequence[PlannedLayer], samples: Iterable[int]
+) -> dict[str, SecondMoment]:
     """Second moments of the inputs of each layer; those of cross-attention have not one input but two."""
-    with input_moments({layer.name: model.get_submodule(layer.name) for layer in layers}) as moments:
+    with input_moments({layer.name: model.get_submodule(layer.name) for layer in layers}) as found:
         given = model, answers.inputs, answers.starts
-        passes(model, [functools.partial(_log_probabilities, *given, index) for index in range(len(answers.inputs))])
-    return moments
+        passes(model, [functools.partial(_log_probabilities, *given, index) for index in samples])
+    return found
 
 
 def _redraw(
     job: Job,
-    model: nn.Module,
-    answers: Answers,
+    reader: Reader,
     layers: list[PlannedLayer],
     broken: list[int],
     before: tuple[float, float],
@@ -169,7 +224,7 @@ def _redraw(
 
     ``before``: cost of the broken samples, and of all.
     """
-    moments, weights = _moments(model, answers, layers), Weights.of(model)
+    found = reader.moments(layers)
     least = before[0]
     best: dict[str, Callable[[], Tensor]] = {}
     redrawn: Redrawn = {}
@@ -181,22 +236,18 @@ def _redraw(
             seed = layer.config.seed + draw
             note = f"drawn anew with seed {seed}: with the first the answers to {len(broken)} samples broke"
             again = dataclasses.replace(layer, config=layer.config.replace(seed=seed))
-            seen = moments[layer.name]
+            seen = found[layer.name]
             result, measurement = approximated(
                 again, job.plan, seen.value(), notes=(note,), tokens=seen.count, device=job.device
             )
             candidates[layer.name] = result.tensors, measurement
             values[f"{layer.name}.weight"] = result.dequantize
-        with weights.swapped(values):
-            cost = _cost(answers.lost(model, broken))
+        cost = _cost(reader.lost(broken, values))
         if cost < least:
             least, best, redrawn = cost, values, candidates
         if 4 * cost < before[0]:
             break
-    with weights.swapped(best):
-        holds = bool(best) and _cost(answers.lost(model, range(len(answers.inputs)))) < before[1]
-    if not holds:
+    if not best or _cost(reader.lost(range(reader.count), best)) >= before[1]:
         return {}
-    for name, value in best.items():
-        weights.set(name, value)
+    reader.keep(best)
     return redrawn

@@ -128,6 +128,7 @@ class Progress:
         done, total: layers finished, and in all.
         weights_done, weights_total: the same in weights.
         resumed: layers found finished from an interrupted run.
+        worker: whose doing it is, where several are at work (docs/cluster.md).
     """
 
     stage: str
@@ -137,6 +138,7 @@ class Progress:
     weights_done: int
     weights_total: int
     resumed: int
+    worker: str = ""
 
 
 TRAINING = "training.json"

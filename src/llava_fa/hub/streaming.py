@@ -23,7 +23,7 @@ from llava_fa.hub.provenance import record_tokens
 from llava_fa.hub.report import Measurement, Progress, ProgressCallback
 from llava_fa.hub.shards import Entry, Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE, beside, read_object
-from llava_fa.hub.work_folder import WorkFolder
+from llava_fa.hub.work_folder import Parts, WorkFolder
 from llava_fa.maths import metrics
 from llava_fa.maths.device import halving, precise
 from llava_fa.nn.codebooks import codebook_key
@@ -43,12 +43,14 @@ class Job:
 
     Args:
         plan: what is compressed; a budget's is exchanged for one with bits when these are settled.
-        work: where finished layers are kept; open.
+        work: where finished layers are kept; open. Of a worker elsewhere (`cluster.member`) the parts alone.
         callback: told of every step.
         device: where layers are fitted.
     """
 
-    def __init__(self, plan: Plan, work: WorkFolder, callback: ProgressCallback, device: torch.device = CPU) -> None:
+    def __init__(
+        self, plan: Plan, work: WorkFolder | Parts, callback: ProgressCallback, device: torch.device = CPU
+    ) -> None:
         self.device = precise(device)
         self.overlap = Overlap(work, self.device)
         finished = [layer for layer in plan.all_layers if layer.name in work]
@@ -58,10 +60,15 @@ class Job:
         self.weights = sum(layer.numel for layer in finished)
         self.total, self.all_weights = len(plan.all_layers), sum(layer.numel for layer in plan.all_layers)
 
-    def tell(self, stage: str, name: str = "") -> None:
+    def tell(self, stage: str, name: str = "", worker: str = "") -> None:
         """Report the present state."""
         self.stage = stage
-        self.callback(Progress(stage, name, self.done, self.total, self.weights, self.all_weights, self.resumed))
+        far = self.done, self.total, self.weights, self.all_weights, self.resumed
+        self.callback(Progress(stage, name, *far, worker))
+
+    def count(self, weights: int) -> None:
+        """A layer of so many weights is finished."""
+        self.done, self.weights = self.done + 1, self.weights + weights
 
     def missing(self, layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
         """Those of the layers that have no part yet."""
@@ -84,7 +91,7 @@ class Job:
                 layer, self.plan, second_moment, drift, notes, tokens, device=self.device, read=read
             )
         self.overlap.write(layer.name, result.tensors, measurement)
-        self.done, self.weights = self.done + 1, self.weights + layer.numel
+        self.count(layer.numel)
 
 
 def compress_streaming(job: Job) -> None:

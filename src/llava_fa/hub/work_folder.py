@@ -30,7 +30,43 @@ from llava_fa.hub.shards import Entry, Item, file_metadata, read_header, write_f
 _MANIFEST = "manifest.json"
 
 
-class WorkFolder:
+class Parts:
+    """Finished layers, a file each.
+
+    Args:
+        folder: where they are; it may not be there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.parts = folder
+
+    def part(self, name: str) -> Path:
+        """The file of a layer, finished or not."""
+        return self.parts / f"{name}.safetensors"
+
+    def __contains__(self, name: str) -> bool:
+        return self.part(name).is_file()
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], measurement: Measurement) -> None:
+        """Keep one finished layer."""
+        metadata = {"measurement": json.dumps(measurement)}
+        with disk_errors(self.parts):
+            write_file(self.part(name), [Item.of(key, value.cpu()) for key, value in tensors.items()], metadata)
+
+    def entries(self, name: str) -> dict[str, Entry]:
+        """The tensors of a finished layer, by tensor name."""
+        return read_header(self.part(name))[0]
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a finished layer, in memory."""
+        return {key: entry.read() for key, entry in self.entries(name).items()}
+
+    def measurement(self, name: str) -> Measurement:
+        """What was measured when the layer was compressed."""
+        return Measurement(*json.loads(file_metadata(self.part(name))["measurement"]))
+
+
+class WorkFolder(Parts):
     """The work folder of one output folder, locked for this process while open (use as a context manager).
 
     Args:
@@ -45,7 +81,7 @@ class WorkFolder:
     def __init__(self, out: Path, manifest: Mapping[str, Any], fresh: bool = False) -> None:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
-        self.parts = self.path / "parts"
+        super().__init__(self.path / "parts")
         self.result, self.hidden = self.path / "result", self.path / "hidden"
         self._manifest = json.loads(json.dumps(manifest))
         self._fresh = fresh
@@ -107,34 +143,10 @@ class WorkFolder:
                 where=str(self.path),
             )
 
-    def _part(self, name: str) -> Path:
-        return self.parts / f"{name}.safetensors"
-
-    def __contains__(self, name: str) -> bool:
-        return self._part(name).is_file()
-
-    def save(self, name: str, tensors: Mapping[str, torch.Tensor], measurement: Measurement) -> None:
-        """Keep one finished layer."""
-        metadata = {"measurement": json.dumps(measurement)}
-        with disk_errors(self.path):
-            write_file(self._part(name), [Item.of(key, value.cpu()) for key, value in tensors.items()], metadata)
-
-    def entries(self, name: str) -> dict[str, Entry]:
-        """The tensors of a finished layer, by tensor name."""
-        return read_header(self._part(name))[0]
-
-    def load(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a finished layer, in memory."""
-        return {key: entry.read() for key, entry in self.entries(name).items()}
-
-    def measurement(self, name: str) -> Measurement:
-        """What was measured when the layer was compressed."""
-        return Measurement(*json.loads(file_metadata(self._part(name))["measurement"]))
-
     def replace(self, name: str, by: str) -> None:
         """Let the finished layer ``by`` take the place of ``name``."""
         with disk_errors(self.path):
-            os.replace(self._part(by), self._part(name))
+            os.replace(self.part(by), self.part(name))
 
     def write_json(self, name: str, value: Any) -> None:
         """Keep what was measured or decided, so that a resumed run ends with the same."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,16 @@ class SecondMoment:
             for first, panel in self._panels.items():
                 panel += (block[:, first : first + len(panel)].T @ block[:, first:]).to(panel.device)
             self.count += block.shape[0]
+
+    def state(self) -> tuple[int, list[Tensor]]:
+        """How many vectors were seen, and their sums, float64: what `merge` takes in."""
+        return self.count, [self._sum, *self._panels.values()]
+
+    def merge(self, count: int, sums: Sequence[Tensor]) -> None:
+        """Take in all that another one of the same kind has seen, by its `state`."""
+        self.count += count
+        for own, more in zip([self._sum, *self._panels.values()], sums, strict=True):
+            own += more.to(own.device)
 
     def value(self, spend: bool = False) -> Tensor:
         """H float32 [n, n], exactly symmetric, or its diagonal [n].
@@ -128,6 +140,15 @@ class Drift:
                     )
                 self._sum[rows] += part.to(self._sum.device)
             self.count += block.shape[0]
+
+    def state(self) -> tuple[int, list[Tensor]]:
+        """How many pairs were seen, and the sum, float64: what `merge` takes in."""
+        return self.count, [self._sum]
+
+    def merge(self, count: int, sums: Sequence[Tensor]) -> None:
+        """Take in all that another one of the same kind has seen, by its `state`."""
+        self.count += count
+        self._sum += sums[0].to(self._sum.device)
 
     def value(self) -> Tensor:
         """D float32 [n, n], or W D [m, n].

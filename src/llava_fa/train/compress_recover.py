@@ -15,6 +15,7 @@ from llava_fa.data.rows import SampleSource, candidates
 from llava_fa.data.samples import Sample, chat_messages
 from llava_fa.errors import FourierError
 from llava_fa.hub.compress import carry_out
+from llava_fa.hub.crew import Crew
 from llava_fa.hub.flops import read_model_config
 from llava_fa.hub.inspect import inspect_model
 from llava_fa.hub.larger import stays_on_disk
@@ -80,6 +81,7 @@ def compress_first(
     fresh: bool = False,
     progress: ProgressCallback | None = None,
     on_plan: Callable[[Plan], None] | None = None,
+    crew: Crew | None = None,
 ) -> Path:
     """The first half of `compress_and_recover`: the compressed model, beside ``out`` and named by the request."""
     folder = Path(out).expanduser().absolute()
@@ -96,7 +98,7 @@ def compress_first(
         shutil.rmtree(compressed)
     if not compressed.exists():
         request = dataclasses.replace(request, command=None)  # it makes the trained model, not this one
-        carry_out(request, compressed, fresh=fresh, progress=progress, on_plan=on_plan)
+        carry_out(request, compressed, fresh=fresh, progress=progress, on_plan=on_plan, crew=crew)
     return compressed
 
 
