@@ -6,9 +6,10 @@ TRITON := .venv-triton
 WEB := .venv-web
 HARNESS := .venv-harness
 VLLM := .venv-vllm
+RAY := .venv-ray
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all browser test-web test-harness test-vllm test-triton lint format bench docs clean native
+.PHONY: setup demo test test-all browser test-web test-harness test-vllm test-ray test-triton lint format bench docs clean native
 
 setup: $(VENV)/.ready
 
@@ -29,7 +30,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-all: setup lint browser test-web test-harness test-vllm
+test-all: setup lint browser test-web test-harness test-vllm test-ray
 	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800
 
 # gradio asks for a Pillow older than ours, and brings pandas, which transformers imports where it finds it: apart.
@@ -85,6 +86,16 @@ $(VLLM)/.ready: pyproject.toml constraints.txt CMakeLists.txt tests/vllm/torchvi
 	echo 'import torchvision_ops' > `$(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/torchvision_ops.pth
 	touch $@
 
+# Ray starts processes with an environment of their own; theirs is one without what the other tests bring: apart.
+test-ray: $(RAY)/.ready
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -m 'slow or not slow' --timeout 900 tests/cluster
+
+$(RAY)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/llava_fa/csrc/*)
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,test]'
+	touch $@
+
 # For the tests that look at pages. Where Playwright's own Chromium cannot be had, the system's serves (`apt install chromium`).
 browser: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
@@ -120,4 +131,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/ll
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(WEB) $(HARNESS) $(VLLM) demo-out build dist src/llava_fa/*.so
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(WEB) $(HARNESS) $(VLLM) $(RAY) demo-out build dist src/llava_fa/*.so

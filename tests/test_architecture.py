@@ -8,7 +8,8 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "llava_fa"
 MAP = Path(__file__).parent.parent / "docs" / "architecture.md"
-ORDER = ("maths", "kernels", "solver", "nn", "data", "hub", "vllm", "train", "world", "eval", "serve", "web", "cli")
+ORDER = ("maths", "kernels", "solver", "nn", "data", "hub", "vllm", "train", "world", "eval", "cluster")
+ORDER += ("serve", "web", "cli")
 TOP = {
     "bounds",
     "config",

@@ -22,6 +22,8 @@ class Way:
     device: str
     visual_tokens: str | None
     memory: str | None = None
+    ray: str | None = None
+    ray_gpus: float | None = None
 
     def check(self) -> None:
         """Wrong usage where they contradict each other, or ask of a server what needs the model itself."""
@@ -30,9 +32,12 @@ class Way:
         refuse(self.engine_args and self.engine != "vllm", "only --engine vllm has arguments", "--engine-arg")
         refuse(self.endpoint_model is not None and self.endpoint is None, "it needs --endpoint", "--endpoint-model")
         refuse(self.endpoint and self.engine == "vllm", "the server has an engine of its own", "--engine")
+        refuse(self.ray_gpus is not None and self.ray is None, "it goes with --ray", "--ray-gpus")
+        refuse(self.ray is not None and self.memory is not None, "workers ask Ray for what the model takes", "--memory")
         elsewhere = "a server" if self.endpoint else "vLLM" if self.engine == "vllm" else None
         if elsewhere is None:
             return
+        refuse(self.ray is not None, f"{elsewhere} is asked by this machine alone", "--ray")
         refuse(self.device != "auto", f"{elsewhere} runs where it was started", "--device")
         refuse(self.memory is not None, f"{elsewhere} has memory of its own", "--memory")
         refuse(
@@ -64,6 +69,8 @@ class Way:
         number, elastic = options.elastic(self.visual_tokens)
         if self.engine == "vllm":
             return self._vllm(model, number, stack)
+        if self.ray is not None:
+            return self._cluster(model, number, elastic, stack)
         from llava_fa.eval.answerers import Elastic, Loaded
         from llava_fa.hub.larger import load_within
 
@@ -71,6 +78,13 @@ class Way:
         told = parts_read()
         loaded = load_within(model, self.device, visual_tokens=number, memory=memory, told=told)
         return (Elastic if elastic else Loaded)(*loaded)
+
+    def _cluster(self, model: str, number: int | None, elastic: bool, stack: contextlib.ExitStack) -> Any:
+        with output.needing("Ray and what goes with it", "ray"):
+            from llava_fa.cluster.answers import Readers
+            from llava_fa.cluster.connect import connected
+        stack.enter_context(connected(options.address(str(self.ray))))
+        return Readers(model, self.device, number, elastic, self.ray_gpus)
 
     def _server(self, stack: contextlib.ExitStack) -> Any:
         with output.needing("what asks a server", "serve"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ MOST_BITS = 8.0
 """Of method `paper`; what a layer of the other may have is `MAX_BITS`."""
 
 if TYPE_CHECKING:
+    from llava_fa.hub.crew import Crew
     from llava_fa.hub.report import Report
     from llava_fa.hub.request import CompressionRequest
     from llava_fa.train.data import DataFactory
@@ -130,6 +132,8 @@ def compress(
             "block by block, with the same result."
         ),
     ] = None,
+    ray: options.Ray = None,
+    ray_gpus: options.RayGpus = None,
     fresh: options.Fresh = False,
     json_output: options.Json = False,
 ) -> None:
@@ -142,6 +146,7 @@ def compress(
     refuse(memory is not None and calibration is None, "--memory goes with --calibration")
     refuse(skip_bad_rows and calibration is None, "--skip-bad-rows goes with --calibration")
     refuse(recover is not None and calibration is None, "--recover goes with --calibration, which it trains on")
+    refuse(ray_gpus is not None and ray is None, "--ray-gpus goes with --ray")
     sources.check_images(calibration, images)
     from llava_fa.hub.request import CompressionRequest
 
@@ -173,33 +178,51 @@ def compress(
             skip_bad_rows=skip_bad_rows,
             command=output.given_command(context, out="OUT"),
         )
-    if recover is None or calibration is None:
-        report = _compress(request, out, fresh)
-    else:
-        data = functools.partial(sources.training_source, calibration, images, None)
-        report = _compress_and_recover(request, out, recover, data, fresh)
+    with _crew(ray, ray_gpus) as crew:
+        if recover is None or calibration is None:
+            report = _compress(request, out, fresh, crew)
+        else:
+            data = functools.partial(sources.training_source, calibration, images, None)
+            report = _compress_and_recover(request, out, recover, data, fresh, crew)
     if json_output:
         output.print_json(report.to_dict())
     else:
         tables.show_report(report)
 
 
-def _compress(request: CompressionRequest, out: Path, fresh: bool) -> Report:
+@contextlib.contextmanager
+def _crew(ray: str | None, gpus: float | None) -> Iterator[Crew | None]:
+    """Workers of a cluster, where one is named."""
+    if ray is None:
+        yield None
+        return
+    with output.needing("Ray and what goes with it", "ray"):
+        from llava_fa.cluster.crew import crew
+    with crew(options.address(ray), gpus) as workers:
+        yield workers
+
+
+def _compress(request: CompressionRequest, out: Path, fresh: bool, crew: Crew | None) -> Report:
     from llava_fa.cli.progress import layer_progress
     from llava_fa.hub.compress import carry_out
 
     with layer_progress() as progress:
-        return carry_out(request, out, fresh=fresh, progress=progress, on_plan=tables.show_plan)
+        return carry_out(request, out, fresh=fresh, progress=progress, on_plan=tables.show_plan, crew=crew)
 
 
 def _compress_and_recover(
-    request: CompressionRequest, out: Path, steps: int, data: Callable[[TrainingSettings], DataFactory], fresh: bool
+    request: CompressionRequest,
+    out: Path,
+    steps: int,
+    data: Callable[[TrainingSettings], DataFactory],
+    fresh: bool,
+    crew: Crew | None,
 ) -> Report:
     from llava_fa.cli.progress import layer_progress, training_progress
     from llava_fa.train.compress_recover import compress_first, train_back
 
     with layer_progress() as progress:  # one bar after the other; from Python, compress_and_recover does both
-        compressed = compress_first(request, out, fresh=fresh, progress=progress, on_plan=tables.show_plan)
+        compressed = compress_first(request, out, fresh=fresh, progress=progress, on_plan=tables.show_plan, crew=crew)
     with training_progress() as report:
         return train_back(request, compressed, out, steps, data, fresh=fresh, report=report)
 

@@ -65,6 +65,8 @@ def evaluate(
         str | None, typer.Option(help="The model's name there. [default: the only one that the server lists]")
     ] = None,
     device: options.Device = "auto",
+    ray: options.Ray = None,
+    ray_gpus: options.RayGpus = None,
     json_output: options.Json = False,
 ) -> None:
     """Ask a benchmark's questions and score the answers by its official rules; by default those of the world."""
@@ -79,7 +81,7 @@ def evaluate(
     refuse(task != "video" and frames is not None, f"{task} is not shown in frames of yours", "--frames")
     most = MOST_CLIPS if task == "world-video" else MOST_PICTURES
     refuse(generated and limit is not None and limit > most, f"at most {most} are drawn of {task}", "--limit")
-    way = Way(engine, tuple(engine_arg or ()), endpoint, endpoint_model, device, visual_tokens, memory)
+    way = Way(engine, tuple(engine_arg or ()), endpoint, endpoint_model, device, visual_tokens, memory, ray, ray_gpus)
     way.check()
     from llava_fa.cli.progress import counting
     from llava_fa.eval.benchmarks import benchmark

@@ -15,6 +15,7 @@ from llava_fa.cli.doctor import doctor
 from llava_fa.cli.eval import evaluate
 from llava_fa.cli.explain import explain, flops
 from llava_fa.cli.inspect import inspect
+from llava_fa.cli.options import WithRay
 from llava_fa.cli.output import command
 from llava_fa.cli.report import report
 from llava_fa.cli.serve import serve
@@ -30,10 +31,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command()(command(compress))
+app.command(cls=WithRay)(command(compress))
 app.command()(command(inspect))
 app.command()(command(train))
-app.command("eval")(command(evaluate))
+app.command("eval", cls=WithRay)(command(evaluate))
 app.command()(command(report))
 app.command()(command(chat))
 app.command()(command(compare))

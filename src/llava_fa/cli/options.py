@@ -7,10 +7,12 @@ are the only ways to declare one (`tests/cli/test_cli_numbers.py` sees to it).
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from llava_fa.bounds import COUNT, MOST_BYTES, SEED, is_text
 from llava_fa.config import Budget, size_of
@@ -36,6 +38,21 @@ def real(low: float, high: float, help: str, *names: str, **more: Any) -> Any:
 def _no_nan(value: float | None) -> float | None:
     refuse(value is not None and math.isnan(value), "it is not a number")  # neither below nor above any bound
     return value
+
+
+_ADDRESS = re.compile(r"auto|[\w.\[\]:-]+:\d+|\w+://.*")
+
+
+class WithRay(TyperCommand):
+    """A command whose ``--ray`` may stand without its address, which then is ``auto``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See typer: the address is put in where it is left out."""
+        given = list(args)
+        for place in [index for index, word in enumerate(args) if word == "--ray"][::-1]:
+            if not _ADDRESS.fullmatch("".join(given[place + 1 : place + 2])):
+                given.insert(place + 1, "auto")
+        return super().parse_args(ctx, given)
 
 
 def count(help: str, **more: Any) -> Any:
@@ -89,6 +106,23 @@ SkipBadRows = Annotated[
     typer.Option("--skip-bad-rows", help="Take the next row for one that cannot be used; list those left out."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw an interrupted run's work away, do not resume.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[ADDRESS]",
+        help="Share the work out over a cluster of Ray: HOST:PORT of its head, or nothing, for the one that runs here, "
+        "or else for this machine alone (docs/cluster.md). The result is the same.",
+    ),
+]
+RayGpus = Annotated[
+    float | None,
+    real(
+        0,
+        8,
+        "With --ray: GPUs for each worker; 0.5: two share one. [default: 1, if there are any]",
+        "--ray-gpus",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
 Size = Annotated[
     str | None,
@@ -130,3 +164,8 @@ Host = Annotated[str, typer.Option(help="Address to listen on; by default only t
 Port = Annotated[int, whole(0, 65535, "Port to listen on; 0 takes a free one.")]
 MaxImage = Annotated[int, whole(1, MOST_BYTES, "Bytes of a picture, as encoded.")]
 JsonOnceListening = Annotated[bool, typer.Option("--json", help="Print one JSON object once it listens.")]
+
+
+def address(ray: str) -> str | None:
+    """``--ray``: of the cluster's head; None for the one that is found."""
+    return None if ray == "auto" else ray

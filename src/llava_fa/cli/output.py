@@ -27,6 +27,9 @@ from llava_fa.errors import FourierError, explained
 P, R = ParamSpec("P"), TypeVar("R")
 
 
+_NOT_GIVEN = ("json_output", "fresh", "ray", "ray_gpus")
+
+
 def command(function: Callable[P, R]) -> Callable[P, R]:
     """A function as a command: a `FourierError` becomes its message and exit code 1, never a traceback.
 
@@ -52,7 +55,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def given_command(context: typer.Context, **instead: str) -> str:
-    """The running command as it was typed, as one line of shell, without ``--json`` and ``--fresh``.
+    """The running command as it was typed, as one line of shell, without what changes nothing of the result.
 
     Args:
         context: of the command.
@@ -63,7 +66,7 @@ def given_command(context: typer.Context, **instead: str) -> str:
     for parameter in context.command.params:
         name = str(parameter.name)
         source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name in ("json_output", "fresh"):
+        if source is None or source.name != "COMMANDLINE" or name in _NOT_GIVEN:
             continue
         value = instead.get(name, context.params[name])
         if isinstance(value, float):

@@ -40,16 +40,21 @@ def layer_progress() -> Iterator[ProgressCallback]:
     with _bar(console, *columns) as bar:
         task = bar.add_task("", total=None, stage="reading", count="", figures="", layer="")
         clock, last = _Clock(), -PLAIN_SECONDS
+        workers: dict[str, str] = {}
 
         def update(progress: Progress) -> None:
             nonlocal last
             count, figures, now = f"{progress.done}/{progress.total}", clock.figures(progress), time.monotonic()
             bar.update(task, total=progress.weights_total, completed=progress.weights_done)
-            bar.update(task, stage=progress.stage, count=count, figures=figures, layer=progress.name)
+            name = progress.name
+            if progress.worker:
+                workers[progress.worker] = name
+                name = ", ".join(f"{worker}: {at}" for worker, at in workers.items() if at)
+            bar.update(task, stage=progress.stage, count=count, figures=figures, layer=name)
             if console.is_terminal or (now - last < PLAIN_SECONDS and progress.done < progress.total):
                 return
             last = now
-            parts = (f"{progress.stage} {count}", figures, progress.name)
+            parts = (f"{progress.stage} {count}", figures, name)
             console.print("  ".join(part for part in parts if part), markup=False)
 
         yield update

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -33,6 +33,16 @@ class Answerer(Protocol):
             max_new_tokens: where an answer is cut off.
             progress: called with (answered, all).
         """
+
+
+@runtime_checkable
+class Several(Protocol):
+    """Who answers many questions at the same time (`cluster.answers`)."""
+
+    def answer_all(
+        self, chunks: Iterator[Sequence[Question]], *, batch_size: int, max_new_tokens: int
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Rows of one chunk after the other, each as of `Answerer`, in the order of chunks."""
 
 
 class Loaded:

@@ -12,11 +12,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from PIL import Image
 
 from llava_fa.data.textfiles import read_json, read_log
 from llava_fa.errors import FourierError, shown
-from llava_fa.eval.answerers import Answerer
+from llava_fa.eval.answerers import Answerer, Question, Several
 from llava_fa.eval.benchmarks.base import Benchmark, Item, Reporter, Score, open_picture, write_json
 from llava_fa.eval.benchmarks.statistics import interval, paired
 from llava_fa.hub.blocks import evenly
@@ -33,7 +34,7 @@ from llava_fa.hub.blocks import evenly
 BATCHES = 4
 """Batches between two writes: enough to sort questions by length, little to lose."""
 
-Loader = Callable[[], Answerer]
+Loader = Callable[[], Answerer | Several]
 
 
 def run(
@@ -219,19 +220,10 @@ def _ask(
     batch_size: int,
     progress: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
-    answerer = load()
+    size, length = {"batch_size": batch_size, "max_new_tokens": benchmark.max_new_tokens}, BATCHES * batch_size
+    chunks = [items[start : start + length] for start in range(0, len(items), length)]
     rows: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(items), BATCHES * batch_size):
-        some = items[start : start + BATCHES * batch_size]
-        opened = [[open_picture(picture, f"question {item.id}") for picture in item.pictures] for item in some]
-        if blank:
-            opened = [[Image.new("RGB", picture.size, (128, 128, 128)) for picture in seen] for seen in opened]
-        answered = answerer.answer(
-            [(seen, item.prompt) for seen, item in zip(opened, some, strict=True)],
-            batch_size=batch_size,
-            max_new_tokens=benchmark.max_new_tokens,
-            progress=lambda n, _, start=start: progress(start + n),
-        )
+    for some, answered in zip(chunks, _answers(load(), chunks, blank, size, progress), strict=True):
         new = [{"id": item.id, "question": item.prompt, **row} for item, row in zip(some, answered, strict=True)]
         if out is not None:
             with (out / "predictions.jsonl").open("a", encoding="utf-8") as stream:
@@ -241,6 +233,32 @@ def _ask(
         rows |= {row["id"]: row for row in new}
         progress(len(rows))
     return rows
+
+
+def _answers(
+    answerer: Answerer | Several,
+    chunks: Sequence[Sequence[Item]],
+    blank: bool,
+    size: dict[str, int],
+    progress: Callable[[int], None],
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one chunk of questions after the other, whose pictures are opened when they are needed."""
+    if isinstance(answerer, Several):
+        yield from answerer.answer_all((_questions(some, blank) for some in chunks), **size)
+        return
+    done = 0
+    for some in chunks:
+        tell = functools.partial(lambda done, n, _: progress(done + n), done)
+        yield answerer.answer(_questions(some, blank), progress=tell, **size)
+        done += len(some)
+
+
+def _questions(items: Sequence[Item], blank: bool) -> list[Question]:
+    """What is shown and asked."""
+    opened = [[open_picture(picture, f"question {item.id}") for picture in item.pictures] for item in items]
+    if blank:
+        opened = [[Image.new("RGB", picture.size, (128, 128, 128)) for picture in seen] for seen in opened]
+    return [(seen, item.prompt) for seen, item in zip(opened, items, strict=True)]
 
 
 def _cost(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
