@@ -148,3 +148,13 @@ def test_nothing_dangerous_is_called():
                     assert node.func.id not in ("eval", "exec"), path
             if isinstance(node, ast.Import):
                 assert not {alias.name for alias in node.names} & {"pickle", "cloudpickle", "dill"}, path
+
+
+def test_ray_is_imported_by_its_folder_alone():
+    """So that nobody has it, or waits for it, who has not asked for it."""
+    for path in FILES:
+        if path.relative_to(SRC).parts[0] != "cluster":
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert "ray" not in {name.split(".")[0] for name in names}, path
