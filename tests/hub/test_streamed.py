@@ -14,8 +14,8 @@ from transformers import AutoProcessor
 
 import llava_fa
 from llava_fa import Budget, FourierConfig, FourierError
+from llava_fa.hub import calibrated_model, model_sensitivity
 from llava_fa.hub import compress as whole
-from llava_fa.hub import model_sensitivity
 from llava_fa.hub import shelf as shelf_module
 from llava_fa.hub.absent import Absent, Promised
 from llava_fa.hub.architecture import empty_model
@@ -179,7 +179,7 @@ def test_the_same_bytes_as_in_memory(kind, checkpoint, quick, samples, tmp_path,
     written.clear()
     streamed()
     loads = []
-    monkeypatch.setattr(whole, "_load", lambda *_: loads.append(1))
+    monkeypatch.setattr(calibrated_model, "_load", lambda *_: loads.append(1))
     llava_fa.compress(checkpoint, tmp_path / "streamed", calibration=samples, **options)
     assert digest(tmp_path / "streamed") == digest(tmp_path / "whole")
     assert written
