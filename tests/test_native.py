@@ -6,11 +6,12 @@ import re
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llava_fa import FourierError, native
+from llava_fa import FourierError, gpu, native
 from llava_fa.kernels import compiled
 from llava_fa.maths.trellis import trellis
 
@@ -39,6 +40,18 @@ def test_only_float32_on_a_cpu_is_served():
     assert native.serves(torch.zeros(1), torch.zeros(1))
     assert not native.serves(torch.zeros(1), torch.zeros(1, dtype=torch.float64))
     assert not native.serves(torch.zeros(1, device="meta"))
+
+
+def test_a_gpu_is_served_where_triton_runs(monkeypatch):
+    there, elsewhere = (SimpleNamespace(dtype=torch.float32, device=torch.device("cuda", i)) for i in range(2))
+    monkeypatch.setattr(gpu, "refusal", lambda device: None if device == there.device else "too old")
+    assert native.serves(there, there)
+    assert not native.serves(elsewhere)
+    assert not native.serves(there, elsewhere)
+    assert not native.serves(there, torch.zeros(1))
+    monkeypatch.undo()
+    monkeypatch.setenv(gpu.SWITCH, "off")
+    assert not native.serves(there)
 
 
 @pytest.mark.parametrize("content", [None, b"no library at all"])

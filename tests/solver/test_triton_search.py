@@ -45,11 +45,11 @@ def factored(size, rows, seed=0):
     return A, root, feedback.unit_upper(root), (root @ root.T).contiguous()
 
 
-def alike(found, wanted, errors, damped, share=0.75):
-    """Rows of the same codes, but for some that a near tie has parted; and as good."""
-    assert (found == wanted).all(dim=0).float().mean() >= share
+def alike(found, wanted, errors, damped):
+    """Rows of the same codes, but for one that a near tie may have parted; and as good."""
+    assert (found != wanted).any(dim=0).sum() <= 1
     found, wanted = (float(loss(error, damped).sum()) for error in errors)
-    assert found == pytest.approx(wanted, rel=2e-3)
+    assert found == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize(("size", "rows", "bits"), [(2, 3, 8), (62, 21, 2), (130, 40, 4)])
@@ -125,7 +125,7 @@ def test_viterbi(steps, rows, bits, on_gpu, monkeypatch):
     assert overlap(states, code)
     distance = [(target - decode(code, found)).square().sum(0) for found in (states, wanted)]
     assert torch.allclose(*distance, rtol=1e-6)
-    assert (states == wanted).all(dim=0).float().mean() > 0.6
+    assert (states != wanted).any(dim=0).sum() <= 1
 
 
 def test_viterbi_of_a_small_trellis(on_gpu):
@@ -150,6 +150,6 @@ def test_a_layer_is_as_good(codes, rank, calibrated, on_gpu):
     found = approximate(weight, config, known)
     names = {("rings", True): {"Beam", "Refine"}, ("trellis", True): {"TrellisBeam"}, ("trellis", False): {"Viterbi"}}
     assert set(launched) == names.get((codes, calibrated), set()) | ({"Greedy"} if rank and calibrated else set())
-    assert found.weight_error == pytest.approx(wanted.weight_error, rel=1e-2)
+    assert found.weight_error == pytest.approx(wanted.weight_error, rel=1e-3)
     if calibrated:
-        assert found.output_error == pytest.approx(wanted.output_error, rel=2e-3)
+        assert found.output_error == pytest.approx(wanted.output_error, rel=1e-3)

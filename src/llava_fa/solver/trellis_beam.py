@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llava_fa import native
+from llava_fa.maths.device import at_a_time
 from llava_fa.maths.trellis import Trellis, trellis
 from llava_fa.solver.feedback import column_blocks, corrected
 
@@ -52,8 +53,9 @@ def round_trellis(target: Tensor, unit: Tensor, blocks: Tensor, near: NearbyWind
     if near.packed is not None and native.serves(target, unit, blocks) and (_BLOCK, _PATHS) == _COMPILED:
         _round_compiled(target, unit, metric, near, states)
         return states
-    for first in range(0, rows, _ROWS):
-        part = slice(first, first + _ROWS)
+    step = at_a_time(_ROWS, target.device)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
         _Beam(target[:, part], unit, metric.cpu().tolist(), near).run(states[:, part])
     return states
 
