@@ -15,7 +15,7 @@ from llava_fa.hub import streaming
 from llava_fa.hub.plan import PlannedLayer
 from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.maths import device as devices
-from llava_fa.solver import best, portions
+from llava_fa.solver import best, portions, statistics
 from llava_fa.solver.approximate import approximate
 from llava_fa.solver.statistics import Drift, SecondMoment
 
@@ -73,7 +73,7 @@ def test_sums_are_where_inputs_are_if_there_is_room(monkeypatch):
     made = {}
     for room in (True, False):
         if not room:
-            monkeypatch.setattr(torch, "zeros_like", out_of_memory(9, torch.zeros_like))
+            monkeypatch.setattr(statistics, "spare", lambda _: 7.0)
         with Elsewhere():
             sums = SecondMoment(6), SecondMoment(6, diagonal=True), Drift(6), Drift(6, weight=weight)
             for i, one in enumerate(sums):
@@ -211,6 +211,14 @@ def test_a_weight_that_cannot_be_read_is_told_of_its_own_layer(checkpoint, quick
     with Elsewhere(), pytest.raises(FourierError) as caught:
         llava_fa.compress(checkpoint, tmp_path / "out", quick, device=DEVICE)
     assert str(caught.value).startswith(bad[3])
+
+
+def test_a_quarter_of_a_gpu_is_left(monkeypatch):
+    used = {"mem_get_info": (50, 120), "memory_reserved": 40, "memory_allocated": 30}
+    for name, value in used.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert devices.spare(torch.device("cuda", 0)) == 50 + 10 - 30
+    assert devices.spare(torch.device("cpu")) > 1 << 60
 
 
 def test_auto_is_a_gpu_where_there_is_one(monkeypatch):

@@ -6,6 +6,7 @@ has run out of memory. Rows of a weight have nothing to do with one another, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -43,6 +44,15 @@ def halving(run: Callable[[], T], device: torch.device) -> T:
         # Only here is all given up that the failed try had held.
         _halved[device] = _halved.get(device, 0) + 1
         torch.cuda.empty_cache()
+
+
+def spare(device: torch.device) -> float:
+    """Bytes of a GPU that may be filled for good: all but a quarter of its memory, less what is in use."""
+    if device.type != "cuda":
+        return math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached - total / 4
 
 
 def precise(device: torch.device) -> torch.device:

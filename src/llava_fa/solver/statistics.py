@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llava_fa.errors import FourierError
-from llava_fa.maths.device import precise
+from llava_fa.maths.device import precise, spare
 
 # Samples are multiplied in float32 in slices of this many, each sum then added in float64: a float32 sum of
 # thousands of squares is good to 1e-5, and no error grows with the number of samples.
@@ -160,12 +160,11 @@ class Drift:
 
 
 def _begun(zeros: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The same zeros there; where they are, if that has no room for all of them, or no float64."""
+    """The same zeros there; where they are, if that has no float64, or not the room for them and a model's pass."""
     there = precise(device)
-    try:
-        return [one if one.device == there else torch.zeros_like(one, device=there) for one in zeros]
-    except torch.OutOfMemoryError:
+    if sum(one.nbytes for one in zeros if one.device != there) > spare(there):
         return zeros
+    return [one if one.device == there else torch.zeros_like(one, device=there) for one in zeros]
 
 
 def _check_count(count: int, name: str) -> None:
