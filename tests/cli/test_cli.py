@@ -412,11 +412,27 @@ def test_doctor_tells_what_runs_and_checks_it(monkeypatch):
         assert "WRONG: portable, rings 2, exact" in result.stdout
 
 
+def test_doctor_fits_layers_on_a_gpu(monkeypatch):
+    from llava_fa.kernels import doctor
+    from llava_fa.solver import check
+
+    gpu = {"device": "a GPU", "triton": "3", "implementation": "triton", "reason": "it is here"}
+    known = doctor.diagnose() | {"gpu": gpu}
+    monkeypatch.setattr(doctor, "diagnose", lambda: known | {"checks": list(known["checks"])})
+    wrong = {"codes": "rings 6, without data", "level": "triton", "activations": "fitting", "error": 0.1, "ok": False}
+    for row in (wrong, wrong | {"ok": True}):
+        monkeypatch.setattr(check, "fitting_checks", lambda device, row=row: [row] if device.type == "cuda" else [])
+        result = run("doctor")
+        assert result.exit_code == (0 if row["ok"] else 1)
+        assert ("WRONG: triton, rings 6, without data, fitting" in result.stdout) is not row["ok"]
+        assert "1.0e-01 fitting" in result.stdout
+
+
 def test_doctor_tells_what_would_serve_a_model(monkeypatch):
     from llava_fa.kernels import doctor
     from llava_fa.vllm import support
 
-    monkeypatch.setattr(doctor, "diagnose", lambda: {"ok": True})
+    monkeypatch.setattr(doctor, "diagnose", lambda: {"ok": True, "gpu": {"implementation": None}})
     told = []
     for version in (None, "0.31.0", "0.32.0"):
         monkeypatch.setattr(support, "vllm_version", lambda version=version: version)

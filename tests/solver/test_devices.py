@@ -5,6 +5,8 @@ import torch
 from elsewhere import DEVICE, Elsewhere
 
 from llava_fa import FourierConfig, approximate, native
+from llava_fa.solver import check
+from llava_fa.solver.check import fitting_checks
 from llava_fa.solver.drift import corrected_weight
 
 CONFIGS = {
@@ -50,6 +52,16 @@ def test_a_layer_is_approximated_where_it_is(name, given):
             assert torch.equal(tensor.cpu(), expected.tensors[key]), key
         assert torch.equal(found.dequantize().cpu(), expected.dequantize())
     assert (found.weight_error, found.output_error) == (expected.weight_error, expected.output_error)
+
+
+def test_the_doctor_compares_what_is_fitted_there_with_the_cpus(monkeypatch):
+    with Elsewhere():
+        checks = list(fitting_checks(DEVICE))
+        assert [(row["error"], row["ok"]) for row in checks] == [(0.0, True)] * 4
+        other = approximate(layer(20, 36)[0], CONFIGS["rings"])
+        wrong = {DEVICE: lambda *_: other, torch.device("cpu"): approximate}
+        monkeypatch.setattr(check, "approximate", lambda weight, *rest: wrong[weight.device](weight, *rest))
+        assert not any(row["ok"] for row in fitting_checks(DEVICE))
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (9, 8)])

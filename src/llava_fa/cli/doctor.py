@@ -16,6 +16,13 @@ def doctor(
     from llava_fa.kernels.doctor import diagnose
 
     diagnosis = diagnose() | {"serving": _serving()}
+    if diagnosis["gpu"]["implementation"] == "triton":
+        import torch
+
+        from llava_fa.solver.check import fitting_checks
+
+        diagnosis["checks"] += fitting_checks(torch.device("cuda"))
+        diagnosis["ok"] = all(check["ok"] for check in diagnosis["checks"])
     if json_output:
         output.print_json(diagnosis)
     else:
@@ -60,7 +67,7 @@ def _show(diagnosis: dict[str, Any]) -> None:
     verdict = f"WRONG: {'; '.join(wrong)}" if wrong else "right"
     largest = ", ".join(f"{error:.1e} {kind}" for kind, error in worst.items())
     count = len(diagnosis["checks"])
-    lines.append(("checks", f"{count} layers against float64: {verdict}; largest error {largest}"))
+    lines.append(("checks", f"{count} layers against float64 or the CPU's fit: {verdict}; largest error {largest}"))
     serving = diagnosis["serving"]
     lines.append(("serve", f"--engine auto takes {serving['auto']} ({serving['reason']})"))
     for name, text in lines:
