@@ -10,8 +10,8 @@ import torch
 from llava_fa.config import Codes, FourierConfig
 from llava_fa.solver.approximate import approximate
 
-# Near ties part a few codes: errors agree to so much of themselves.
-_AGREE = 1e-3
+# Near ties part some rows of codes for good: their errors differ, of so few rows the sum by up to so much.
+_AGREE = 5e-3
 
 
 def fitting_checks(device: torch.device) -> Iterator[dict[str, Any]]:
