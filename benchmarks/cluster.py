@@ -13,6 +13,7 @@ below, measured where docs/results.md says so, assumed where it says that.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -22,6 +23,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 from llava_fa.hub.blocks import _STAGE_BYTES
 from llava_fa.hub.shares import MOST, SHARE
@@ -122,8 +125,27 @@ def table() -> None:
             print(f"| {model} | all blocks, hours | | {workers} | | | | {blocks * total / 3600:.1f} | |")
 
 
-def once(model: str, options: list[str], workers: int, folder: Path) -> tuple[float, str]:
-    """Seconds of the command, and the digest of what it wrote."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One command: its seconds, CPU seconds of itself and of each worker, and the digest of what it wrote."""
+
+    seconds: float
+    command: float
+    workers: list[float]
+    digest: str
+
+    @property
+    def alone(self) -> float:
+        """CPU seconds of the command and its slowest worker: what it takes where every process has a core, unless they
+        wait for each other."""
+        return self.command + max(self.workers)
+
+    def __str__(self) -> str:
+        workers = " and ".join(f"{seconds:.0f}" for seconds in self.workers)
+        return f"{self.seconds:.0f} s; CPU {self.command:.0f} s, workers {workers} s"
+
+
+def once(model: str, options: list[str], workers: int, folder: Path) -> Run:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -131,16 +153,26 @@ def once(model: str, options: list[str], workers: int, folder: Path) -> tuple[fl
         cluster.add_node(num_cpus=1)
     out = folder / f"workers{workers}"
     line = [sys.executable, "-m", "llava_fa.cli.main", "compress", model, str(out), *options, "--ray", cluster.address]
-    begun = time.monotonic()
-    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    begun, spent = time.monotonic(), {}
+    running = psutil.Popen(line, stdout=subprocess.DEVNULL)
+    while running.poll() is None:
+        for process in (running, *psutil.process_iter()):
+            with contextlib.suppress(psutil.Error):
+                if process is running or " ".join(process.cmdline()).startswith("ray::Member"):
+                    used = process.cpu_times()
+                    spent[process.pid] = used.user + used.system
+        time.sleep(1)
     seconds = time.monotonic() - begun
+    if running.returncode:
+        raise SystemExit("it failed")
+    command = spent.pop(running.pid)
     cluster.shutdown()
     digest = hashlib.sha256()
     for path in sorted(out.rglob("*")):
         if path.is_file():
             digest.update(path.read_bytes())
     shutil.rmtree(out)
-    return seconds, digest.hexdigest()
+    return Run(seconds, command, sorted(spent.values()), digest.hexdigest())
 
 
 def measure(model: str, options: list[str]) -> None:
@@ -148,9 +180,10 @@ def measure(model: str, options: list[str]) -> None:
         raise SystemExit("set OMP_NUM_THREADS=1: a worker for each core")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         one, two = (once(model, options, workers, Path(folder)) for workers in (1, 2))
-    if one[1] != two[1]:
+    if one.digest != two.digest:
         raise SystemExit("the results differ")
-    print(f"one worker {one[0]:.1f} s, two {two[0]:.1f} s: {one[0] / two[0]:.2f} times as fast, the same bytes")
+    print(f"one worker: {one}\ntwo: {two}\nthe same bytes, {one.seconds / two.seconds:.2f} times as fast", end="")
+    print(f"; by CPU time {one.alone / two.alone:.2f} times")
 
 
 def main() -> None:
