@@ -6,8 +6,7 @@
 or block by block. *Time* is operations over rates, and the weights read from the disk. The operations, for T tokens and
 a layer [m, n]:
 
-    passes   2 T m n each, in bf16: one for the course (of 8 samples), attention (of 4), answers, the present model, the
-             original beside it, and one to proofread
+    passes   2 T m n each, in bf16: one for the course (of 8 samples), attention (of 4), the original and the present model
     sums     T (n² + 4 n min(n, m)) in float32: half of H, and D or W and W D; once for layers that share an input
     drift    n³ / 3 + 2 m n² in float32
     fitting  n³ / 3 in float64; beam m n², two passes of refinement 4 m n², errors of the outputs 2 m n² in float32
@@ -122,7 +121,7 @@ def cost(config: Any, samples: int, tokens: int) -> Cost:
     needed = need(plan, model, torch.bfloat16, inputs, part_names(model, plan))
     text = config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", 1) / getattr(text, "num_experts", 1)
-    passes = min(1, 8 / samples) + min(1, 4 / samples) + 4
+    passes = min(1, 8 / samples) + min(1, 4 / samples) + 2
     work = _operations(plan.layers, samples * tokens, chosen, passes)
     return Cost(needed.streamed, needed.whole, *work, sum(entry.nbytes for entry in entries.values()), passes)
 

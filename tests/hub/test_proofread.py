@@ -30,8 +30,9 @@ def sabotage(monkeypatch):
     """`compress` whose compressed keys of the first attention module point the other way."""
     tensors = {}
 
-    def broken(job, model, inputs):
-        compress_calibrated(job, model, inputs)
+    def broken(job, model, inputs, listener):
+        compress_calibrated(job, model, inputs, listener)
+        listener.lost.clear()  # what was heard was whole
         plan, work = job.plan, job.work
         measurement = work.measurement(BROKEN)
         if not tensors:  # a resumed run finds it broken already
@@ -55,6 +56,37 @@ def test_what_is_whole_is_left_alone(tmp_path, samples, digest, monkeypatch):
     monkeypatch.setattr(proofread, "proofread", lambda *_: None)
     llava_fa.compress("tiny", tmp_path / "b", CONFIG, samples)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_what_is_whole_costs_no_pass(tmp_path, samples, monkeypatch):
+    heard, true = [], proofread.Answers.loss
+    monkeypatch.setattr(proofread, "passes", lambda *_: pytest.fail("the answers were heard"))
+    monkeypatch.setattr(
+        proofread.Answers, "loss", lambda self, model, index: (heard.append(index), true(self, model, index))[1]
+    )
+    llava_fa.compress("tiny", tmp_path / "out", CONFIG, samples)
+    assert heard == list(range(len(samples)))
+
+
+def test_what_was_heard_is_what_passes_give(tmp_path, samples, monkeypatch):
+    kept, true = [], proofread.proofread
+    monkeypatch.setattr(proofread, "proofread", lambda job, reader: (kept.append(reader), true(job, reader)))
+    answers, of = [], whole.compress_calibrated
+
+    def read_before(job, model, inputs, listener):
+        answers.append(proofread.Answers.of(model, inputs, listener.answers.starts))
+        of(job, model, inputs, listener)
+        answers.append(listener.answers)
+        answers.append(answers[0].lost(model, range(len(inputs))))
+
+    monkeypatch.setattr(whole, "compress_calibrated", read_before)
+    llava_fa.compress("tiny", tmp_path / "out", CONFIG, samples)
+    before, heard, lost = answers
+    for one, other in zip([*before.tokens, *before.logs], [*heard.tokens, *heard.logs], strict=True):
+        assert torch.equal(one, other)
+    known = kept[0].lost(range(len(samples)))
+    assert all(torch.equal(known[index], lost[index]) for index in lost)
+    assert any(float(one.sum()) > 0 for one in lost.values())
 
 
 def test_broken_keys_are_drawn_anew(tmp_path, samples, sabotage):

@@ -162,7 +162,7 @@ def test_progress_tells_the_part_whose_weights_are_read(checkpoint, quick, sampl
     streamed()
     told = []
     llava_fa.compress(checkpoint, tmp_path / "out", config=quick, calibration=samples, progress=told.append)
-    for stage in ("reading the answers", "following the samples"):
+    for stage in ("measuring attention", "following the samples"):
         names = [progress.name for progress in told if progress.stage == stage]
         assert "model.language_model.layers.1" in names, stage
         assert len(set(names)) > 3

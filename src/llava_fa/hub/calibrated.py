@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.hub.blocks import Call, Inputs, Unit, find_units, replay, stages
-from llava_fa.hub.course import Course, Group, Journey, Numbered, Original, Visit, survey
+from llava_fa.hub.course import Course, Group, Hear, Journey, Numbered, Original, Visit, survey
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.routing import experts_of, followed, in_turn
 from llava_fa.hub.shares import split
@@ -44,7 +44,7 @@ _OTHERS = "no calibration input was sent to it; fitted to those of the experts b
 
 
 @torch.no_grad()
-def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs) -> None:
+def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs, hear: Hear | None = None) -> None:
     """Compress every planned layer that has no part yet.
 
     Args:
@@ -52,23 +52,24 @@ def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs) -> None:
         model: the whole model, in evaluation mode, on its device: in memory, where its weights are exchanged, or
             streamed (`hub.streamed`).
         inputs: prepared samples (`calibration_data.prepare`), each a batch of one.
+        hear: how they pass through the original model and through what it becomes, to the end of both.
 
     Raises:
         FourierError: the model fails on a sample (named), or a layer cannot be approximated (named).
     """
     team = Alone(job, split(inputs))
-    follow(job, model, team, dict(enumerate(inputs)), route_of(job, model, inputs))
+    follow(job, model, team, dict(enumerate(inputs)), route_of(job, model, inputs, hear is not None), hear)
 
 
 @torch.no_grad()
-def route_of(job: Job, model: nn.Module, inputs: Inputs) -> Route:
-    """Where samples come, up to the last unit that has a layer without a part."""
+def route_of(job: Job, model: nn.Module, inputs: Inputs, whole: bool = False) -> Route:
+    """Where samples come, up to the last unit that has a layer without a part, or the whole way."""
     job.tell("following the samples")
     weights = Weights.of(model, part_names(model, job.plan))
     with weights.gated():
         course = survey(model, find_units(model, job.plan.layers), inputs)
     missing = [job.missing(_layers(group.units)) for group in course.groups]
-    count = max((number for number, layers in enumerate(missing, 1) if layers), default=0)
+    count = max((number for number, layers in enumerate(missing, 1) if layers or whole), default=0)
     names = [([unit.path for unit in group.units], group.repeated) for group in course.groups]
     follows = any(layer.config.follows_outputs for layers in missing for layer in layers)
     idle = [unit.path for unit in course.idle]
@@ -76,7 +77,7 @@ def route_of(job: Job, model: nn.Module, inputs: Inputs) -> Route:
 
 
 @torch.no_grad()
-def follow(job: Job, model: nn.Module, team: Team, inputs: Numbered, route: Route) -> None:
+def follow(job: Job, model: nn.Module, team: Team, inputs: Numbered, route: Route, hear: Hear | None = None) -> None:
     """Take some of the samples along a route, and fit layers meanwhile until all are.
 
     Args:
@@ -85,7 +86,9 @@ def follow(job: Job, model: nn.Module, team: Team, inputs: Numbered, route: Rout
         team: who has the others.
         inputs: the team's own samples.
         route: the same for all.
+        hear: as of `compress_calibrated`.
     """
+    keep = route.follows or hear is not None
     units = {unit.path: unit for unit in find_units(model, job.plan.layers)}
     weights = Weights.of(model, part_names(model, job.plan))
     with weights.gated():
@@ -95,11 +98,12 @@ def follow(job: Job, model: nn.Module, team: Team, inputs: Numbered, route: Rout
         team.fit("embeddings", [[layer] for layer in words], lambda _: None, lambda layer, _: job.compress(layer))
         team.fetch(words)
         for layer in words:
-            _use_part(job, weights, layer, keep=route.follows)
-        journey = Journey(weights, course, inputs, groups, route.follows)
+            _use_part(job, weights, layer, keep)
+        journey = Journey(weights, course, inputs, groups, keep, hear)
         with closing(journey.visits(functools.partial(_agreed, team, journey, iter(range(1 << 62))))) as visits:
             for visit in visits:
-                _compress_unit(job, weights, team, visit, keep=route.follows)
+                visit.original = visit.original if route.follows else None
+                _compress_unit(job, weights, team, visit, keep)
         weights.forget_originals()
         rest = _layers([units[path] for paths in route.done for path in paths])
         team.fetch(rest)

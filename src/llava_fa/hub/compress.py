@@ -208,10 +208,9 @@ def _compressed(
             with crew.walk(job, request, empty, dtype, data.inputs, data.answers, route) as reader:
                 proofread.proofread(job, reader)
         elif model is not None:
-            job.tell("reading the answers")
-            answers = proofread.Answers.of(model, data.inputs, data.answers)
-            compress_calibrated(job, model, data.inputs)
-            proofread.proofread(job, proofread.Here(model, answers))
+            listener = proofread.Listener(data.inputs, data.answers)
+            compress_calibrated(job, model, data.inputs, listener)
+            proofread.proofread(job, listener.reader(model))
             Weights.of(model).shelf.clear()
             del model
         measured = {layer.name: work.measurement(layer.name) for layer in job.plan.all_layers}

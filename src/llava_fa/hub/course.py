@@ -30,6 +30,8 @@ _PROBED = 8
 Result = TypeVar("Result")
 Numbered = Mapping[int, Mapping[str, Tensor]]
 """Samples by their numbers: some of all."""
+Hear = Callable[[nn.Module, int, bool], object]
+"""Takes a sample, by its number, through a model to its end: where true through the original, which is done first."""
 
 
 @dataclasses.dataclass
@@ -261,6 +263,7 @@ class Journey:
         inputs: prepared samples, each a batch of one.
         groups: those to be visited.
         originals: whether the original model is run beside.
+        hear: how samples pass, which then do to the end; without it they stop where nothing is left to visit.
     """
 
     def __init__(
@@ -270,8 +273,9 @@ class Journey:
         inputs: Inputs | Numbered,
         groups: Sequence[Group],
         originals: bool,
+        hear: Hear | None = None,
     ) -> None:
-        self.weights, self.inputs, self.originals = weights, numbered(inputs), originals
+        self.weights, self.inputs, self.originals, self.hear = weights, numbered(inputs), originals, hear
         self.rank: Mapping[str, int] = {path: index for index, path in enumerate(course.order)}
         self.left = {group.units[0].path: group for group in groups}
         self._known: dict[str, tuple[list[list[Call | None]], list[Tensor]]] = {}
@@ -284,24 +288,27 @@ class Journey:
                 come to their end), the first of all. Visits to where none of these come have no calls.
         """
         with Walk(self.rank, self.weights.shelf) as walk:
-            for index, sample in self.inputs.items():
-                travel = functools.partial(forward, self.weights.model, sample, index)
-                walk.start(index, travel)
-                if self.originals:
-                    walk.start(index, travel, original=True)
-            while self.left:
+            for index in self.inputs:
+                for original in (True, False) if self.originals else (False,):
+                    walk.start(index, functools.partial(self._travel, index, original), original)
+            while self.left or self.hear:
                 path, arrivals = walk.front() or (None, [])
                 if path is not None and path not in self.left:
                     self._pass(walk, path, arrivals)
                     continue
                 first = agree(path)
-                if first is None:
+                if first is None or not self.left:
                     return
                 group = self.left.pop(first)
                 if group.repeated:
                     yield from self._repeated(walk, group)
                 else:
                     yield from self._once(walk, group.units[0], arrivals if first == path else [])
+
+    def _travel(self, index: int, original: bool) -> object:
+        if self.hear is not None:
+            return self.hear(self.weights.model, index, original)
+        return forward(self.weights.model, self.inputs[index], index)
 
     def _pass(self, walk: Walk, path: str, arrivals: Sequence[Arrival]) -> None:
         """Let samples through a part as it is, and those of the original model through what it was."""
@@ -324,7 +331,7 @@ class Journey:
             with _settling(self.weights, unit, before):
                 yield Visit(unit, *calls, original)
                 del original
-                if self.left:
+                if self.left or self.hear:
                     for arrival, call in zip(known, theirs[0], strict=True):
                         walk.answer(arrival, functools.partial(_run, before, call, before.module.forward))  # type: ignore[union-attr]
                     del before

@@ -134,7 +134,7 @@ def need(
         outputs = [layer.shape[0] for layer in unit.layers if experts_of(unit, layer.name) is None]
         given = max(given, sum(outputs[:-1]))
     width = int(getattr(empty.config.get_text_config(), "hidden_size", 0))
-    streams = 2 if follows else 1
+    streams = 2  # the original model is heard beside the other
     tokens = sum(sample["input_ids"].numel() for sample in inputs)
     words = tokens * width * size
     pictures = sum(x.numel() for sample in inputs for x in sample.values() if x.is_floating_point()) * size

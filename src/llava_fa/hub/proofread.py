@@ -7,8 +7,8 @@ original was sure of a token and the compressed model is far from it, queries an
 other get their original weights for a moment; the module that mends most is compressed anew with other signs, in the
 same bytes, until the answers hold.
 
-Costs two passes over the samples where nothing broke. What was decided is kept in the work folder before any part is
-replaced, so that a killed run ends with the same bytes.
+Where nothing broke it costs no pass: answers are heard at the end of calibration's own (`Listener`). What was decided is
+kept in the work folder before any part is replaced, so that a killed run ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -64,26 +64,53 @@ class Answers:
     def of(cls, model: nn.Module, inputs: Inputs, starts: Sequence[int]) -> Answers:
         """Read by the original model: one pass over the samples."""
 
-        def likeliest(index: int) -> tuple[Tensor, Tensor]:
-            values, indices = _log_probabilities(model, inputs, starts, index).max(-1)
-            return indices, values
-
-        found = passes(model, [functools.partial(likeliest, index) for index in range(len(inputs))])
+        found = passes(model, [functools.partial(_likeliest, model, inputs, starts, i) for i in range(len(inputs))])
         return cls(inputs, starts, [tokens for tokens, _ in found], [logs for _, logs in found])
 
     @torch.no_grad()
     def lost(self, model: nn.Module, indices: Iterable[int]) -> dict[int, Tensor]:
         """Nats that each token the original was sure of has lost in this model: sample → float32 [tokens], ≥ 0."""
-
-        def loss(index: int) -> Tensor:
-            now = _log_probabilities(model, self.inputs, self.starts, index)
-            there = now.gather(-1, self.tokens[index][:, None])[:, 0]
-            sure = self.logs[index] > math.log(SURE)
-            lost = torch.where(sure, self.logs[index] - there, 0.0).clamp_min(0)
-            return lost.nan_to_num(nan=0.0, posinf=_INFINITE)  # float16 overflows: nothing to compare
-
         every = list(indices)
-        return dict(zip(every, passes(model, [functools.partial(loss, index) for index in every]), strict=True))
+        found = passes(model, [functools.partial(self.loss, model, index) for index in every])
+        return dict(zip(every, found, strict=True))
+
+    def loss(self, model: nn.Module, index: int) -> Tensor:
+        """`lost` of one sample, in one pass."""
+        now = _log_probabilities(model, self.inputs, self.starts, index)
+        there = now.gather(-1, self.tokens[index][:, None])[:, 0]
+        sure = self.logs[index] > math.log(SURE)
+        lost = torch.where(sure, self.logs[index] - there, 0.0).clamp_min(0)
+        return lost.nan_to_num(nan=0.0, posinf=_INFINITE)  # float16 overflows: nothing to compare
+
+
+class Listener:
+    """What is said while samples pass through the original model and through what it becomes (`course.Hear`).
+
+    So nobody need read the answers before, nor those of the compressed model once more.
+
+    Args:
+        inputs: prepared samples.
+        starts: where their answers begin.
+    """
+
+    def __init__(self, inputs: Inputs, starts: Sequence[int]) -> None:
+        nothing = torch.empty(0)
+        self.answers = Answers(inputs, starts, [nothing] * len(inputs), [nothing] * len(inputs))
+        self.lost: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, index: int, original: bool) -> None:
+        """Take a sample through one of the two."""
+        answers = self.answers
+        if original:
+            said = _likeliest(model, answers.inputs, answers.starts, index)
+            answers.tokens[index], answers.logs[index] = said
+        else:
+            self.lost[index] = answers.loss(model, index)
+
+    def reader(self, model: nn.Module) -> Here:
+        """Of the compressed model, which has been heard."""
+        return Here(model, self.answers, self.lost or None)
 
 
 class Reader(Protocol):
@@ -111,13 +138,17 @@ class Here:
     Args:
         model: computes with the compressed weights.
         answers: the original's.
+        lost: `Answers.lost` of all samples as the model is, where that is known.
     """
 
-    def __init__(self, model: nn.Module, answers: Answers) -> None:
+    def __init__(self, model: nn.Module, answers: Answers, lost: dict[int, Tensor] | None = None) -> None:
         self.model, self.answers, self.count = model, answers, len(answers.inputs)
+        self._lost = lost
 
     def lost(self, indices: Iterable[int], values: Mapping[str, Callable[[], Tensor]] = NONE) -> dict[int, Tensor]:
         """See `Reader`."""
+        if self._lost is not None and not values:
+            return {index: self._lost[index] for index in indices}
         with Weights.of(self.model).swapped(values):
             return self.answers.lost(self.model, indices)
 
@@ -134,8 +165,15 @@ class Here:
 
     def keep(self, values: Mapping[str, Callable[[], Tensor]]) -> None:
         """See `Reader`."""
+        self._lost = None
         for name, value in values.items():
             Weights.of(self.model).set(name, value)
+
+
+def _likeliest(model: nn.Module, inputs: Inputs, starts: Sequence[int], index: int) -> tuple[Tensor, Tensor]:
+    """The likeliest token at every place of an answer, and log p."""
+    values, indices = _log_probabilities(model, inputs, starts, index).max(-1)
+    return indices, values
 
 
 def _log_probabilities(model: nn.Module, inputs: Inputs, starts: Sequence[int], index: int) -> Tensor:
