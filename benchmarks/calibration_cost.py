@@ -6,7 +6,8 @@
 or block by block. *Time* is operations over rates, and the weights read from the disk. The operations, for T tokens and
 a layer [m, n]:
 
-    passes   2 T m n each, in bf16: one for the course (of 8 samples), attention (of 4), the original and the present model
+    passes   2 T m n each, in bf16: one for the course (of 8 samples), attention (of 4), the original
+             and the present model
     sums     T (n² + 4 n min(n, m)) in float32: half of H, and D or W and W D; once for layers that share an input
     drift    n³ / 3 + 2 m n² in float32
     fitting  n³ / 3 in float64; beam m n², two passes of refinement 4 m n², errors of the outputs 2 m n² in float32

@@ -7,8 +7,8 @@ original was sure of a token and the compressed model is far from it, queries an
 other get their original weights for a moment; the module that mends most is compressed anew with other signs, in the
 same bytes, until the answers hold.
 
-Where nothing broke it costs no pass: answers are heard at the end of calibration's own (`Listener`). What was decided is
-kept in the work folder before any part is replaced, so that a killed run ends with the same bytes.
+Where nothing broke it costs no pass: answers are heard at the end of calibration's own (`Listener`). What was decided
+is kept in the work folder before any part is replaced, so that a killed run ends with the same bytes.
 """
 
 from __future__ import annotations
