@@ -10,8 +10,7 @@ from elsewhere import DEVICE, Elsewhere
 
 import llava_fa
 from llava_fa import FourierConfig, FourierError, native
-from llava_fa.hub import compress as compressing
-from llava_fa.hub import streaming
+from llava_fa.hub import calibrated_model, streaming
 from llava_fa.hub.plan import PlannedLayer
 from llava_fa.hub.work_folder import WorkFolder
 from llava_fa.maths import device as devices
@@ -30,8 +29,8 @@ def pytorch(monkeypatch):
 @pytest.fixture
 def fits_there(monkeypatch):
     """The model stays on the CPU, where there is all that models are made of, and layers are fitted on DEVICE."""
-    load = compressing._load
-    monkeypatch.setattr(compressing, "_load", lambda source, dtype, _: load(source, dtype, torch.device("cpu")))
+    load = calibrated_model._load
+    monkeypatch.setattr(calibrated_model, "_load", lambda source, dtype, _: load(source, dtype, torch.device("cpu")))
 
 
 def out_of_memory(times, function):
