@@ -19,13 +19,14 @@ from llava_fa.hub.blocks import find_units
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.routing import experts_of
 from llava_fa.hub.shares import split
+from llava_fa.hub.sums import waiting
 from llava_fa.hub.weights import parts_of
 
-_SQUARES, _SQUARES_FOLLOWED, _COPIES = 10, 16, 16
+_SQUARES, _SQUARES_FOLLOWED, _COPIES = 8, 16, 16
 """Of a layer [m, n] that is fitted: bytes for each of n² (more where the original model is followed and the drift is
 [n, n], since m is not less than n), and for each of m n."""
-_TOKENS = 16 * 4096
-"""Bytes for each of a layer's inputs of tokens that wait to be added up (`sums.Sums`)."""
+_WAITING = 16
+"""Bytes for each number among the inputs that wait to be added up (`sums.waiting`)."""
 _HELD = 3
 """Hidden states that a sample holds between two parts beside the ones that can be put away: what words and pictures
 were made into, and what a deeper layer is to be given."""
@@ -153,7 +154,7 @@ def need(
 def _fitting(layer: PlannedLayer, follows: bool, shares: int) -> int:
     m, n = layer.shape
     squares = _SQUARES_FOLLOWED if follows and m >= n else _SQUARES
-    gathered = 6 * n * n + _TOKENS * n
+    gathered = 6 * n * n + _WAITING * waiting(n) * n
     if shares > 1:  # the sums of one share beside those of the ones before it
         gathered += 4 * n * n + (8 * n * min(m, n) if follows else 0)
     return max(squares * n * n, gathered) + _COPIES * m * n

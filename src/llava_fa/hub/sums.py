@@ -14,8 +14,12 @@ from llava_fa.hub.plan import PlannedLayer
 from llava_fa.solver.approximate import checked_weight
 from llava_fa.solver.statistics import Drift, SecondMoment
 
-_ROWS = 4096
-"""Inputs gathered before they are multiplied: n² additions once in a while, not once a sample."""
+_ROWS, _LEAST_ROWS, _NUMBERS = 4096, 1024, 1 << 25
+
+
+def waiting(n: int) -> int:
+    """Inputs [n] gathered before they are multiplied: n² additions once in a while, not once a sample."""
+    return max(_LEAST_ROWS, min(_ROWS, _NUMBERS // n))
 
 
 @dataclasses.dataclass
@@ -62,7 +66,7 @@ class Sums:
             self.flush()
             self.drift = None
         self.waiting += zip(inputs, inputs if self.drift is None else before, strict=True)
-        if sum(len(x) for x, _ in self.waiting) >= _ROWS:
+        if sum(len(x) for x, _ in self.waiting) >= waiting(self.moment.n):
             self.flush()
 
     def flush(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_fa.pages import Pages
+
 _SIDE, _SIDE_ON_GPU = 256, 2048  # b: products of less would leave a GPU idle
 
 
@@ -17,18 +19,21 @@ class UpperFactor:
     Attributes:
         panels: panel k is [b, size - k b], rows k b … of R from their diagonal block on.
         inverses: R_kk⁻¹ of every diagonal block: products with them are what small triangular solves would be.
+        room: what the panels lie in.
     """
 
-    def __init__(self, panels: list[Tensor], inverses: list[Tensor]) -> None:
-        self.panels, self.inverses = panels, inverses
+    def __init__(self, panels: list[Tensor], inverses: list[Tensor], room: Pages) -> None:
+        self.panels, self.inverses, self.room = panels, inverses, room
 
     def square(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """R [size, size]; into ``out``, which is zero."""
+        """R [size, size]; into ``out``, which is zero. The factor is used up: the two need not be in memory at once."""
         size = self.panels[0].shape[1]
         root = torch.zeros(size, size, dtype=dtype, device=self.panels[0].device) if out is None else out
         for panel in self.panels:
             start = size - panel.shape[1]
             root[start : start + panel.shape[0], start:] = panel
+            self.room.give_back(panel)
+        self.panels.clear()
         return root
 
     def solve_rows(self, rows: Tensor) -> Tensor:
@@ -65,10 +70,10 @@ def upper_factor(matrix: Tensor, shift: float, dtype: torch.dtype = torch.float6
     starts = range(0, size, width)
     counts = [min(width, size - start) * (size - start) for start in starts]
     # One piece of memory: of many, each less than what malloc gives back by itself, most would stay with the process.
-    room = torch.split(torch.empty(sum(counts), dtype=dtype, device=matrix.device), counts)
+    room = Pages(sum(counts), dtype, matrix.device)
     panels: list[Tensor] = []  # the last rows first
     inverses: list[Tensor] = []
-    for start, piece in reversed(list(zip(starts, room, strict=True))):
+    for start, piece in reversed(list(zip(starts, torch.split(room.values, counts), strict=True))):
         stop = min(start + width, size)
         panel = piece.view(stop - start, size - start).copy_(matrix[start:stop, start:])
         panel[:, : stop - start].diagonal().add_(shift)
@@ -86,4 +91,4 @@ def upper_factor(matrix: Tensor, shift: float, dtype: torch.dtype = torch.float6
         own.copy_(lower.flip(0, 1))
         panels.append(panel)
         inverses.append(torch.linalg.solve_triangular(own, torch.eye(len(own)).to(own), upper=True))
-    return UpperFactor(panels[::-1], inverses[::-1])
+    return UpperFactor(panels[::-1], inverses[::-1], room)

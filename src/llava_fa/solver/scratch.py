@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_fa.errors import disk_errors
+from llava_fa.pages import Pages
 
 _LEAST = 64 << 20
 """Bytes of a matrix that is worth it."""
@@ -34,10 +34,9 @@ def scratch(folder: Path | None) -> Iterator[None]:
 
 def zeros(size: int, device: torch.device) -> Tensor:
     """0 float32 [size, size]; what is never written, such as one half of a triangular matrix, takes no memory."""
-    if device.type != "cpu" or 4 * size * size < _LEAST or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(size, size, device=device)
-    pages = mmap.mmap(-1, 4 * size * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.float32).view(size, size)
+    pages = Pages(size * size, torch.float32, device)
+    values = pages.values.view(size, size)
+    return values if pages.zero else values.zero_()
 
 
 @contextlib.contextmanager
