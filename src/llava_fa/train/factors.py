@@ -66,14 +66,15 @@ def initial_factors(
     factors = {}
     for name, layer in layers_by_name(model).items():
         weight = original_weight(original, name, layer)
-        rest = weight - dense(layer.packed_weight()._replace(left=None, right=None))  # what the codes leave
+        codes = dense(layer.packed_weight()._replace(left=None, right=None))
+        rest = weight.to(codes.device) - codes  # what the codes leave
         own = min(rank, *weight.shape)
         if layer.layout.method == "paper":
             left, right = fourier_svd(torch.fft.rfft2(rest, norm="ortho"), min(own, layer.layout.coefficients))
             factors[name] = (torch.view_as_real(left).clone(), torch.view_as_real(right.resolve_conj()).clone())
         else:
             moment = moments.get(name)
-            root = None if moment is None else damped_root(moment, _DAMPING)[0]
+            root = None if moment is None else damped_root(moment.to(rest.device), _DAMPING)[0]
             factors[name] = weighted_low_rank(rest, own, root)
     return factors
 
