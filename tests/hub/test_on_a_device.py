@@ -144,6 +144,17 @@ def test_a_layer_is_begun_again_until_it_fits(checkpoint, quick, tmp_path, diges
     assert devices.at_a_time(1, DEVICE) == 1
 
 
+def test_a_gpu_without_a_number_is_the_one_that_its_tensors_are_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    plain, same, other = torch.device("cuda"), torch.device("cuda", 1), torch.device("cuda", 0)
+    full = devices.at_a_time(1, same)
+    assert devices.halving(out_of_memory(1, lambda: devices.at_a_time(1, same)), plain) == full // 2
+    assert devices.halving(out_of_memory(1, lambda: devices.at_a_time(1, plain)), same) == full // 4
+    assert len(devices.slices(full, 1, same)) == 4
+    assert devices.at_a_time(1, other) == full
+
+
 def test_reading_and_writing_are_done_beside(checkpoint, quick, tmp_path, monkeypatch):
     done, read, save = [], PlannedLayer.read, WorkFolder.save
 

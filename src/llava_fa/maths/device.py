@@ -1,7 +1,8 @@
 """What differs from device to device: how much is worked on at a time, and where float64 is.
 
 On a CPU as much is worked on at a time as stays in its caches; on a GPU as much as keeps it busy, half as much once it
-has run out of memory. Rows of a weight have nothing to do with one another, so that codes do not depend on it.
+has run out of memory. Rows of a weight have nothing to do with one another: what their codes stand for does not depend
+on it. Bits may: a GPU's products and transforms choose their algorithms by shape, and round otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 def at_a_time(count: int, device: torch.device) -> int:
     """``count`` on a CPU, a multiple of it elsewhere."""
-    return count if device.type == "cpu" else count * max(1, _TIMES >> _halved.get(device, 0))
+    return count if device.type == "cpu" else count * max(1, _TIMES >> _halved.get(indexed(device), 0))
 
 
 def slices(total: int, count: int, device: torch.device) -> list[slice]:
@@ -39,11 +40,18 @@ def halving(run: Callable[[], T], device: torch.device) -> T:
         try:
             return run()
         except torch.OutOfMemoryError:
-            if device.type == "cpu" or _TIMES >> _halved.get(device, 0) <= 1:
+            if device.type == "cpu" or _TIMES >> _halved.get(indexed(device), 0) <= 1:
                 raise
         # Only here is all given up that the failed try had held.
-        _halved[device] = _halved.get(device, 0) + 1
+        _halved[indexed(device)] = _halved.get(indexed(device), 0) + 1
         torch.cuda.empty_cache()
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The device as its tensors name it: ``cuda`` is the present one, ``cuda:0``."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def spare(device: torch.device) -> float:
