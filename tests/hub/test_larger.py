@@ -51,3 +51,13 @@ def test_what_cannot_be_held_even_so_is_refused(checkpoint):
         load_within(checkpoint, "cpu", memory=100_000_000)
     model, _ = load_within(checkpoint, "cpu", memory=1 << 50)
     assert not Weights.of(model).streamed
+
+
+def test_on_a_gpu_its_room_decides(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("auto", "cuda", "cuda:0"):
+        for free, away in ((1 << 40, False), (0, True)):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 1 << 40))
+            for memory in (None, 1, 1 << 50):
+                assert stays_on_disk(checkpoint, device, memory=memory) == away

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoProcessor
 
 import llava_fa
 from llava_fa import Budget, FourierConfig, FourierError
-from llava_fa.hub import calibrated_model, model_sensitivity
+from llava_fa.hub import calibrated_model, memory, model_sensitivity
 from llava_fa.hub import compress as whole
 from llava_fa.hub import shelf as shelf_module
 from llava_fa.hub.absent import Absent, Promised
@@ -234,6 +235,29 @@ def test_the_choice_between_the_two():
     assert need.streams(172, CPU)
     with pytest.raises(FourierError):
         need.streams(171, CPU)
+
+
+def test_on_a_gpu_both_memories_count(monkeypatch):
+    need = Need(base=100, model=1000, outside=10, part=50, fitting=40, held=5, shelved=7)
+    gpu, machine = torch.device("cuda"), SimpleNamespace(available=1000)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2000, 5000))
+    assert not need.streams(None, gpu)
+    assert not need.streams(1100, gpu)  # it is loaded here; what it is worked on with is there
+    assert need.streams(1099, gpu)
+    assert need.streams(162, gpu)
+    with pytest.raises(FourierError):
+        need.streams(161, gpu)
+    assert "1.1 kB of memory, the whole model on the GPU" in need.told(1100, False, gpu)
+    assert "162 B of memory, the model block by block" in need.told(162, True, gpu)
+    assert need.limit(1 << 30, False, gpu) == (1 << 30) - 162
+    assert need.limit(1 << 30, False, CPU) == (1 << 30) - 1152
+    machine.available = 999
+    assert need.streams(None, gpu)
+    machine.available = 1000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1999, 5000))
+    assert need.streams(None, gpu)
+    assert need.streams(1 << 40, gpu)
 
 
 def test_helpers_model_has_several_shards(checkpoint):

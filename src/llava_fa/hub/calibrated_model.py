@@ -84,8 +84,8 @@ def calibrated_model(
     device = check_device(request.device)
     needed = needed_memory(plan, empty, dtype, inputs)
     streams = needed.streams(request.memory, device)
-    show(dataclasses.replace(plan, memory=needed.told(request.memory, streams)))
-    shelf, names = Shelf(needed.limit(request.memory, streams), hidden), part_names(empty, plan)
+    show(dataclasses.replace(plan, memory=needed.told(request.memory, streams, device)))
+    shelf, names = Shelf(needed.limit(request.memory, streams, device), hidden), part_names(empty, plan)
     if streams:
         model = streamed_model(plan.source, plan.arrangement, dtype, device, names, shelf)
     else:

@@ -46,7 +46,8 @@ def load_within(
 
     Args:
         model, device, dtype, visual_tokens, answers: as for `loading.load`.
-        memory: bytes that this process may take; None: what is free, on the device or in the machine.
+        memory: bytes of the machine's memory that this process may take; None: what is free. Weights on a GPU do not
+            count, which only pass through it: whether they fit is asked there.
         told: called with the name of every part that is read.
 
     Raises:
@@ -54,7 +55,7 @@ def load_within(
     """
     if not stays_on_disk(model, device, dtype, memory):
         return load(model, device, dtype, visual_tokens, answers=answers)
-    folder, place = resolve_model(model), _place(device)
+    folder, place = resolve_model(model), check_device(device)
     dtype = dtype or fast_dtype(place)
     with opened(folder) as source:
         processor = load_processor(source.home, str(folder))
@@ -71,15 +72,11 @@ def stays_on_disk(
     model: str | Path, device: str = "auto", dtype: torch.dtype | None = None, memory: int | None = None
 ) -> bool:
     """Whether `load_within` leaves the weights there; never those of a compressed model, or ones with an adapter."""
-    folder, place = resolve_model(model), _place(device)
+    folder, place = resolve_model(model), check_device(device)
     if quantisation(read_config(folder)) == QUANT_METHOD or has_adapter(folder):
         return False
     with opened(folder) as source:
         return _BESIDE * _bytes(source, dtype or fast_dtype(place)) > _room(place, memory)
-
-
-def _place(device: str) -> torch.device:
-    return check_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def _bytes(source: Source, dtype: torch.dtype) -> int:
@@ -92,7 +89,8 @@ def _bytes(source: Source, dtype: torch.dtype) -> int:
 
 
 def _room(place: torch.device, memory: int | None) -> int:
-    if place.type == "cuda" and memory is None:
+    """Bytes for a model at work: of a GPU what is free there, whatever may be taken of the machine's memory."""
+    if place.type == "cuda":
         return torch.cuda.mem_get_info(place)[0]
     if memory is None:
         return psutil.virtual_memory().available

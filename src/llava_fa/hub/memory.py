@@ -67,8 +67,16 @@ class Need:
         """Of a run with the whole model in memory, as many hidden states put away as can be."""
         return self.base + self.model + self.fitting + self.held + min(self.shelved, _LEAST)
 
+    @property
+    def beside(self) -> int:
+        """The machine's, of a run whose weights are on a GPU: as `streamed`, for what that has no room for is here."""
+        return self.streamed - self.outside
+
     def streams(self, memory: int | None, device: torch.device) -> bool:
         """Whether the weights stay on the disk: the model does not fit.
+
+        On a GPU weights and fitting must fit into what is free there, and ``memory`` is the machine's: the weights pass
+        through it when they are loaded, and hidden states wait in it.
 
         Args:
             memory: bytes that the run may take; None: what the machine has to spare.
@@ -77,34 +85,44 @@ class Need:
         Raises:
             FourierError: even so it takes more than it may.
         """
+        gpu = device.type == "cuda"
+        full = gpu and self.model + max(self.model, self.fitting) > torch.cuda.mem_get_info(device)[0]
         if memory is None:
-            if device.type == "cuda":
-                return self.model + max(self.model, self.fitting) > torch.cuda.mem_get_info(device)[0]
-            return 2 * self.model > psutil.virtual_memory().available
-        if self.whole <= memory:
+            return full or (1 if gpu else 2) * self.model > psutil.virtual_memory().available
+        least = self._least(True, device)
+        whole = max(least, self.base + self.model) if gpu else self.whole
+        if not full and whole <= memory:
             return False
-        if self.streamed > memory:
-            takes, may = format_size(self.streamed), format_size(memory)
+        if least > memory:
+            takes, may = format_size(least), format_size(memory)
             raise FourierError(
                 f"calibration takes about {takes} of memory, and {may} are allowed",
-                remedy=f"Give --memory {format_size(self.streamed * 1.05).replace(' ', '')}, or fewer samples",
+                remedy=f"Give --memory {format_size(least * 1.05).replace(' ', '')}, or fewer samples",
             )
         return True
 
-    def limit(self, memory: int | None, streams: bool) -> int:
-        """Bytes of hidden states that may stay in memory."""
+    def _least(self, streams: bool, device: torch.device) -> int:
+        """Bytes of the machine's memory once the model is where it computes."""
+        if device.type == "cuda":
+            return self.beside
+        return self.streamed if streams else self.whole
+
+    def limit(self, memory: int | None, streams: bool, device: torch.device) -> int:
+        """Bytes of hidden states that may stay in the machine's memory."""
         if memory is None:
             return max(_LEAST, psutil.virtual_memory().available // 4)
-        return max(_LEAST, memory - (self.streamed if streams else self.whole))
+        return max(_LEAST, memory - self._least(streams, device))
 
-    def told(self, memory: int | None, streams: bool) -> str:
+    def told(self, memory: int | None, streams: bool, device: torch.device) -> str:
         """For people, before the run."""
-        least = self.streamed if streams else self.whole
-        stay = min(self.shelved, self.limit(memory, streams))
-        total = format_size(least - min(self.shelved, _LEAST) + stay)
+        stay = min(self.shelved, self.limit(memory, streams, device))
+        total = self._least(streams, device) - min(self.shelved, _LEAST) + stay
+        whole = "the whole model in it"
+        if device.type == "cuda":
+            total, whole = max(total, 0 if streams else self.base + self.model), "the whole model on the GPU"
         more = f", {format_size(self.shelved - stay)} of hidden states on the disk" if stay < self.shelved else ""
-        how = "the model block by block" if streams else "the whole model in it"
-        return f"calibration takes about {total} of memory, {how}{more}"
+        how = "the model block by block" if streams else whole
+        return f"calibration takes about {format_size(total)} of memory, {how}{more}"
 
 
 def need(
