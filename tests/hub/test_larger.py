@@ -1,5 +1,9 @@
 """A model larger than the memory that it may take answers as it does in memory."""
 
+import json
+import shutil
+from pathlib import Path
+
 import helpers
 import pytest
 import torch
@@ -38,6 +42,17 @@ def test_it_answers_as_in_memory(checkpoint, little, dtype):
     with torch.no_grad():
         inputs = processor(text="and here?", return_tensors="pt")
         assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
+
+
+def test_the_folder_says_how_it_generates(checkpoint, little, tmp_path):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    said = {"eos_token_id": [203], "pad_token_id": 0, "repetition_penalty": 3.0}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    (model, processor), (loaded, _) = load_within(folder, "cpu", torch.float32), load(folder, "cpu", torch.float32)
+    assert model.generation_config.repetition_penalty == 3
+    assert model.generation_config.to_dict() == loaded.generation_config.to_dict()
+    question = [(helpers.picture(0), "what is there?")]
+    assert answer(model, processor, question) == answer(loaded, processor, question)
 
 
 def test_packed_models_are_loaded_as_ever(compressed, little):

@@ -1,5 +1,7 @@
 """What settled layers gave is given again, and only where it would come again."""
 
+import types
+
 import helpers
 import pytest
 import torch
@@ -7,9 +9,10 @@ import transformers
 from torch import nn
 
 import llava_fa
-from llava_fa.hub.blocks import Unit
+from llava_fa.hub.blocks import Call, Unit
 from llava_fa.hub.settled import Settled
 from llava_fa.hub.shelf import Shelf
+from llava_fa.nn.experts import unfuse
 
 
 class Block(nn.Module):
@@ -32,14 +35,13 @@ def block():
     return Block().requires_grad_(False)
 
 
-@pytest.mark.parametrize("limit", [None, 0])
-def test_settled_layers_multiply_once(block, tmp_path, limit):
+def test_settled_layers_multiply_once(block):
     layers = dict(block.named_children())
     multiplied = {name: [] for name in layers}
     for name, layer in layers.items():
         own = layer.forward
         layer.forward = lambda x, name=name, own=own: multiplied[name].append(1) or own(x)
-    settled = Settled(layers, Shelf(limit, tmp_path / "hidden"))
+    settled = Settled(layers, Shelf())
     inputs = [torch.randn(200, 128), torch.randn(300, 128)]
     want = [block(x) for x in inputs]
     before = {name: layer.__dict__["forward"] for name, layer in layers.items()}
@@ -100,3 +102,55 @@ def test_a_compression_has_the_bytes_that_it_has_without(
     monkeypatch.setattr(Unit, "settle", lambda *_: None)
     llava_fa.compress(folder, tmp_path / "run", config=quick, calibration=samples)
     assert digest(tmp_path / "kept") == digest(tmp_path / "run")
+
+
+def test_what_memory_has_no_room_for_is_computed_again(block, tmp_path):
+    layers, inputs = dict(block.named_children()), [torch.randn(100, 128), torch.randn(100, 128)]
+    shelf = Shelf(100_000, tmp_path / "hidden")  # for one output of 51 kB
+    settled, want = Settled(layers, shelf), [block(x) for x in inputs]
+    settled.add(layers)
+    for _ in range(3):
+        for call, (x, y) in enumerate(zip(inputs, want, strict=True)):
+            with settled.call(call):
+                assert torch.equal(block(x), y)
+    assert sum(len(kept) for _, kept in settled._kept.values()) == 1
+    assert not (tmp_path / "hidden").exists()
+    settled.close()
+    assert shelf.reserve(100_000)
+
+
+def test_one_module_by_two_names(block):
+    layers = {"first": block.first, "same": block.first, "second": block.second}
+    settled, x = Settled(layers, Shelf()), torch.randn(8, 128)
+    want = block(x)
+    settled.add(["first"])
+    for _ in range(2):
+        with settled.call(0):
+            assert torch.equal(block(x), want)
+    assert not any("forward" in layer.__dict__ for layer in layers.values())
+
+
+def test_a_follower_keeps_nothing_of_experts_or_behind_them():
+    """In a compression they are given tokens that another unit chose; in the end their own."""
+    fused = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        )
+    ).requires_grad_(False)  # fmt: skip
+    unfuse(fused)
+    module = fused.model.layers[0]
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    unit = Unit("layer", module, [types.SimpleNamespace(name=f"layer.{name}") for name in names])
+    x = torch.randn(1, 6, 32)
+    positions = fused.model.rotary_emb(x, torch.arange(6)[None])
+    for follower in (False, True):
+        with unit.settling(Shelf(), follower):
+            unit.settle(unit.layers)
+            call = Call(x, (), {"position_embeddings": positions}, None)
+            call.run(module, x)
+            with unit.running(call):
+                call.run(module, x)
+            [(_, kept)] = unit.settled._kept.values()
+            assert (len(kept) > 4) != follower  # q, k, v, o, and experts
+            assert len(kept) >= 4

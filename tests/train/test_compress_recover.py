@@ -71,6 +71,17 @@ def test_an_original_larger_than_memory_is_asked_once(request_of, tmp_path, monk
     assert (report.training["settings"]["cache_teacher"], report.training["settings"]["hidden"]) == (64, 0)
 
 
+def test_it_goes_on_as_it_had_begun_however_much_memory_there_is_now(request_of, killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(larger, "_room", lambda *_: 0)
+    llava_fa.compress_and_recover(request_of(), tmp_path / "whole", 1)
+    with killed(), pytest.raises(KilledError):
+        llava_fa.compress_and_recover(request_of(), tmp_path / "cut", 1)
+    monkeypatch.setattr(larger, "_room", lambda *_: 1 << 50)
+    report = llava_fa.compress_and_recover(request_of(), tmp_path / "cut", 1)
+    assert report.training["settings"]["cache_teacher"] == 64
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
 def test_other_samples_are_other_work(request_of, rows, killed, tmp_path):
     for samples in (
         list(SampleSource(str(rows), count=2)),

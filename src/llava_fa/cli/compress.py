@@ -218,13 +218,13 @@ def _compress_and_recover(
     fresh: bool,
     crew: Crew | None,
 ) -> Report:
-    from llava_fa.cli.progress import layer_progress, training_progress
+    from llava_fa.cli.progress import layer_progress, parts_read, training_progress
     from llava_fa.train.compress_recover import compress_first, train_back
 
     with layer_progress() as progress:  # one bar after the other; from Python, compress_and_recover does both
         compressed = compress_first(request, out, fresh=fresh, progress=progress, on_plan=tables.show_plan, crew=crew)
     with training_progress() as report:
-        return train_back(request, compressed, out, steps, data, fresh=fresh, report=report)
+        return train_back(request, compressed, out, steps, data, fresh=fresh, report=report, told=parts_read())
 
 
 def _budget(method: str, bits: float | None, size: str | None, mixed: bool) -> Budget | None:

@@ -87,7 +87,8 @@ def train(
 ) -> None:
     """Train factors, scales, norms, biases and projector; codes stay. Killed, the same command resumes."""
     sources.check_images(data, images)
-    from llava_fa.cli.progress import training_progress
+    options.refuse(memory is not None and teacher is None, "it is the teacher's, and there is none", "--memory")
+    from llava_fa.cli.progress import parts_read, training_progress
     from llava_fa.hub.work_folder import refuse_existing
     from llava_fa.train.recover import recover
     from llava_fa.train.settings import DEFAULT_PARTS, TrainingSettings
@@ -131,6 +132,7 @@ def train(
             data_name=f"{data} {samples}" + " matryoshka" * matryoshka,
             fresh=fresh,
             report=report,
+            told=parts_read(),
             **training,
         )
     if not first:

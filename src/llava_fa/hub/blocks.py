@@ -54,12 +54,22 @@ class Unit:
         return Unit(self.path, copy.deepcopy(self.module, shared), self.layers)
 
     @contextmanager
-    def settling(self, shelf: Shelf) -> Iterator[None]:
-        """While it lasts outputs of layers that are settled are kept (`settle`)."""
-        self.settled = Settled({layer.name: self.linear(layer) for layer in self.layers}, shelf)
+    def settling(self, shelf: Shelf, follower: bool = False) -> Iterator[None]:
+        """While it lasts outputs of layers that are settled are kept (`settle`).
+
+        Args:
+            shelf: what memory there is for them.
+            follower: whether its experts are given tokens that another unit chose, and in the end their own: what they
+                give, and what is behind them, is never settled.
+        """
+        layers = {layer.name: self.linear(layer) for layer in self.layers}
+        if follower:
+            layers |= {path: part for path, part in self.module.named_modules() if isinstance(part, Experts)}
+        self.settled = Settled(layers, shelf)
         try:
             yield
         finally:
+            self.settled.close()
             self.settled = None
 
     def settle(self, layers: Sequence[PlannedLayer]) -> None:

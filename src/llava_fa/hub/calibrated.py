@@ -172,8 +172,8 @@ def _compress_unit(job: Job, weights: Weights, team: Team, visit: Visit, keep: b
         _use(job, weights, team, layers, keep)
         if number < len(order):
             visit.unit.settle(layers)
-            if visit.original is not None:  # its experts are given tokens that others chose, and their own in the end
-                visit.original.unit.settle([one for one in layers if experts_of(visit.unit, one.name) is None])
+            if visit.original is not None:
+                visit.original.unit.settle(layers)
 
 
 def _some(visit: Visit, samples: range) -> _Given:

@@ -372,15 +372,15 @@ class Journey:
 
 
 @contextmanager
-def _settling(weights: Weights, *units: Unit | None) -> Iterator[None]:
-    """While it lasts the units keep what their layers gave.
+def _settling(weights: Weights, unit: Unit, before: Unit | None) -> Iterator[None]:
+    """While it lasts a unit and the original one keep what their layers gave.
 
     On a CPU: a GPU multiplies sooner than it hands over and takes back.
     """
     with ExitStack() as stack:
-        for unit in units:
-            if unit is not None and next(unit.module.parameters()).device.type == "cpu":
-                stack.enter_context(unit.settling(weights.shelf))
+        for one in (unit, before):
+            if one is not None and next(one.module.parameters()).device.type == "cpu":
+                stack.enter_context(one.settling(weights.shelf, follower=one is before))
         yield
 
 

@@ -39,6 +39,7 @@ def load_within(
     visual_tokens: int | None = None,
     *,
     memory: int | None = None,
+    on_disk: bool | None = None,
     answers: bool = True,
     told: Callable[[str], object] = lambda _: None,
 ) -> tuple[Any, Any]:
@@ -48,12 +49,13 @@ def load_within(
         model, device, dtype, visual_tokens, answers: as for `loading.load`.
         memory: bytes of the machine's memory that this process may take; None: what is free. Weights on a GPU do not
             count, which only pass through it: whether they fit is asked there.
+        on_disk: whether the weights stay there, where that is settled; None: as `stays_on_disk` says.
         told: called with the name of every part that is read.
 
     Raises:
         FourierError: as `loading.load`; even a part of it at a time takes more than ``memory``.
     """
-    if not stays_on_disk(model, device, dtype, memory):
+    if not (stays_on_disk(model, device, dtype, memory) if on_disk is None else on_disk):
         return load(model, device, dtype, visual_tokens, answers=answers)
     folder, place = resolve_model(model), check_device(device)
     dtype = dtype or fast_dtype(place)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llava_fa.config import format_size
 from llava_fa.errors import FourierError
-from llava_fa.hub.blocks import find_units
+from llava_fa.hub.blocks import Unit, find_units
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.routing import experts_of
 from llava_fa.hub.shares import split
@@ -46,7 +46,8 @@ class Need:
         fitting: the largest of: a unit, its compressed weights beside it, and the statistics of one stage and what they
             are worked into.
         held: what samples hold of hidden states whether or not others are put away.
-        shelved: hidden states, and what the layers of a block gave, that can be put away.
+        shelved: hidden states that can be put away.
+        kept: what the layers of a block gave, where there is memory for it (`hub.settled`).
     """
 
     base: int
@@ -56,6 +57,7 @@ class Need:
     fitting: int
     held: int
     shelved: int
+    kept: int = 0
 
     @property
     def streamed(self) -> int:
@@ -115,8 +117,9 @@ class Need:
 
     def told(self, memory: int | None, streams: bool, device: torch.device) -> str:
         """For people, before the run."""
-        stay = min(self.shelved, self.limit(memory, streams, device))
-        total = self._least(streams, device) - min(self.shelved, _LEAST) + stay
+        limit = self.limit(memory, streams, device)
+        stay, kept = min(self.shelved, limit), 0 if device.type == "cuda" else self.kept
+        total = self._least(streams, device) - min(self.shelved, _LEAST) + min(self.shelved + kept, limit)
         whole = "the whole model in it"
         if device.type == "cuda":
             total, whole = max(total, 0 if streams else self.base + self.model), "the whole model on the GPU"
@@ -145,14 +148,13 @@ def need(
     parts = {path: _numel(part) for path, part in parts_of(empty, names).items()}
     follows = any(layer.config.follows_outputs for layer in plan.layers)
     shares = split(inputs)
-    fitting = given = 0
+    text, fitting, given = empty.config.get_text_config(), 0, 0.0
     for unit in find_units(empty, plan.layers):
         ours = sum(layer.numel for layer in unit.layers)
         largest = max(_fitting(layer, follows, len(shares)) for layer in unit.layers)
         fitting = max(fitting, size * (_numel(unit.module) + ours) + largest)
-        outputs = [layer.shape[0] for layer in unit.layers if experts_of(unit, layer.name) is None]
-        given = max(given, sum(outputs[:-1]))
-    width = int(getattr(empty.config.get_text_config(), "hidden_size", 0))
+        given = max(given, _outputs(unit, getattr(text, "num_experts_per_tok", None)))
+    width = int(getattr(text, "hidden_size", 0))
     streams = 2  # the original model is heard beside the other
     tokens = sum(sample["input_ids"].numel() for sample in inputs)
     words = tokens * width * size
@@ -165,8 +167,18 @@ def need(
         part=size * max(parts.values(), default=0),
         fitting=fitting,
         held=streams * (_HELD * words + pictures),
-        shelved=streams * (max(words, 2 * pictures) + tokens * given * size),
+        shelved=streams * max(words, 2 * pictures),
+        kept=int(streams * tokens * given * size),
     )
+
+
+def _outputs(unit: Unit, chosen: int | None) -> float:
+    """Numbers that the layers of a unit give of a token, which so many of its experts are chosen for."""
+    total = 0.0
+    for layer in unit.layers:
+        experts = experts_of(unit, layer.name)
+        total += layer.shape[0] * (min(1.0, chosen / experts.count) if experts and chosen else 1)
+    return total
 
 
 def _fitting(layer: PlannedLayer, follows: bool, shares: int) -> int:

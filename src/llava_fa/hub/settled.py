@@ -21,14 +21,17 @@ class Settled:
 
     An output is kept where all that its call ran before it was settled, so that its input will be the same again.
 
+    Where memory has no room for one, it and those after it are computed again.
+
     Args:
-        layers: all whose weights may be exchanged, by name.
-        shelf: where the outputs wait.
+        layers: all whose outputs may change, by name.
+        shelf: what memory there is.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], shelf: Shelf) -> None:
         self._layers, self._shelf = layers, shelf
         self._names: set[str] = set()
+        self._reserved = 0
         self._kept: dict[int, tuple[object, list[Tensor]]] = {}
 
     def add(self, names: Collection[str]) -> None:
@@ -39,8 +42,7 @@ class Settled:
     def call(self, call: object) -> Iterator[None]:
         """While it lasts the block runs once, on this call: the very object, every time."""
         _, kept = self._kept.setdefault(id(call), (call, []))
-        self._shelf.take(kept)
-        run = _Run(self._names, kept)
+        run = _Run(self._names, kept, self._room)
         before = {name: module.__dict__.get("forward") for name, module in self._layers.items()}
         for name, module in self._layers.items():
             module.__dict__["forward"] = functools.partial(run.layer, name, module.forward)
@@ -48,17 +50,27 @@ class Settled:
             yield
         finally:
             for name, module in self._layers.items():
-                module.__dict__.pop("forward")
+                module.__dict__.pop("forward", None)
                 if before[name] is not None:
                     module.__dict__["forward"] = before[name]
-            self._shelf.put(kept)
+
+    def _room(self, nbytes: int) -> bool:
+        found = self._shelf.reserve(nbytes)
+        self._reserved += nbytes * found
+        return found
+
+    def close(self) -> None:
+        """Give up all outputs."""
+        self._kept.clear()
+        self._shelf.reserve(-self._reserved)
+        self._reserved = 0
 
 
 class _Run:
     """One run of a block. What is there is given in the order in which it came; a copy, for some models add to it."""
 
-    def __init__(self, names: Collection[str], kept: list[Tensor]) -> None:
-        self._names, self._kept = names, kept
+    def __init__(self, names: Collection[str], kept: list[Tensor], room: Callable[[int], bool]) -> None:
+        self._names, self._kept, self._room = names, kept, room
         self._at: int | None = 0
 
     def layer(self, name: str, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -68,6 +80,10 @@ class _Run:
         if self._at is None:
             return forward(*args, **kwargs)
         if self._at == len(self._kept):
-            self._kept.append(forward(*args, **kwargs))
+            made = forward(*args, **kwargs)
+            if not self._room(made.numel() * made.element_size()):
+                self._at = None
+                return made
+            self._kept.append(made)
         self._at += 1
         return self._kept[self._at - 1].clone()

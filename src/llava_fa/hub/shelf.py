@@ -79,6 +79,13 @@ class Shelf:
                 x.data = x.new_empty(0)
             self._used += self._laid[id(x)].nbytes
 
+    def reserve(self, nbytes: int) -> bool:
+        """Set some of the memory aside, if it is there; give it back by a negative number."""
+        if nbytes > 0 and self.limit is not None and self._used + nbytes > self.limit:
+            return False
+        self._used += nbytes
+        return True
+
     def take(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors back."""
         for x in tensors:

@@ -62,6 +62,8 @@ def streamed_model(
 
 def _outline(source: Source, arrangement: Arrangement, dtype: str | torch.dtype) -> Any:
     """The model loaded from tensors without content, by its own names where transformers does not read the stored."""
+    from transformers import GenerationConfig
+
     kind, config = model_class(source.home, str(source.folder))
     stored: dict[str, Stored] = {**source.entries}
     if source.prepared is not None:
@@ -73,7 +75,10 @@ def _outline(source: Source, arrangement: Arrangement, dtype: str | torch.dtype)
     }
     remedy = "Check the folder with transformers alone first"
     with transformers_errors("it does not load", remedy=remedy, where=str(source.folder)):
-        return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+        if (source.home / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source.home)
+        return model
 
 
 class _Reader:

@@ -43,7 +43,7 @@ def _descending(values: Tensor) -> Tensor:
     """Each row sorted; on a CPU by NumPy, which takes a twentieth of torch's time for rows of some hundreds."""
     if values.device.type != "cpu":
         return values.sort(dim=-1, descending=True).values
-    return -torch.from_numpy(np.sort(-values.numpy(), axis=-1))
+    return -torch.from_numpy(np.sort(-values.detach().numpy(), axis=-1))
 
 
 def attention_density(maps: Tensor, allowed: Tensor | None = None, epsilon: float = EPSILON) -> Tensor:

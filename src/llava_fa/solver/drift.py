@@ -48,5 +48,6 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
         return out
     out.copy_(values)
     for start in range(0, len(drift), _ROWS):
-        out.addmm_(values[:, start : start + _ROWS], factor.solve_rows(drift[start : start + _ROWS].clone()))
+        rows = drift[start : start + _ROWS].to(torch.float32, copy=True)
+        out.addmm_(values[:, start : start + _ROWS], factor.solve_rows(rows))
     return out

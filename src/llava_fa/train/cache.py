@@ -19,9 +19,9 @@ from llava_fa.errors import FourierError
 from llava_fa.hub.course import passes
 from llava_fa.hub.shards import Entry, Item, read_header, write_file
 from llava_fa.train.data import on_device
-from llava_fa.train.loss import Inputs, ModelTeacher
+from llava_fa.train.loss import ModelTeacher
 
-_IN_A_FILE = 64
+_IN_A_FILE, _SIDE_BY_SIDE = 64, 16
 
 
 class CachedTargets(torch.utils.data.Dataset[dict[str, Any]]):
@@ -58,34 +58,35 @@ def ask(
 ) -> CachedTargets:
     """Ask the teacher about every sample that is not in the folder yet.
 
-    One at a time; those of a file side by side where the teacher's weights are on the disk (`course.passes`).
+    One at a time; some side by side where the teacher's weights are on the disk (`course.passes`).
 
     Raises:
         FourierError: what the dataset or the teacher say.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    device = next(teacher.model.parameters()).device
     for first in range(0, len(dataset), _IN_A_FILE):
         path = _file(folder, first, len(dataset))
         if path.exists():
             continue
-        some = range(first, min(first + _IN_A_FILE, len(dataset)))
-        given = [on_device(collator([dataset[index]]), device) for index in some]
-        items = []
-        for index, top in zip(
-            some, passes(teacher.model, [partial(_likeliest, teacher, x, k) for x in given]), strict=True
-        ):
-            items += [
-                Item.of(f"{index}.log_p", top.values.to(torch.float16)),
-                Item.of(f"{index}.ids", top.indices.to(torch.int32)),
-            ]
+        items, last = [], min(first + _IN_A_FILE, len(dataset))
+        for start in range(first, last, _SIDE_BY_SIDE):
+            some = range(start, min(start + _SIDE_BY_SIDE, last))
+            asked = [partial(_likeliest, teacher, dataset, collator, index, k) for index in some]
+            for index, top in zip(some, passes(teacher.model, asked), strict=True):
+                items += [
+                    Item.of(f"{index}.log_p", top.values.to(torch.float16)),
+                    Item.of(f"{index}.ids", top.indices.to(torch.int32)),
+                ]
         write_file(path, items)
     return CachedTargets(dataset, folder)
 
 
-def _likeliest(teacher: ModelTeacher, inputs: Inputs, k: int) -> Any:
+def _likeliest(
+    teacher: ModelTeacher, dataset: Any, collator: Callable[[list[Any]], dict[str, Any]], index: int, k: int
+) -> Any:
     """``values`` and ``indices`` [answers, k]."""
-    log_p = teacher(inputs, hidden=False).log_p
+    device = next(teacher.model.parameters()).device
+    log_p = teacher(on_device(collator([dataset[index]]), device), hidden=False).log_p
     top = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
     if not bool(torch.isfinite(top.values).all()):
         raise FourierError("the teacher's answer is not finite", remedy="Load it in bf16 or float32")

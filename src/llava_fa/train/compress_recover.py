@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava_fa.bounds import COUNT, whole
 from llava_fa.data.rows import SampleSource, candidates
 from llava_fa.data.samples import Sample, chat_messages
+from llava_fa.data.textfiles import read_json
 from llava_fa.errors import FourierError
 from llava_fa.hub.compress import carry_out
 from llava_fa.hub.crew import Crew
@@ -23,6 +26,7 @@ from llava_fa.hub.plan import Plan
 from llava_fa.hub.provenance import record
 from llava_fa.hub.report import ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
+from llava_fa.hub.shards import write_text
 from llava_fa.hub.visual_tokens import FIELD
 from llava_fa.hub.work_folder import refuse_existing
 from llava_fa.train.data import DataFactory, training_data
@@ -44,6 +48,7 @@ def compress_and_recover(
     progress: ProgressCallback | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    told: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """Compress a model, then train it back towards its original, for all numbers of visual tokens if it has them.
 
@@ -60,6 +65,7 @@ def compress_and_recover(
         fresh: throw an interrupted run's work away.
         progress, on_plan: of the compression (`llava_fa.compress`).
         report: called with every log entry of the training.
+        told: called with the name of every part of the original that is read while it is asked.
 
     Returns:
         The `Report` of the trained model.
@@ -71,7 +77,7 @@ def compress_and_recover(
     if request.calibration is not None and not isinstance(request.calibration, SampleSource):
         request = dataclasses.replace(request, calibration=list(request.calibration))
     compressed = compress_first(request, out, fresh=fresh, progress=progress, on_plan=on_plan)
-    return train_back(request, compressed, out, steps, data, fresh=fresh, report=report)
+    return train_back(request, compressed, out, steps, data, fresh=fresh, report=report, told=told)
 
 
 def compress_first(
@@ -111,13 +117,14 @@ def train_back(
     *,
     fresh: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    told: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """The second half: train what `compress_first` made towards the original, and remove it."""
     samples, out = _samples(request), Path(out).expanduser().absolute()
     config = read_model_config(compressed)
     elastic = getattr(config, FIELD, None)
     device = "cpu" if str(request.device) == "cpu" else "auto"
-    away = stays_on_disk(request.model, device, memory=request.memory)
+    away = _asked_once(request, compressed, device)
     settings = TrainingSettings(
         steps=steps,
         rank=request.config.rank or max(1, config.get_text_config().hidden_size // 64),
@@ -137,16 +144,27 @@ def train_back(
         out,
         settings=settings,
         teacher=request.model,
-        memory=request.memory,
+        teacher_on_disk=away,
         data_name=f"{name} {request.visual_tokens}",
         fresh=fresh,
         report=report,
+        told=told,
         **options,
     )
     shutil.rmtree(compressed)
     if request.command is not None:
         record(out, request.command)
     return inspect_model(out)
+
+
+def _asked_once(request: CompressionRequest, compressed: Path, device: str) -> bool:
+    """Whether the original does not fit in memory; a run that was interrupted goes on as it had begun."""
+    path = compressed / "original_on_disk.json"
+    if not path.exists():
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the compression has left
+        write_text(path, json.dumps(stays_on_disk(request.model, device, memory=request.memory)))
+    return bool(read_json(path, "Give --fresh to start over"))
 
 
 def _samples(request: CompressionRequest) -> Iterable[Sample]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -95,12 +96,14 @@ def recover(
     *,
     teacher: str | Path | None = None,
     memory: int | None = None,
+    teacher_on_disk: bool | None = None,
     data_name: str = "",
     prepare: Callable[[nn.Module], None] | None = None,
     wrap_loss: Callable[[RecoveryLoss, nn.Module], LossFunction] | None = None,
     finish: Callable[[nn.Module, Any], None] | None = None,
     fresh: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    told: Callable[[str], object] = lambda _: None,
 ) -> TrainingReport:
     """Train a model back, and save it in the format it came in, factors quantised again.
 
@@ -114,12 +117,14 @@ def recover(
         teacher: the model this one was compressed from; without it, cross-entropy alone.
         memory: bytes that the teacher may make this process take (`hub.larger`): one that does not fit is read part by
             part, once, and so its word must be cached.
+        teacher_on_disk: whether it is, where that is settled.
         data_name: what the data are, for the resumption check: a run resumes with the data it began with.
         prepare: called with the loaded model before its parameters are chosen: to attach modules.
         wrap_loss: (loss, model) → the loss to train with: to average over several views of a batch.
         finish: called with the trained model and its processor before they are saved.
         fresh: throw an interrupted run's work away.
         report: called with every log entry.
+        told: called with the name of every part of a teacher on the disk that is read.
 
     Raises:
         FourierError: what can be mended: models that do not belong together, unusable samples, a loss that is not
@@ -146,7 +151,8 @@ def recover(
     }
     work, first = WorkFolder(out, manifest, fresh), not from_environment("RANK", 0, 0, COUNT)
     with work if first else contextlib.nullcontext():  # the first process makes it, the others use it
-        run = _Run(folder, settings, data, teacher, memory, prepare)
+        load_teacher = functools.partial(load_within, teacher, memory=memory, on_disk=teacher_on_disk, told=told)
+        run = _Run(folder, settings, data, teacher, None if teacher is None else load_teacher, prepare)
         if settings.cache_teacher:
             run.cache(work.path / "teacher", first)
         trainer = RecoveryTrainer(
@@ -194,7 +200,7 @@ class _Run:
         settings: TrainingSettings,
         data: DataFactory,
         teacher: str | Path | None,
-        memory: int | None,
+        load_teacher: Callable[..., tuple[Any, Any]] | None,
         prepare: Callable[[nn.Module], None] | None,
     ) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() and settings.device == "auto" else "cpu")
@@ -203,9 +209,9 @@ class _Run:
         self.folder, self.prepare = folder, prepare
         self.processor = load_processor(folder)
         self.teacher: nn.Module | None = None
-        if teacher is not None:
+        if teacher is not None and load_teacher is not None:
             check_tokenizers(self.processor, processor_of(teacher), str(teacher))
-            self.teacher = load_within(teacher, str(device), memory=memory)[0]
+            self.teacher = load_teacher(device=str(device))[0]
             if Weights.of(self.teacher).streamed and (settings.hidden or not settings.cache_teacher):
                 raise FourierError(
                     "the teacher does not fit in memory, and would be read from the disk at every step",
