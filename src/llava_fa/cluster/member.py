@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import ray
 import torch
+from torch import nn
 
 from llava_fa.cluster.proofreader import GONE, WALKED, Proofreader, read_only
 from llava_fa.errors import FourierError, located
@@ -25,7 +26,7 @@ from llava_fa.hub.calibrated_model import calibrated_model
 from llava_fa.hub.loading import check_device
 from llava_fa.hub.original import opened
 from llava_fa.hub.plan import PlannedLayer, make_plan
-from llava_fa.hub.proofread import Answers
+from llava_fa.hub.proofread import Listener
 from llava_fa.hub.report import Progress
 from llava_fa.hub.request import CompressionRequest
 from llava_fa.hub.shards import write_atomically
@@ -108,7 +109,7 @@ class Member:
             team.fit("layers", [[layer] for layer in in_order], lambda _: None, lambda layer, _: job.compress(layer))
 
     def walk(self, route: Route, shares: Shares, inputs: Sequence[Any], starts: Mapping[int, int]) -> None:
-        """Take shares of the samples along a route, fit layers meanwhile until none is left, then read the answers.
+        """Take shares of the samples along a route, fit layers meanwhile until none is left, then proofread.
 
         Args:
             route: the same for all.
@@ -126,11 +127,15 @@ class Member:
             model = calibrated_model(request, job.plan, empty, str(self.orders.dtype), own, place / "hidden")
             if Weights.of(model).streamed:
                 stack.enter_context(scratch(place / "hidden"))
-            job.tell("reading the answers")
-            answers = Answers.of(model, own, [starts[number] for number in samples])
-            follow(job, model, Colleagues(job, self.name, self.desk, shares), samples, route)
+            listener = Listener(own, [starts[number] for number in samples])
+            place_of = {number: index for index, number in enumerate(samples)}
+
+            def hear(model: nn.Module, number: int, original: bool) -> None:
+                listener(model, place_of[number], original)
+
+            follow(job, model, Colleagues(job, self.name, self.desk, shares), samples, route, hear)
             ray.get(self.desk.post.remote(self.name, WALKED, dict.fromkeys(shares)))
-            Proofreader(self.name, self.desk, job, model, answers, shares, list(samples)).serve()
+            Proofreader(self.name, self.desk, job, listener.reader(model), shares, place_of).serve()
 
     @contextlib.contextmanager
     def _job(self) -> Iterator[tuple[Job, Any]]:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import ray
 import torch
 from ray.exceptions import ObjectLostError, RayActorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_fa.hub.plan import PlannedLayer
-from llava_fa.hub.proofread import NONE, Answers, Here, moments
+from llava_fa.hub.proofread import NONE, Here, moments
 from llava_fa.hub.shares import Shares
 from llava_fa.hub.streaming import Job
 from llava_fa.solver.statistics import SecondMoment
@@ -45,10 +45,10 @@ class Proofreader:
 
     Args:
         name, desk: of the worker, and where they meet.
-        job, model: what was compressed, and computes with the result.
-        answers: the original's, of the worker's own samples.
+        job: what was compressed.
+        here: who reads the worker's own samples.
         shares: the worker's.
-        numbers: of its samples, in the order in which ``answers`` has them.
+        place: number of a sample → its place among the worker's.
     """
 
     def __init__(
@@ -56,15 +56,12 @@ class Proofreader:
         name: str,
         desk: Any,
         job: Job,
-        model: nn.Module,
-        answers: Answers,
+        here: Here,
         shares: Shares,
-        numbers: Sequence[int],
+        place: Mapping[int, int],
     ) -> None:
-        self.name, self.desk, self.model, self.answers, self.shares = name, desk, model, answers, shares
-        self.here = Here(model, answers)
+        self.name, self.desk, self.here, self.shares, self.place = name, desk, here, shares, place
         self.layers = {layer.name: layer for layer in job.plan.layers}
-        self.place = {number: index for index, number in enumerate(numbers)}
 
     @torch.no_grad()
     def serve(self) -> None:
@@ -89,7 +86,7 @@ class Proofreader:
 
     def _moments(self, order: Order, samples: range, _: Mapping[str, Callable[[], Tensor]]) -> Any:
         layers = [self.layers[name] for name in order.names]
-        found = moments(self.model, self.answers, layers, [self.place[number] for number in samples])
+        found = moments(self.here.model, self.here.answers, layers, [self.place[number] for number in samples])
         states = {name: moment.state() for name, moment in found.items()}
         return ray.put({name: (count, [x.cpu().numpy() for x in sums]) for name, (count, sums) in states.items()})
 

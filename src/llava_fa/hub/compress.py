@@ -203,7 +203,7 @@ def _compressed(
         if data is None:
             fit(job)
         elif model is not None and crew is not None:
-            route = route_of(job, model, data.inputs)
+            route = route_of(job, model, data.inputs, whole=True)
             model = None
             with crew.walk(job, request, empty, dtype, data.inputs, data.answers, route) as reader:
                 proofread.proofread(job, reader)
