@@ -11,8 +11,11 @@ from elsewhere import DEVICE, Elsewhere
 import llava_fa
 from llava_fa import FourierConfig, FourierError, native
 from llava_fa.hub import calibrated_model, streaming
-from llava_fa.hub.plan import PlannedLayer
-from llava_fa.hub.work_folder import WorkFolder
+from llava_fa.hub.architecture import empty_model
+from llava_fa.hub.plan import PlannedLayer, make_plan
+from llava_fa.hub.source import open_source
+from llava_fa.hub.team import Alone
+from llava_fa.hub.work_folder import Parts, WorkFolder
 from llava_fa.maths import device as devices
 from llava_fa.solver import best, portions, statistics
 from llava_fa.solver.approximate import approximate
@@ -185,6 +188,30 @@ def test_reading_and_writing_are_done_beside(checkpoint, quick, tmp_path, monkey
         if what == "read":  # two at most wait to be written or fitted
             written = sum(one == "written" for one, *_ in done[:i])
             assert names.index(name) - written <= 3
+
+
+def test_layers_of_several_inputs_are_written_while_the_next_is_fitted(checkpoint, quick, tmp_path, monkeypatch):
+    source = open_source(checkpoint)
+    plan = make_plan(empty_model(source.home, len(source.entries)), source, quick)
+    stage, begun, beside, save = plan.layers[:3], threading.Event(), [], Parts.save
+
+    def waits(self, name, *args):
+        if name == stage[0].name:
+            beside.append(begun.wait(10))
+        save(self, name, *args)
+
+    def told(now):
+        if now.name == stage[1].name:
+            begun.set()
+
+    monkeypatch.setattr(Parts, "save", waits)
+    (tmp_path / "parts").mkdir()
+    with Elsewhere():
+        job = streaming.Job(plan, Parts(tmp_path / "parts"), told, DEVICE)
+        Alone(job, {}).fit("stage", [[layer] for layer in stage], lambda _: None, lambda layer, _: job.compress(layer))
+        job.overlap.close()
+    assert beside == [True]
+    assert not job.missing(stage)
 
 
 def test_what_cannot_be_written_is_told_and_the_rest_is_there(checkpoint, quick, tmp_path, digest, monkeypatch):

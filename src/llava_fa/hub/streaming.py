@@ -71,7 +71,7 @@ class Job:
         self.done, self.weights = self.done + 1, self.weights + weights
 
     def missing(self, layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
-        """Those of the layers that have no part yet."""
+        """Those of the layers that have no part yet, all that is finished having been written."""
         self.overlap.settle()
         return [layer for layer in layers if layer.name not in self.work]
 

@@ -134,9 +134,10 @@ class Alone:
     ) -> None:
         """See `Team`."""
         read = [statistics(group[0]) for group in groups]
-        self.job.overlap.expect([layer for group in groups for layer in self.job.missing(group)])
-        for group, known in zip(groups, read, strict=True):
-            for layer in self.job.missing(group):
+        missing = [self.job.missing(group) for group in groups]  # once: asking waits for what is being written
+        self.job.overlap.expect([layer for group in missing for layer in group])
+        for group, known in zip(missing, read, strict=True):
+            for layer in group:
                 fit(layer, known)
 
     def fetch(self, layers: Iterable[PlannedLayer]) -> None:
