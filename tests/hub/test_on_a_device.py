@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from llava_fa.hub.source import open_source
 from llava_fa.hub.team import Alone
 from llava_fa.hub.work_folder import Parts, WorkFolder
 from llava_fa.maths import device as devices
+from llava_fa.maths import metrics
 from llava_fa.solver import best, portions, statistics
 from llava_fa.solver.approximate import approximate
 from llava_fa.solver.statistics import Drift, SecondMoment
@@ -145,6 +147,16 @@ def test_a_layer_is_begun_again_until_it_fits(checkpoint, quick, tmp_path, diges
         with pytest.raises(FourierError, match=r"lazy: the device ran out of memory.*--device cpu goes on"):
             llava_fa.compress(checkpoint, tmp_path / "never", quick, device=DEVICE)
     assert devices.at_a_time(1, DEVICE) == 1
+
+
+@pytest.mark.usefixtures("fits_there")
+def test_so_is_its_error_against_the_original(checkpoint, samples, quick, tmp_path, digest, monkeypatch):
+    llava_fa.compress(checkpoint, tmp_path / "here", quick, samples, device="cpu")
+    monkeypatch.setattr(streaming, "metrics", SimpleNamespace(weight_error=out_of_memory(1, metrics.weight_error)))
+    with Elsewhere():
+        llava_fa.compress(checkpoint, tmp_path / "there", quick, samples, device=DEVICE)
+    assert devices.at_a_time(2, DEVICE) == 64
+    assert digest(tmp_path / "here") == digest(tmp_path / "there")
 
 
 def test_a_gpu_without_a_number_is_the_one_that_its_tensors_are_on(monkeypatch):

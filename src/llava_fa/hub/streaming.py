@@ -156,7 +156,7 @@ def approximated(
         result = halving(lambda: _fitted(weight, device, layer.config, given, drift), device)
         error = result.weight_error
         if drift is not None:  # read again rather than kept: memory is counted in copies of it
-            error = metrics.weight_error(weight().to(device), result.dequantize())
+            error = halving(lambda: metrics.weight_error(weight().to(device), result.dequantize()), device)
     return result, Measurement(error, result.output_error if measured else None, notes + result.notes, tokens)
 
 
