@@ -89,6 +89,25 @@ def test_sums_are_where_inputs_are_if_there_is_room(monkeypatch):
         assert torch.equal(ours, theirs)
 
 
+def test_means_for_which_there_is_no_memory_are_here(monkeypatch):
+    x, given = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0))
+    empty = torch.empty
+
+    def full(*args, **kwargs):
+        if kwargs.get("device") == DEVICE:
+            raise torch.OutOfMemoryError("out of memory")
+        return empty(*args, **kwargs)
+
+    with Elsewhere():
+        moment, drift = SecondMoment(6), Drift(6)
+        moment.add(given.to(DEVICE))
+        drift.add(x.to(DEVICE), given.to(DEVICE))
+        expected = [moment.value().cpu(), drift.value().cpu()]
+        monkeypatch.setattr(torch, "empty", full)
+        found = [moment.value(spend=True), drift.value()]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 def layer():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 40, generator=generator) @ torch.randn(40, 40, generator=generator)

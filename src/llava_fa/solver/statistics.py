@@ -89,7 +89,7 @@ class SecondMoment:
         if len(self._sum):
             return _mean(self._sum, self.count, self.name)
         _check_count(self.count, self.name)
-        mean = torch.empty(self.n, self.n, dtype=torch.float32, device=next(iter(self._panels.values())).device)
+        mean = _empty((self.n, self.n), next(iter(self._panels.values())).device)
         for first in list(self._panels):
             panel = self._panels.pop(first) if spend else self._panels[first]
             stop = first + len(panel)
@@ -175,10 +175,18 @@ def _check_count(count: int, name: str) -> None:
 def _mean(total: Tensor, count: int, name: str) -> Tensor:
     """total / count in float32."""
     _check_count(count, name)
-    out = torch.empty(total.shape, dtype=torch.float32, device=total.device)
+    out = _empty(tuple(total.shape), total.device)
     for rows in _slices(len(total)):
         out[rows] = total[rows] / count
     return out
+
+
+def _empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """float32 there; or on the CPU, where that has no memory left: fitting, which may need less of it, moves it."""
+    try:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    except torch.OutOfMemoryError:
+        return torch.empty(shape, dtype=torch.float32)
 
 
 def _slices(n: int) -> list[slice]:
