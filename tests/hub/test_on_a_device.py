@@ -11,7 +11,7 @@ from elsewhere import DEVICE, Elsewhere
 
 import llava_fa
 from llava_fa import FourierConfig, FourierError, native
-from llava_fa.hub import calibrated_model, streaming
+from llava_fa.hub import calibrated, calibrated_model, streaming
 from llava_fa.hub.architecture import empty_model
 from llava_fa.hub.plan import PlannedLayer, make_plan
 from llava_fa.hub.source import open_source
@@ -169,9 +169,13 @@ def test_a_layer_is_begun_again_until_it_fits(checkpoint, quick, tmp_path, diges
 
 
 @pytest.mark.usefixtures("fits_there")
-def test_so_is_its_error_against_the_original(checkpoint, samples, quick, tmp_path, digest, monkeypatch):
+@pytest.mark.parametrize("what", ["the error against the original", "the weight that the model goes on with"])
+def test_so_is_what_follows(what, checkpoint, samples, quick, tmp_path, digest, monkeypatch):
     llava_fa.compress(checkpoint, tmp_path / "here", quick, samples, device="cpu")
-    monkeypatch.setattr(streaming, "metrics", SimpleNamespace(weight_error=out_of_memory(1, metrics.weight_error)))
+    if what.startswith("the error"):
+        monkeypatch.setattr(streaming, "metrics", SimpleNamespace(weight_error=out_of_memory(1, metrics.weight_error)))
+    else:
+        monkeypatch.setattr(calibrated, "layer_from_tensors", out_of_memory(1, calibrated.layer_from_tensors))
     with Elsewhere():
         llava_fa.compress(checkpoint, tmp_path / "there", quick, samples, device=DEVICE)
     assert devices.at_a_time(2, DEVICE) == 64

@@ -34,6 +34,7 @@ from llava_fa.hub.team import Alone, Route, Team
 from llava_fa.hub.weights import Weights
 from llava_fa.kernels.layout import Layout
 from llava_fa.kernels.packed import packed_weight
+from llava_fa.maths.device import halving
 from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.nn.fourier_embedding import write_rows
 
@@ -343,6 +344,10 @@ def _use_part(job: Job, weights: Weights, layer: PlannedLayer, keep: bool = Fals
 def stored_weight(job: Job, layer: PlannedLayer) -> Tensor:
     """The weight that a finished layer stands for, [m, n]."""
     job.overlap.settle()
+    return halving(lambda: _dequantised(job, layer), job.device)
+
+
+def _dequantised(job: Job, layer: PlannedLayer) -> Tensor:
     packed = {key: value.to(job.device) for key, value in job.work.load(layer.name).items()}
     if layer.embedding and isinstance(layer.layout, Layout):
         weight = torch.empty(layer.shape, device=job.device)
