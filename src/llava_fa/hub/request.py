@@ -25,7 +25,7 @@ class CompressionRequest:
         model, config, calibration, budget, casp, embeddings, visual_tokens, vision_tower, drop_unused, device: as
             for `llava_fa.compress`. ``calibration`` is read once, when it is needed (`data.rows.SampleSource` names a
             file).
-        memory: bytes that a calibrated run may take (`hub.memory`); None: what the machine has.
+        memory: bytes of the machine's memory that a calibrated run may take (`hub.memory`); None: what it has.
         skip_bad_rows: a calibration sample that cannot be used gives its place to the next, and is listed in the
             report; otherwise it is an error.
         command: the command it came from, with OUT for the new folder; kept beside the weights (`hub.provenance`).
