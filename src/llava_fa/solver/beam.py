@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava_fa import native
 from llava_fa.maths.nearest import NearestCode
-from llava_fa.solver.feedback import column_blocks, corrected
+from llava_fa.solver.feedback import Corrections, column_blocks
 
 # Columns per block. The hypotheses of a row differ within one block only: at its end the best one is kept,
 # and the correction from all earlier blocks is one GEMM for one history.
@@ -38,8 +38,9 @@ def round_with_beam(target: Tensor, unit: Tensor, blocks: Tensor, search: Neares
     beam = _Beam(search, width)
     metric = torch.stack([blocks[:, 0, 0], blocks[:, 0, 1], blocks[:, 1, 1]], dim=1)
     compiled = native.serves(target, unit, blocks) and width == _COMPILED_WIDTH
+    corrections = Corrections(target, unit, target)
     for block, pairs in column_blocks(size, _BLOCK):
-        base = corrected(target, unit, target, block, block.start)
+        base = corrections.of(block, block.start)
         here = target[block], base, unit[block, block]
         found = beam.compiled(*here, metric[pairs]) if compiled else beam.run(*here, blocks[pairs])
         target[block], codes[pairs] = found

@@ -18,8 +18,11 @@ from llava_fa.maths.cholesky import UpperFactor, upper_factor
 from llava_fa.maths.nearest import NearestCode
 from llava_fa.solver.scratch import zeros
 
-# Columns per block: corrections within a block are small products, those between blocks one GEMM.
+# Columns per block: corrections within a block are small products.
 _BLOCK = 128
+# Columns of several blocks, whose corrections from all before them are one GEMM: for one block alone it would be too
+# narrow to run at full speed.
+_PANEL = 512
 # Rows of a matrix [N, N] that are worked on at a time: large pieces of memory, once freed, come back as holes.
 _ROWS = 128
 
@@ -84,6 +87,34 @@ def corrected(target: Tensor, unit: Tensor, error: Tensor, columns: slice, settl
     return torch.addmm(base, unit[:settled, columns].T, error[:settled]) if settled else base
 
 
+class Corrections:
+    """`corrected` of one block of columns after the other, from the first to the last.
+
+    What reaches a panel from columns in front of it is worked out for all of its blocks at once.
+
+    Args:
+        target: A [N, m].
+        unit: M [N, N].
+        error: E [N, m], which is filled in meanwhile; it may take the place of A.
+    """
+
+    def __init__(self, target: Tensor, unit: Tensor, error: Tensor) -> None:
+        self.target, self.unit, self.error = target, unit, error
+        self.panel, self.columns, self.settled = target, slice(0, 0), 0
+
+    def of(self, columns: slice, settled: int) -> Tensor:
+        """Of these columns, for the errors of the first ``settled``; not to be written to."""
+        if columns.start >= self.columns.stop:
+            self.columns = slice(columns.start, min(columns.start + _PANEL, len(self.target)))
+            self.panel, self.settled = corrected(self.target, self.unit, self.error, self.columns, settled), settled
+        first = self.columns.start
+        base = self.panel[columns.start - first : columns.stop - first]
+        if settled == self.settled:
+            return base
+        since = slice(self.settled, settled)
+        return torch.addmm(base, self.unit[since, columns].T, self.error[since])
+
+
 def round_with_feedback(target: Tensor, unit: Tensor, search: NearestCode) -> tuple[Tensor, Tensor]:
     """Codes int32 [N/2, m] and errors E [N, m] of greedy rounding with linear feedback.
 
@@ -97,10 +128,10 @@ def round_with_feedback(target: Tensor, unit: Tensor, search: NearestCode) -> tu
     size, rows = target.shape
     error = torch.empty_like(target)
     codes = torch.empty(size // 2, rows, dtype=torch.int32, device=target.device)
-    compiled = native.serves(target, unit)
+    compiled, corrections = native.serves(target, unit), Corrections(target, unit, error)
     for block, pairs in column_blocks(size, _BLOCK):
         error[block] = target[block]
-        base, within = corrected(target, unit, error, block, block.start), unit[block, block].contiguous()
+        base, within = corrections.of(block, block.start), unit[block, block].contiguous()
         if compiled:
             job = native.Greedy(error[block], base, len(base), rows, within, search.tables(), codes[pairs])
             native.call(job)
@@ -129,7 +160,15 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
     inverse = torch.linalg.inv(pair_blocks(moment))
     compiled = native.serves(error, moment)
     for block, pairs in column_blocks(size, _BLOCK):
-        gradient, own, within = moment[block] @ error, inverse[pairs].contiguous(), moment[block, block].contiguous()
+        if block.start % _PANEL == 0:
+            first = block.start
+            panel = slice(first, first + _PANEL)
+            pulls, before = moment[panel] @ error, error[panel].clone()
+        gradient = pulls[block.start - first : block.stop - first]
+        if block.start > first:  # what the blocks before it in the panel have changed meanwhile
+            here = slice(first, block.start)
+            gradient = torch.addmm(gradient, moment[block, here], error[here] - before[: block.start - first])
+        own, within = inverse[pairs].contiguous(), moment[block, block].contiguous()
         if compiled:
             by_row = torch.empty(rows, dtype=torch.int32, device=error.device)
             tables = within, own, search.tables(), codes[pairs], by_row

@@ -17,7 +17,7 @@ from torch import Tensor
 from llava_fa import native
 from llava_fa.maths.device import at_a_time
 from llava_fa.maths.trellis import Trellis, trellis
-from llava_fa.solver.feedback import column_blocks, corrected
+from llava_fa.solver.feedback import Corrections, column_blocks, corrected
 
 # Columns per block. Paths differ within the last two blocks; what is older is settled by the cheapest path.
 _BLOCK = 32
@@ -66,8 +66,9 @@ def _round_compiled(target: Tensor, unit: Tensor, metric: Tensor, near: NearbyWi
     size, rows = target.shape
     metric = metric.flatten(1)[:, [0, 1, 3]].contiguous()
     paths = torch.empty(rows, native.trellis_row_bytes(target.device), dtype=torch.uint8, device=target.device)
+    corrections = Corrections(target, unit, target)
     for block, pairs in column_blocks(size, _BLOCK):
-        base = corrected(target, unit, target, block, max(0, block.start - _BLOCK))
+        base = corrections.of(block, max(0, block.start - _BLOCK))
         ahead = unit[block, block.start : block.stop + _BLOCK].contiguous()
         job = native.TrellisBeam(
             target,
