@@ -187,8 +187,9 @@ def _compressed(
             dtype = running_dtype(plan, device, work)
             job.tell("loading the model")
             model = calibrated_model(request, plan, empty, dtype, data.inputs, work.hidden, show)
-            if Weights.of(model).streamed:
+            if Weights.of(model).streamed or request.memory is not None:
                 stack.enter_context(scratch(work.hidden))
+            if Weights.of(model).streamed:
                 Weights.of(model).told = lambda path: job.tell(job.stage, path)
         if request.budget is not None:
             job.plan = _allocated(request, job, model, data)
