@@ -101,7 +101,7 @@ def rows(tmp_path):
 def test_a_sample_longer_than_the_context_is_refused_with_its_row(rows, checkpoint, quick, tmp_path, monkeypatch):
     some = json.loads(rows.read_text())
     rows.write_text(json.dumps([some[0], some[4]]))
-    monkeypatch.setattr("llava_fa.hub.compress._load", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("llava_fa.hub.calibrated_model._load", lambda *_: pytest.fail("the model is loaded"))
     message = r"rows\.json row 1: it has 5\d\d tokens, and there is room for 256\. .* or give --skip"
     with pytest.raises(FourierError, match=message):
         llava_fa.compress(checkpoint, tmp_path / "out", quick, SampleSource(str(rows)))
