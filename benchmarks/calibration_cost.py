@@ -129,25 +129,24 @@ def cost(config: Any, samples: int, tokens: int) -> Cost:
 
 def _operations(layers: Sequence[Any], tokens: int, chosen: float, passes: float) -> tuple[float, float, float]:
     bf16 = float32 = float64 = 0.0
-    seen: dict[tuple[str, str], int] = {}
+    outputs: dict[tuple[str, str], int] = {}
+    for layer in layers:
+        outputs[_group(layer.name)] = outputs.get(_group(layer.name), 0) + layer.shape[0]
     for layer in layers:
         m, n = layer.shape
-        parent, _, own = layer.name.rpartition(".")
-        together = next((names for names in _SHARE if own in names), (own,))
-        seen[parent, together[0]] = seen.get((parent, together[0]), 0) + m
-    given = set()
-    for layer in layers:
-        m, n = layer.shape
-        parent, _, own = layer.name.rpartition(".")
-        key = parent, next((names for names in _SHARE if own in names), (own,))[0]
         t = tokens * (chosen if ".experts." in layer.name else 1)
         bf16 += passes * 2 * t * m * n
-        if key not in given:
-            given.add(key)
-            float32 += t * (n * n + 4 * n * min(n, seen[key]))
+        if together := outputs.pop(_group(layer.name), None):
+            float32 += t * (n * n + 4 * n * min(n, together))
         float32 += n**3 / 3 + 2 * m * n * n + 7 * m * n * n
         float64 += n**3 / 3
     return bf16, float32, float64
+
+
+def _group(name: str) -> tuple[str, str]:
+    """The same for layers that share an input."""
+    parent, _, own = name.rpartition(".")
+    return parent, next((names for names in _SHARE if own in names), (own,))[0]
 
 
 def measured() -> Rates:

@@ -30,6 +30,8 @@ _WAITING = 16
 _HELD = 3
 """Hidden states that a sample holds between two parts beside the ones that can be put away: what words and pictures
 were made into, and what a deeper layer is to be given."""
+_STREAMS = 2
+"""Of every sample: through the present model, and beside it through the original."""
 _LEAST = 64 << 20
 """Bytes of hidden states that stay in memory at least."""
 
@@ -155,7 +157,6 @@ def need(
         fitting = max(fitting, size * (_numel(unit.module) + ours) + largest)
         given = max(given, _outputs(unit, getattr(text, "num_experts_per_tok", None)))
     width = int(getattr(text, "hidden_size", 0))
-    streams = 2  # the original model is heard beside the other
     tokens = sum(sample["input_ids"].numel() for sample in inputs)
     words = tokens * width * size
     pictures = sum(x.numel() for sample in inputs for x in sample.values() if x.is_floating_point()) * size
@@ -166,9 +167,9 @@ def need(
         outside=size * (total - sum(parts.values())),
         part=size * max(parts.values(), default=0),
         fitting=fitting,
-        held=streams * (_HELD * words + pictures),
-        shelved=streams * max(words, 2 * pictures),
-        kept=int(streams * tokens * given * size),
+        held=_STREAMS * (_HELD * words + pictures),
+        shelved=_STREAMS * max(words, 2 * pictures),
+        kept=int(_STREAMS * tokens * given * size),
     )
 
 
