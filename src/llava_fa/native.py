@@ -31,7 +31,7 @@ LEVELS = ("portable", "avx2", "avx512")
 """Instruction sets, narrowest first; a CPU that has one has those before it."""
 SWITCH = "LLAVA_FA_NATIVE"
 # As in csrc/library.cpp: raised whenever an exported function or a struct changes.
-_ABI = 8
+_ABI = 9
 
 
 @cache
@@ -135,13 +135,14 @@ TrellisBeam = namedtuple(
     "target base start columns size rows unit ahead metric points code_bits lists first side tried tried_first reach "
     "paths states",
 )
+Product = namedtuple("Product", "a b c m n k a_row a_column b_row b_column c_row sign rough")
 Interleave = namedtuple("Interleave", "source to m coefficients code_bits state_bits back")
 Layer = namedtuple(
     "Layer",
     "x out batch dtype codes row_scale input_scale signs codebook left right left_scale right_scale rank bias "
     "bias_dtype m n code_bits state_bits exact",
 )
-STRUCTS = (Nearest, Viterbi, Beam, Greedy, Refine, TrellisBeam, Interleave, Layer)
+STRUCTS = (Nearest, Viterbi, Beam, Greedy, Refine, TrellisBeam, Product, Interleave, Layer)
 
 _pack_layer = struct.Struct(f"{len(Layer._fields)}q").pack
 
@@ -163,6 +164,26 @@ def call(job: Viterbi | Beam | Greedy | Refine | TrellisBeam) -> None:
     name = _symbol(type(job).__name__)
     if getattr(_loaded(), name)(LEVELS.index(level), torch.get_num_threads(), _packed(job)):
         raise MemoryError(f"no memory for the working space of {name}")
+
+
+def multiplies(*matrices: Tensor) -> bool:
+    """Whether `product` takes these: float32 on a CPU with bf16 matrix instructions."""
+    return serves(*matrices) and matrices[0].device.type == "cpu" and _multiplies(choice()[0])
+
+
+@cache
+def _multiplies(level: str | None) -> bool:
+    return level is not None and bool(_loaded().llava_fa_multiplies(LEVELS.index(level)))
+
+
+def product(job: Product) -> None:
+    """One product of matrices, on torch's threads.
+
+    Raises:
+        MemoryError: there was none left for its working space.
+    """
+    if _loaded().llava_fa_product(torch.get_num_threads(), _parallel(), _packed(job)):
+        raise MemoryError("no memory for the working space of a product")
 
 
 def interleave(job: Interleave) -> None:
@@ -201,6 +222,8 @@ def _declare(library: ctypes.CDLL) -> None:
     for kernel in ("viterbi", "beam", "greedy", "refine", "trellis_beam"):
         function = getattr(library, f"llava_fa_{kernel}")
         function.argtypes, function.restype = [integer, integer, job], integer
+    library.llava_fa_multiplies.argtypes, library.llava_fa_multiplies.restype = [integer], integer
+    library.llava_fa_product.argtypes, library.llava_fa_product.restype = [integer, address, job], integer
     library.llava_fa_interleave.argtypes = [integer, address, job]
     library.llava_fa_interleave.restype = None
     library.llava_fa_linear_name.restype = ctypes.c_char_p

@@ -1,7 +1,9 @@
 """A real cluster of Ray on this machine: every node is processes of its own."""
 
+import contextlib
 import hashlib
 
+import psutil
 import pytest
 
 
@@ -13,6 +15,7 @@ class Nodes:
 
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.nodes = []
+        self.stopped = []
 
     @property
     def address(self):
@@ -26,9 +29,20 @@ class Nodes:
             self.nodes.append(self.cluster.add_node(num_cpus=count, object_store_memory=150 << 20))
         self.cluster.wait_for_nodes()
 
+    def stop(self):
+        """From now on the workers of the last of them do nothing any more, and do not say so."""
+        raylet = self.nodes[-1].all_processes["raylet"][0].process.pid
+        ours = [one for one in psutil.Process(raylet).children(recursive=True) if one.cmdline()[0].startswith("ray::")]
+        for one in ours:
+            one.suspend()
+        self.stopped += ours
+
     def kill(self):
         """The last of them, at once."""
         self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+        while self.stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.stopped.pop().kill()
 
 
 @pytest.fixture(scope="session")

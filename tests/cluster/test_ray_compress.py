@@ -1,5 +1,6 @@
 """A compression over a cluster of Ray ends with the bytes of one without, whoever dies meanwhile."""
 
+import json
 import os
 import signal
 import subprocess
@@ -163,10 +164,18 @@ def test_a_node_is_killed(nodes, checkpoint, samples, alone, tmp_path, digest, a
 
 
 def test_a_node_is_killed_without_data(nodes, checkpoint, tmp_path, digest):
+    """Its worker stops before, so that it has a layer in hand that nobody else has."""
     nodes.have(1, 1)
-    killer = Killer(4, nodes.kill)
-    out = made(checkpoint, tmp_path / "ray", address=nodes.address, progress=killer)
-    assert killer.act is None  # it may have had no layer in hand, and nobody missed it
+    stopper, killer = Killer(3, nodes.stop), Killer(7, nodes.kill)
+
+    def progress(one):
+        stopper(one)
+        killer(one)
+
+    out = made(checkpoint, tmp_path / "ray", address=nodes.address, progress=progress)
+    assert stopper.act is None
+    assert killer.act is None
+    assert any("died" in one.name for one in killer.seen)
     assert digest(out) == digest(made(checkpoint, tmp_path / "alone"))
 
 
@@ -203,6 +212,31 @@ def test_the_command_is_killed_and_resumes(nodes, checkpoint, tmp_path, digest):
     subprocess.run([*line[:5], str(plain), *line[6:]], check=True, capture_output=True, timeout=200)
     assert digest(out) == digest(plain)
     assert expected.is_dir()
+
+
+def test_the_command_is_killed_and_resumes_with_data(nodes, checkpoint, tmp_path, digest):
+    """What workers held of hidden states is gone with them, and made again from the layers that are finished."""
+    nodes.have(1, 1)
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"question": "what was said? " + "so it goes " * n, "answer": "that"} for n in range(5)]))
+
+    def line(out):
+        module = [sys.executable, "-m", "llava_fa.cli.main", "compress", str(checkpoint), str(out)]
+        return [*module, "--bits", "2", "--calibration", str(rows), "--samples", "5"]
+
+    out, parts = tmp_path / "ray", tmp_path / "ray.partial" / "parts"
+    ray = [*line(out), "--ray", nodes.address]
+    running = subprocess.Popen(ray, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("*.safetensors"))) < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert 9 <= len(list(parts.glob("*.safetensors"))) < LAYERS
+    again = subprocess.run(ray, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    subprocess.run(line(tmp_path / "plain"), check=True, capture_output=True, timeout=300)
+    assert digest(out) == digest(tmp_path / "plain")
 
 
 def test_what_nobody_answers(tmp_path):

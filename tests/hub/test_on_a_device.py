@@ -10,6 +10,7 @@ import torch
 from elsewhere import DEVICE, Elsewhere
 
 import llava_fa
+import llava_fa.solver.approximate as fitting
 from llava_fa import FourierConfig, FourierError, native
 from llava_fa.hub import calibrated, calibrated_model, streaming
 from llava_fa.hub.architecture import empty_model
@@ -173,7 +174,10 @@ def test_a_layer_is_begun_again_until_it_fits(checkpoint, quick, tmp_path, diges
 def test_so_is_what_follows(what, checkpoint, samples, quick, tmp_path, digest, monkeypatch):
     llava_fa.compress(checkpoint, tmp_path / "here", quick, samples, device="cpu")
     if what.startswith("the error"):
-        monkeypatch.setattr(streaming, "metrics", SimpleNamespace(weight_error=out_of_memory(1, metrics.weight_error)))
+        failing = SimpleNamespace(
+            weight_error=out_of_memory(1, metrics.weight_error), output_error=metrics.output_error
+        )
+        monkeypatch.setattr(fitting, "metrics", failing)
     else:
         monkeypatch.setattr(calibrated, "layer_from_tensors", out_of_memory(1, calibrated.layer_from_tensors))
     with Elsewhere():

@@ -1,6 +1,8 @@
 """What settled layers gave is given again, and only where it would come again."""
 
+import gc
 import types
+import weakref
 
 import helpers
 import pytest
@@ -12,6 +14,7 @@ import llava_fa
 from llava_fa.hub.blocks import Call, Unit
 from llava_fa.hub.settled import Settled
 from llava_fa.hub.shelf import Shelf
+from llava_fa.hub.weights import Weights
 from llava_fa.nn.experts import unfuse
 
 
@@ -154,3 +157,21 @@ def test_a_follower_keeps_nothing_of_experts_or_behind_them():
             [(_, kept)] = unit.settled._kept.values()
             assert (len(kept) > 4) != follower  # q, k, v, o, and experts
             assert len(kept) >= 4
+
+
+def test_a_copy_of_a_unit_goes_with_its_last_use():
+    """One that the garbage collector has to find would keep a block's weights meanwhile."""
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block()])})
+    weights = Weights.of(model, ["blocks.0"])
+    gc.disable()
+    try:
+        with weights.gated():
+            unit = Unit("blocks.0", model["blocks"][0], [])
+            copied = unit.copy()
+            x = torch.randn(2, 128)
+            assert torch.equal(copied.module(x), unit.module(x))
+            gone = weakref.ref(copied.module)
+            del copied
+            assert gone() is None
+    finally:
+        gc.enable()

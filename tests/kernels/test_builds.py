@@ -17,6 +17,7 @@ import llava_fa
 from llava_fa import native
 from llava_fa.kernels import compiled, doctor
 from llava_fa.kernels.layout import Layout
+from llava_fa.maths import products
 
 CSRC = Path(llava_fa.__file__).parent / "csrc"
 SECONDS = 700  # for a build or a run: half a minute each on a machine with nothing else to do
@@ -44,6 +45,17 @@ def outputs() -> list[torch.Tensor]:
     return made
 
 
+def products_are_right() -> None:
+    assert native.multiplies(torch.zeros(1))
+    for m, k, n in ((1, 1, 1), (40, 1060, 70), (70, 33, 40)):
+        a, b, c = torch.randn(m, k), torch.randn(n, k).T, torch.randn(m, n)
+        bound = a.double().abs() @ b.double().abs() * 2.0**-16 + 2.0**-20
+        for sign in (-1, 0, 1):
+            out = c.clone()
+            products.compute(a, b, out, sign)
+            assert bool(((out - (c.double() * abs(sign) + (sign or 1) * (a.double() @ b.double()))).abs() <= bound).all())
+
+
 @pytest.mark.parametrize(
     ("level", "name", "flags"),
     [
@@ -67,6 +79,8 @@ def test_every_build_of_a_level_gives_the_same(tmp_path, monkeypatch, level, nam
         assert found["kernels"]["layer"] == name
         assert found["ok"], found["checks"]
         assert all(torch.equal(a, b) for a, b in zip(outputs(), ours, strict=True))
+        if name == "avx512amx":
+            products_are_right()
     finally:
         native._library.cache_clear()
 
@@ -81,6 +95,7 @@ torch.set_num_threads(2)
 from packed_layers import best, random_tensors, trellis
 from llava_fa import FourierLinear
 from llava_fa.kernels.doctor import diagnose
+from llava_fa.maths import products
 assert diagnose()["ok"]
 shapes = [(1, 1, 2), (17, 33, 3), (16, 1994, 4), (40, 19 * 64, 5), (5, 37 * 32, 6), (33, 31, 7), (100, 43 * 32, 8)]
 with torch.no_grad():
@@ -95,6 +110,13 @@ with torch.no_grad():
                             for dtype in (torch.bfloat16, torch.float32):
                                 layer(torch.randn(batch, n).to(dtype))
                         layer.state_dict()
+if native.multiplies(torch.zeros(1)):
+    for m, k, n in ((1, 1, 1), (33, 1030, 130), (257, 40, 31)):
+        a, b = torch.randn(m, k), torch.randn(k, n)
+        for left in (a, a.T.contiguous().T):
+            for right in (b, b.T.contiguous().T):
+                for sign in (-1, 0, 1):
+                    products.compute(left, right, torch.zeros(m, n), sign)
 print("fine")
 """
 
@@ -106,7 +128,8 @@ def test_the_address_sanitizer_finds_nothing(tmp_path):
     )
     if not os.path.isabs(asan):
         pytest.skip("the compiler has no address sanitizer")
-    build(tmp_path, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover")
+    tiles = ("-DLLAVA_FA_AMX",) if native.multiplies(torch.zeros(1)) else ()
+    build(tmp_path, *tiles, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover")
     tests, src = Path(__file__).parent.parent, CSRC.parent.parent
     code = SANITIZED.format(tests=str(tests), src=str(src), folder=str(tmp_path))
     environment = os.environ | {

@@ -45,3 +45,22 @@ def test_what_is_not_positive_definite_has_no_factor(at):
     matrix[at, at] = -1.0
     assert cholesky.upper_factor(matrix, 0.0) is None
     assert cholesky.upper_factor(torch.full((3, 3), torch.nan), 0.0) is None
+
+
+@pytest.mark.parametrize("size", [16, 63, 64, 65, 200])  # panels of 16, four of them together
+def test_panels_are_solved_for_in_groups(monkeypatch, size):
+    monkeypatch.setattr(cholesky, "_SIDE", 16)
+    matrix = definite(size)
+    factor = cholesky.upper_factor(matrix, 0.5)
+    right = torch.randn(9, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solved = factor.solve_rows(right.clone())
+    assert torch.allclose(solved @ (matrix + 0.5 * torch.eye(size, dtype=torch.float64)), right, rtol=0, atol=1e-10)
+
+
+def test_in_float32_solutions_are_as_exact_as_that():
+    size = 1400
+    matrix = definite(size)
+    right = torch.randn(100, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solved = cholesky.upper_factor(matrix, 0.5, torch.float32).solve_rows(right.float())
+    expected = cholesky.upper_factor(matrix, 0.5).solve_rows(right.clone())
+    assert float((solved - expected).norm() / expected.norm()) < 1e-5

@@ -286,3 +286,15 @@ def test_solver_calibration_and_model_decode_to_the_same_bits(config):
     with torch.no_grad():  # the kernel puts the codes in another order: the weight stays
         layer(torch.randn(1, 66))
     assert torch.equal(layer.dequantize(), approximation.dequantize())
+
+
+def test_the_weight_error_may_be_against_another_matrix():
+    torch.manual_seed(0)
+    weight, other, x = torch.randn(32, 64), torch.randn(32, 64).bfloat16(), torch.randn(200, 64)
+    moment = x.T @ x / 200
+    plain = approximate(weight, FourierConfig(bits=2), moment)
+    found = approximate(weight, FourierConfig(bits=2), moment, original=lambda: other)
+    assert found.weight_error == pytest.approx(metrics.weight_error(other, plain.dequantize()), rel=1e-6)
+    assert found.output_error == plain.output_error
+    huge = approximate(weight * 2.0**30, FourierConfig(bits=2), moment, original=lambda: other.float() * 2.0**30)
+    assert huge.weight_error == pytest.approx(found.weight_error, rel=1e-6)

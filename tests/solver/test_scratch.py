@@ -1,5 +1,6 @@
 """A matrix that waits on the disk is what it was when it is back."""
 
+import psutil
 import pytest
 import torch
 
@@ -73,3 +74,13 @@ def test_a_matrix_that_cannot_be_written_is_still_there(folder):
     with pytest.raises(FourierError, match="room/matrix: cannot write there"), scratch.Away(matrix) as away:
         away.now()
     assert torch.equal(matrix, expected)
+
+
+def test_malloc_gives_back_what_lies_among_what_is_used(folder):
+    pieces = [torch.ones(1 << 18) for _ in range(200)]  # 1 MB each: malloc's own, not the kernel's
+    used = pieces[::10]
+    before = psutil.Process().memory_info().rss
+    pieces.clear()
+    scratch.give_back()
+    assert before - psutil.Process().memory_info().rss > 100 << 20
+    assert all(bool((x == 1).all()) for x in used)

@@ -51,6 +51,7 @@ def _show(diagnosis: dict[str, Any]) -> None:
     ]
     if kernels["trellis"]:
         lines.append(("trellis codes", f"points found {kernels['trellis']}"))
+    lines.append(("fitting", f"products of large matrices by {kernels['products']}"))
     lines += [
         (f"layer, {dtype}", f"{layer['implementation']} ({layer['reason']}), {layer['activations']} activations")
         for dtype, layer in diagnosis["layer"].items()

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "threads.h"
+
 namespace llava_fa {
 
 // maths/trellis.py, Trellis.encode.
@@ -78,6 +80,19 @@ struct TrellisBeam {
 };
 
 int64_t trellis_row_bytes();
+
+// maths/products.py. Of a and b the lines (rows of a, columns of b) or what runs along them lies without gaps.
+struct Product {
+  const float *a, *b;  // [m, k], [k, n]
+  float* c;            // [m, n]
+  int64_t m, n, k;
+  int64_t a_row, a_column, b_row, b_column, c_row;  // strides
+  int64_t sign;                                     // 0: c = a b; 1: c += a b; -1: c -= a b
+  int64_t rough;                                    // whether a and b are rounded to bf16
+};
+
+bool multiplies();  // whether this CPU and this build have `product`
+bool product(const Product&, int64_t threads, Parallel);  // false: no memory
 
 // One instruction set's implementations. Each does `lanes` rows (fewer at the end), from `first` on, in `scratch`.
 struct Kernels {

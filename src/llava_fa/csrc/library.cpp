@@ -42,7 +42,7 @@ int64_t over_rows(int64_t threads, int64_t lanes, const Job& job, size_t scratch
 }  // namespace
 
 // Raised whenever an exported function or a struct changes, so that a library of older sources is not called.
-EXPORT int64_t llava_fa_abi() { return 8; }
+EXPORT int64_t llava_fa_abi() { return 9; }
 
 // The best level that this CPU and this build have.
 EXPORT int64_t llava_fa_level() {
@@ -70,3 +70,9 @@ KERNEL(trellis_beam, TrellisBeam)
 
 // What the kernel trellis_beam keeps of a row between two blocks.
 EXPORT int64_t llava_fa_trellis_row_bytes() { return trellis_row_bytes(); }
+
+// Products of large float32 matrices: whether this CPU has them, and one; 1 when memory ran out.
+EXPORT int64_t llava_fa_multiplies(int64_t level) { return level == 2 && multiplies(); }
+EXPORT int64_t llava_fa_product(int64_t threads, void* parallel, const Product* job) {
+  return !product(*job, threads, reinterpret_cast<Parallel>(parallel));
+}

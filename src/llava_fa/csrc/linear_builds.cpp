@@ -1,13 +1,10 @@
 // Which build of the packed layer a level means on this CPU.
 
 #include "linear.h"
+#include "tiles.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #endif
 
 namespace {
@@ -30,24 +27,6 @@ bool has_avxvnni() {  // not every compiler's __builtin_cpu_supports knows it; a
   }();
   return has;
 }
-
-// Whether the CPU has int8 tiles, and the system lets this process use them, which must be asked for.
-bool has_amx() {
-#if defined(LLAVA_FA_EMULATE_AMX)
-  return true;
-#elif !defined(__linux__)
-  return false;
-#else
-  static const bool has = [] {
-    constexpr unsigned TILES = 1u << 24, INT8 = 1u << 25;
-    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA of <asm/prctl.h>
-    unsigned a = 0, b, c, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (TILES | INT8)) == (TILES | INT8) &&
-           !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
-  }();
-  return has;
-#endif
-}
 #endif
 
 }  // namespace
@@ -56,7 +35,7 @@ bool has_amx() {
 const llava_fa::LinearKernels* llava_fa::linear_kernels(int64_t level) {
 #if defined(__x86_64__)
   if (level == 2 && avx512vnni_linear() && __builtin_cpu_supports("avx512vnni"))
-    return !has_vbmi() ? avx512vnni_linear() : avx512amx_linear() && has_amx() ? avx512amx_linear() : avx512vbmi_linear();
+    return !has_vbmi() ? avx512vnni_linear() : avx512amx_linear() && has_int8_tiles() ? avx512amx_linear() : avx512vbmi_linear();
   if (level >= 1 && avx2_linear()) return avxvnni_linear() && has_avxvnni() ? avxvnni_linear() : avx2_linear();
 #endif
   (void)level;

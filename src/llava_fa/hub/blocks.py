@@ -51,7 +51,10 @@ class Unit:
     def copy(self) -> Unit:
         """The same weights in a module of their own, which keeps them where the unit's are exchanged."""
         shared: dict[int, Any] = {id(parameter): parameter for parameter in self.module.parameters()}
-        return Unit(self.path, copy.deepcopy(self.module, shared), self.layers)
+        module = copy.deepcopy(self.module, shared)
+        if getattr(module.__dict__.get("forward"), "__self__", None) is module:  # a cycle would outlive its last use
+            del module.__dict__["forward"]
+        return Unit(self.path, module, self.layers)
 
     @contextmanager
     def settling(self, shelf: Shelf, follower: bool = False) -> Iterator[None]:

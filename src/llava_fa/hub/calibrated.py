@@ -37,6 +37,7 @@ from llava_fa.kernels.packed import packed_weight
 from llava_fa.maths.device import halving
 from llava_fa.nn.factored_linear import layer_from_tensors
 from llava_fa.nn.fourier_embedding import write_rows
+from llava_fa.solver.scratch import give_back
 
 _SHOWN = 4
 """How many tokens in turn an expert is shown to which its router sent none, in widths n, if there are so many."""
@@ -243,6 +244,7 @@ def _statistics(
     tokens: int,
 ) -> Callable[[PlannedLayer], Statistics | None]:
     """`gather` of all shares: of the first layer of a group; each may be asked for once."""
+    give_back()
     leaders = [group[0] for group in stage]
     blanks = {group[0].name: Blank.of(group, follows) for group in stage}
 

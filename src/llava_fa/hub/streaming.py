@@ -24,7 +24,6 @@ from llava_fa.hub.report import Measurement, Progress, ProgressCallback
 from llava_fa.hub.shards import Entry, Item, write_file, write_text
 from llava_fa.hub.source import INDEX, SINGLE, beside, read_object
 from llava_fa.hub.work_folder import Parts, WorkFolder
-from llava_fa.maths import metrics
 from llava_fa.maths.device import halving, precise
 from llava_fa.nn.codebooks import codebook_key
 from llava_fa.solver.approximate import approximate
@@ -154,10 +153,8 @@ def approximated(
             return result, Measurement(result.weight_error, None, notes + result.notes, tokens)
         weight = read or layer.read
         result = halving(lambda: _fitted(weight, device, layer.config, given, drift), device)
-        error = result.weight_error
-        if drift is not None:  # read again rather than kept: memory is counted in copies of it
-            error = halving(lambda: metrics.weight_error(weight().to(device), result.dequantize()), device)
-    return result, Measurement(error, result.output_error if measured else None, notes + result.notes, tokens)
+    error = result.output_error if measured else None
+    return result, Measurement(result.weight_error, error, notes + result.notes, tokens)
 
 
 def _fitted(
@@ -167,12 +164,13 @@ def _fitted(
     moment: torch.Tensor | None,
     drift: torch.Tensor | None,
 ) -> Approximation:
-    target = read().to(device)
-    if drift is not None:
-        assert moment is not None
-        moment = moment.to(device)
-        target = corrected_weight(target, moment, drift.to(device))
-    return approximate(target, config, moment)
+    if drift is None:
+        return approximate(read().to(device), config, moment)
+    assert moment is not None
+    moment = moment.to(device)
+    target = corrected_weight(read().to(device), moment, drift.to(device))
+    # Read again rather than kept: memory is counted in copies of it.
+    return approximate(target, config, moment, original=lambda: read().to(device))
 
 
 def assemble(

@@ -56,6 +56,7 @@ def diagnose() -> dict[str, Any]:
             "available": list(native.levels()),
             "layer": kernel.name if kernel else None,
             "trellis": _trellis(kernel),
+            "products": "bf16 matrix instructions" if native.multiplies(torch.zeros(1)) else "PyTorch",
         },
         "layer": layers,
         "gpu": gpu,

@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_fa.maths.products import add_product
 from llava_fa.pages import Pages
 
 _SIDE, _SIDE_ON_GPU = 256, 2048  # b: products of less would leave a GPU idle
+_TOGETHER = 4
+"""Panels that are solved for before all others hear of it: products are the sooner made the larger they are."""
 
 
 class UpperFactor:
@@ -42,17 +45,35 @@ class UpperFactor:
         Y Rᵀ = B from the last columns to the first, Y_j = (B_j - Σ_{l>j} Y_l R_jlᵀ) R_jj⁻ᵀ, then X R = Y the other way.
         """
         size = rows.shape[1]
-        pairs = list(zip(self.panels, self.inverses, strict=True))
-        for panel, inverse in reversed(pairs):
-            start, side = size - panel.shape[1], panel.shape[0]
-            part = rows[:, start : start + side]
-            part.copy_(torch.addmm(part, rows[:, start + side :], panel[:, side:].T, alpha=-1) @ inverse.T)
-        for panel, inverse in pairs:
-            start, side = size - panel.shape[1], panel.shape[0]
-            part = rows[:, start : start + side] @ inverse
-            rows[:, start : start + side] = part
-            rows[:, start + side :].addmm_(part, panel[:, side:], alpha=-1)
+        groups = [range(first, min(first + _TOGETHER, len(self.panels))) for first in range(0, len(self.panels), _TOGETHER)]
+        for group in reversed(groups):
+            start, stop = self._start(group[0]), self._start(group[-1] + 1)
+            if stop < size:
+                add_product(rows[:, start:stop], rows[:, stop:], self._behind(group, stop).T, -1)
+            for k in reversed(group):
+                own, end = self._start(k), self._start(k + 1)
+                part = rows[:, own:end]
+                inside = self.panels[k][:, end - own : stop - own]
+                part.copy_(torch.addmm(part, rows[:, end:stop], inside.T, alpha=-1) @ self.inverses[k].T)
+        for group in groups:
+            start, stop = self._start(group[0]), self._start(group[-1] + 1)
+            for k in group:
+                own, end = self._start(k), self._start(k + 1)
+                part = rows[:, own:end] @ self.inverses[k]
+                rows[:, own:end] = part
+                rows[:, end:stop].addmm_(part, self.panels[k][:, end - own : stop - own], alpha=-1)
+            if stop < size:
+                add_product(rows[:, stop:], rows[:, start:stop], self._behind(group, stop), -1)
         return rows
+
+    def _start(self, k: int) -> int:
+        """The first row, and column, of panel k."""
+        size = self.panels[0].shape[1]
+        return size if k == len(self.panels) else size - self.panels[k].shape[1]
+
+    def _behind(self, group: range, stop: int) -> Tensor:
+        """Columns from ``stop`` on of some panels, below each other."""
+        return torch.cat([self.panels[k][:, stop - self._start(k) :] for k in group])
 
 
 def upper_factor(matrix: Tensor, shift: float, dtype: torch.dtype = torch.float64) -> UpperFactor | None:

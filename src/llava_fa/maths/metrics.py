@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from llava_fa.maths.products import product
+
 # Of a large matrix at a time.
 _ROWS, _COLUMNS = 1024, 512
 
@@ -25,13 +27,14 @@ def output_error(weight: Tensor, approximation: Tensor, moment: Tensor) -> float
         moment: H [n, n], or its diagonal [n] (the rest taken as zero).
     """
     pairs = zip(_row_blocks(weight), _row_blocks(approximation), strict=True)
-    return _ratio(sum(quadratic(w - a, moment) for w, a in pairs), quadratic(weight, moment))
+    return _ratio(sum(quadratic(w - a, moment) for w, a in pairs), quadratic(weight, moment, rough=True))
 
 
-def quadratic(matrix: Tensor, moment: Tensor) -> float:
+def quadratic(matrix: Tensor, moment: Tensor, *, rough: bool = False) -> float:
     """tr(A H Aᵀ) for A [m, n] and symmetric H [n, n], of which the upper half is read, or diagonal [n].
 
     In row blocks, so memory stays a fraction of A; and H = U + Uᵀ + blocks on the diagonal: half the products.
+    ``rough`` (`maths.products`) is for an A of which nothing cancels: of errors that feedback has shaped most does.
     """
     total = 0.0
     moment = moment.to(torch.float32)
@@ -42,9 +45,10 @@ def quadratic(matrix: Tensor, moment: Tensor) -> float:
         for start in range(0, moment.shape[0], _COLUMNS):
             columns = slice(start, start + _COLUMNS)
             part = block[:, columns]
-            total += float((part @ moment[columns, columns] * part).sum(dtype=torch.float64))
+            total += float((product(part, moment[columns, columns], rough=rough) * part).sum(dtype=torch.float64))
             if start:
-                total += 2 * float((block[:, :start] @ moment[:start, columns] * part).sum(dtype=torch.float64))
+                above = product(block[:, :start], moment[:start, columns], rough=rough)
+                total += 2 * float((above * part).sum(dtype=torch.float64))
     return max(total, 0.0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def approximate(
     second_moment: Tensor | None = None,
     *,
     input_scale: Tensor | None = None,
+    original: Callable[[], Tensor] | None = None,
 ) -> Approximation:
     """Approximate W [m, n] (out × in, any float dtype) as `config` says.
 
@@ -35,6 +37,8 @@ def approximate(
             output error is measured under all of it.
         input_scale: method `best` only: s [n] > 0 to use instead of the one the calibration would choose, so
             that layers that share an input can share its transform. Rounded to bf16.
+        original: where W stands for another matrix [m, n] (`solver.drift`), gives that one: the weight error is
+            against it. Asked for once all else is done.
 
     Returns:
         An `Approximation`. A zero matrix decodes to exact zeros, with error 0.
@@ -79,10 +83,16 @@ def approximate(
         history=tuple(unit * value for value in history),
         notes=notes + more,
     )
-    return _measured(result, values, unit, moment)
+    return _measured(result, values, unit, moment, original)
 
 
-def _measured(result: Approximation, values: Tensor, unit: float, moment: Tensor | None) -> Approximation:
+def _measured(
+    result: Approximation,
+    values: Tensor,
+    unit: float,
+    moment: Tensor | None,
+    original: Callable[[], Tensor] | None,
+) -> Approximation:
     """The result with its errors, which are the same in every unit."""
     decoded = result.dequantize()
     if not math.isfinite(_largest(decoded)):
@@ -91,6 +101,8 @@ def _measured(result: Approximation, values: Tensor, unit: float, moment: Tensor
         )
     scaled, decoded = (values, decoded) if unit == 1 else (values / unit, decoded / unit)
     out = result.output_error if moment is None else metrics.output_error(scaled, decoded, moment)
+    del values
+    scaled = scaled if original is None else original().to(decoded) / unit
     return dataclasses.replace(result, weight_error=metrics.weight_error(scaled, decoded), output_error=out)
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_fa.maths.products import add_product, product
 from llava_fa.solver.feedback import damped_factor
 
 DAMPING = 0.1
 """λ: how strongly the corrected weight is held to the original one (docs/results.md)."""
-# Rows solved for at a time, each as wide as the matrix.
-_ROWS = 512
 
 
 def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: float = DAMPING) -> Tensor:
@@ -35,19 +34,8 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
     if mean == 0 or not bool(drift.any()):
         return values
     factor, _ = damped_factor(moment, damping, torch.float32)  # enough, so strongly damped
-    out = torch.empty_like(values)
     if len(drift) < drift.shape[1]:
-        for start in range(0, len(values), _ROWS):
-            solved = factor.solve_rows(drift[start : start + _ROWS].to(torch.float32, copy=True))
-            torch.add(values[start : start + _ROWS], solved, out=out[start : start + _ROWS])
-        return out
-    if values.shape[0] <= values.shape[1]:  # rows of W to solve for, else those of D
-        for start in range(0, len(values), _ROWS):
-            rows = values[start : start + _ROWS]
-            torch.add(rows, factor.solve_rows(rows @ drift.to(torch.float32)), out=out[start : start + _ROWS])
-        return out
-    out.copy_(values)
-    for start in range(0, len(drift), _ROWS):
-        rows = drift[start : start + _ROWS].to(torch.float32, copy=True)
-        out.addmm_(values[:, start : start + _ROWS], factor.solve_rows(rows))
-    return out
+        return factor.solve_rows(drift.to(torch.float32, copy=True)).add_(values)
+    if len(values) <= values.shape[1]:  # rows of W to solve for, else those of D
+        return factor.solve_rows(product(values, drift.to(torch.float32))).add_(values)
+    return add_product(values.clone(), values, factor.solve_rows(drift.to(torch.float32, copy=True)))

@@ -16,6 +16,7 @@ from llava_fa import native
 from llava_fa.errors import FourierError
 from llava_fa.maths.cholesky import UpperFactor, upper_factor
 from llava_fa.maths.nearest import NearestCode
+from llava_fa.maths.products import add_product, product
 from llava_fa.solver.scratch import zeros
 
 # Columns per block: corrections within a block are small products.
@@ -84,7 +85,9 @@ def column_blocks(size: int, width: int) -> Iterator[tuple[slice, slice]]:
 def corrected(target: Tensor, unit: Tensor, error: Tensor, columns: slice, settled: int) -> Tensor:
     """A_p + Σ_j M_jpᵀ E_j of columns p, for the errors of the first `settled` columns j; a view if there are none."""
     base = target[columns]
-    return torch.addmm(base, unit[:settled, columns].T, error[:settled]) if settled else base
+    if not settled:
+        return base
+    return add_product(base.clone(), unit[:settled, columns].T, error[:settled], rough=True)
 
 
 class Corrections:
@@ -112,7 +115,7 @@ class Corrections:
         if settled == self.settled:
             return base
         since = slice(self.settled, settled)
-        return torch.addmm(base, self.unit[since, columns].T, self.error[since])
+        return add_product(base.clone(), self.unit[since, columns].T, self.error[since], rough=True)
 
 
 def round_with_feedback(target: Tensor, unit: Tensor, search: NearestCode) -> tuple[Tensor, Tensor]:
@@ -163,11 +166,11 @@ def refine(codes: Tensor, error: Tensor, moment: Tensor, search: NearestCode) ->
         if block.start % _PANEL == 0:
             first = block.start
             panel = slice(first, first + _PANEL)
-            pulls, before = moment[panel] @ error, error[panel].clone()
+            pulls, before = product(moment[panel], error, rough=True), error[panel].clone()
         gradient = pulls[block.start - first : block.stop - first]
         if block.start > first:  # what the blocks before it in the panel have changed meanwhile
             here = slice(first, block.start)
-            gradient = torch.addmm(gradient, moment[block, here], error[here] - before[: block.start - first])
+            add_product(gradient, moment[block, here], error[here] - before[: block.start - first], rough=True)
         own, within = inverse[pairs].contiguous(), moment[block, block].contiguous()
         if compiled:
             by_row = torch.empty(rows, dtype=torch.int32, device=error.device)

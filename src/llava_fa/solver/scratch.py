@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -18,14 +18,20 @@ from llava_fa.pages import Pages
 _LEAST = 64 << 20
 """Bytes of a matrix that is worth it."""
 _PIECE, _PIECE_BETWEEN = 4 << 20, 32 << 20
-_MMAP_THRESHOLD = -3  # as glibc numbers it
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # as glibc numbers them
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 
 @contextlib.contextmanager
 def scratch(folder: Path | None) -> Iterator[None]:
-    """While it lasts large matrices may be put into this folder, which is made then; None: nowhere."""
+    """While it lasts large matrices may be put into this folder, which is made then; None: nowhere.
+
+    From then on the process's threads share one arena of malloc's: each of its own would keep what was freed in it.
+    """
     token = _folder.set(folder)
+    change = _malloc("mallopt")
+    if change is not None:
+        change(_ARENA_MAX, 1)
     try:
         yield
     finally:
@@ -39,22 +45,39 @@ def zeros(size: int, device: torch.device) -> Tensor:
     return values if pages.zero else values.zero_()
 
 
+def give_back() -> None:
+    """Where there is a `scratch` folder, have malloc return what lies freed among what is in use.
+
+    Seen between the blocks of a 7B model: 0.7 GB.
+    """
+    trim = _malloc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
 @contextlib.contextmanager
 def given_back() -> Iterator[None]:
-    """While it lasts, where there is a `scratch` folder, malloc returns what is freed in pieces of `_PIECE` and more.
+    """`give_back`; and while it lasts malloc returns at once what is freed in pieces of `_PIECE` and more.
 
     Of its own glibc's keeps up to 32 MB of each: seen on a layer of 6144 inputs, 654 MB instead of 472. Elsewhere it
     may: fresh pages for every product of a model's forward take a third of its time.
     """
-    change = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and _folder.get() else None
+    change = _malloc("mallopt")
     if change is None:
         yield
         return
+    give_back()
     change(_MMAP_THRESHOLD, _PIECE)
     try:
         yield
     finally:
         change(_MMAP_THRESHOLD, _PIECE_BETWEEN)
+
+
+def _malloc(name: str) -> Callable[..., int] | None:
+    """A function of glibc's, while there is a `scratch` folder."""
+    there = sys.platform == "linux" and _folder.get() is not None
+    return getattr(ctypes.CDLL(None), name, None) if there else None
 
 
 class Away:

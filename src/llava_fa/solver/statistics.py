@@ -9,12 +9,13 @@ from torch import Tensor
 
 from llava_fa.errors import FourierError
 from llava_fa.maths.device import precise, spare
+from llava_fa.maths.products import product
 
 # Samples are multiplied in float32 in slices of this many, each sum then added in float64: a float32 sum of
 # thousands of squares is good to 1e-5, and no error grows with the number of samples.
 _SLICE = 4096
 # Rows of a statistic [n, n] at a time: it is the largest thing there is, and copies of it would be as large.
-_ROWS = 512
+_ROWS = 1024
 
 
 class SecondMoment:
@@ -64,7 +65,7 @@ class SecondMoment:
             if len(self._sum):
                 self._sum += power.to(self._sum.device)
             for first, panel in self._panels.items():
-                panel += (block[:, first : first + len(panel)].T @ block[:, first:]).to(panel.device)
+                panel += product(block[:, first : first + len(panel)].T, block[:, first:]).to(panel.device)
             self.count += block.shape[0]
 
     def state(self) -> tuple[int, list[Tensor]]:
@@ -129,9 +130,9 @@ class Drift:
             block = given[start : start + _SLICE].to(torch.float32)
             apart = original[start : start + _SLICE].to(torch.float32) - block
             if self.weight is not None:
-                apart = apart @ self.weight.to(apart.device).T
+                apart = product(apart, self.weight.to(apart.device).T)
             for rows in _slices(len(self._sum)):
-                part = apart[:, rows].T @ block
+                part = product(apart[:, rows].T, block, rough=True)  # x̂ is bf16 already, as models compute
                 if not bool(torch.isfinite(part).all()):
                     raise FourierError(
                         "the layer's inputs have NaN or infinite values in the original model",
