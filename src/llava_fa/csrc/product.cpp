@@ -1,6 +1,6 @@
 // C = A B, C + A B or C - A B in float32, by bf16 matrix instructions (AMX), as exact as float32 is.
 //
-// A number x is the sum of two of bf16, hi = bf16(x) and lo = bf16(x - hi), but for 2^-18 of it; of the four products that a
+// A number x is the sum of two of bf16, hi = bf16(x) and lo = bf16(x - hi), but for 2^-16 of it; of the four products that a
 // product then is, lo lo is left out, which is as small. Where all lo of a matrix are zero, as where it was bf16, so are theirs;
 // a rough product has hi hi alone.
 //

@@ -1,10 +1,10 @@
 """Products of large float32 matrices, which fitting spends most of its time on.
 
 Where the CPU has matrix instructions for bf16 they make them, several times sooner (csrc/product.cpp): a number is the
-sum of two of bf16 but for 2^-18 of it, and of a product's four parts all but the least are computed. Matrices that
+sum of two of bf16 but for 2^-16 of it, and of a product's four parts all but the least are computed. Matrices that
 were bf16 need one part in the place of two. Elsewhere, and for small matrices, it is PyTorch's product.
 
-A *rough* product has the first part alone: what is multiplied is rounded to bf16, by 2^-9 at most. It is for what
+A *rough* product has the first part alone: what is multiplied is rounded to bf16, by 2^-8 at most. It is for what
 only guides a search, and for sums over so much that roundings cancel.
 """
 
