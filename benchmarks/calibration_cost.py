@@ -6,14 +6,13 @@
 or block by block. *Time* is operations over rates, and the weights read from the disk. The operations, for T tokens and
 a layer [m, n]:
 
-    passes   2 T m n each, in bf16: one for the course (of 8 samples), attention (of 4), the original
-             and the present model
+    passes   2 T m n each, in bf16: one for the course (of 8 samples), the original and the present model
     sums     T (n² + 4 n min(n, m)) in float32: half of H, and D or W and W D; once for layers that share an input
     drift    n³ / 3 + 2 m n² in float32
     fitting  n³ / 3 in float64; beam m n², two passes of refinement 4 m n², errors of the outputs 2 m n² in float32
 
---rates: operations a second in bf16, float32 and float64 and bytes a second from the disk, as measured on this machine
-first (products of 4096² matrices); given, they are another's.
+--rates: operations a second in bf16, float32 (`maths.products`) and float64 and bytes a second from the disk, as
+measured on this machine first (products of 4096² matrices); given, they are another's.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ from typing import Any, NamedTuple
 import shapes
 import torch
 from common import arguments
+
+from llava_fa.maths.products import product
 
 _SHARE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that are given the same input."""
@@ -122,7 +123,7 @@ def cost(config: Any, samples: int, tokens: int) -> Cost:
     needed = need(plan, model, torch.bfloat16, inputs, part_names(model, plan))
     text = config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", 1) / getattr(text, "num_experts", 1)
-    passes = min(1, 8 / samples) + min(1, 4 / samples) + 2
+    passes = min(1, 8 / samples) + 2
     work = _operations(plan.layers, samples * tokens, chosen, passes)
     return Cost(needed.streamed, needed.whole, *work, sum(entry.nbytes for entry in entries.values()), passes)
 
@@ -154,10 +155,10 @@ def measured() -> Rates:
     size, found = 4096, []
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         x = torch.randn(size, size).to(dtype)
-        x @ x
+        product(x, x)
         start = time.monotonic()
         for _ in range(3):
-            x @ x
+            product(x, x)
         found.append(3 * 2 * size**3 / (time.monotonic() - start))
     with tempfile.NamedTemporaryFile(dir=".") as file:
         file.write(os.urandom(1 << 24) * 32)

@@ -218,7 +218,9 @@ def test_the_command_is_killed_and_resumes_with_data(nodes, checkpoint, tmp_path
     """What workers held of hidden states is gone with them, and made again from the layers that are finished."""
     nodes.have(1, 1)
     rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps([{"question": "what was said? " + "so it goes " * n, "answer": "that"} for n in range(5)]))
+    rows.write_text(
+        json.dumps([{"question": "what was said? " + "so it goes " * n, "answer": "that"} for n in range(5)])
+    )
 
     def line(out):
         module = [sys.executable, "-m", "llava_fa.cli.main", "compress", str(checkpoint), str(out)]

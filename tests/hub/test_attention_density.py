@@ -10,7 +10,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_fa
 from llava_fa import FourierError
-from llava_fa.hub.attention_density import densities
+from llava_fa.hub.attention_density import watched
 from llava_fa.hub.calibration_data import prepare
 from llava_fa.hub.checkpoint import Metadata
 from llava_fa.hub.inspect import inspect_model
@@ -24,7 +24,12 @@ def test_densities_are_those_of_the_maps(checkpoint, samples):
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     inputs = list(prepare(samples[:2], processor))
     before = model.config.text_config._attn_implementation
-    found = densities(model, inputs)
+    with torch.no_grad(), watched(model, len(inputs)) as maps:
+        for index, sample in enumerate(inputs):
+            with maps.of(index):
+                model(**sample)
+        model(**inputs[0])  # of no sample
+    found = maps.densities()
     assert model.config.text_config._attn_implementation == before != "eager"
     vision = [name for name in found if "vision" in name]
     assert [len(found[name]) for name in vision] == [2, 2]

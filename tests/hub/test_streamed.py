@@ -163,7 +163,7 @@ def test_progress_tells_the_part_whose_weights_are_read(checkpoint, quick, sampl
     streamed()
     told = []
     llava_fa.compress(checkpoint, tmp_path / "out", config=quick, calibration=samples, progress=told.append)
-    for stage in ("measuring attention", "following the samples"):
+    for stage in ("following the samples", "compressing"):
         names = [progress.name for progress in told if progress.stage == stage]
         assert "model.language_model.layers.1" in names, stage
         assert len(set(names)) > 3

@@ -53,7 +53,9 @@ def products_are_right() -> None:
         for sign in (-1, 0, 1):
             out = c.clone()
             products.compute(a, b, out, sign)
-            assert bool(((out - (c.double() * abs(sign) + (sign or 1) * (a.double() @ b.double()))).abs() <= bound).all())
+            assert bool(
+                ((out - (c.double() * abs(sign) + (sign or 1) * (a.double() @ b.double()))).abs() <= bound).all()
+            )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,15 @@ def test_the_address_sanitizer_finds_nothing(tmp_path):
     if not os.path.isabs(asan):
         pytest.skip("the compiler has no address sanitizer")
     tiles = ("-DLLAVA_FA_AMX",) if native.multiplies(torch.zeros(1)) else ()
-    build(tmp_path, *tiles, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover")
+    build(
+        tmp_path,
+        *tiles,
+        "-O1",
+        "-g1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=alignment",
+        "-fno-sanitize-recover",
+    )
     tests, src = Path(__file__).parent.parent, CSRC.parent.parent
     code = SANITIZED.format(tests=str(tests), src=str(src), folder=str(tmp_path))
     environment = os.environ | {

@@ -1,17 +1,16 @@
-"""How sparse a model's attention is, measured on a few calibration samples before anything is compressed."""
+"""How sparse a model's attention is, seen of a few calibration samples before anything is compressed."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava_fa.hub.blocks import evenly, forward, hooked
-from llava_fa.hub.course import passes
+from llava_fa.hub.blocks import evenly, hooked
+from llava_fa.hub.lockstep import current
 from llava_fa.solver.attention import EPSILON, attention_density
 
 SAMPLES = 4
@@ -20,41 +19,60 @@ FILE = "attention.json"
 """Of the work folder."""
 
 
-@torch.no_grad()
-def densities(
-    model: nn.Module, inputs: Sequence[Mapping[str, Tensor]], epsilon: float = EPSILON
-) -> dict[str, list[float]]:
-    """Attention module → `attention_density` of every head, mean over samples.
-
-    Seen are modules with a ``q_proj`` and a ``k_proj`` that return their attention map [batch, heads, l, k] beside
-    their output, as the eager attention of transformers does; others have no entry. A causal map is a share of the
-    entries on and below its diagonal. Memory: the maps of one layer at a time.
+class Maps:
+    """What is seen of attention maps, sample by sample.
 
     Args:
-        model: in memory or streamed, in evaluation mode; its attention implementation is "eager" meanwhile.
-        inputs: prepared samples, each a batch of one; at most `SAMPLES` of them are used.
-
-    Raises:
-        FourierError: the model fails on a sample (named).
+        samples: labels of those that are looked at.
+        epsilon: as of `attention_density`.
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
 
-    def see(name: str, _: nn.Module, __: Any, output: Any) -> None:
+    def __init__(self, samples: Collection[int], epsilon: float = EPSILON) -> None:
+        self._samples, self._epsilon = samples, epsilon
+        self._label: int | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    @contextmanager
+    def of(self, label: int) -> Iterator[None]:
+        """While it lasts a part of the model runs on this sample."""
+        self._label = label
+        try:
+            yield
+        finally:
+            self._label = None
+
+    def see(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+        """A hook behind a module."""
+        traveller = current()  # what is in no part runs in the sample's own thread
+        label = self._label if traveller is None else traveller.label
         maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if not isinstance(maps, Tensor) or maps.dim() != 4:
+        if label not in self._samples or not isinstance(maps, Tensor) or maps.dim() != 4:
             return
         allowed = _causal(maps)
-        heads = [attention_density(head, allowed, epsilon).sum(0) for head in maps.unbind(1)]  # one in the cache
+        heads = [attention_density(head, allowed, self._epsilon).sum(0) for head in maps.unbind(1)]  # one in the cache
         density = torch.stack(heads).cpu()
-        sums[name] = sums.get(name, torch.zeros_like(density)) + density
-        counts[name] = counts.get(name, 0) + len(maps)
+        self._sums[name] = self._sums.get(name, torch.zeros_like(density)) + density
+        self._counts[name] = self._counts.get(name, 0) + len(maps)
 
+    def densities(self) -> dict[str, list[float]]:
+        """Attention module → `attention_density` of every head, mean over samples."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        return {name: [round(value, 6) for value in mean.tolist()] for name, mean in means.items()}
+
+
+@contextmanager
+def watched(model: nn.Module, count: int) -> Iterator[Maps]:
+    """While it lasts maps are seen of `SAMPLES` of so many samples that run through the model, each inside `Maps.of`.
+
+    Seen are modules with a ``q_proj`` and a ``k_proj`` that return their attention map [batch, heads, l, k] beside
+    their output, as the eager attention of transformers does, which the model has meanwhile; others have no entry. A
+    causal map is a share of the entries on and below its diagonal. Memory: the maps of one layer at a time.
+    """
+    maps = Maps(evenly(count, SAMPLES))
     modules = {n: m for n, m in model.named_modules() if {"q_proj", "k_proj"} <= dict(m.named_children()).keys()}
-    with hooked(modules, see), eager(model):
-        looked_at = evenly(len(inputs), SAMPLES)
-        passes(model, [functools.partial(forward, model, inputs[index], index) for index in looked_at])
-    return {name: [round(value, 6) for value in (total / counts[name]).tolist()] for name, total in sums.items()}
+    with hooked(modules, maps.see), eager(model):
+        yield maps
 
 
 def _causal(maps: Tensor) -> Tensor | None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fa.hub.blocks import Call, Inputs, Unit, find_units, replay, stages
-from llava_fa.hub.course import Course, Group, Hear, Journey, Numbered, Original, Visit, survey
+from llava_fa.hub.course import Around, Course, Group, Hear, Journey, Numbered, Original, Visit, survey
 from llava_fa.hub.plan import Plan, PlannedLayer
 from llava_fa.hub.routing import experts_of, followed, in_turn
 from llava_fa.hub.shares import split
@@ -46,7 +46,9 @@ _OTHERS = "no calibration input was sent to it; fitted to those of the experts b
 
 
 @torch.no_grad()
-def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs, hear: Hear | None = None) -> None:
+def compress_calibrated(
+    job: Job, model: nn.Module, inputs: Inputs, hear: Hear | None = None, route: Route | None = None
+) -> None:
     """Compress every planned layer that has no part yet.
 
     Args:
@@ -55,21 +57,25 @@ def compress_calibrated(job: Job, model: nn.Module, inputs: Inputs, hear: Hear |
             streamed (`hub.streamed`).
         inputs: prepared samples (`calibration_data.prepare`), each a batch of one.
         hear: how they pass through the original model and through what it becomes, to the end of both.
+        route: `route_of` them, where it is known.
 
     Raises:
         FourierError: the model fails on a sample (named), or a layer cannot be approximated (named).
     """
     team = Alone(job, split(inputs))
-    follow(job, model, team, dict(enumerate(inputs)), route_of(job, model, inputs, hear is not None), hear)
+    route = route or route_of(job, model, inputs, hear is not None)
+    follow(job, model, team, dict(enumerate(inputs)), route, hear)
 
 
 @torch.no_grad()
-def route_of(job: Job, model: nn.Module, inputs: Inputs, whole: bool = False) -> Route:
-    """Where samples come, up to the last unit that has a layer without a part, or the whole way."""
+def route_of(
+    job: Job, model: nn.Module, inputs: Inputs, whole: bool = False, around: Around = lambda _: nullcontext()
+) -> Route:
+    """Where samples come, up to the last unit that has a layer without a part, or the whole way (`course.survey`)."""
     job.tell("following the samples")
     weights = Weights.of(model, part_names(model, job.plan))
     with weights.gated():
-        course = survey(model, find_units(model, job.plan.layers), inputs)
+        course = survey(model, find_units(model, job.plan.layers), inputs, around)
     missing = [job.missing(_layers(group.units)) for group in course.groups]
     count = max((number for number, layers in enumerate(missing, 1) if layers or whole), default=0)
     names = [([unit.path for unit in group.units], group.repeated) for group in course.groups]

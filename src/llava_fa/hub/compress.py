@@ -36,6 +36,7 @@ from llava_fa.hub.report import Progress, ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
 from llava_fa.hub.source import Source, beside, open_source, resolve_model
 from llava_fa.hub.streaming import Job, assemble, compress_streaming
+from llava_fa.hub.team import Route
 from llava_fa.hub.visual_tokens import with_visual_tokens
 from llava_fa.hub.weights import Weights
 from llava_fa.hub.work_folder import WorkFolder, check_space, refuse_existing
@@ -194,23 +195,20 @@ def _compressed(
         if request.budget is not None:
             job.plan = _allocated(request, job, model, data)
             show(job.plan)
-        density = work.read_json(attention_density.FILE)
-        if density is None and data is not None and model is not None:
-            job.tell("measuring attention")
-            density = attention_density.densities(model, data.inputs)
-            work.write_json(attention_density.FILE, density)
+        density, route = work.read_json(attention_density.FILE), None
+        if data is not None and model is not None:
+            density, route = _followed(job, model, data.inputs, work, density)
         job.tell("compressing")
         fit = compress_streaming if crew is None else functools.partial(crew.fit_all, request=request)
         if data is None:
             fit(job)
-        elif model is not None and crew is not None:
-            route = route_of(job, model, data.inputs, whole=True)
+        elif route is not None and crew is not None:
             model = None
             with crew.walk(job, request, empty, dtype, data.inputs, data.answers, route) as reader:
                 proofread.proofread(job, reader)
         elif model is not None:
             listener = proofread.Listener(data.inputs, data.answers)
-            compress_calibrated(job, model, data.inputs, listener)
+            compress_calibrated(job, model, data.inputs, listener, route)
             proofread.proofread(job, listener.reader(model))
             Weights.of(model).shelf.clear()
             del model
@@ -223,6 +221,22 @@ def _compressed(
         provenance.record(out, request.command)
     report = describe(out, original_bytes=source.nbytes, seconds=time.monotonic() - start, measured=measured)
     return report if data is None else dataclasses.replace(report, rows_left_out=tuple(data.left_out))
+
+
+def _followed(
+    job: Job,
+    model: torch.nn.Module,
+    inputs: Sequence[dict[str, torch.Tensor]],
+    work: WorkFolder,
+    density: dict[str, list[float]] | None,
+) -> tuple[dict[str, list[float]], Route]:
+    """How sparse attention is, where that is not known yet, seen of some of the samples that show the way; and that."""
+    if density is not None:
+        return density, route_of(job, model, inputs, whole=True)
+    with attention_density.watched(model, len(inputs)) as maps:
+        route = route_of(job, model, inputs, whole=True, around=maps.of)
+    work.write_json(attention_density.FILE, maps.densities())
+    return maps.densities(), route
 
 
 @contextlib.contextmanager

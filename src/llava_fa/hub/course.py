@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ _PROBED = 8
 Result = TypeVar("Result")
 Numbered = Mapping[int, Mapping[str, Tensor]]
 """Samples by their numbers: some of all."""
+Around = Callable[[int], AbstractContextManager[None]]
 Hear = Callable[[nn.Module, int, bool], object]
 """Takes a sample, by its number, through a model to its end: where true through the original, which is done first."""
 
@@ -100,11 +101,11 @@ def passes(model: nn.Module, travels: Sequence[Callable[[], Result]]) -> list[Re
         return [traveller.result for traveller in travellers]
 
 
-def survey(model: nn.Module, units: Sequence[Unit], inputs: Inputs) -> Course:
-    """The course, as some samples take it, side by side."""
+def survey(model: nn.Module, units: Sequence[Unit], inputs: Inputs, around: Around = lambda _: nullcontext()) -> Course:
+    """The course, as some samples take it, side by side; ``around`` each run of a part on one, by its number."""
     weights = Weights.of(model)
     by_path = {unit.path: unit for unit in units}
-    sequences, chained = _look(weights, by_path, {index: inputs[index] for index in _telling(inputs)})
+    sequences, chained = _look(weights, by_path, {index: inputs[index] for index in _telling(inputs)}, around)
     order = _merged(sequences, weights.rank)
     groups: list[Group] = []
     previous = ""
@@ -127,7 +128,7 @@ def _telling(inputs: Inputs) -> list[int]:
 
 
 def _look(
-    weights: Weights, units: Mapping[str, Unit], inputs: Mapping[int, Mapping[str, Tensor]]
+    weights: Weights, units: Mapping[str, Unit], inputs: Mapping[int, Mapping[str, Tensor]], around: Around
 ) -> tuple[list[list[str]], dict[str, bool]]:
     """The parts that each sample runs, in order; whether a unit is always given the very output of the one before."""
     last: dict[int, Any] = {}
@@ -137,21 +138,20 @@ def _look(
         if path in units:
             hidden = Call.of(units[path].module, args, dict(kwargs)).hidden
             chained[path] = chained.get(path, True) and hidden is last.get(label)
-        output = weights.forward(path)(*args, **kwargs)
+        with around(label):
+            output = weights.forward(path)(*args, **kwargs)
         last[label] = first_of(output)
         return output
 
     with Walk(weights.rank, weights.shelf) as walk:
-        travellers = [
+        for index, sample in inputs.items():
             walk.start(index, functools.partial(forward, weights.model, sample, index))
-            for index, sample in inputs.items()
-        ]
         while (front := walk.front()) is not None:
             path, arrivals = front
             with weights.entered(path):
                 for arrival in arrivals:
                     walk.answer(arrival, functools.partial(run, arrival.label, path))
-        return [traveller.visits for traveller in travellers], chained
+        return [traveller.visits for traveller in walk.travellers], chained
 
 
 def _merged(sequences: Sequence[Sequence[str]], rank: Mapping[str, int]) -> list[str]:

@@ -45,7 +45,9 @@ class UpperFactor:
         Y Rᵀ = B from the last columns to the first, Y_j = (B_j - Σ_{l>j} Y_l R_jlᵀ) R_jj⁻ᵀ, then X R = Y the other way.
         """
         size = rows.shape[1]
-        groups = [range(first, min(first + _TOGETHER, len(self.panels))) for first in range(0, len(self.panels), _TOGETHER)]
+        groups = [
+            range(first, min(first + _TOGETHER, len(self.panels))) for first in range(0, len(self.panels), _TOGETHER)
+        ]
         for group in reversed(groups):
             start, stop = self._start(group[0]), self._start(group[-1] + 1)
             if stop < size:

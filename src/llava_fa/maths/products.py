@@ -19,11 +19,11 @@ from llava_fa import native
 _LEAST, _SIDE = 1 << 24, 64
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None, *, rough: bool = False) -> Tensor:
-    """A B, of A [m, k] and B [k, n], in any order of strides; into ``out`` [m, n] if there is one."""
+def product(a: Tensor, b: Tensor, *, rough: bool = False) -> Tensor:
+    """A B, of A [m, k] and B [k, n], in any order of strides."""
     if not _suits(a, b):
-        return torch.mm(a, b, out=out)
-    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+        return a @ b
+    out = a.new_empty(a.shape[0], b.shape[1])
     compute(a, b, out, 0, rough)
     return out
 

@@ -179,7 +179,6 @@ def _unit(size: float) -> float:
 
 
 def _asymmetry(moment: Tensor) -> float:
-    """max |H - Hᵀ|, in row blocks."""
-    n = moment.shape[0]
-    blocks = (slice(start, start + 512) for start in range(0, n, 512))
-    return max(float((moment[rows] - moment[:, rows].T).abs().max()) for rows in blocks)
+    """max |H - Hᵀ|, in row blocks from the diagonal on."""
+    starts = range(0, moment.shape[0], 512)
+    return max(float((moment[i : i + 512, i:] - moment[i:, i : i + 512].T).abs().max()) for i in starts)
