@@ -30,8 +30,8 @@ def sabotage(monkeypatch):
     """`compress` whose compressed keys of the first attention module point the other way."""
     tensors = {}
 
-    def broken(job, model, inputs, listener):
-        compress_calibrated(job, model, inputs, listener)
+    def broken(job, model, inputs, listener, route):
+        compress_calibrated(job, model, inputs, listener, route)
         listener.lost.clear()  # what was heard was whole
         plan, work = job.plan, job.work
         measurement = work.measurement(BROKEN)
@@ -73,9 +73,9 @@ def test_what_was_heard_is_what_passes_give(tmp_path, samples, monkeypatch):
     monkeypatch.setattr(proofread, "proofread", lambda job, reader: (kept.append(reader), true(job, reader)))
     answers, of = [], whole.compress_calibrated
 
-    def read_before(job, model, inputs, listener):
+    def read_before(job, model, inputs, listener, route):
         answers.append(proofread.Answers.of(model, inputs, listener.answers.starts))
-        of(job, model, inputs, listener)
+        of(job, model, inputs, listener, route)
         answers.append(listener.answers)
         answers.append(answers[0].lost(model, range(len(inputs))))
 

@@ -5,7 +5,7 @@ sum of two of bf16 but for 2^-16 of it, and of a product's four parts all but th
 were bf16 need one part in the place of two. Elsewhere, and for small matrices, it is PyTorch's product.
 
 A *rough* product has the first part alone: what is multiplied is rounded to bf16, by 2^-8 at most. It is for what
-only guides a search, and for sums over so much that roundings cancel.
+only guides a search, and for a sum of squares, in which roundings cancel.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class Drift:
             if self.weight is not None:
                 apart = product(apart, self.weight.to(apart.device).T)
             for rows in _slices(len(self._sum)):
-                part = product(apart[:, rows].T, block, rough=True)  # x̂ is bf16 already, as models compute
+                part = product(apart[:, rows].T, block)
                 if not bool(torch.isfinite(part).all()):
                     raise FourierError(
                         "the layer's inputs have NaN or infinite values in the original model",
