@@ -41,6 +41,19 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Layers that take some tenths of a second each."""
+    place = helpers.save_text_model(tmp_path_factory.mktemp("model") / "large")
+    config = transformers.Qwen2Config(
+        vocab_size=300, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
 def samples():
     """Pictures, and at the end texts alone: the last shares never come to the vision tower."""
     pictures = [(helpers.picture(seed), f"what is {seed}?", "a picture") for seed in range(5)]
@@ -163,7 +176,7 @@ def test_a_node_is_killed(nodes, checkpoint, samples, alone, tmp_path, digest, a
     assert digest(out) == digest(alone)
 
 
-def test_a_node_is_killed_without_data(nodes, checkpoint, tmp_path, digest):
+def test_a_node_is_killed_without_data(nodes, large, tmp_path, digest):
     """Its worker stops before, so that it has a layer in hand that nobody else has."""
     nodes.have(1, 1)
     stopper, killer = Killer(3, nodes.stop), Killer(7, nodes.kill)
@@ -172,11 +185,11 @@ def test_a_node_is_killed_without_data(nodes, checkpoint, tmp_path, digest):
         stopper(one)
         killer(one)
 
-    out = made(checkpoint, tmp_path / "ray", address=nodes.address, progress=progress)
+    out = made(large, tmp_path / "ray", address=nodes.address, progress=progress)
     assert stopper.act is None
     assert killer.act is None
     assert any("died" in one.name for one in killer.seen)
-    assert digest(out) == digest(made(checkpoint, tmp_path / "alone"))
+    assert digest(out) == digest(made(large, tmp_path / "alone"))
 
 
 def test_a_node_is_killed_and_another_comes(nodes, checkpoint, samples, alone, tmp_path, digest):

@@ -44,5 +44,8 @@ def _suits(a: Tensor, b: Tensor) -> bool:
 def compute(a: Tensor, b: Tensor, c: Tensor, sign: int, rough: bool = False) -> None:
     """C = A B, C + A B or C - A B by the matrix instructions (`native.multiplies`); C has its rows without gaps."""
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
-    sizes = len(a), b.shape[1], len(b)
-    native.product(native.Product(a, b, c, *sizes, *a.stride(), *b.stride(), c.stride(0), sign, int(rough)))
+    (a_row, a_column), (b_row, b_column) = a.stride(), b.stride()
+    job = native.Product(
+        a, b, c, len(a), b.shape[1], len(b), a_row, a_column, b_row, b_column, c.stride(0), sign, int(rough)
+    )
+    native.product(job)
