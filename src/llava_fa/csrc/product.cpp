@@ -1,4 +1,4 @@
-// C = A B, C + A B or C - A B in float32, by bf16 matrix instructions (AMX), as exact as float32 is.
+// C = A B, C + A B or C - A B in float32, by bf16 matrix instructions (AMX); a tenth as exact as float32.
 //
 // A number x is the sum of two of bf16, hi = bf16(x) and lo = bf16(x - hi), but for 2^-16 of it; of the four products that a
 // product then is, lo lo is left out, which is as small. Where all lo of a matrix are zero, as where it was bf16, so are theirs;
@@ -25,7 +25,7 @@ namespace {
 using namespace avx512;
 
 constexpr int64_t LINES = 16, STEP = 32;  // of a tile: lines, and numbers of each
-constexpr int64_t PLANE = 512;              // numbers of a tile
+constexpr int64_t PLANE = 512;            // numbers of a tile
 // Numbers of k, and rows of A, that are packed at a time; columns of B that a thread packs for itself, few enough to stay in its
 // second-level cache while all rows pass by; panels that are packed beside each other.
 constexpr int64_t LENGTH = 1024, ROWS = 4096, COLUMNS = 128, PANELS = 8;

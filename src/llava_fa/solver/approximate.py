@@ -101,8 +101,8 @@ def _measured(
         )
     scaled, decoded = (values, decoded) if unit == 1 else (values / unit, decoded / unit)
     out = result.output_error if moment is None else metrics.output_error(scaled, decoded, moment)
-    del values
-    scaled = scaled if original is None else original().to(decoded) / unit
+    if original is not None:
+        scaled = original() if unit == 1 else original().to(torch.float32) / unit
     return dataclasses.replace(result, weight_error=metrics.weight_error(scaled, decoded), output_error=out)
 
 
