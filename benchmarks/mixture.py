@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from common import Row, Rows, arguments, compressed, nearness, percent
 from peers import GPTQ, RTN
-from stagewise import Layer, Rounder, round_layers
+from stagewise import Rounder, round_layers, units
 from torch import nn
 
 from llava_fa import FourierConfig, approximate
@@ -89,21 +89,15 @@ Known = dict[str, calibrated.Statistics]
 def moments(model: nn.Module, inputs: list[Any], priors: tuple[float, ...]) -> dict[float, Known]:
     """For each prior the statistics of every matrix of experts that has any."""
     names = [name for name in classify(model).layers if ".experts." in name]
-    layers = [Layer(name, tuple(model.get_submodule(name).weight.shape)) for name in names]
-    chains, _ = blocks.segments(model, blocks.find_units(model, layers), inputs)  # type: ignore[arg-type]
     found: dict[float, Known] = {widths: {} for widths in priors}
-    for segment in chains:
-        calls, hidden = blocks.capture(segment, model, inputs)
-        for index, unit in enumerate(segment):
-            for stage in blocks.stages(unit, calls[index], hidden):
-                assert experts_of(unit, stage[0][0].name) is not None
-                for widths in priors:
-                    with prior(widths):
-                        known = calibrated.gather(unit, stage, calls[index], hidden)
-                    of = zip((group[0].name for group in stage), known, strict=True)
-                    found[widths] |= {name: one for name, one in of if one is not None}
-            if index + 1 < len(segment):
-                blocks.advance(unit, calls[index], hidden)
+    for unit, calls, hidden, _ in units(model, names, inputs):
+        for stage in blocks.stages(unit, calls, hidden):
+            assert experts_of(unit, stage[0][0].name) is not None
+            for widths in priors:
+                with prior(widths):
+                    known = calibrated.gather(unit, stage, calls, hidden)
+                of = zip((group[0].name for group in stage), known, strict=True)
+                found[widths] |= {name: one for name, one in of if one is not None}
     return found
 
 

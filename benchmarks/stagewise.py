@@ -4,16 +4,19 @@ gate, up → down), each layer with the second moment of the inputs that the alr
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llava_fa.hub import blocks
-from llava_fa.hub.calibrated import Original, gather
+from llava_fa.hub.calibrated import gather
+from llava_fa.hub.course import Journey, Original, survey
+from llava_fa.hub.weights import Weights
 from llava_fa.solver.drift import corrected_weight
 
 
@@ -34,6 +37,8 @@ class Layer:
 
     name: str
     shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    """Its weight, as long as it is not rounded."""
 
 
 @torch.no_grad()
@@ -64,7 +69,10 @@ def round_layers(
                 for group, known in zip(stage, statistics, strict=True):
                     assert known is not None
                     for layer in group:
-                        replace(layer.name, known.moment, known.drift)
+                        drift = known.drift
+                        if drift is not None and known.rows:
+                            drift = drift[known.rows[layer.name]]
+                        replace(layer.name, known.moment, drift)
     return bits_per_weight(model, found)
 
 
@@ -73,21 +81,30 @@ Walk = Iterator[tuple[blocks.Unit, list[blocks.Call], list[Tensor], Original]]
 
 @torch.no_grad()
 def units(model: nn.Module, names: list[str], inputs: list[Any]) -> Walk:
-    """Every block with its calls and hidden states, the blocks before it as they are by then, and the original one."""
-    layers = [Layer(name, tuple(model.get_submodule(name).weight.shape)) for name in names]
-    chains, idle = blocks.segments(model, blocks.find_units(model, layers), inputs)  # type: ignore[arg-type]
-    assert not idle, [unit.path for unit in idle]
-    untouched = copy.deepcopy(model)
-    for segment in chains:
-        first = blocks.find_units(untouched, segment[0].layers)
-        origin = blocks.capture(first, untouched, inputs)[1]
-        calls, hidden = blocks.capture(segment, model, inputs)
-        for index, unit in enumerate(segment):
-            original = Original(unit.copy(), origin)
-            yield unit, *blocks.running(calls[index], hidden), original
-            if index + 1 < len(segment):
-                blocks.advance(unit, calls[index], hidden)
-                blocks.advance(original.unit, calls[index], origin)
+    """Every block with its calls and hidden states, the blocks before it as they are by then, and the original one.
+
+    Weights are exchanged in place, or in modules of others that take the place of the block's.
+    """
+    values = {name: model.get_submodule(name).weight for name in names}
+    layers = [Layer(name, tuple(w.shape), functools.partial(torch.clone, w)) for name, w in values.items()]
+    found = blocks.find_units(model, layers)  # type: ignore[arg-type]
+    weights = Weights.of(model, [unit.path for unit in found])
+    with weights.gated():
+        course = survey(model, found, inputs)
+        assert not course.idle, [unit.path for unit in course.idle]
+        journey = Journey(weights, course, inputs, course.groups, originals=True)
+        with closing(journey.visits()) as visits:
+            for visit in visits:
+                assert visit.original is not None
+                keep_weights(visit.original.unit.module)
+                yield visit.unit, visit.calls, visit.hidden, visit.original
+
+
+def keep_weights(module: nn.Module) -> None:
+    """Give a module copies of the parameters that it shares with another, whose may change then."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def bits_per_weight(model: nn.Module, found: dict[str, Rounded]) -> float:
