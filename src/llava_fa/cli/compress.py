@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -148,6 +149,7 @@ def compress(
     refuse(recover is not None and calibration is None, "--recover goes with --calibration, which it trains on")
     refuse(ray_gpus is not None and ray is None, "--ray-gpus goes with --ray")
     sources.check_images(calibration, images)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, if torch is not imported yet (docs/results.md)
     from llava_fa.hub.request import CompressionRequest
 
     with output.usage_errors():

@@ -28,6 +28,11 @@ class UpperFactor:
     def __init__(self, panels: list[Tensor], inverses: list[Tensor], room: Pages) -> None:
         self.panels, self.inverses, self.room = panels, inverses, room
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of R, and of what it solves."""
+        return self.room.values.dtype
+
     def square(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """R [size, size]; into ``out``, which is zero. The factor is used up: the two need not be in memory at once."""
         size = self.panels[0].shape[1]

@@ -33,9 +33,11 @@ def corrected_weight(weight: Tensor, moment: Tensor, drift: Tensor, damping: flo
     mean = float(moment.diagonal().mean(dtype=torch.float64))
     if mean == 0 or not bool(drift.any()):
         return values
-    factor, _ = damped_factor(moment, damping, torch.float32)  # enough, so strongly damped
+    factor, _ = damped_factor(moment, damping)
     if len(drift) < drift.shape[1]:
-        return factor.solve_rows(drift.to(torch.float32, copy=True)).add_(values)
+        return factor.solve_rows(drift.to(factor.dtype, copy=True)).add_(values).to(torch.float32)
     if len(values) <= values.shape[1]:  # rows of W to solve for, else those of D
-        return factor.solve_rows(product(values, drift.to(torch.float32))).add_(values)
-    return add_product(values.clone(), values, factor.solve_rows(drift.to(torch.float32, copy=True)))
+        rows = product(values, drift.to(torch.float32))
+        return factor.solve_rows(rows.to(factor.dtype)).add_(values).to(torch.float32)
+    rows = factor.solve_rows(drift.to(factor.dtype, copy=True)).to(torch.float32)
+    return add_product(values.clone(), values, rows)

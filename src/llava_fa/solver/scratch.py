@@ -18,7 +18,10 @@ from llava_fa.pages import Pages
 _LEAST = 64 << 20
 """Bytes of a matrix that is worth it."""
 _PIECE, _PIECE_BETWEEN = 4 << 20, 32 << 20
-_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # as glibc numbers them
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # as glibc numbers them
+_TOP = 64 << 20
+"""Bytes that malloc may keep at its end. As soon as a threshold is set the other is 128 kB: every piece that is freed
+there would go back, and its pages be made anew for the next one."""
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 
@@ -32,6 +35,7 @@ def scratch(folder: Path | None) -> Iterator[None]:
     change = _malloc("mallopt")
     if change is not None:
         change(_ARENA_MAX, 1)
+        change(_TRIM_THRESHOLD, _TOP)
     try:
         yield
     finally:
