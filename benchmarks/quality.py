@@ -1,7 +1,7 @@
 """Our compressed models and every peer's side by side: README's table and picture, and the verdicts of docs/results.md.
 
     make .venv-peers/.ready
-    .venv-peers/bin/python benchmarks/quality.py [--model tiny|minilm|FOLDER] [--share 0/1] [--only 'budget-*']
+    .venv-peers/bin/python benchmarks/quality.py [--model tiny|smollm2|minilm|FOLDER] [--share 0/1] [--only 'budget-*']
     .venv-peers/bin/python benchmarks/quality.py --report [--plot docs/quality.svg]    # from the rows alone
 
 Every row is one model at one budget: true bits per weight over the same layers (every tensor that the format stores;
@@ -31,12 +31,12 @@ from e8p import QuIP
 from libraries import Absent, variants
 from peers import GPTQ, RTN
 from stagewise import Rounder, round_layers
-from subjects import LMM, Encoder
+from subjects import LMM, Encoder, Language
 from torch import nn
 
 from llava_fa import Budget, FourierConfig
 
-Subject = LMM | Encoder
+Subject = LMM | Language | Encoder
 Made = tuple[nn.Module, float, str]
 
 
@@ -67,7 +67,7 @@ def rows(subject: Subject, folder: Path) -> list[Row]:
 
 
 def all_rows(subject: Subject, folder: Path) -> Iterator[Row]:
-    lmm = isinstance(subject, LMM)  # the budget is `llava_fa.compress`'s, which is for LLaVA-type models
+    whole = not isinstance(subject, Encoder)  # the budget is `llava_fa.compress`'s, which has no encoders
 
     def ours(name: str, family: str, bits: float, *, data: bool, budget: bool = False, **options: Any) -> Row:
         config = FourierConfig(**options) if budget else FourierConfig(bits=bits, **options)
@@ -76,7 +76,7 @@ def all_rows(subject: Subject, folder: Path) -> Iterator[Row]:
 
     yield Row("original", "original", 16, False, lambda s: (s.dense(), 16.0, ""))
     for bits in (2, 1.5, 3, 4, 2.5, 3.5):
-        if lmm:
+        if whole:
             yield ours(f"budget-{bits:g}", "best, budget", bits, data=True, budget=True, codes="auto")
         yield ours(f"trellis-{bits:g}", "best, trellis", bits, data=True, codes="trellis")
         yield ours(f"best-{bits:g}", "best", bits, data=True)
@@ -113,8 +113,10 @@ def tuned(subject: Subject, *, bits: int) -> Made:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--model", default="tiny", help="tiny, a LLaVA-type folder, or minilm")
-    parser.add_argument("--samples", type=int, default=128, help="calibration samples (minilm: windows of 128 tokens)")
+    parser.add_argument("--model", default="tiny", help="tiny, a LLaVA-type folder, smollm2 or minilm")
+    parser.add_argument(
+        "--samples", type=int, default=128, help="calibration samples (smollm2: windows of 256 tokens, minilm: of 128)"
+    )
     parser.add_argument("--questions", type=int, default=180, help="held-out questions of KL and output error")
     parser.add_argument("--limit", type=int, default=2250, help="held-out questions of the accuracy; 0 leaves it out")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
@@ -136,6 +138,8 @@ def measure(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     if args.model == "minilm":
         subject: Subject = Encoder(args.samples)
+    elif args.model == "smollm2":
+        subject = Language(args.samples)
     else:
         subject = LMM(args.model, args.samples, args.questions, args.limit)
     folder = args.out / f"model-{share}-of-{shares}-{file.stem}"
@@ -143,7 +147,7 @@ def measure(args: argparse.Namespace) -> None:
         chosen = not args.only or any(fnmatchcase(row.name, pattern) for pattern in args.only)
         measured = Rows(file)  # read again: other processes may have other shares of the rows
         known = measured.by_name()
-        wanted = "accuracy" if args.limit else "kl"
+        wanted = "accuracy" if args.limit and not isinstance(subject, Language) else "kl"
         if number % shares != share or not chosen or wanted in known.get(row.name, {}):
             continue
         if time.monotonic() - began > 60 * args.minutes:

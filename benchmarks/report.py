@@ -28,8 +28,11 @@ STYLES = {  # families in the order of the tables: color, line
     "RTN g128": ("#77767b", "v:"),
     "paper": ("#f66151", "s:"),
 }
+TITLES = {"tiny": "embedded LMM", "smollm2": "SmolLM2-135M (manuals)", "minilm": "all-MiniLM-L6-v2 (retrieval)"}
 GOALS = ((True, 4, 99.5), (True, 3, 99.0), (True, 2, 95.0), (True, 1.5, 80.0), (False, 4, 99.3), (False, 3, 97.0))
 """Data or none, nominal bits, % of the original's accuracy that are to be kept."""
+FURTHER = {"state_error": ("final states", "{:.3f}"), "perplexity": ("perplexity", "{:.2f}")}
+"""What only some models are measured by: its column, and how it is written."""
 ROOM = 0.25
 """Stored bits beyond the nominal ones with which a row still counts as one of that many bits: GPTQ's 4.25 is 4 bits."""
 
@@ -40,14 +43,19 @@ def line(row: Found) -> str:
         return f"{row['name']:24s} skipped: {row['skipped']}"
     return (
         f"{row['name']:24s} {row['bits_per_weight']:.3f} bits  out {row['output_error']:.4f}  KL {row['kl']:.5f}  "
-        f"accuracy {percent(row)}  made in {row['make_seconds']:.0f} s"
+        f"{told(row)}  made in {row['make_seconds']:.0f} s"
     )
+
+
+def told(row: Found) -> str:
+    """What beside KL is known of a row."""
+    return f"perplexity {row['perplexity']:.2f}" if "perplexity" in row else f"accuracy {percent(row)}"
 
 
 def write(out: Path, picture: Path | None) -> None:
     """Print everything for every model in the folder; draw the picture if asked."""
     models = {}
-    for path in sorted(out.glob("*.jsonl"), reverse=True):  # tiny before minilm
+    for path in sorted(out.glob("*.jsonl"), reverse=True):  # tiny before smollm2 before minilm
         rows = Rows(path)
         found = [row for row in rows if "skipped" not in row]  # a later row of a name has more than an earlier one
         models[path.stem] = {row["name"]: row for row in found}
@@ -98,14 +106,17 @@ def cell(row: Found, rows: dict[str, Found]) -> str:
 
 def table(rows: dict[str, Found]) -> str:
     """Every row with everything measured."""
-    tasks = list(rows["original"].get("tasks", {}))
-    extra = [] if tasks else ["final states"]
-    columns = ["row", "bits/weight", "output error", *extra, "KL", "accuracy" if tasks else "agreement", "kept", *tasks]
+    original = rows["original"]
+    tasks, more = list(original.get("tasks", {})), [key for key in FURTHER if key in original]
+    columns = ["row", "bits/weight", "output error", "KL", *(FURTHER[key][0] for key in more)]
+    if "accuracy" in original:
+        columns += ["accuracy" if tasks else "agreement", "kept", *tasks]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in sorted(rows.values(), key=lambda row: (-math.ceil(2 * row["bits"]) / 2, row["kl"])):
         cells = [row["name"], f"{row['bits_per_weight']:.2f}", f"{row['output_error']:.4f}"]
-        cells += [] if tasks else [f"{row['state_error']:.3f}"]
-        cells += [f"{row['kl']:.5f}", percent(row), f"{kept(row, rows):.1f} %" if "accuracy" in row else ""]
+        cells += [f"{row['kl']:.5f}", *(FURTHER[key][1].format(row[key]) for key in more)]
+        if "accuracy" in original:
+            cells += [percent(row), f"{kept(row, rows):.1f} %" if "accuracy" in row else ""]
         cells += [f"{100 * row['tasks'][task]:.1f}" if "tasks" in row else "" for task in tasks]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -177,14 +188,14 @@ def goals(rows: dict[str, Found]) -> str:
 
 
 def plot(models: dict[str, dict[str, Found]], path: Path) -> None:
-    """Accuracy and KL against true bits of the first model, KL of the second, one line a family."""
+    """Accuracy and KL against true bits of the first model, KL of the others, one line a family."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "llava-fa"  # the same picture has the same bytes
     import matplotlib.pyplot as plt
 
-    wanted = [("tiny", "accuracy"), ("tiny", "kl"), ("minilm", "kl")]
+    wanted = [("tiny", "accuracy"), ("tiny", "kl"), ("smollm2", "kl"), ("minilm", "kl")]
     panels = [(model, key) for model, key in wanted if model in models]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4))
     for (model, key), place in zip(panels, axes, strict=True):
@@ -204,7 +215,7 @@ def plot(models: dict[str, dict[str, Found]], path: Path) -> None:
         else:
             place.set_yscale("log")
             place.set_ylabel("KL to the original (nats)")
-        place.set_title("embedded LMM" if model == "tiny" else "all-MiniLM-L6-v2 (retrieval)", fontsize=10)
+        place.set_title(TITLES[model], fontsize=10)
         place.set_xlabel("bits per weight, every stored byte counted")
         place.grid(alpha=0.25)
     drawn = {label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)}

@@ -1,13 +1,15 @@
-"""The two models that peers are compared on, how ours compresses them, and what is measured of a compressed one."""
+"""The models that peers are compared on, how ours compresses them, and what is measured of a compressed one."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import language
 import torch
 from common import compressed
 from real_layers import collect, minilm_windows
@@ -28,6 +30,8 @@ from llava_fa.world.samples import calibration_samples, held_out_samples
 
 MOMENT_SAMPLES = 60
 HELD_OUT_WINDOWS = 96
+WINDOW, MANUALS = 256, 32
+"""Tokens of a language model's window, and held-out windows."""
 
 
 class LMM:
@@ -77,6 +81,64 @@ class LMM:
 
     def kl(self, model: nn.Module) -> float:
         return self.divergence(model)
+
+
+class Language:
+    """SmolLM2-135M-Instruct (`language`): KL of the next token and perplexity on manuals; calibrated with prose.
+
+    Samples are turns of a chat, as a user would give them: the model continues a text.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.path = str(language.folder())
+        self.original, tokenizer = load(self.path, dtype=torch.float32)
+        self.original.requires_grad_(False)
+        self.names = list(classify(self.original).layers)
+        self.samples = [
+            continued(tokenizer, window) for window in language.windows(language.prose(), tokenizer, WINDOW, samples)
+        ]
+        self.inputs = list(prepare(self.samples, tokenizer))
+        self.held_out = language.windows(language.manuals(), tokenizer, WINDOW, MANUALS)
+        layers = {name: self.original.get_submodule(name) for name in self.names}
+        self.moments = collect(layers, lambda: [self.original(input_ids=part) for part in self.held_out.split(4)])
+
+    def dense(self) -> nn.Module:
+        """A copy of the original to be rounded in place."""
+        return copy.deepcopy(self.original)
+
+    def ours(
+        self, folder: Path, config: FourierConfig, budget: Budget | None, *, data: bool
+    ) -> tuple[nn.Module, float]:
+        """What `llava_fa.compress` makes of it, and its true bits per weight."""
+        model, _, report = compressed(self.path, folder, config, self.samples if data else None, budget=budget)
+        shutil.rmtree(folder)
+        return model, report.bits_per_weight
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        nats, perplexity = self._compared(model)
+        return {"output_error": mean_output_error(self, model), "kl": nats, "perplexity": perplexity}
+
+    def kl(self, model: nn.Module) -> float:
+        return self._compared(model)[0]
+
+    @torch.inference_mode()
+    def _compared(self, model: nn.Module) -> tuple[float, float]:
+        """KL(original ‖ model) a token, nats, and the model's perplexity."""
+        nats = surprise = 0.0
+        for part in self.held_out.split(2):
+            p, q = (m(input_ids=part, use_cache=False).logits[:, :-1].log_softmax(-1) for m in (self.original, model))
+            nats += float((p.exp() * (p - q)).sum())
+            surprise -= float(q.gather(-1, part[:, 1:, None]).sum())
+        tokens = self.held_out[:, 1:].numel()
+        return nats / tokens, math.exp(surprise / tokens)
+
+
+def continued(tokenizer: Any, window: Tensor) -> list[dict[str, Any]]:
+    """A window of text as a turn to continue it: its first quarter is the question, the rest the answer."""
+    quarter = len(window) // 4
+    asked, answered = (tokenizer.decode(part) for part in (window[:quarter], window[quarter:]))
+    turns = {"user": f"Continue this text: {asked}", "assistant": answered}
+    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns.items()]
 
 
 class Encoder:
@@ -146,7 +208,7 @@ def retrieval(states: Tensor) -> Tensor:
     return cosines.fill_diagonal_(-torch.inf).log_softmax(1)
 
 
-def mean_output_error(subject: LMM | Encoder, model: nn.Module) -> float:
+def mean_output_error(subject: LMM | Language | Encoder, model: nn.Module) -> float:
     """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)) under the original's inputs on held-out samples, averaged over the layers."""
     total = 0.0
     for name in subject.names:
