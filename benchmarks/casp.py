@@ -191,7 +191,11 @@ def layers(args: argparse.Namespace) -> None:
     inputs = list(prepare(calibration_samples(args.samples), processor))
     names = [name for name in classify(model).layers if is_query_or_key(name)]
     moments = second_moments(model, names, inputs)
-    densities = attention_density.densities(model, inputs)
+    with attention_density.watched(model, len(inputs)) as maps, torch.no_grad():
+        for index, sample in enumerate(inputs):
+            with maps.of(index):
+                model(**sample)
+    densities = maps.densities()
     seen = other_side(model, names, inputs[:32])
     print("| attention | density | cut | cut, weighed by the other side | at 1 bit |\n|---|---|---|---|---|")
     for module, heads in densities.items():
