@@ -71,8 +71,17 @@ def compress(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="`world` (generated samples), a LLaVA-format JSON file, or a Hugging Face dataset. "
+            help="A folder of pictures, which the model is asked about; `self` (drawn pictures, the same); `world` "
+            "(drawn pictures with their answers), a LLaVA-format JSON file, or a Hugging Face dataset. "
             "Without it the weights alone are used, and the model is streamed.",
+        ),
+    ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="QUESTION",
+            help="With `--calibration self` or pictures: a question of your own about them, in your language, besides "
+            "those that are built in (repeatable).",
         ),
     ] = None,
     images: options.Images = None,
@@ -147,11 +156,15 @@ def compress(
     refuse(memory is not None and calibration is None, "--memory goes with --calibration")
     refuse(skip_bad_rows and calibration is None, "--skip-bad-rows goes with --calibration")
     refuse(recover is not None and calibration is None, "--recover goes with --calibration, which it trains on")
+    refuse(bool(ask) and calibration is None, "--ask goes with --calibration")
+    if recover is not None and calibration is not None:
+        refuse(sources.is_asked(calibration), "--recover trains on answers: give a --calibration that has them")
     refuse(ray_gpus is not None and ray is None, "--ray-gpus goes with --ray")
     sources.check_images(calibration, images)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, if torch is not imported yet (docs/results.md)
     from llava_fa.hub.request import CompressionRequest
 
+    source = sources.calibration_source(calibration, images, samples, seed, ask or ()) if calibration else None
     with output.usage_errors():
         budget = _budget(method, bits, size, mixed)
         config = FourierConfig(
@@ -168,7 +181,7 @@ def compress(
         request = CompressionRequest(
             model=model,
             config=config,
-            calibration=sources.calibration_source(calibration, images, samples, seed) if calibration else None,
+            calibration=source,
             budget=budget,
             casp=Casp(keep=Casp.keep if casp_keep is None else casp_keep) if casp else None,
             embeddings=embeddings,

@@ -1,7 +1,8 @@
-"""What SOURCE is on the command line: `world`, a LLaVA-format JSON file, or a Hugging Face dataset."""
+"""What SOURCE is on the command line: `world`, `self`, pictures, a LLaVA-format JSON, or a Hugging Face dataset."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from llava_fa.train.data import DataFactory
     from llava_fa.train.settings import TrainingSettings
 
-WORLD = "world"
+WORLD, SELF = "world", "self"
 LARGEST = 10**7
 """Pictures of an epoch of the world: more would only make the order of them a list that fills the memory."""
 
@@ -23,15 +24,32 @@ TEXTS = 2000
 
 def check_images(source: str | None, images: Path | None) -> None:
     """Refuse an image folder beside generated samples."""
-    refuse(images is not None and source == WORLD, "--images goes with a LLaVA JSON file, not with `world`")
+    generated = source in (WORLD, SELF)
+    refuse(images is not None and generated, f"--images goes with a LLaVA JSON file, not with `{source}`")
 
 
-def calibration_source(name: str, images: Path | None, count: int, seed: int) -> SampleSource:
-    """``--calibration``: samples that are read when the compression needs them."""
-    refuse(name == WORLD and count > MOST_PICTURES, f"at most {MOST_PICTURES} are drawn of the world", "--samples")
+def is_asked(name: str) -> bool:
+    """Whether the model is to answer the samples of a source itself."""
+    from llava_fa.data.asked import is_album
+
+    return name == SELF or is_album(name)
+
+
+def calibration_source(name: str, images: Path | None, count: int, seed: int, ask: Sequence[str] = ()) -> SampleSource:
+    """``--calibration``: samples that are read when the compression needs them.
+
+    ``ask``: questions of the user's own, for a model that is to answer itself.
+    """
+    generated = name in (WORLD, SELF)
+    refuse(generated and count > MOST_PICTURES, f"at most {MOST_PICTURES} pictures are drawn", "--samples")
+    refuse(bool(ask) and not is_asked(name), "--ask goes with `--calibration self` or a folder of pictures")
+    from llava_fa.data.asked import Asked
     from llava_fa.data.rows import SampleSource
     from llava_fa.world import calibration_samples
 
+    if is_asked(name):
+        refuse(images is not None, "--images goes with a LLaVA JSON file, not with a folder of pictures")
+        return Asked(name, None, count, seed, calibration_samples if name == SELF else None, tuple(ask))
     return SampleSource(name, images, count, seed, draw=calibration_samples if name == WORLD else None)
 
 
@@ -40,6 +58,7 @@ def training_source(name: str, images: Path | None, count: int | None, settings:
     from llava_fa.data.rows import SampleSource
     from llava_fa.train.data import training_data
 
+    refuse(is_asked(name), "training needs samples with answers", "--data")
     if name != WORLD:
         return training_data(SampleSource(name, images), settings, count)
     from llava_fa.hub.processor import sees_pictures

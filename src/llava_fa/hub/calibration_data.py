@@ -33,7 +33,9 @@ class Prepared:
     left_out: list[str]
 
 
-def prepare_all(samples: Iterable[Sample], processor: Any, most: int, *, skip_bad_rows: bool = False) -> Prepared:
+def prepare_all(
+    samples: Iterable[Sample], processor: Any, most: int, *, skip_bad_rows: bool = False, asks: bool = False
+) -> Prepared:
     """Every sample opened and prepared; of a `SampleSource` as many as it names.
 
     Args:
@@ -41,6 +43,7 @@ def prepare_all(samples: Iterable[Sample], processor: Any, most: int, *, skip_ba
         processor: the model's.
         most: tokens that the model takes.
         skip_bad_rows: leave out what cannot be used and go on with the next, a source's rows beyond its draw included.
+        asks: prepare them up to where the model's answer begins.
 
     Raises:
         FourierError: a sample that cannot be used; or none can.
@@ -53,7 +56,7 @@ def prepare_all(samples: Iterable[Sample], processor: Any, most: int, *, skip_ba
             break
         try:
             sample = candidate.open()
-            inputs = _prepared(sample, processor, candidate.where)
+            inputs = _prepared(sample, processor, candidate.where, asks)
             check_length(inputs, most, candidate.where)
         except FourierError as error:
             if not skip_bad_rows:
@@ -76,14 +79,14 @@ def prepare(samples: Iterable[Sample], processor: Any) -> Iterator[dict[str, tor
         yield _prepared(candidate.open(), processor, candidate.where)
 
 
-def _prepared(sample: Sample, processor: Any, where: str) -> dict[str, torch.Tensor]:
+def _prepared(sample: Sample, processor: Any, where: str, asks: bool = False) -> dict[str, torch.Tensor]:
     messages, images = chat_messages(sample, where)
     with explained(
         "the model's processor refuses it",
         remedy="Check the sample, and the processor files of the model",
         where=where,
     ):
-        text = render(processor, messages)
+        text = render(processor, messages, add_generation_prompt=asks)
         inputs = processor(images=pictures_for(processor, images), text=[text], return_tensors="pt")
     return {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llava_fa.config import MAX_BITS, Budget, Casp, FourierConfig
+from llava_fa.data.asked import Asked, with_answer
 from llava_fa.data.samples import Sample
 from llava_fa.errors import disk_errors, explained
 from llava_fa.hub import allocation, attention_density, proofread, provenance
@@ -23,15 +24,16 @@ from llava_fa.hub.architecture import model_of
 from llava_fa.hub.blocks import evenly
 from llava_fa.hub.calibrated import compress_calibrated, route_of
 from llava_fa.hub.calibrated_model import calibrated_model, running_dtype
-from llava_fa.hub.calibration_data import answer_start, fingerprint, prepare_all
+from llava_fa.hub.calibration_data import answer_start, fingerprint, prepare, prepare_all
 from llava_fa.hub.checkpoint import codebook_digest
 from llava_fa.hub.crew import Crew
 from llava_fa.hub.inspect import describe
 from llava_fa.hub.loading import check_device, context_length
 from llava_fa.hub.model_sensitivity import SAMPLES
 from llava_fa.hub.original import opened
+from llava_fa.hub.own_answers import LENGTH, own_answers
 from llava_fa.hub.plan import Plan, make_plan
-from llava_fa.hub.processor import load_processor
+from llava_fa.hub.processor import load_processor, sees_pictures
 from llava_fa.hub.report import Progress, ProgressCallback, Report
 from llava_fa.hub.request import CompressionRequest
 from llava_fa.hub.source import Source, beside, open_source, resolve_model
@@ -81,7 +83,8 @@ def compress(
         model: a folder, a hub id, or ``"tiny"`` (the embedded model). Safetensors only.
         out: the new model folder; must not exist. Loads with `from_pretrained` once `llava_fa` is imported.
         config: method, bits, rank, layers to skip; `FourierConfig()` if None.
-        calibration: samples ``(image, question, answer)`` or chat messages (see `data.samples`).
+        calibration: samples ``(image, question, answer)`` or chat messages (see `data.samples`); or
+            `llava_fa.data.asked.Asked`, pictures and questions that the model is to answer itself.
         budget: what the whole model may take; every layer then gets the bits (and the rank, none or the configured
             one) that make the predicted loss least (docs/method.md), and ``config.bits`` is the most it may get.
         casp: query and key projections as two narrow factors (arXiv 2503.05936); bits are then chosen under ``budget``,
@@ -187,11 +190,14 @@ def _compressed(
         if data is not None and (job.done < job.total or not proofread.settle(work)):
             dtype = running_dtype(plan, device, work)
             job.tell("loading the model")
-            model = calibrated_model(request, plan, empty, dtype, data.inputs, work.hidden, show)
+            model = calibrated_model(request, plan, empty, dtype, data.at_most, work.hidden, show)
             if Weights.of(model).streamed or request.memory is not None:
                 stack.enter_context(scratch(work.hidden))
             if Weights.of(model).streamed:
                 Weights.of(model).told = lambda path: job.tell(job.stage, path)
+            if data.asked:
+                tell = functools.partial(job.tell, "asking the model")
+                data = data.answered(own_answers(model, data.processor, data.inputs, work, tell, request.memory))
         if request.budget is not None:
             job.plan = _allocated(request, job, model, data)
             show(job.plan)
@@ -306,12 +312,13 @@ def _allocated(request: CompressionRequest, job: Job, model: torch.nn.Module | N
 
 @dataclasses.dataclass(frozen=True)
 class _Calibration:
-    """Calibration samples, and what the model's processor makes of them."""
+    """Calibration samples, and what the model's processor makes of them; ``asked``: they are still to be answered."""
 
     samples: Sequence[Sample]
     inputs: Sequence[dict[str, torch.Tensor]]
     processor: Any
     left_out: Sequence[str]
+    asked: bool = False
 
     @classmethod
     def of(cls, source: Source, request: CompressionRequest, most: int) -> _Calibration:
@@ -319,8 +326,24 @@ class _Calibration:
         processor = load_processor(source.home, str(source.folder))
         for key, value in source.processor.items():
             setattr(processor, key, value)
-        found = prepare_all(request.calibration or (), processor, most, skip_bad_rows=request.skip_bad_rows)
-        return cls(found.samples, found.inputs, processor, found.left_out)
+        samples, asked = request.calibration or (), isinstance(request.calibration, Asked)
+        if isinstance(samples, Asked):
+            samples, most = dataclasses.replace(samples, sees=sees_pictures(processor)), most - LENGTH
+        found = prepare_all(samples, processor, most, skip_bad_rows=request.skip_bad_rows, asks=asked)
+        return cls(found.samples, found.inputs, processor, found.left_out, asked)
+
+    @property
+    def at_most(self) -> Sequence[dict[str, torch.Tensor]]:
+        """The inputs, as long as they may become."""
+        if not self.asked:
+            return self.inputs
+        return [{**x, "input_ids": torch.nn.functional.pad(x["input_ids"], (0, LENGTH))} for x in self.inputs]
+
+    def answered(self, answers: Sequence[str]) -> _Calibration:
+        """The samples with what was answered."""
+        samples = [with_answer(sample, text) for sample, text in zip(self.samples, answers, strict=True)]
+        inputs = list(prepare(samples, self.processor))
+        return dataclasses.replace(self, samples=samples, inputs=inputs, asked=False)
 
     @functools.cached_property
     def answers(self) -> list[int]:
