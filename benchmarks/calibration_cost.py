@@ -9,9 +9,9 @@ a layer [m, n]:
     passes   2 T m n each, in bf16: one for the course (of 8 samples), the original and the present model
     sums     T (n² + 4 n min(n, m)) in float32: half of H, and D or W and W D; once for layers that share an input
     drift    n³ / 3 + 2 m n² in float32
-    fitting  n³ / 3 in float64; beam m n², two passes of refinement 4 m n², errors of the outputs 2 m n² in float32
+    fitting  n³ / 3; beam m n², two passes of refinement 4 m n², errors of the outputs 2 m n² in float32
 
---rates: operations a second in bf16, float32 (`maths.products`) and float64 and bytes a second from the disk, as
+--rates: operations a second in bf16 and float32 (`maths.products`) and bytes a second from the disk, as
 measured on this machine first (products of 4096² matrices); given, they are another's.
 """
 
@@ -80,7 +80,6 @@ class Rates(NamedTuple):
 
     bf16: float
     float32: float
-    float64: float
     disk: float
 
 
@@ -91,12 +90,11 @@ class Cost(NamedTuple):
     whole: int
     bf16: float
     float32: float
-    float64: float
     weights: int
     passes: float
 
     def seconds(self, rates: Rates) -> float:
-        work = self.bf16 / rates.bf16 + self.float32 / rates.float32 + self.float64 / rates.float64
+        work = self.bf16 / rates.bf16 + self.float32 / rates.float32
         return work + self.passes * self.weights / rates.disk
 
 
@@ -128,8 +126,8 @@ def cost(config: Any, samples: int, tokens: int) -> Cost:
     return Cost(needed.streamed, needed.whole, *work, sum(entry.nbytes for entry in entries.values()), passes)
 
 
-def _operations(layers: Sequence[Any], tokens: int, chosen: float, passes: float) -> tuple[float, float, float]:
-    bf16 = float32 = float64 = 0.0
+def _operations(layers: Sequence[Any], tokens: int, chosen: float, passes: float) -> tuple[float, float]:
+    bf16 = float32 = 0.0
     outputs: dict[tuple[str, str], int] = {}
     for layer in layers:
         outputs[_group(layer.name)] = outputs.get(_group(layer.name), 0) + layer.shape[0]
@@ -139,9 +137,8 @@ def _operations(layers: Sequence[Any], tokens: int, chosen: float, passes: float
         bf16 += passes * 2 * t * m * n
         if together := outputs.pop(_group(layer.name), None):
             float32 += t * (n * n + 4 * n * min(n, together))
-        float32 += n**3 / 3 + 2 * m * n * n + 7 * m * n * n
-        float64 += n**3 / 3
-    return bf16, float32, float64
+        float32 += 2 * n**3 / 3 + 2 * m * n * n + 7 * m * n * n
+    return bf16, float32
 
 
 def _group(name: str) -> tuple[str, str]:
@@ -153,7 +150,7 @@ def _group(name: str) -> tuple[str, str]:
 def measured() -> Rates:
     """Of this machine."""
     size, found = 4096, []
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(size, size).to(dtype)
         product(x, x)
         start = time.monotonic()
@@ -177,18 +174,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rates", nargs=4, type=float, metavar=("BF16", "FLOAT32", "FLOAT64", "DISK"))
+    parser.add_argument("--rates", nargs=3, type=float, metavar=("BF16", "FLOAT32", "DISK"))
     args: argparse.Namespace = parser.parse_args()
     rates = Rates(*args.rates) if args.rates else measured()
     print("rates: " + ", ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in rates._asdict().items()))
-    print(
-        "| model | weights, GB | memory, block by block, GB | whole, GB | bf16, P | float32, P | float64, P | hours |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print("| model | weights, GB | memory, block by block, GB | whole, GB | bf16, P | float32, P | hours |")
+    print("|---|---|---|---|---|---|---|")
     for name in args.shapes:
         found = cost(copy.deepcopy(SHAPES[name]()), args.samples, args.tokens)
         figures = [found.weights / 1e9, found.streamed / 1e9, found.whole / 1e9]
-        figures += [found.bf16 / 1e15, found.float32 / 1e15, found.float64 / 1e15, found.seconds(rates) / 3600]
+        figures += [found.bf16 / 1e15, found.float32 / 1e15, found.seconds(rates) / 3600]
         print(f"| {name} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |", flush=True)
 
 
