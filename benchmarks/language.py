@@ -74,7 +74,7 @@ def windows(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> Te
     """Token ids [count, length], text after text."""
     flat: list[int] = []
     for text in texts:
-        flat += tokenizer(text, add_special_tokens=False)["input_ids"]
+        flat += tokenizer(text=text, add_special_tokens=False)["input_ids"]
         if len(flat) >= length * count:
             return torch.tensor(flat[: length * count]).view(count, length)
     raise ValueError(f"{len(flat)} tokens are not {count} windows of {length}")

@@ -41,7 +41,7 @@ def calibration_source(name: str, images: Path | None, count: int, seed: int, as
     ``ask``: questions of the user's own, for a model that is to answer itself.
     """
     generated = name in (WORLD, SELF)
-    refuse(generated and count > MOST_PICTURES, f"at most {MOST_PICTURES} pictures are drawn", "--samples")
+    refuse(generated and count > MOST_PICTURES, f"at most {MOST_PICTURES} are drawn of the world", "--samples")
     refuse(bool(ask) and not is_asked(name), "--ask goes with `--calibration self` or a folder of pictures")
     from llava_fa.data.asked import Asked
     from llava_fa.data.rows import SampleSource
