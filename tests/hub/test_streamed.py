@@ -228,22 +228,22 @@ def test_memory_that_is_too_little_is_refused_with_what_it_takes(checkpoint, qui
 
 def test_the_choice_between_the_two():
     need = Need(base=100, model=1000, outside=10, part=50, fitting=40, held=5, shelved=7)
-    assert need.whole == 100 + 1000 + 56  # 8 % more than 40 + 5 + 7: malloc's holes
-    assert need.streamed == 100 + 10 + 66
-    assert not need.streams(1156, CPU)
-    assert need.streams(1155, CPU)
-    assert need.streams(176, CPU)
+    assert need.whole == 100 + 1000 + 40 + 13  # 15 % more than 5 + 7: malloc's holes
+    assert need.streamed == 100 + 10 + 50 + 13
+    assert not need.streams(1153, CPU)
+    assert need.streams(1152, CPU)
+    assert need.streams(173, CPU)
     with pytest.raises(FourierError):
-        need.streams(175, CPU)
+        need.streams(172, CPU)
 
 
 def test_what_is_told_of_hidden_states_leaves_room_for_the_holes_between_them():
     need = Need(base=0, model=1 << 40, outside=0, part=0, fitting=0, held=0, shelved=500 << 20, kept=1 << 30)
     memory = 1 << 30
     limit = need.limit(memory, True, CPU)
-    assert 1.08 * limit + need.streamed <= memory
+    assert 1.15 * limit + need.streamed <= memory
     assert limit > 0.8 * memory
-    assert "1.00 GB of memory, the model block by block" in need.told(memory, True, CPU)
+    assert "996.6 MB of memory, the model block by block" in need.told(memory, True, CPU)
 
 
 def test_on_a_gpu_both_memories_count(monkeypatch):
@@ -254,13 +254,13 @@ def test_on_a_gpu_both_memories_count(monkeypatch):
     assert not need.streams(None, gpu)
     assert not need.streams(1100, gpu)  # it is loaded here; what it is worked on with is there
     assert need.streams(1099, gpu)
-    assert need.streams(166, gpu)
+    assert need.streams(163, gpu)
     with pytest.raises(FourierError):
-        need.streams(165, gpu)
+        need.streams(162, gpu)
     assert "1.1 kB of memory, the whole model on the GPU" in need.told(1100, False, gpu)
-    assert "166 B of memory, the model block by block" in need.told(166, True, gpu)
-    assert need.limit(1 << 30, False, gpu) == int(((1 << 30) - 166) / 1.08)
-    assert need.limit(1 << 30, False, CPU) == int(((1 << 30) - 1156) / 1.08)
+    assert "163 B of memory, the model block by block" in need.told(163, True, gpu)
+    assert need.limit(1 << 30, False, gpu) == int(((1 << 30) - 163) / 1.15)
+    assert need.limit(1 << 30, False, CPU) == int(((1 << 30) - 1153) / 1.15)
     machine.available = 999
     assert need.streams(None, gpu)
     machine.available = 1000

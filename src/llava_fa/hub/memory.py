@@ -34,9 +34,9 @@ _STREAMS = 2
 """Of every sample: through the present model, and beside it through the original."""
 _LEAST = 64 << 20
 """Bytes of hidden states that stay in memory at least."""
-_HOLES = 0.08
-"""Of what comes and goes, what malloc holds beside it and cannot give back: 0.4 GB of 5 on LLaVA-1.5-7B's shape, less
-in the first block than in later ones (docs/results.md)."""
+_HOLES = 0.15
+"""Of hidden states and kept outputs, what malloc holds between them and cannot give back: 0.2 to 0.4 GB of 2.2 on
+LLaVA-1.5-7B's shape, less in the first block than in later ones (docs/results.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Need:
     @property
     def streamed(self) -> int:
         """Of a run that reads its weights part by part, as many hidden states put away as can be."""
-        return self.base + self.outside + _holed(max(self.part, self.fitting) + self._hidden)
+        return self.base + self.outside + max(self.part, self.fitting) + _holed(self._hidden)
 
     @property
     def whole(self) -> int:
         """Of a run with the whole model in memory, as many hidden states put away as can be."""
-        return self.base + self.model + _holed(self.fitting + self._hidden)
+        return self.base + self.model + self.fitting + _holed(self._hidden)
 
     @property
     def _hidden(self) -> int:
@@ -201,7 +201,7 @@ def _fitting(layer: PlannedLayer, follows: bool, shares: int) -> int:
 
 
 def _holed(size: int) -> int:
-    """Bytes of memory that so many of what comes and goes take."""
+    """Bytes of memory that so many of hidden states take."""
     return int((1 + _HOLES) * size)
 
 
