@@ -40,14 +40,14 @@ def calibration_source(name: str, images: Path | None, count: int, seed: int, as
 
     ``ask``: questions of the user's own, for a model that is to answer itself.
     """
-    generated = name in (WORLD, SELF)
+    generated, asked = name in (WORLD, SELF), is_asked(name)
     refuse(generated and count > MOST_PICTURES, f"at most {MOST_PICTURES} are drawn of the world", "--samples")
-    refuse(bool(ask) and not is_asked(name), "--ask goes with `--calibration self` or a folder of pictures")
+    refuse(bool(ask) and not asked, "--ask goes with `--calibration self` or a folder of pictures")
     from llava_fa.data.asked import Asked
     from llava_fa.data.rows import SampleSource
     from llava_fa.world import calibration_samples
 
-    if is_asked(name):
+    if asked:
         refuse(images is not None, "--images goes with a LLaVA JSON file, not with a folder of pictures")
         return Asked(name, None, count, seed, calibration_samples if name == SELF else None, tuple(ask))
     return SampleSource(name, images, count, seed, draw=calibration_samples if name == WORLD else None)

@@ -299,16 +299,20 @@ def evenly(count: int, most: int) -> list[int]:
     return [index * count // used for index in range(used)]
 
 
+def placed(model: nn.Module, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A prepared sample on the model's device, its floats in the model's dtype."""
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    return {key: x.to(device, dtype) if x.is_floating_point() else x.to(device) for key, x in sample.items()}
+
+
 def forward(model: nn.Module, sample: Mapping[str, Tensor], index: int, **options: Any) -> Any:
     """The model's output on one sample, with further arguments of its own.
 
     Raises:
         FourierError: the model fails on the sample, which is named.
     """
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    moved = {key: x.to(device, dtype) if x.is_floating_point() else x.to(device) for key, x in sample.items()}
     try:
-        return model(**moved, use_cache=False, **options)
+        return model(**placed(model, sample), use_cache=False, **options)
     except (FourierError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a sample the model cannot take: shapes, token counts

@@ -46,7 +46,7 @@ from llava_fa.maths.polar import ring_codebook
 from llava_fa.maths.trellis import MAX_CODE_BITS, MIN_CODE_BITS, trellis_points
 from llava_fa.solver.scratch import scratch
 
-_PARTS = 3
+_PARTS = 4
 """Raised whenever parts are written otherwise (`hub.work_folder`)."""
 _SPARE = 64_000_000
 """Bytes of disk asked for beyond the estimate."""

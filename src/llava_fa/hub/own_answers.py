@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_fa.errors import FourierError
+from llava_fa.hub.blocks import placed
 from llava_fa.hub.course import passes
 from llava_fa.hub.weights import Weights
 from llava_fa.hub.work_folder import WorkFolder
@@ -62,10 +63,8 @@ def own_answers(
 
 
 def _answer(model: Any, processor: Any, sample: Mapping[str, Tensor], index: int) -> str:
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    moved = {key: x.to(device, dtype) if x.is_floating_point() else x.to(device) for key, x in sample.items()}
     try:
-        ids = model.generate(**moved, max_new_tokens=LENGTH, do_sample=False)
+        ids = model.generate(**placed(model, sample), max_new_tokens=LENGTH, do_sample=False)
     except (FourierError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a sample the model cannot take, a model that cannot generate
@@ -74,7 +73,7 @@ def _answer(model: Any, processor: Any, sample: Mapping[str, Tensor], index: int
             remedy="Check the sample, or give samples with answers",
             where=f"calibration sample {index}",
         ) from error
-    tokens = ids[0, moved["input_ids"].shape[1] :]
+    tokens = ids[0, sample["input_ids"].shape[1] :]
     tokenizer = getattr(processor, "tokenizer", processor)
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
